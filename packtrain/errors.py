@@ -1,0 +1,75 @@
+"""Errors that a user can act on: where, which key, which value, and what to do about it.
+
+Everything packtrain refuses is a `PacktrainError`; the command line prints it without a traceback and
+exits with code 2. Programming mistakes stay `assert`s and plain exceptions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+UNSET = object()  # "no value to show", as None is itself a value a user may have written
+
+
+class PacktrainError(ValueError):
+    """One thing that is wrong with what the user gave.
+
+    Args:
+        what: what is wrong, one sentence.
+        where: file, row or place it was found in (`recipes/sft.yaml:12`, `train.jsonl, row 17`).
+        key: the recipe key or argument (`batching.max_tokens`).
+        value: the offending value; left out of the message when not given.
+        fix: what the user can do.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str | None = None,
+        key: str | None = None,
+        value: object = UNSET,
+        fix: str | None = None,
+    ):
+        self.what, self.where, self.key, self.value, self.fix = what, where, key, value, fix
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        head = ": ".join(part for part in (self.where, self.key) if part)
+        shown = "" if self.value is UNSET else f" (got {shorten(self.value)})"
+        fix = f"\n    fix: {self.fix}" if self.fix else ""
+        return (f"{head}: " if head else "") + self.what + shown + fix
+
+
+class RecipeError(PacktrainError):
+    """Everything that is wrong with a recipe, reported at once in `problems`."""
+
+    def __init__(self, problems: Sequence[PacktrainError]):
+        self.problems = list(problems)
+        count = len(self.problems)
+        super().__init__(f"{count} problem{'s' if count != 1 else ''} in the recipe")
+
+    def __str__(self) -> str:
+        return "\n".join([self.what, *(f"  {problem}" for problem in self.problems)])
+
+
+class DataError(PacktrainError):
+    """A row, a file or a column that cannot be trained on."""
+
+
+class PlanError(PacktrainError):
+    """Lengths, capacities or counts from which no plan can be made."""
+
+
+class ModelError(PacktrainError):
+    """A model, tokenizer, attention or adapter that cannot do what the recipe asks."""
+
+
+class LaunchError(PacktrainError):
+    """The run in force (world size, engine, device) is not the run that was asked for."""
+
+
+def shorten(value: object, limit: int = 120) -> str:
+    """`repr(value)`, cut to `limit` characters."""
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
