@@ -1,0 +1,181 @@
+"""Settings that are fine one by one and wrong together, and library settings that packtrain decides itself.
+
+Each rule says which key to use instead. A setting that would be ignored is refused as well: nothing in a
+recipe is without effect.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+# `training:` key -> (the one value it may have, why another can't be, what to do). Unset is always fine.
+_NEVER = object()
+_DECIDED_BY_US: dict[str, tuple[object, str, str]] = {
+    "per_device_train_batch_size": (
+        _NEVER,
+        "the planner decides how many examples share a micro-batch",
+        "set `batching.examples_per_step` (examples per update, over all devices) and `batching.max_tokens` "
+        "(tokens per micro-batch)",
+    ),
+    "train_sampling_strategy": (
+        _NEVER,
+        "the order of the examples belongs to the plan",
+        "set `batching.strategy`, for example to `group_by_length`",
+    ),
+    "length_column_name": (_NEVER, "lengths come from the tokenised data", "leave it out"),
+    "auto_find_batch_size": (
+        False,
+        "a batch size found by trial would change what an update sees",
+        "lower `batching.max_tokens`: the updates stay the same",
+    ),
+    "dataloader_drop_last": (False, "no example is dropped", "leave it out"),
+    "remove_unused_columns": (False, "the metadata of packed batches would be removed", "leave it out"),
+    "logging_nan_inf_filter": (False, "a loss of NaN would be logged as 0.0", "leave it out"),
+    "average_tokens_across_devices": (
+        True,
+        "the loss is divided by the weight of the whole step on all devices",
+        "leave it out",
+    ),
+    "label_smoothing_factor": (0.0, "the loss has no label smoothing", "leave it out"),
+    "use_cache": (False, "a cache joins the documents of a packed batch", "leave it out"),
+    "resume_from_checkpoint": (
+        _NEVER,
+        "it is said on the command line",
+        "use `packtrain train RECIPE --resume`",
+    ),
+    "do_train": (True, "training is what `packtrain train` does", "leave it out"),
+    "do_predict": (False, "there is nothing to predict on", "leave it out"),
+    "hub_token": (_NEVER, "a secret does not belong in a recipe", "set the environment variable HF_TOKEN"),
+}
+SECRETS = ("training.hub_token",)  # never shown
+
+Settings = Mapping[str, Any]  # "section.key" -> checked value, ours also where it is the default
+Verdicts = Iterator[tuple[str, str, str]]  # (key, what is wrong, fix)
+
+
+def contradictions(settings: Settings) -> Verdicts:
+    """Runs every rule. One that needs a key missing from `settings` (it was unreadable) says nothing."""
+    for rule in _RULES:
+        try:
+            yield from rule(settings)
+        except KeyError:
+            continue
+
+
+def _decided_by_us(settings: Settings) -> Verdicts:
+    for name, (allowed, why, fix) in _DECIDED_BY_US.items():
+        key = f"training.{name}"
+        if key in settings and (allowed is _NEVER or settings[key] != allowed):
+            yield key, f"cannot be set: {why}" if allowed is _NEVER else f"must stay {allowed}: {why}", fix
+
+
+def _one_precision(settings: Settings) -> Verdicts:
+    if settings.get("training.bf16") and settings.get("training.fp16"):
+        yield "training.fp16", "contradicts `training.bf16`", "keep one of them"
+
+
+def _some_training(settings: Settings) -> Verdicts:
+    if settings.get("training.num_train_epochs", 1) <= 0 and settings.get("training.max_steps", -1) <= 0:
+        yield "training.num_train_epochs", "trains for no epoch and no step", "set it above 0"
+
+
+def _one_model(settings: Settings) -> Verdicts:
+    name, config = settings["model.model_name_or_path"], settings["model.config"]
+    if name and config is not None:
+        fix = "keep `model_name_or_path` to fine-tune, or `config` to train from scratch"
+        yield "model.config", "contradicts `model.model_name_or_path`", fix
+    if not name and config is None:
+        fix = "set `model.model_name_or_path` (Hub name or directory) or `model.config` (from scratch)"
+        yield "model", "names no model", fix
+
+
+def _config_names_architecture(settings: Settings) -> Verdicts:
+    config = settings["model.config"]
+    if config is not None and not isinstance(config.get("model_type"), str):
+        yield "model.config", "lacks `model_type`", "name the architecture, for example `model_type: llama`"
+
+
+def _one_tokenizer(settings: Settings) -> Verdicts:
+    name, config = settings["model.model_name_or_path"], settings["model.config"]
+    tokenizer, vocab_size = settings["model.tokenizer_name_or_path"], settings["model.tokenizer_vocab_size"]
+    if tokenizer and vocab_size:
+        fix = "keep one: a tokenizer is either loaded or trained on the data"
+        yield "model.tokenizer_vocab_size", "contradicts `model.tokenizer_name_or_path`", fix
+    elif name and vocab_size:
+        fix = "leave it out: a pretrained model keeps its own tokenizer"
+        yield "model.tokenizer_vocab_size", "contradicts `model.model_name_or_path`", fix
+    elif config is not None and not (name or tokenizer or vocab_size):
+        fix = "set `model.tokenizer_vocab_size` to train one on the data, or `model.tokenizer_name_or_path`"
+        yield "model.config", "comes without a tokenizer", fix
+
+
+def _revision_is_of_a_model(settings: Settings) -> Verdicts:
+    if settings["model.revision"] and not settings["model.model_name_or_path"]:
+        fix = "leave it out, or set `model.model_name_or_path`"
+        yield "model.revision", "has no effect without a model to load", fix
+
+
+def _remote_code_is_pinned(settings: Settings) -> Verdicts:
+    if not settings["model.trust_remote_code"] or os.path.isdir(settings["model.model_name_or_path"] or ""):
+        return
+    if not re.fullmatch("[0-9a-f]{40}", settings["model.revision"] or ""):
+        fix = "set `model.revision` to the full commit hash of the code you have read"
+        yield "model.trust_remote_code", "runs code from the Hub, which must be pinned", fix
+
+
+def _one_loss_mask(settings: Settings) -> Verdicts:
+    if settings["data.completion_only_loss"] and settings["data.assistant_only_loss"]:
+        fix = "keep `completion_only_loss` for prompts with completions, `assistant_only_loss` for messages"
+        yield "data.assistant_only_loss", "contradicts `data.completion_only_loss`", fix
+
+
+def _one_evaluation_source(settings: Settings) -> Verdicts:
+    for other in ("data.eval_path", "data.eval_split"):
+        if settings["data.eval_size"] and settings[other]:
+            fix = "keep one: evaluation data are either held out or named"
+            yield "data.eval_size", f"contradicts `{other}`", fix
+
+
+def _evaluation_is_held_out(settings: Settings) -> Verdicts:
+    same_path = settings["data.eval_path"] in (None, settings["data.path"])
+    named = settings["data.eval_path"] or settings["data.eval_split"]
+    if named and same_path and settings["data.eval_split"] in (None, settings["data.split"]):
+        key = "data.eval_split" if settings["data.eval_split"] else "data.eval_path"
+        fix = "name another, or hold rows out of the training data with `data.eval_size: 0.05`"
+        yield key, "is what is trained on", fix
+
+
+def _evaluation_has_data(settings: Settings) -> Verdicts:
+    if any(settings[f"data.{name}"] for name in ("eval_size", "eval_path", "eval_split")):
+        return
+    for key in ("training.eval_strategy", "training.eval_on_start", "training.load_best_model_at_end"):
+        if settings.get(key) not in (None, "no", False):
+            fix = "set `data.eval_size` (rows, or a share below 1), `data.eval_split` or `data.eval_path`"
+            yield key, "asks for evaluation, and there are no data for it", fix
+
+
+def _longest_example_fits(settings: Settings) -> Verdicts:
+    max_tokens, max_length = settings["batching.max_tokens"], settings["data.max_length"]
+    if max_tokens < max_length and settings["batching.strategy"] != "wrapped":  # which cuts documents to fit
+        fix = f"raise it to {max_length} or more, or lower `data.max_length` to {max_tokens}"
+        yield "batching.max_tokens", f"is below `data.max_length` ({max_length}): an example may not fit", fix
+
+
+_RULES = (
+    _decided_by_us,
+    _one_precision,
+    _some_training,
+    _one_model,
+    _config_names_architecture,
+    _one_tokenizer,
+    _revision_is_of_a_model,
+    _remote_code_is_pinned,
+    _one_loss_mask,
+    _one_evaluation_source,
+    _evaluation_is_held_out,
+    _evaluation_has_data,
+    _longest_example_fits,
+)
