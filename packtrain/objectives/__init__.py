@@ -1,0 +1,1 @@
+"""Batch -> loss: the fourth room."""

@@ -1,0 +1,107 @@
+"""Masked diffusion: learn to restore masked answers, whatever the layout.
+
+    loss = 1/documents * sum over documents of  1/canvas * sum over masked tokens of  -log p(token | rest) / p
+
+which is LLaDA's fine-tuning loss (Nie et al., arXiv:2502.09992, eq. 5 and its reference code): one noise level p per
+document, the tail masked, supervised and counted in the canvas like the answer, the prompt never masked. Noise and
+weights are in the batch already (`packtrain.objectives.noise`); what is left to do here is a weighted cross-entropy.
+
+    model = make_bidirectional(model)                       # any decoder of transformers
+    masking = Masking(mask_token_id=tokenizer.mask_token_id)
+    PackTrainer(
+        model, args, plan=plan,
+        train_examples=TailedExamples(examples, tail, canvas, seed=seed),
+        collator=NoisingCollator(masking, tail, seed=seed, layout=plan.layout, pad_token_id=0),
+        objective=masked_diffusion(masking),
+    )
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from packtrain.data.tails import CONTENT, EOS, TAIL
+from packtrain.errors import ModelError
+from packtrain.objectives.logits import logits_at
+from packtrain.objectives.noise import Masking
+from packtrain.objectives.objective import Objective, TokenLosses
+from packtrain.objectives.sampling import Samples, Sampling, generate
+
+__all__ = [
+    "Masking", "Samples", "Sampling", "generate", "make_bidirectional", "masked_diffusion", "sums_by_part",
+]  # fmt: skip
+IGNORED = -100
+PARTS = {"content": CONTENT, "eos": EOS, "tail": TAIL}
+
+
+def masked_diffusion(masking: Masking) -> Objective:
+    """The objective for batches of a `NoisingCollator` with the same `masking`."""
+    denominator = count_documents if masking.norm == "sequence" else count_canvas
+    return Objective(losses=partial(masked_losses, shift=masking.shift), denominator=denominator)
+
+
+def masked_losses(
+    model: nn.Module, batch: Mapping[str, torch.Tensor], *, head: nn.Module | None = None, shift: bool = False
+) -> TokenLosses:
+    """Score every masked token; only these get logits.
+
+    Args:
+        model, head: see `logits_at`; the model attends both ways.
+        batch: of a `NoisingCollator`, padded or flat.
+        shift: read a token's prediction one position before it.
+    """
+    index = batch["loss_weights"].flatten().nonzero().flatten()  # [N]
+    inputs = {key: value for key, value in batch.items() if key != "parts"}
+    logits = logits_at(model, inputs, index - int(shift), head=head)  # [N, V]
+    nll = F.cross_entropy(logits.float(), batch["labels"].flatten()[index], reduction="none")
+    return TokenLosses(nll=nll, weights=batch["loss_weights"].flatten()[index], index=index)
+
+
+def count_documents(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """float64 scalar; filler is no document."""
+    return (batch["example_ids"] >= 0).sum().double()
+
+
+def count_canvas(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """float64 scalar: tokens of all canvases, masked or not."""
+    return (batch["labels"] != IGNORED).sum().double()
+
+
+def sums_by_part(losses: TokenLosses, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`{"content", "eos", "tail"}` -> float64 `[2]`: sums over a part of weight x nll, and of weights, where masked.
+
+    Sums over micro-batches and ranks, divided at the end, give the weighted mean nll of each part. A tail that is
+    learnt long before the content is what early termination grows from, so these are worth a look apart.
+    """
+    part = batch["parts"].flatten()[losses.index]  # [N]
+    weights = losses.weights.double()
+    both = torch.stack([weights * losses.nll.detach().double(), weights])  # [2, N]
+    return {name: (both * (part == number)).sum(dim=1) for name, number in PARTS.items()}
+
+
+def make_bidirectional(model: nn.Module) -> nn.Module:
+    """Let a decoder of transformers attend both ways, in place, and return it.
+
+    `config.is_causal = False` is transformers' own switch for its masks (`create_causal_mask` then builds
+    bidirectional ones) and is saved with the model; the attention modules' flag is what the kernels read. Models that
+    bring their own code (LLaDA, Dream) attend both ways by themselves and are left as they are.
+
+    Raises:
+        ModelError: an architecture without such attention (Mamba, RWKV, ALiBi models of their own making).
+    """
+    if type(model).__module__.startswith("transformers_modules."):
+        return model
+    attentions = [module for module in model.modules() if hasattr(module, "is_causal")]
+    if not attentions:
+        what = "has no attention that can be made bidirectional"
+        fix = "use a decoder whose attention goes through transformers' AttentionInterface (Llama, Qwen, Gemma ...)"
+        raise ModelError(what, key="objective.name", value=type(model).__name__, fix=fix)
+    model.config.is_causal = model.config.get_text_config().is_causal = False
+    for module in attentions:
+        module.is_causal = False
+    return model

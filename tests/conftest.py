@@ -1,0 +1,28 @@
+"""Shared by all tests: two threads fight over tiny models, so torch gets one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def gsm8k() -> Path:
+    """GSM8K's training rows, where they are at hand."""
+    default = Path(__file__).parents[2] / "shared/data/gsm8k/train.jsonl"
+    path = Path(os.environ.get("PACKTRAIN_GSM8K", default))
+    if not path.exists():
+        pytest.skip("GSM8K is not at hand; set PACKTRAIN_GSM8K to its train.jsonl")
+    return path
