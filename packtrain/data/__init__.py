@@ -1,0 +1,1 @@
+"""Rows -> examples: the first room."""

@@ -1,0 +1,292 @@
+"""Rows -> token ids and what is learnt from: one batch of rows in, one Arrow table out.
+
+What a chat template renders is the template's own affair, its BOS and its end of turn included. Plain text gets
+the tokenizer's BOS (if it puts one) in front and one eos behind, neither ever twice:
+
+    prompt_completion   <s> What is 2+2? | It is 4. </s>
+    learnt               0   0   0  0  0   1  1  1   1       completion_only
+    learnt               0   1   1  1  1   1  1  1   1       otherwise; the first token has no prediction
+
+Where a prompt ends. The whole is tokenised at once, the prompt alone as well (for chats: rendered with the
+generation prompt), and then
+
+1. the prompt's ids are a prefix of the whole's: the completion starts after them (nearly always so);
+2. the prompt's text is a prefix of the whole's, but tokens merge over the boundary: prompt and rest are
+   tokenised apart, so that training sees the prompt as inference will (counted as "merged");
+3. the template renders the prompt otherwise when an answer follows (some drop a thinking header): the
+   completion starts where the ids part, as TRL does (counted as "unlike").
+
+The mask goes by position, never by token id, so a pad token that is also the eos hides nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from packtrain.data.formats import FORMATS, IGNORED, Chat, Ids, Row, Text
+from packtrain.data.report import BadRow
+from packtrain.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from transformers import PreTrainedTokenizerBase
+
+MERGED, UNLIKE, NO_EOS = 1, 2, 4  # flags of a row, in the column `flags`
+_GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+@dataclass(kw_only=True)
+class _Draft:
+    """One example under way. `text` and `prompt` are still to be tokenised; None where there is nothing to do."""
+
+    text: str | None = None
+    prompt: str | None = None
+    plain: bool = False
+    ids: np.ndarray = field(default_factory=partial(np.empty, 0, np.int32))  # [L]
+    labels: np.ndarray = field(default_factory=partial(np.empty, 0, np.int32))  # [L]
+    flags: int = 0
+    problem: str | None = None
+
+
+class Encoder:
+    """Turns rows into examples with one tokenizer under one set of options; can be pickled.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        format: a key of `FORMATS`.
+        completion_only: learn from completions only; None is the format's own default.
+        assistant_only: learn from what the template's `{% generation %}` markers enclose.
+        chosen_labels: the rows bring labels or masks of their own (format `input_ids`).
+
+    Raises:
+        DataError: the options don't go with the format or the tokenizer.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        format: str,
+        *,
+        completion_only: bool | None = None,
+        assistant_only: bool = False,
+        chosen_labels: bool = False,
+    ):
+        self.tokenizer, self.format = tokenizer, format
+        self.has_template = bool(tokenizer.chat_template)
+        self.assistant_only = assistant_only
+        default = FORMATS[format].completion_only and not assistant_only
+        self.completion_only = bool(default if completion_only is None else completion_only)
+        self.chosen_labels = chosen_labels
+        self._check_options()
+        self.prefix = _added_in_front(tokenizer)
+        self.vocabulary = 1 + max(tokenizer.get_vocab().values(), default=-1) if format == "input_ids" else None
+
+    @property
+    def all_learnt(self) -> bool:
+        """Every label is its token, but for the first of each example."""
+        return not (self.completion_only or self.assistant_only or self.chosen_labels)
+
+    def __call__(self, rows: Sequence[Row | BadRow]) -> pa.Table:
+        """Tokenise a batch: a table with one row for each row.
+
+        Columns: `input_ids` list<int32>; `labels` list<int32> or `learnt` list<uint8> (neither where all is
+        learnt); `supervised` int32; `flags` uint8; `problem` string, null for good rows; bad rows are empty.
+        """
+        drafts = [self._draft(row) for row in rows]
+        self._tokenise([draft for draft in drafts if draft.text is not None])
+        return self._table(drafts)
+
+    def _check_options(self) -> None:
+        if self.completion_only and FORMATS[self.format].completion_only is None:
+            what = f"asks for the loss of completions, and rows of format `{self.format}` have none"
+            raise DataError(what, key="data.completion_only_loss", value=True, fix="leave it out")
+        if self.completion_only and self.assistant_only:
+            fix = "keep `completion_only_loss` for prompts with completions, `assistant_only_loss` for messages"
+            raise DataError("contradicts `data.completion_only_loss`", key="data.assistant_only_loss", fix=fix)
+        if self.assistant_only and self.format in ("input_ids", "text"):
+            what = f"needs conversations, and rows of format `{self.format}` are none"
+            raise DataError(what, key="data.assistant_only_loss", value=True, fix="leave it out")
+        if not self.has_template and (self.assistant_only or self.format in ("messages", "sharegpt")):
+            what = "the tokenizer has no chat template to render conversations with"
+            fix = "use the tokenizer of a chat model, or name a template file in `model.chat_template`"
+            raise DataError(what, key="model.chat_template", fix=fix)
+        if self.assistant_only and not _GENERATION_MARKER.search(self.tokenizer.get_chat_template()):
+            what = "needs a chat template that marks what the assistant says with {% generation %}"
+            fix = (
+                "name a template with {% generation %} ... {% endgeneration %} around the assistant's words in "
+                "`model.chat_template` (trl.chat_template_utils.get_training_chat_template has some), or use "
+                "`completion_only_loss: true` to learn from the last message"
+            )
+            raise DataError(what, key="data.assistant_only_loss", value=True, fix=fix)
+
+    def _draft(self, row: Row | BadRow) -> _Draft:
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            match FORMATS[self.format].parse(row, self.has_template):
+                case Text() as sample:
+                    draft = self._draft_text(sample)
+                case Chat() as sample:
+                    draft = self._draft_chat(sample)
+                case Ids() as sample:
+                    draft = self._draft_ids(sample)
+            if draft.text is not None:
+                draft.text.encode("utf-8")
+            return draft
+        except BadRow as bad:
+            return _Draft(problem=str(bad))
+        except UnicodeEncodeError:
+            return _Draft(problem="the text holds half a surrogate pair, which is no character")
+
+    def _draft_text(self, sample: Text) -> _Draft:
+        if self.assistant_only:
+            raise BadRow("plain text among rows to be learnt from by `assistant_only_loss`")
+        if self.tokenizer.eos_token_id is None:
+            fix = "set the tokenizer's eos_token; without one the model never learns to stop"
+            raise DataError("the tokenizer has no eos_token to end plain text with", key="model", fix=fix)
+        prompt = sample.prompt if self.completion_only else None
+        return _Draft(text=sample.prompt + sample.completion, prompt=prompt, plain=True)
+
+    def _draft_chat(self, sample: Chat) -> _Draft:
+        if not self.has_template:
+            raise BadRow("a conversation, and the tokenizer has no chat template")
+        messages, prompt = sample.messages, None
+        if self.completion_only:
+            if messages[-1]["role"] != "assistant":
+                raise BadRow(f"the last message is the {messages[-1]['role']}'s, not the assistant's completion")
+            if sample.prompt_messages == 0:
+                raise BadRow("a completion without a prompt before it")
+            before = messages[: sample.prompt_messages]
+            prompt = self._render(before, sample.tools, add_generation_prompt=True, tokenize=False)
+        if not self.assistant_only:
+            return _Draft(text=self._render(messages, sample.tools, tokenize=False), prompt=prompt)
+        encoded = self._render(messages, sample.tools, return_dict=True, return_assistant_tokens_mask=True)
+        return self._finish(
+            _Draft(), np.asarray(encoded["input_ids"], np.int32), np.asarray(encoded["assistant_masks"], bool)
+        )
+
+    def _render(self, messages: list[Row], tools: list[object] | None, **options: object):
+        try:
+            return self.tokenizer.apply_chat_template(messages, tools=tools, **options)
+        except Exception as error:  # a template is foreign code: whatever it raises is about this row
+            raise BadRow(f"the chat template fails: {type(error).__name__}: {error}") from None
+
+    def _draft_ids(self, sample: Ids) -> _Draft:
+        ids, labels = sample.input_ids, sample.labels
+        for name, values in (("input_ids", ids), ("labels", labels[labels != IGNORED])):
+            outside = values[(values < 0) | (values >= self.vocabulary)]
+            if len(outside):
+                raise BadRow(f"'{name}' holds {outside[0]}, outside the vocabulary of {self.vocabulary}")
+        labels[0] = IGNORED
+        return _checked(_Draft(ids=ids.astype(np.int32), labels=labels.astype(np.int32)))
+
+    def _tokenise(self, drafts: list[_Draft]) -> None:
+        """Tokenise wholes and prompts, each in one call, and finish the drafts in place."""
+        wholes = self._ids([draft.text for draft in drafts])
+        prompts = iter(self._ids([draft.prompt for draft in drafts if draft.prompt]))
+        for draft, whole in zip(drafts, wholes, strict=True):
+            start = 0
+            if draft.prompt:
+                whole, start = self._join(draft, whole, next(prompts))
+            if draft.plain:
+                if whole[: len(self.prefix)] != self.prefix:
+                    whole, start = self.prefix + whole, start + len(self.prefix)
+                if whole[-1:] != [self.tokenizer.eos_token_id]:
+                    whole = whole + [self.tokenizer.eos_token_id]
+            self._finish(draft, np.array(whole, dtype=np.int32), np.arange(len(whole)) >= start)
+
+    def _join(self, draft: _Draft, whole: list[int], prompt: list[int]) -> tuple[list[int], int]:
+        """Ids of the whole and the position of its first completion token."""
+        if whole[: len(prompt)] == prompt:
+            return whole, len(prompt)
+        if draft.text.startswith(draft.prompt):
+            draft.flags |= MERGED
+            return prompt + self._continuation(draft.text[len(draft.prompt) :]), len(prompt)
+        draft.flags |= UNLIKE
+        parting = next((i for i, (a, b) in enumerate(zip(whole, prompt, strict=False)) if a != b), len(whole))
+        return whole, parting
+
+    def _continuation(self, text: str) -> list[int]:
+        """Ids of a text that does not start its sequence: without the blank some SentencePiece models put first."""
+        newline, behind = self._ids(["\n", "\n" + text])
+        return behind[len(newline) :] if behind[: len(newline)] == newline else self._ids([text])[0]
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        if not texts:  # transformers takes an empty list for one text
+            return []
+        encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        return encoded["input_ids"]
+
+    def _finish(self, draft: _Draft, ids: np.ndarray, learnt: np.ndarray) -> _Draft:
+        draft.ids, draft.labels = ids, np.where(learnt, ids, IGNORED)
+        draft.labels[:1] = IGNORED
+        if not draft.plain and not (draft.labels == self.tokenizer.eos_token_id).any():
+            draft.flags |= NO_EOS
+        return _checked(draft)
+
+    def _table(self, drafts: list[_Draft]) -> pa.Table:
+        import pyarrow as pa
+
+        def column(arrays: list[np.ndarray], dtype: type = np.int32) -> pa.Array:
+            offsets = np.cumsum([0, *map(len, arrays)], dtype=np.int32)
+            values = np.concatenate([np.empty(0, dtype), *arrays], dtype=dtype)
+            return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
+
+        columns = {"input_ids": column([draft.ids for draft in drafts])}
+        if self.chosen_labels:
+            columns["labels"] = column([draft.labels for draft in drafts])
+        elif not self.all_learnt:
+            columns["learnt"] = column([draft.labels != IGNORED for draft in drafts], np.uint8)
+        supervised = [np.count_nonzero(draft.labels != IGNORED) for draft in drafts]
+        return pa.table(
+            columns
+            | {
+                "supervised": pa.array(supervised, pa.int32()),
+                "flags": pa.array([draft.flags for draft in drafts], pa.uint8()),
+                "problem": pa.array([draft.problem for draft in drafts], pa.string()),
+            }
+        )
+
+
+def _checked(draft: _Draft) -> _Draft:
+    """The draft, or one with a problem where nothing can be learnt from it."""
+    if (draft.labels != IGNORED).any():
+        return draft
+    if len(draft.ids) < 2:
+        return _Draft(problem=f"{len(draft.ids)} token{'s' if len(draft.ids) != 1 else ''}: nothing to predict")
+    return _Draft(problem=f"no supervised token among its {len(draft.ids)}")
+
+
+def _added_in_front(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that the tokenizer puts before a text by itself: usually `[bos]`, or nothing."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    starts = (i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare)
+    return list(full[: next(starts, 0)])
+
+
+def notes_of(flags: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What `flags` (uint8 `[rows]`) say, for the report."""
+    merged, unlike, no_eos = (int(np.count_nonzero(flags & flag)) for flag in (MERGED, UNLIKE, NO_EOS))
+    notes = []
+    if merged:
+        notes.append(
+            f"prompts that end inside a token of the whole text: {merged:,} (tokenised apart from their completions)"
+        )
+    if unlike:
+        notes.append(
+            f"prompts that the chat template renders otherwise when an answer follows: {unlike:,} "
+            "(the completion starts where the two part)"
+        )
+    if no_eos and tokenizer.eos_token is not None:
+        notes.append(
+            f"conversations without a supervised eos_token ({tokenizer.eos_token}): {no_eos:,} "
+            "(does the chat template end a turn with a token that generation stops at?)"
+        )
+    return notes

@@ -1,0 +1,282 @@
+"""Rows -> examples: tokenise once, then read token ids and labels of any examples in one call.
+
+    rows = open_rows("train.jsonl")
+    examples = build_examples(rows, tokenizer, max_length=2048, overflow="truncate")
+    examples.lengths                        # int32 [n]: all that a plan needs
+    ids, labels = examples.gather([3, 1])   # int64 [L3 + L1]: two documents, end to end
+
+Tokens are stored once per rows, tokenizer and loss mask. What only chooses among them (`max_length`, `overflow`,
+`on_bad_row`, `take`, `hold_out`) is a view: example i is the tokens `starts[i] .. starts[i] + lengths[i]` of
+document `rows[i]`, so changing `max_length` tokenises nothing again.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from packtrain.data import cache
+from packtrain.data.report import DataReport
+from packtrain.data.selection import View, select
+from packtrain.data.sources import Rows, describe_request, find_files, open_rows
+from packtrain.data.tokenizing import tokenize
+from packtrain.data.tokens import Documents, open_dataset
+from packtrain.errors import DataError
+
+if TYPE_CHECKING:
+    import datasets
+    from transformers import PreTrainedTokenizerBase
+
+_HELD_OUT = 0x68656C64  # "held": keeps this draw apart from others of the same seed
+
+
+class Examples:
+    """Token ids and labels of examples, numbered 0 to n-1.
+
+    Made by `build_examples`, `find_cached_examples` or `Examples.from_dataset`. A pickle holds paths and the
+    view, no tokens: a data loader's worker maps the same files.
+    """
+
+    def __init__(self, documents: Documents, view: View | None, report: DataReport):
+        self._documents, self._partial_view = documents, view
+        self.report = replace(
+            report,
+            examples=len(self),
+            tokens=int(self.lengths.sum(dtype=np.int64)),
+            supervised_tokens=int(self.supervised.sum(dtype=np.int64)),
+        )
+
+    @functools.cached_property
+    def _view(self) -> View:
+        if self._partial_view is not None:
+            return self._partial_view
+        count = len(self._documents.lengths)
+        return View(
+            rows=np.arange(count),
+            starts=np.broadcast_to(np.int32(0), count),
+            lengths=self._documents.lengths,
+            supervised=self._documents.supervised,
+        )
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int32 `[n]`, tokens of each example; memory-mapped where nothing was cut or left out."""
+        return self._view.lengths
+
+    @property
+    def supervised(self) -> np.ndarray:
+        """int32 `[n]`, tokens with a label other than -100; the first token of an example has none."""
+        return self._view.supervised
+
+    @property
+    def rows(self) -> np.ndarray:
+        """int64 `[n]`, the source row of each example."""
+        return self._view.rows
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the documents and of which tokens of them are examples."""
+        if self._partial_view is None:
+            return self._documents.fingerprint
+        digest = hashlib.sha256(self._documents.fingerprint.encode())
+        for array in (self.rows, self._view.starts, self.lengths):
+            digest.update(np.ascontiguousarray(array, dtype="<i8"))
+        return digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._view.rows)
+
+    def __getitem__(self, example_id: int) -> dict[str, np.ndarray]:
+        """`{"input_ids": int64 [L], "labels": int64 [L]}`."""
+        if not 0 <= example_id < len(self):
+            raise IndexError(example_id)
+        input_ids, labels = self.gather([example_id])
+        return {"input_ids": input_ids, "labels": labels}
+
+    def gather(
+        self,
+        example_ids: Sequence[int] | np.ndarray,
+        starts: np.ndarray | None = None,
+        stops: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Documents end to end, copied once, straight from the memory-mapped buffers.
+
+        Args:
+            example_ids: int `[S]`.
+            starts, stops: int `[S]`, positions within each example; the whole of it by default.
+
+        Returns:
+            input_ids and labels, int64 `[T]`; the first label of every document is -100.
+        """
+        ids = np.asarray(example_ids, dtype=np.int64)
+        view = self._view
+        lengths, first = view.lengths[ids], view.starts[ids].astype(np.int64)
+        starts = np.zeros_like(first) if starts is None else np.asarray(starts)
+        stops = lengths if stops is None else np.asarray(stops)
+        assert ((0 <= starts) & (starts <= stops) & (stops <= lengths)).all(), "a piece leaves its example"
+        return self._documents.tokens.gather(view.rows[ids], first + starts, first + stops)
+
+    def take(self, indices: Sequence[int] | np.ndarray) -> Examples:
+        """These examples in this order, renumbered from 0; nothing is copied but the view."""
+        return Examples(self._documents, self._view[np.asarray(indices, dtype=np.int64)], self.report)
+
+    def hold_out(self, eval_size: int | float, seed: int) -> tuple[Examples, Examples]:
+        """Split into (train, held out) by a seeded choice of source rows.
+
+        Whole rows are held out, so that pieces of one long row never stand on both sides.
+
+        Args:
+            eval_size: rows to hold out; below 1 a share of them.
+            seed: the choice is the same for the same seed and number of rows.
+
+        Raises:
+            DataError: nothing would be left on one side.
+        """
+        rows = np.unique(self.rows)
+        count = round(eval_size * len(rows)) if eval_size < 1 else int(eval_size)
+        if not 1 <= count < len(rows):
+            what = f"holds out {count:,} of {len(rows):,} rows, which leaves nothing to train or to evaluate on"
+            raise DataError(what, key="data.eval_size", value=eval_size)
+        chosen = np.random.default_rng([_HELD_OUT, seed]).permutation(len(rows))[:count]
+        held_out = np.isin(self.rows, rows[chosen])
+        return self.take(np.flatnonzero(~held_out)), self.take(np.flatnonzero(held_out))
+
+    def __reduce__(self):
+        return Examples, (self._documents, self._partial_view, self.report)
+
+    @classmethod
+    def from_dataset(
+        cls,
+        dataset: datasets.Dataset,
+        *,
+        max_length: int | None = None,
+        overflow: str = "error",
+        on_bad_row: str = "error",
+    ) -> Examples:
+        """Examples of a tokenised `datasets.Dataset`, read where they lie.
+
+        Args:
+            dataset: with a column `input_ids`, and `labels`, or `completion_mask` and/or `assistant_masks` (a
+                token is supervised where all masks are 1), or none of them (every token is supervised).
+            max_length, overflow, on_bad_row: as for `build_examples`; no limit by default.
+
+        Raises:
+            DataError: no such columns, lists of something else than integers, padding, labels of another length.
+        """
+        tokens = open_dataset(dataset)
+        lengths = tokens.input_ids.lengths()
+        problems = dict(reversed(tokens.problems()))  # the first of each row
+        lengths[list(problems)] = 0
+        supervised, good = np.zeros_like(lengths), np.flatnonzero(lengths)
+        supervised[good] = tokens.count_supervised(good, np.zeros_like(good), lengths[good])
+        unlearnable = good[supervised[good] == 0]
+        lengths[unlearnable] = 0
+        problems |= dict.fromkeys(unlearnable.tolist(), "no supervised token")
+        documents = Documents(
+            fingerprint=dataset._fingerprint,
+            format="input_ids",
+            tokens=tokens,
+            lengths=lengths,
+            supervised=supervised,
+            problems=sorted(problems.items()),
+        )
+        chosen = select(
+            documents, max_length=max_length, overflow=overflow, on_bad_row=on_bad_row, where="row {}".format
+        )
+        return cls(documents, *chosen)
+
+
+def build_examples(
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    format: str = "auto",
+    max_length: int = 2048,
+    overflow: str = "error",
+    completion_only_loss: bool | None = None,
+    assistant_only_loss: bool = False,
+    on_bad_row: str = "error",
+    num_proc: int | None = None,
+    cache_dir: str | Path | None = None,
+    tokenizer_key: str | None = None,
+) -> Examples:
+    """Tokenise rows, or find them tokenised, and choose what to train on.
+
+    Args:
+        rows: see `open_rows`.
+        tokenizer: a transformers tokenizer.
+        format: a key of `packtrain.data.formats.FORMATS`; `auto` goes by the columns.
+        max_length: most tokens of an example, at least 2.
+        overflow: of rows longer than that: `error`, `truncate` (keep the first tokens), `drop`, or `split` into
+            pieces of `max_length` (pieces without a supervised token are left out).
+        completion_only_loss: learn from completions only; None is the format's own default.
+        assistant_only_loss: learn from what the chat template marks with `{% generation %}`.
+        on_bad_row: `error` lists them all at once; `skip` leaves them out and lists them in the report.
+        num_proc: processes that tokenise.
+        cache_dir: see `packtrain.data.cache`.
+        tokenizer_key: how `find_cached_examples` will name this tokenizer, see `cache.tokenizer_key`.
+
+    Raises:
+        DataError: with file and row, or key and value, and the fix.
+    """
+    options = dict(format=format, completion_only_loss=completion_only_loss, assistant_only_loss=assistant_only_loss)
+    documents = tokenize(rows, tokenizer, **options, num_proc=num_proc, cache_dir=cache_dir)
+    if tokenizer_key is not None:
+        request = {"rows": rows.request, "tokenizer": tokenizer_key, **options}
+        cache.remember(request, documents.fingerprint, rows.files, cache_dir)
+    chosen = select(documents, max_length=max_length, overflow=overflow, on_bad_row=on_bad_row, where=rows.where)
+    return Examples(documents, *chosen)
+
+
+def find_cached_examples(
+    path: str | Path,
+    tokenizer_key: str,
+    *,
+    name: str | None = None,
+    split: str = "train",
+    num_rows: int | None = None,
+    seed: int = 0,
+    format: str = "auto",
+    max_length: int = 2048,
+    overflow: str = "error",
+    completion_only_loss: bool | None = None,
+    assistant_only_loss: bool = False,
+    on_bad_row: str = "error",
+    cache_dir: str | Path | None = None,
+) -> tuple[Examples | None, str]:
+    """Examples that `build_examples` tokenised before, without reading rows or loading a tokenizer.
+
+    Local files must have the size and time they had then; a Hub dataset is taken to be unchanged.
+
+    Returns:
+        The examples and "", or None and why there are none.
+
+    Raises:
+        DataError: as `build_examples`, for what can be known without tokenising.
+    """
+    source = dict(name=name, split=split, num_rows=num_rows, seed=seed)
+    request = {
+        "rows": describe_request(path, **source),
+        "tokenizer": tokenizer_key,
+        "format": format,
+        "completion_only_loss": completion_only_loss,
+        "assistant_only_loss": assistant_only_loss,
+    }
+    documents = cache.recall(request, cache.stat_files(find_files(path, split)), cache_dir)
+    if isinstance(documents, str):
+        return None, documents
+    reopen = functools.cache(lambda: open_rows(path, **source))
+    chosen = select(
+        documents,
+        max_length=max_length,
+        overflow=overflow,
+        on_bad_row=on_bad_row,
+        where=lambda row: reopen().where(row),  # read only where a message has to name a row
+    )
+    return Examples(documents, *chosen), ""
