@@ -1,0 +1,1 @@
+"""Lengths -> strategy -> plan -> batch: the second room."""

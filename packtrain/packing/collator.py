@@ -1,0 +1,246 @@
+"""Documents to tensors: one kernel per layout, and two ways to reach it.
+
+* `MicroBatches`: a dataset of planned micro-batches; gathers tokens straight from the stored examples.
+* `PackCollator`: also takes a list of `{"input_ids", "labels"}`, so it works in a stock `transformers.Trainer`
+  (`data_collator=PackCollator(...)`, `remove_unused_columns=False`).
+
+Two documents of 3 and 2 tokens, prompt masked in the first, in the two layouts:
+
+    flat     input_ids     [[ 5,  6,  7,  8,  9]]      padded  input_ids      [[ 5, 6, 7], [ 8, 9,  0]]
+             labels        [[-, -,  7,  -,  9]]                labels         [[ -, -, 7], [ -, 9,  -]]     (- is -100)
+             position_ids  [[ 0,  1,  2,  0,  1]]              attention_mask [[ 1, 1, 1], [ 1, 1,  0]]
+             cu_seq_lens_q [0, 3, 5]                           position_ids   [[ 0, 1, 2], [ 0, 1,  2]]
+             seq_idx       [[ 0,  0,  0,  1,  1]]
+
+A flat batch has no `attention_mask`: with one, transformers lets documents see each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from packtrain.errors import DataError, PlanError
+from packtrain.packing.packs import offsets_of
+from packtrain.packing.plan import MicroBatch
+
+IGNORED = -100  # the label that no loss looks at
+FILLER_TOKENS = 2  # of a filler micro-batch: the shortest document with something to predict
+
+Batch = dict[str, Any]
+
+
+def collate_flat(
+    input_ids: np.ndarray,
+    labels: np.ndarray,
+    lengths: np.ndarray,
+    example_ids: np.ndarray,
+    *,
+    supervised: np.ndarray | None = None,
+    loss_weighting: Literal["token", "example"] = "token",
+    position_start: int = 0,
+) -> Batch:
+    """Documents end to end in one row.
+
+    Args:
+        input_ids, labels: int64 `[T]`, documents end to end, labels unshifted. Neither is changed.
+        lengths: int64 `[S]`, tokens of each document, summing to T.
+        example_ids: int64 `[S]`.
+        supervised: int64 `[S]`, supervised tokens of the whole example (a document may be a piece of one); None to
+            count them here.
+        loss_weighting: "token" gives every supervised token weight 1; "example" 1 / supervised tokens of its example.
+        position_start: the model's first position (2 for RoBERTa).
+
+    Returns:
+        The batch of the design's section "The batch": everything `[1, T]` but `cu_seq_lens_*` int32 `[S + 1]`,
+        `max_length_*` (Python int) and `example_ids` int64 `[S]`. `loss_weights` is 0 where the label is -100.
+    """
+    offsets = offsets_of(lengths)  # [S + 1]
+    document = np.repeat(np.arange(len(lengths)), lengths)  # [T]
+    labels = _without_first_labels(labels, offsets, lengths)
+    positions = np.arange(len(input_ids)) - offsets[document] + position_start  # [T]
+    weights = _loss_weights(labels, document, len(lengths), supervised, loss_weighting)
+    cu_seq_lens = torch.from_numpy(offsets.astype(np.int32))
+    longest = int(lengths.max())
+    return {
+        "input_ids": torch.from_numpy(input_ids)[None],
+        "labels": torch.from_numpy(labels)[None],
+        "position_ids": torch.from_numpy(positions)[None],
+        "cu_seq_lens_q": cu_seq_lens,
+        "cu_seq_lens_k": cu_seq_lens,
+        "max_length_q": longest,
+        "max_length_k": longest,
+        "seq_idx": torch.from_numpy(document.astype(np.int32))[None],
+        "loss_weights": torch.from_numpy(weights)[None],
+        "example_ids": torch.from_numpy(np.asarray(example_ids, dtype=np.int64)),
+    }
+
+
+def collate_padded(
+    input_ids: np.ndarray,
+    labels: np.ndarray,
+    lengths: np.ndarray,
+    example_ids: np.ndarray,
+    *,
+    pad_token_id: int,
+    width: int | None = None,
+    supervised: np.ndarray | None = None,
+    loss_weighting: Literal["token", "example"] = "token",
+    position_start: int = 0,
+    padding_side: Literal["right", "left"] = "right",
+) -> Batch:
+    """One document per row, filled up to `width` (None: the longest).
+
+    Arguments as `collate_flat`. Filler is known by its place, never by its id: where the padding token is also the
+    end-of-text token, the real one keeps its label.
+
+    Returns:
+        `input_ids`, `labels`, `attention_mask`, `position_ids` int64 `[B, width]`, `loss_weights` float32 `[B, width]`,
+        `example_ids` int64 `[B]`.
+    """
+    offsets = offsets_of(lengths)
+    document = np.repeat(np.arange(len(lengths)), lengths)
+    labels = _without_first_labels(labels, offsets, lengths)
+    weights = _loss_weights(labels, document, len(lengths), supervised, loss_weighting)
+
+    longest = int(lengths.max())
+    width = longest if width is None else width
+    if longest > width:
+        raise PlanError(f"a document of {longest} tokens doesn't fit a row of {width}", key="max_length", value=width)
+    start = np.zeros_like(lengths) if padding_side == "right" else width - lengths  # [B], column of the first token
+    columns = np.arange(width)[None]  # [1, width]
+    real = (columns >= start[:, None]) & (columns < (start + lengths)[:, None])  # [B, width]
+
+    def rows(values: np.ndarray, fill: float) -> torch.Tensor:
+        padded = np.full((len(lengths), width), fill, dtype=values.dtype)
+        padded[real] = values
+        return torch.from_numpy(padded)
+
+    return {
+        "input_ids": rows(input_ids, pad_token_id),
+        "labels": rows(labels, IGNORED),
+        "attention_mask": torch.from_numpy(real.astype(np.int64)),
+        "position_ids": torch.from_numpy(np.maximum(columns - start[:, None], 0) + position_start),
+        "loss_weights": rows(weights, 0.0),
+        "example_ids": torch.from_numpy(np.asarray(example_ids, dtype=np.int64)),
+    }
+
+
+class PackCollator:
+    """Documents to a batch of one layout.
+
+    Args:
+        layout: "flat" or "padded".
+        pad_token_id: for padding and for filler micro-batches.
+        padded_to: "longest" of the micro-batch, or "max_length".
+        max_length: the width with `padded_to="max_length"`.
+        loss_weighting, position_start, padding_side: see `collate_flat` and `collate_padded`.
+
+        >>> collator = PackCollator(layout="flat", pad_token_id=0)
+        >>> collator([{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9]}])["position_ids"]
+        tensor([[0, 1, 2, 0, 1]])
+    """
+
+    def __init__(
+        self,
+        layout: Literal["flat", "padded"] = "flat",
+        pad_token_id: int = 0,
+        padded_to: Literal["longest", "max_length"] | None = None,
+        max_length: int | None = None,
+        loss_weighting: Literal["token", "example"] = "token",
+        position_start: int = 0,
+        padding_side: Literal["right", "left"] = "right",
+    ):
+        if layout not in ("flat", "padded"):
+            raise PlanError("the layout is 'flat' or 'padded'", key="layout", value=layout)
+        if loss_weighting not in ("token", "example"):
+            raise PlanError("is 'token' or 'example'", key="objective.loss_weighting", value=loss_weighting)
+        if padded_to == "max_length" and max_length is None:
+            raise PlanError("padding to max_length needs max_length", key="max_length")
+        self.layout, self.pad_token_id = layout, pad_token_id
+        self.width = max_length if padded_to == "max_length" else None
+        self.loss_weighting, self.position_start, self.padding_side = loss_weighting, position_start, padding_side
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> Batch:
+        """A batch from rows with `input_ids` and, maybe, `labels` (default: the input_ids) and `example_id`."""
+        ids = [np.asarray(feature["input_ids"], dtype=np.int64) for feature in features]
+        labels = [
+            own if feature.get("labels") is None else np.asarray(feature["labels"], dtype=np.int64)
+            for own, feature in zip(ids, features, strict=True)
+        ]
+        for number, (own, targets) in enumerate(zip(ids, labels, strict=True)):
+            if own.ndim != 1 or own.shape != targets.shape or len(own) == 0:
+                raise DataError(
+                    f"input_ids of shape {own.shape} and labels of shape {targets.shape}; both must be flat, equally "
+                    "long and not empty",
+                    where=f"row {number} of the batch",
+                )
+        example_ids = [feature.get("example_id", number) for number, feature in enumerate(features)]
+        lengths = np.array([len(own) for own in ids], dtype=np.int64)
+        if not ids:
+            return self.filler()
+        return self.collate(np.concatenate(ids), np.concatenate(labels), lengths, np.array(example_ids))
+
+    def collate(
+        self,
+        input_ids: np.ndarray,
+        labels: np.ndarray,
+        lengths: np.ndarray,
+        example_ids: np.ndarray,
+        supervised: np.ndarray | None = None,
+    ) -> Batch:
+        """A batch from documents end to end; arguments as `collate_flat`."""
+        options = {
+            "supervised": supervised, "loss_weighting": self.loss_weighting, "position_start": self.position_start,
+        }  # fmt: skip
+        if self.layout == "flat":
+            return collate_flat(input_ids, labels, lengths, example_ids, **options)
+        return collate_padded(
+            input_ids, labels, lengths, example_ids,
+            pad_token_id=self.pad_token_id, width=self.width, padding_side=self.padding_side, **options,
+        )  # fmt: skip
+
+    def filler(self) -> Batch:
+        """The micro-batch of a rank that has no examples left in a step: one document of padding, weight zero."""
+        ids = np.full(FILLER_TOKENS, self.pad_token_id, dtype=np.int64)
+        labels = np.full(FILLER_TOKENS, IGNORED, dtype=np.int64)
+        return self.collate(ids, labels, np.array([FILLER_TOKENS]), np.array([-1]))
+
+
+class MicroBatches(Dataset):
+    """The examples seen as micro-batches: indexed by a `MicroBatch` of the plan, gives its finished batch.
+
+    `examples` has `gather(example_ids, starts, stops) -> (input_ids [T], labels [T])` and `supervised`, int32 `[n]`.
+    """
+
+    def __init__(self, examples: Any, collator: PackCollator):
+        self.examples, self.collator = examples, collator
+
+    def __getitem__(self, micro_batch: MicroBatch) -> Batch:
+        if not len(micro_batch):
+            return self.collator.filler()
+        ids = micro_batch.example_ids
+        input_ids, labels = self.examples.gather(ids, micro_batch.starts, micro_batch.stops)
+        supervised = np.asarray(self.examples.supervised[ids], dtype=np.int64)
+        return self.collator.collate(input_ids, labels, micro_batch.lengths, ids, supervised)
+
+
+def _without_first_labels(labels: np.ndarray, offsets: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The first token of a document has nothing before it to be predicted from."""
+    labels = labels.copy()
+    labels[offsets[:-1][lengths > 0]] = IGNORED
+    return labels
+
+
+def _loss_weights(labels, document, documents, supervised, loss_weighting) -> np.ndarray:
+    """float32 `[T]`; 0 where nothing is supervised, so that their sum is the loss's denominator."""
+    counted = labels != IGNORED  # [T]
+    if loss_weighting == "token":
+        return counted.astype(np.float32)
+    if supervised is None:
+        supervised = np.bincount(document[counted], minlength=documents)  # [S]
+    return np.where(counted, 1.0 / np.maximum(supervised, 1)[document], 0.0).astype(np.float32)

@@ -1,0 +1,259 @@
+"""The plan: for every step, the micro-batches of every rank; a pure function of (lengths, strategy, seed, step).
+
+    plan = make_plan(lengths, strategy="balanced", seed=0, examples_per_step=64, max_tokens=16384, world_size=2)
+    plan.examples(step=1000)                 # ids of the examples that update 1000 sees, whatever the world size
+    plan.micro_batches(step=1000, rank=1)    # what rank 1 computes for it
+
+Nothing is stored per step and no random state exists: any rank asks for any step, in any order, at once. So the step
+number is the whole state of the data, and a run resumes by asking for the next step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+
+from packtrain.errors import PlanError
+from packtrain.packing.accumulation import first_misfit, smallest_accumulation
+from packtrain.packing.cost import Cost
+from packtrain.packing.lengths import check_lengths, chunks
+from packtrain.packing.scopes import EpochScope, MicroBatch, StepScope
+from packtrain.packing.strategies import resolve_strategy
+
+__all__ = ["MicroBatch", "Plan", "make_plan"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Plan:
+    """See the module's docstring; built by `make_plan`.
+
+    Attributes:
+        strategy: its name.
+        layout: "padded" or "flat".
+        world_size: ranks.
+        gradient_accumulation_steps: micro-batches of a rank in every step.
+        total_steps: updates of the whole run.
+        num_epochs: epochs begun by the run.
+        scope: which examples a step sees and how they are laid out.
+    """
+
+    strategy: str
+    layout: Literal["padded", "flat"]
+    world_size: int
+    gradient_accumulation_steps: int
+    total_steps: int
+    epoch_starts: tuple[int, ...]
+    scope: StepScope | EpochScope
+
+    @property
+    def num_epochs(self) -> int:
+        return self.locate(self.total_steps - 1)[0] + 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self.scope.lengths
+
+    def steps_in_epoch(self, epoch: int) -> int:
+        """Updates of a complete epoch (the run's last epoch may end earlier)."""
+        return self.scope.steps_in_epoch(epoch)
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """(epoch, index within the epoch) of an update of the run."""
+        if not 0 <= step < self.total_steps:
+            raise IndexError(f"step {step} of a run of {self.total_steps} steps")
+        epoch = bisect_right(self.epoch_starts, step) - 1
+        return epoch, step - self.epoch_starts[epoch]
+
+    def examples(self, step: int) -> np.ndarray:
+        """The ids of the examples that an update sees: int64, each once, whatever the world size."""
+        return self.scope.examples(*self.locate(step))
+
+    def layout_of(self, step: int) -> list[MicroBatch]:
+        """All micro-batches of an update: number `m * world_size + r` is that of rank r in micro-step m."""
+        return self.scope.micro_batches(*self.locate(step), self.gradient_accumulation_steps, self.world_size)
+
+    def micro_batches(self, step: int, rank: int) -> list[MicroBatch]:
+        """What one rank computes for an update: `gradient_accumulation_steps` micro-batches, maybe filler."""
+        assert 0 <= rank < self.world_size, f"rank {rank} of {self.world_size}"
+        return self.layout_of(step)[rank :: self.world_size]
+
+    @cached_property
+    def hash(self) -> str:
+        """sha256 of what defines the examples of each step: lengths, seed, and the scope's rule.
+
+        World size and layout are left out where they don't matter: a run may resume on another number of ranks, or
+        with another step-scope strategy, and see the same examples in the same steps.
+        """
+        digest = hashlib.sha256(repr((1, len(self.lengths), *self.scope.identity())).encode())
+        for _, chunk in chunks(self.lengths):
+            digest.update(chunk.astype("<i4").tobytes())
+        return digest.hexdigest()
+
+
+def make_plan(
+    lengths: Sequence[int] | np.ndarray,
+    *,
+    strategy: str = "balanced",
+    seed: int = 0,
+    examples_per_step: int = 64,
+    max_tokens: int = 16384,
+    max_length: int | None = None,
+    world_size: int = 1,
+    gradient_accumulation_steps: int | Literal["auto"] = "auto",
+    tokens_per_step: int | None = None,
+    num_epochs: float = 1.0,
+    max_steps: int = -1,
+    cost: Cost | None = None,
+) -> Plan:
+    """Plan a run.
+
+    Args:
+        lengths: tokens of each example, integers `[n]`; may be memory-mapped.
+        strategy: a key of `STRATEGIES`, or `my_package.my_module:function`.
+        seed: of every shuffle.
+        examples_per_step: examples of an update over all ranks. Step scope: exactly (the last update of an epoch
+            sees the rest). Epoch scope: on average, unless one of the next two settles the packs of an update.
+        max_tokens: most tokens in one micro-batch; of a padded layout, rows x width.
+        max_length: the width of `pad_max`; None for the longest example.
+        world_size: ranks.
+        gradient_accumulation_steps: "auto" for the smallest with which every micro-batch of every step fits.
+            Epoch scope: a number means updates of that many packs per rank.
+        tokens_per_step: epoch scope only: updates of `ceil(tokens_per_step / max_tokens)` packs.
+        num_epochs: may be fractional.
+        max_steps: updates of the run; overrides `num_epochs` when positive.
+        cost: what a document costs, for the balance; None counts tokens.
+
+    Raises:
+        PlanError: what can't be planned, with the key and the fix.
+    """
+    lengths = check_lengths(lengths)
+    rule = resolve_strategy(strategy)
+    positive = {"examples_per_step": examples_per_step, "max_tokens": max_tokens, "world_size": world_size}
+    optional = {"max_length": max_length, "tokens_per_step": tokens_per_step}
+    if gradient_accumulation_steps != "auto":
+        positive["gradient_accumulation_steps"] = gradient_accumulation_steps
+    for key, value in positive.items() | {item for item in optional.items() if item[1] is not None}:
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+            raise PlanError("must be a positive integer", key=key, value=value)
+    if max_steps <= 0 and not (math.isfinite(num_epochs) and num_epochs > 0):
+        raise PlanError("must be a positive number", key="num_epochs", value=num_epochs)
+    if rule.scope == "step" and tokens_per_step is not None:
+        raise PlanError(
+            f"{strategy!r} takes its steps by examples, not by tokens",
+            key="batching.tokens_per_step",
+            value=tokens_per_step,
+            fix="set examples_per_step, or choose a strategy that packs the whole epoch (bfd, optimal, ...)",
+        )
+    longest = _check_examples(lengths, max_tokens, max_length, rule)
+    width = (max_length or longest) if rule.padded_to == "max_length" else longest
+    cost = cost or Cost()
+    common = {
+        "lengths": lengths,
+        "strategy": rule,
+        "name": strategy,
+        "seed": int(seed),
+        "max_tokens": max_tokens,
+        "cost": cost,
+    }
+
+    if rule.scope == "step":
+        scope = StepScope(**common, examples_per_step=examples_per_step, width=width)
+    else:
+        if tokens_per_step is not None:
+            packs_per_step = -(-tokens_per_step // max_tokens)
+        elif gradient_accumulation_steps != "auto":
+            packs_per_step = gradient_accumulation_steps * world_size
+        else:
+            packs_per_step = None  # from examples_per_step, once the packs are known
+        scope = EpochScope.of(**common, packs_per_step=packs_per_step, examples_per_step=examples_per_step)
+    epoch_starts, total_steps = _schedule(scope, num_epochs, max_steps)
+
+    if rule.scope == "epoch":
+        needed = -(-scope.packs_per_step // world_size)
+        if gradient_accumulation_steps == "auto":
+            gradient_accumulation_steps = needed
+        elif gradient_accumulation_steps < needed:
+            raise PlanError(
+                f"an update of {tokens_per_step} tokens is {scope.packs_per_step} packs of {max_tokens}, {needed} per rank",
+                key="gradient_accumulation_steps",
+                value=gradient_accumulation_steps,
+                fix="leave it 'auto', or lower tokens_per_step",
+            )
+    else:
+        run = {
+            "examples_per_step": examples_per_step, "seed": scope.seed, "steps": total_steps, "ranks": world_size,
+            "capacity": max_tokens, "width": width, "cost": cost,
+        }  # fmt: skip
+        if gradient_accumulation_steps == "auto":
+            gradient_accumulation_steps = smallest_accumulation(lengths, rule, **run)
+        elif misfit := first_misfit(lengths, rule, gradient_accumulation_steps, **run):
+            step, needed = misfit
+            raise PlanError(
+                f"step {step} needs {needed} micro-batches of {max_tokens} tokens per rank",
+                key="gradient_accumulation_steps",
+                value=gradient_accumulation_steps,
+                fix="leave it 'auto', raise max_tokens, or lower examples_per_step",
+            )
+    return Plan(
+        strategy=strategy,
+        layout=rule.layout,
+        world_size=world_size,
+        gradient_accumulation_steps=int(gradient_accumulation_steps),
+        total_steps=total_steps,
+        epoch_starts=epoch_starts,
+        scope=scope,
+    )
+
+
+def _check_examples(lengths: np.ndarray, max_tokens: int, max_length: int | None, rule) -> int:
+    """The longest length, after every example was found plannable."""
+    if len(lengths) == 0:
+        raise PlanError(
+            "there are no examples to plan", fix="check the data: every row was skipped, or the split is empty"
+        )
+    limit = max_tokens if not rule.splits else np.iinfo(np.int64).max
+    key = "max_tokens"
+    if rule.padded_to == "max_length" and max_length is not None and max_length < limit:
+        limit, key = max_length, "max_length"
+    longest = 0
+    for start, chunk in chunks(lengths):
+        longest = max(longest, int(chunk.max()))
+        if longest > limit:
+            first = int(np.flatnonzero(chunk > limit)[0])
+            raise PlanError(
+                f"example {start + first} has {chunk[first]} tokens, more than {key} = {limit}",
+                key=f"batching.{key}" if key == "max_tokens" else f"data.{key}",
+                fix=f"raise {key}, or lower data.max_length and choose data.overflow (truncate, drop or split)",
+            )
+        if chunk.min() == 0:
+            raise PlanError(
+                f"example {start + int(np.flatnonzero(chunk == 0)[0])} has no tokens",
+                fix="drop empty examples (data.on_bad_row: skip)",
+            )
+    if rule.padded_to == "max_length" and max_length is not None and max_length > max_tokens:
+        raise PlanError(
+            f"one row padded to max_length = {max_length} is more than max_tokens",
+            key="batching.max_tokens",
+            value=max_tokens,
+            fix=f"raise max_tokens to at least {max_length}, or lower data.max_length",
+        )
+    return longest
+
+
+def _schedule(scope: StepScope | EpochScope, num_epochs: float, max_steps: int) -> tuple[tuple[int, ...], int]:
+    """(first step of each epoch begun, steps of the run), as transformers.Trainer counts them: `max_steps` when
+    positive, else the whole epochs and the rounded-up part of the last."""
+    starts, steps, epoch = [], 0, 0
+    while steps < max_steps if max_steps > 0 else epoch < num_epochs:
+        starts.append(steps)
+        in_epoch = scope.steps_in_epoch(epoch)
+        steps += in_epoch if max_steps > 0 or epoch + 1 <= num_epochs else math.ceil((num_epochs - epoch) * in_epoch)
+        epoch += 1
+    return tuple(starts), min(steps, max_steps) if max_steps > 0 else steps

@@ -1,0 +1,160 @@
+"""The two ways of choosing what an update sees.
+
+* `StepScope`: the next `examples_per_step` of the epoch's shuffle. The strategy only lays them out.
+* `EpochScope`: the whole epoch is packed, and an update is the next `packs_per_step` packs of their shuffle.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from packtrain.packing.cost import Cost
+from packtrain.packing.packs import ListedPacks, PatternPacks
+from packtrain.packing.shuffle import derive_key, permute, shuffled
+from packtrain.packing.strategies import Strategy
+
+EXAMPLES, PACKS, CHOICES = 0, 1, 2  # what a seeded shuffle is for
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MicroBatch:
+    """What one forward pass of one rank sees; no documents at all is a filler micro-batch.
+
+    Attributes:
+        example_ids: int64 `[S]`.
+        starts, stops: int64 `[S]`, the piece of each example (all of it, unless the strategy splits examples).
+    """
+
+    example_ids: np.ndarray
+    starts: np.ndarray
+    stops: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.example_ids)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self.stops - self.starts
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StepScope:
+    """An update is the next `examples_per_step` of the shuffle; `width` is the width of `pad_max`."""
+
+    lengths: np.ndarray
+    strategy: Strategy
+    name: str
+    seed: int
+    max_tokens: int
+    cost: Cost
+    examples_per_step: int
+    width: int
+
+    def steps_in_epoch(self, epoch: int) -> int:
+        return -(-len(self.lengths) // self.examples_per_step)
+
+    def examples(self, epoch: int, index: int) -> np.ndarray:
+        start = index * self.examples_per_step
+        stop = start + self.examples_per_step
+        return shuffled(len(self.lengths), seed=self.seed, epoch=epoch, purpose=EXAMPLES, start=start, stop=stop)
+
+    def micro_batches(self, epoch: int, index: int, micro_steps: int, ranks: int) -> list[MicroBatch]:
+        ids = self.examples(epoch, index)
+        lengths = np.asarray(self.lengths[ids], dtype=np.int64)
+        parts = self.strategy.function(
+            lengths, micro_steps=micro_steps, ranks=ranks, capacity=self.max_tokens, cost=self.cost
+        )
+        assert len(parts) == micro_steps * ranks, f"{self.name}: {len(parts)} micro-batches"
+        return [
+            MicroBatch(example_ids=ids[part], starts=np.zeros(len(part), np.int64), stops=lengths[part])
+            for part in parts
+        ]
+
+    def identity(self) -> tuple:
+        return "step", self.seed, self.examples_per_step
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EpochScope:
+    """An update is the next `packs_per_step` packs of the epoch, in shuffled order. One epoch's packs are held."""
+
+    lengths: np.ndarray
+    strategy: Strategy
+    name: str
+    seed: int
+    max_tokens: int
+    cost: Cost
+    packs_per_step: int
+    held: dict[int, ListedPacks | PatternPacks] = field(default_factory=dict, repr=False)
+    counts: dict[int, int] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, *, packs_per_step: int | None, examples_per_step: int, **common) -> EpochScope:
+        scope = cls(**common, packs_per_step=packs_per_step or 1)
+        if packs_per_step is None:  # so that an update sees `examples_per_step` on average
+            packs = scope.packs(0)
+            packs_per_step = max(1, round(examples_per_step * len(packs) / len(scope.lengths)))
+        return replace(scope, packs_per_step=packs_per_step)
+
+    def packs(self, epoch: int) -> ListedPacks | PatternPacks:
+        if epoch not in self.held:
+            key = derive_key(self.seed, epoch, CHOICES)
+            packs = next(iter(self.held.values()), None)
+            if isinstance(packs, PatternPacks):  # the packing is that of every epoch, the examples in it are not
+                packs = replace(packs, key=key)
+            else:
+                lengths = self.lengths
+                if self.strategy.by_order:
+                    lengths = lengths[self._order(epoch, np.arange(len(lengths)))]
+                packs = self.strategy.function(lengths, self.max_tokens, key)
+            self.held.clear()
+            self.held[epoch] = packs
+            self.counts[epoch] = len(packs)
+        return self.held[epoch]
+
+    def steps_in_epoch(self, epoch: int) -> int:
+        known = epoch if self.strategy.by_order else 0  # otherwise every epoch has the same number of packs
+        if known not in self.counts:
+            self.packs(known)
+        return -(-self.counts[known] // self.packs_per_step)
+
+    def examples(self, epoch: int, index: int) -> np.ndarray:
+        ids = self._take(epoch, index)[0]
+        return ids if ids.ndim == 1 else np.array(list(dict.fromkeys(ids[:, 0].tolist())), dtype=np.int64)
+
+    def micro_batches(self, epoch: int, index: int, micro_steps: int, ranks: int) -> list[MicroBatch]:
+        items, offsets = self._take(epoch, index)
+        if items.ndim == 1:
+            items = np.stack([items, np.zeros_like(items), self.lengths[items]], axis=1)
+        packs = [
+            MicroBatch(example_ids=pack[:, 0], starts=pack[:, 1], stops=pack[:, 2])
+            for pack in np.split(items.astype(np.int64), offsets[1:-1])
+        ]
+        # The dearest packs share a micro-step, so that the ranks are level in each.
+        packs.sort(key=lambda pack: -self.cost(pack.lengths).sum())
+        filler = MicroBatch(
+            example_ids=np.zeros(0, np.int64), starts=np.zeros(0, np.int64), stops=np.zeros(0, np.int64)
+        )
+        return packs + [filler] * (micro_steps * ranks - len(packs))
+
+    def identity(self) -> tuple:
+        return "epoch", self.name, self.seed, self.max_tokens, self.packs_per_step
+
+    def _take(self, epoch: int, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """(items, offsets) of an update's packs; items are example ids `[m]`, or rows (id, start, stop)."""
+        packs = self.packs(epoch)
+        start = index * self.packs_per_step
+        numbers = shuffled(
+            len(packs), seed=self.seed, epoch=epoch, purpose=PACKS, start=start, stop=start + self.packs_per_step
+        )
+        items, offsets = packs.take(numbers)
+        if self.strategy.by_order:
+            items = items.copy()
+            where = items if items.ndim == 1 else items[:, 0]
+            where[:] = self._order(epoch, where)
+        return items, offsets
+
+    def _order(self, epoch: int, places: np.ndarray) -> np.ndarray:
+        return permute(places, len(self.lengths), derive_key(self.seed, epoch, EXAMPLES))

@@ -1,0 +1,242 @@
+"""The strategies: which examples lie together in memory. One function and one line in `STRATEGIES` each.
+
+Step scope, the layouts of one update's examples over ranks and micro-steps:
+
+    function(lengths, *, micro_steps, ranks, capacity, cost) -> micro_steps * ranks index arrays
+
+  `lengths` are those of the step's examples, in the order of the shuffle. Array `m * ranks + r` is what rank r computes
+  in micro-step m; it may be empty (a filler micro-batch stands in). Each index occurs exactly once.
+
+Epoch scope, the packs of a whole epoch:
+
+    function(lengths, capacity, key) -> a sequence of index arrays
+
+  Each index occurs exactly once and no pack exceeds `capacity` tokens. A strategy that splits examples returns rows
+  (index, start, stop) instead. `key` is a 64-bit integer for seeded choices, another one in every epoch. The plan
+  shuffles the order of the packs; with `by_order` the lengths arrive in the order of the epoch's shuffle.
+
+A recipe may name a function of its own, `my_package.my_module:function`: it is taken as epoch scope (and its
+result is checked), or the name of a `Strategy`, which says its scope and layout itself.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from packtrain.errors import PlanError
+from packtrain.packing.balance import balanced
+from packtrain.packing.cost import Cost
+from packtrain.packing.histogram import best_fit_decreasing, first_fit_decreasing
+from packtrain.packing.lengths import histogram
+from packtrain.packing.packs import ListedPacks, PatternPacks, sort_by_length
+from packtrain.packing.shuffle import permute
+
+OPEN_PACKS = 16  # packs among which `random` chooses
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strategy:
+    """What the plan and the collator need to know of a strategy.
+
+    Attributes:
+        function: see the module's docstring.
+        scope: "step" lays out the examples of one update, "epoch" packs the whole epoch first.
+        layout: "padded" `[B, T]` or "flat" `[1, T]`.
+        padded_to: of a padded layout, the width of a micro-batch.
+        splits: whether examples are cut.
+        by_order: epoch scope; the packs depend on the order of the examples.
+    """
+
+    function: Callable
+    scope: Literal["step", "epoch"] = "epoch"
+    layout: Literal["padded", "flat"] = "flat"
+    padded_to: Literal["max_length", "longest"] | None = None
+    splits: bool = False
+    by_order: bool = False
+
+
+def equal_counts(lengths: np.ndarray, *, micro_steps: int, ranks: int, capacity: int, cost: Cost) -> list[np.ndarray]:
+    """Neighbours of the shuffle, the same number in every micro-batch (differing by one where it must).
+
+    >>> equal_counts(np.array([5, 9, 2, 7, 1]), micro_steps=2, ranks=1, capacity=99, cost=Cost())
+    [array([0, 1, 2]), array([3, 4])]
+    """
+    return np.array_split(np.arange(len(lengths)), micro_steps * ranks)
+
+
+def sorted_groups(lengths: np.ndarray, *, micro_steps: int, ranks: int, capacity: int, cost: Cost) -> list[np.ndarray]:
+    """Sorted by length and cut where the largest padded micro-batch (rows x longest) is smallest.
+
+    Found by bisection on that area: a group is filled from the longest remaining example on while rows x longest stays
+    within the area, which needs the fewest groups for it. The strongest padded baseline there is.
+
+        >>> [part.tolist() for part in
+        ...  sorted_groups(np.array([9, 2, 2, 8, 3]), micro_steps=2, ranks=1, capacity=99, cost=Cost())]
+        [[0, 3], [4, 1, 2]]
+    """
+    groups = micro_steps * ranks
+    order = np.argsort(-lengths.astype(np.int64), kind="stable")
+    descending = lengths[order].tolist()
+
+    def cuts(area: int) -> list[int]:
+        ends, place = [], 0
+        while place < len(descending):
+            place += max(1, area // descending[place]) if descending[place] else len(descending)
+            ends.append(min(place, len(descending)))
+        return ends
+
+    low, high = (descending[0] if descending else 0), sum(descending[:1]) * len(descending)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(cuts(middle)) <= groups else (middle + 1, high)
+    parts = np.split(order, cuts(low)[:-1])
+    return parts + [order[:0]] * (groups - len(parts))
+
+
+def bfd(lengths: np.ndarray, capacity: int, key: int) -> PatternPacks:
+    """Best-fit decreasing: the longest first, each into the fullest pack that still takes it."""
+    counts = histogram(lengths)
+    patterns = best_fit_decreasing(counts, capacity)
+    return PatternPacks(patterns=patterns, counts=counts, by_length=sort_by_length(lengths, counts), key=key)
+
+
+def ffd(lengths: np.ndarray, capacity: int, key: int) -> PatternPacks:
+    """First-fit decreasing: the longest first, each into the pack opened first that still takes it."""
+    counts = histogram(lengths)
+    patterns = first_fit_decreasing(counts, capacity)
+    return PatternPacks(patterns=patterns, counts=counts, by_length=sort_by_length(lengths, counts), key=key)
+
+
+def next_fit(lengths: np.ndarray, capacity: int, key: int) -> ListedPacks:
+    """Keeps the order: a pack takes neighbours until the next one doesn't fit.
+
+    >>> next_fit(np.array([3, 3, 4, 6, 1]), 10, key=0)[:]
+    [array([0, 1, 2]), array([3, 4])]
+    """
+    ends = np.cumsum(lengths, dtype=np.int64)
+    following = np.searchsorted(ends, ends - lengths + capacity, side="right").tolist()
+    offsets = [0]
+    while offsets[-1] < len(lengths):
+        offsets.append(following[offsets[-1]])
+    return ListedPacks(items=np.arange(len(lengths)), offsets=np.array(offsets))
+
+
+def random(lengths: np.ndarray, capacity: int, key: int) -> ListedPacks:
+    """In the given order, each example into one of `OPEN_PACKS` open packs chosen at random among those with room.
+
+    When none has room, the fullest is closed and a new one opened. Loose packs with a random mix: what packing costs
+    when nothing is optimised.
+    """
+    choices = permute(np.arange(len(lengths)), 1 << 31, key).tolist()  # distinct 31-bit random numbers
+    packs: list[list[int]] = []
+    opened: list[list] = []  # [tokens left, pack]
+    for index, (length, choice) in enumerate(zip(lengths.tolist(), choices, strict=True)):
+        roomy = [pack for pack in opened if pack[0] >= length]
+        if not roomy:
+            if len(opened) == OPEN_PACKS:
+                opened.remove(min(opened, key=lambda pack: pack[0]))
+            opened.append([capacity, []])
+            packs.append(opened[-1][1])
+            roomy = opened[-1:]
+        pack = roomy[choice % len(roomy)]
+        pack[0] -= length
+        pack[1].append(index)
+    return ListedPacks.of(packs)
+
+
+def wrapped(lengths: np.ndarray, capacity: int, key: int) -> ListedPacks:
+    """Concatenate and cut every `capacity` tokens: full packs, and documents split between them.
+
+    Returns rows (index, start, stop). The pieces of a split document don't see each other.
+
+        >>> wrapped(np.array([3, 5, 2]), 4, key=0)[:]
+        [array([[0, 0, 3],
+               [1, 0, 1]]), array([[1, 1, 5]]), array([[2, 0, 2]])]
+    """
+    ends = np.cumsum(lengths, dtype=np.int64)
+    total = int(ends[-1]) if len(ends) else 0
+    cuts = np.arange(capacity, total, capacity)
+    edges = np.unique(np.concatenate([[0], ends, cuts]))  # pieces of no tokens vanish here
+    starts, stops = edges[:-1], edges[1:]
+    index = np.searchsorted(ends, starts, side="right")
+    begin = ends[index] - lengths[index]
+    items = np.stack([index, starts - begin, stops - begin], axis=1)
+    offsets = np.searchsorted(starts, np.concatenate([[0], cuts, [total]]))
+    return ListedPacks(items=items, offsets=offsets if total else np.zeros(1, np.int64))
+
+
+STRATEGIES: dict[str, Strategy] = {
+    "pad_max": Strategy(function=equal_counts, scope="step", layout="padded", padded_to="max_length"),
+    "pad_longest": Strategy(function=equal_counts, scope="step", layout="padded", padded_to="longest"),
+    "group_by_length": Strategy(function=sorted_groups, scope="step", layout="padded", padded_to="longest"),
+    "padding_free": Strategy(function=equal_counts, scope="step"),
+    "balanced": Strategy(function=balanced, scope="step"),
+    "bfd": Strategy(function=bfd),
+    "ffd": Strategy(function=ffd),
+    "next_fit": Strategy(function=next_fit, by_order=True),
+    "random": Strategy(function=random, by_order=True),
+    "wrapped": Strategy(function=wrapped, by_order=True, splits=True),
+}
+
+
+def resolve_strategy(name: str) -> Strategy:
+    """The strategy of that name, or the function or Strategy that `package.module:name` names."""
+    if name in STRATEGIES:
+        return STRATEGIES[name]
+    module, _, attribute = name.partition(":")
+    if not attribute:
+        close = difflib.get_close_matches(name, STRATEGIES, n=1)
+        raise PlanError(
+            "there is no such strategy",
+            key="batching.strategy",
+            value=name,
+            fix=(f"did you mean {close[0]!r}? " if close else "")
+            + f"Known: {', '.join(STRATEGIES)}; or my_package.my_module:function",
+        )
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise PlanError(
+            f"could not import the strategy: {error}",
+            key="batching.strategy",
+            value=name,
+            fix="name an importable function as my_package.my_module:function",
+        ) from error
+    if isinstance(found, Strategy):
+        return found
+    if not callable(found):
+        raise PlanError("the strategy is not a function", key="batching.strategy", value=name)
+    return Strategy(function=checked(found, name), by_order=True)
+
+
+def checked(function: Callable, name: str) -> Callable:
+    """`function` with its result checked: each index exactly once, every pack within the capacity."""
+
+    def packs_of(lengths: np.ndarray, capacity: int, key: int) -> ListedPacks:
+        try:
+            packs = ListedPacks.of(function(lengths, capacity, key))
+        except (TypeError, ValueError) as error:
+            raise PlanError(
+                f"the strategy {name!r} failed: {error}",
+                fix="it is called as function(lengths, capacity, key) and returns lists of indices",
+            ) from error
+        if not np.array_equal(np.sort(packs.items), np.arange(len(lengths))):
+            times = np.bincount(packs.items[(packs.items >= 0) & (packs.items < len(lengths))], minlength=len(lengths))
+            wrong = np.flatnonzero(times != 1)
+            what = f"index {wrong[0]} occurs {times[wrong[0]]} times" if len(wrong) else "an index is out of range"
+            raise PlanError(f"the strategy {name!r} must place each example exactly once, but {what}")
+        tokens = np.add.reduceat(np.append(lengths[packs.items], 0), packs.offsets[:-1]) if len(packs) else np.zeros(0)
+        tokens = np.where(np.diff(packs.offsets) > 0, tokens, 0)
+        if len(tokens) and tokens.max() > capacity:
+            raise PlanError(
+                f"the strategy {name!r} made a pack of {tokens.max()} tokens, more than the capacity of {capacity}"
+            )
+        return packs
+
+    return packs_of
