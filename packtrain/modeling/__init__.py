@@ -1,0 +1,1 @@
+"""Model, tokenizer, attention and the audit of both: the third room."""
