@@ -1,0 +1,1 @@
+"""The run: the fifth room."""

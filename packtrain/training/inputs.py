@@ -1,0 +1,98 @@
+"""Recipe -> examples and plan: what `train`, `plan` and `show` have in common. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from packtrain.data.examples import Examples, build_examples
+from packtrain.data.sources import open_rows, texts
+from packtrain.packing.cost import Cost
+from packtrain.packing.plan import Plan, make_plan
+from packtrain.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FLAT_EVALUATION, PADDED_EVALUATION = "balanced", "group_by_length"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What a run reads: the tokenizer, its training examples, and held-out ones if the recipe has any."""
+
+    tokenizer: PreTrainedTokenizerBase
+    train: Examples
+    held_out: Examples | None
+
+
+def load_inputs(recipe: Recipe) -> Inputs:
+    """Read, tokenise (or find tokenised) and split the recipe's data.
+
+    Raises:
+        DataError, ModelError: with file, row or key, and the fix.
+    """
+    from packtrain.modeling.loading import load_tokenizer
+
+    model, data, seed = recipe.model, recipe.data, recipe.training["seed"]
+    rows = open_rows(data.path, name=data.name, split=data.split, num_rows=data.num_rows, seed=seed)
+    tokenizer = load_tokenizer(
+        tokenizer_name_or_path=model.tokenizer_name_or_path or model.model_name_or_path,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+        vocab_size=model.tokenizer_vocab_size,
+        chat_template=model.chat_template,
+        corpus=texts(rows, data.format),
+    )
+    options = dict(
+        format=data.format,
+        max_length=data.max_length,
+        overflow=data.overflow,
+        completion_only_loss=data.completion_only_loss,
+        assistant_only_loss=data.assistant_only_loss,
+        on_bad_row=data.on_bad_row,
+        num_proc=data.num_proc,
+    )
+    train = build_examples(rows, tokenizer, **options)
+    held_out = None
+    if data.eval_path or data.eval_split:
+        eval_rows = open_rows(
+            data.eval_path or data.path, name=data.name, split=data.eval_split or data.split, seed=seed
+        )
+        held_out = build_examples(eval_rows, tokenizer, **options)
+    elif data.eval_size:
+        train, held_out = train.hold_out(data.eval_size, seed)
+    return Inputs(tokenizer=tokenizer, train=train, held_out=held_out)
+
+
+def plan_training(recipe: Recipe, lengths: np.ndarray, *, world_size: int, cost: Cost | None = None) -> Plan:
+    """The plan of the recipe's whole run over examples of these `lengths` (int, `[n]`)."""
+    training, batching = recipe.training, recipe.batching
+    return make_plan(
+        lengths,
+        strategy=batching.strategy,
+        seed=training.get("data_seed") or training["seed"],
+        examples_per_step=batching.examples_per_step,
+        max_tokens=batching.max_tokens,
+        max_length=recipe.data.max_length,
+        tokens_per_step=batching.tokens_per_step,
+        gradient_accumulation_steps=training.get("gradient_accumulation_steps", "auto"),
+        num_epochs=training.get("num_train_epochs", 3.0),
+        max_steps=training.get("max_steps", -1),
+        world_size=world_size,
+        cost=cost,
+    )
+
+
+def plan_evaluation(recipe: Recipe, lengths: np.ndarray, *, layout: str, world_size: int) -> Plan:
+    """One step over all of `lengths`, in the layout of training."""
+    return make_plan(
+        lengths,
+        strategy=FLAT_EVALUATION if layout == "flat" else PADDED_EVALUATION,
+        examples_per_step=len(lengths),
+        max_tokens=recipe.batching.max_tokens,
+        max_length=recipe.data.max_length,
+        world_size=world_size,
+    )

@@ -1,0 +1,66 @@
+"""Is the run in force the run that was asked for?
+
+Launchers fail silently: `accelerate launch --cpu --num_processes 2` (or `distributed_type: MULTI_CPU`) starts one,
+`--use_deepspeed` beside `ACCELERATE_USE_CPU=true` runs DDP, two GPUs without a launcher run DataParallel. Each
+leaves traces in the environment; a run whose engine or world size contradicts them stops before the first step.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from packtrain.errors import LaunchError
+
+ENGINES = {"ACCELERATE_USE_DEEPSPEED": "DEEPSPEED", "ACCELERATE_USE_FSDP": "FSDP"}
+
+
+def asked_world_size(env: Mapping[str, str] = os.environ) -> int:
+    """Ranks the launcher set up (`WORLD_SIZE`, 1 without a launcher).
+
+    Raises:
+        LaunchError: accelerate was asked for several processes and started one.
+    """
+    world_size = env.get("WORLD_SIZE")
+    started_by_accelerate = "ACCELERATE_MIXED_PRECISION" in env
+    if world_size is None and started_by_accelerate and "MASTER_PORT" in env and not _under_mpi(env):
+        raise LaunchError(
+            "accelerate was asked for several processes but started one",
+            fix="on CPU use `torchrun --nproc_per_node 2 -m packtrain train RECIPE` or "
+            "`accelerate launch --config_file launch/cpu_2.yaml -m packtrain train RECIPE`",
+        )
+    return int(world_size or 1)
+
+
+def check_in_force(*, world_size: int, n_gpu: int, engine: str, env: Mapping[str, str] = os.environ) -> None:
+    """Compare what runs with what the launcher's environment asked for.
+
+    Args:
+        world_size: ranks that take part (`TrainingArguments.world_size`).
+        n_gpu: devices this process drives (`TrainingArguments.n_gpu`); more than one means DataParallel.
+        engine: name of accelerate's `DistributedType` in force (`NO`, `MULTI_CPU`, `MULTI_GPU`, `DEEPSPEED`, `FSDP`).
+
+    Raises:
+        LaunchError: on any difference.
+    """
+    asked = asked_world_size(env)
+    if world_size != asked:
+        raise LaunchError(f"{asked} processes were launched but {world_size} take part", fix="start it with torchrun")
+    if n_gpu > 1:
+        raise LaunchError(
+            f"one process would drive {n_gpu} GPUs by DataParallel",
+            fix="start one process per GPU (`accelerate launch` or `torchrun --nproc_per_node`), "
+            "or choose one with CUDA_VISIBLE_DEVICES=0",
+        )
+    for variable, wanted in ENGINES.items():
+        if env.get(variable, "false").lower() in ("1", "true", "yes") and engine != wanted:
+            raise LaunchError(
+                f"{wanted} was asked for but {engine} is in force",
+                key=variable,
+                value=env[variable],
+                fix="unset ACCELERATE_USE_CPU, or launch without that engine",
+            )
+
+
+def _under_mpi(env: Mapping[str, str]) -> bool:
+    return any(name in env for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"))

@@ -1,0 +1,254 @@
+"""packtrain's layouts inside a trainer you already have.
+
+    trainer = SFTTrainer(...)                     # or any transformers.Trainer, built as always
+    trainer = packtrain.attach(trainer)           # the same examples in the same updates, laid out flat
+    trainer.train()
+
+The trainer keeps its own order of examples, loss, optimizer, callbacks, evaluation and logs. What changes is what a
+micro-batch looks like: the examples of each update are dealt anew over ranks and accumulation steps by a strategy.
+Only the instance is touched: its `get_train_dataloader`, and the attention of its model through
+`set_attn_implementation`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import Trainer
+
+from packtrain.data.examples import Examples
+from packtrain.errors import PacktrainError
+from packtrain.modeling.attention import choose_implementation
+from packtrain.objectives.logits import NOT_MODEL_INPUTS
+from packtrain.packing.collator import MicroBatches, PackCollator
+from packtrain.packing.cost import Cost
+from packtrain.packing.plan import MicroBatch, Plan, make_plan
+from packtrain.packing.scopes import StepScope
+from packtrain.packing.strategies import resolve_strategy
+from packtrain.training.loader import PlanLoader
+from packtrain.training.meters import Meter
+from packtrain.training.trainer import StepEnd
+
+logger = logging.getLogger(__name__)
+
+NO_LIMIT = np.iinfo(np.int32).max
+
+
+def attach(
+    trainer: Trainer,
+    *,
+    strategy: str = "balanced",
+    max_tokens: int | None = None,
+    attn_implementation: str = "auto",
+) -> Trainer:
+    """Give `trainer` packtrain's layout of its training batches; returns the same trainer.
+
+    A step-scope strategy (`balanced`, `padding_free`, `group_by_length`, ...) keeps the examples of every update, so
+    losses and gradients stay those of the trainer before. An epoch-scope one (`bfd`, `optimal`, ...) packs the
+    whole epoch: updates then see other examples, and the log says how many.
+
+    Args:
+        trainer: a `transformers.Trainer` or `trl.SFTTrainer` over a tokenised `datasets.Dataset` (columns `input_ids`,
+            and `labels` or masks), not yet trained.
+        strategy: a key of `packtrain.packing.strategies.STRATEGIES`, or `my_package.my_module:function`.
+        max_tokens: most tokens in one micro-batch. By default a step-scope strategy keeps the trainer's
+            `gradient_accumulation_steps`; with `max_tokens` it is raised until every micro-batch fits.
+        attn_implementation: "auto" is `packtrain_varlen` for flat layouts.
+
+    Raises:
+        PacktrainError: something in the trainer contradicts the layout; says what to change.
+    """
+    rule = resolve_strategy(strategy)
+    _refuse_contradictions(trainer, rule.scope, max_tokens)
+    examples = Examples.from_dataset(trainer.train_dataset)
+    plan = _plan(trainer, examples, strategy, max_tokens)
+    changes = [f"{strategy} lays out its training batches"]
+
+    args = trainer.args
+    if plan.gradient_accumulation_steps != args.gradient_accumulation_steps:
+        changes.append(
+            f"gradient_accumulation_steps {args.gradient_accumulation_steps} -> {plan.gradient_accumulation_steps}"
+        )
+        args.gradient_accumulation_steps = plan.gradient_accumulation_steps
+    args.ignore_data_skip = True  # the plan starts at global_step by itself
+    if rule.scope == "epoch" and args.max_steps <= 0:
+        args.max_steps = plan.total_steps
+
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    before = base.config._attn_implementation
+    chosen = choose_implementation(attn_implementation, plan.layout, args.device, _compute_dtype(trainer, base))
+    if chosen is not None and chosen != before:
+        base.set_attn_implementation(chosen)
+        changes.append(f"attn_implementation {before} -> {chosen}")
+    if base.config.use_cache:
+        base.config.use_cache = False
+        changes.append("use_cache True -> False")
+
+    collator = PackCollator(
+        layout=plan.layout,
+        pad_token_id=_pad_token_id(trainer, base),
+        padded_to=rule.padded_to,
+        max_length=int(examples.lengths.max()),
+    )
+    loader = PlanLoader(
+        plan=plan,
+        dataset=_ModelInputs(MicroBatches(examples, collator)),
+        rank=args.process_index,
+        global_step=lambda: trainer.state.global_step,
+        dataloader_kwargs={
+            "num_workers": args.dataloader_num_workers,
+            "pin_memory": args.dataloader_pin_memory and torch.cuda.is_available(),
+        },
+    )
+    trainer.get_train_dataloader = lambda: loader
+    trainer.add_callback(StepEnd(plan, Meter()))
+    if rule.scope == "epoch":
+        ours, theirs = len(examples) / plan.steps_in_epoch(0), _examples_per_step(trainer)
+        changes.append(f"updates see other examples: {ours:.1f} on average, where the trainer had {theirs}")
+    logger.warning("packtrain: %s", "; ".join(changes))
+    return trainer
+
+
+def _refuse_contradictions(trainer: Trainer, scope: str, max_tokens: int | None) -> None:
+    args = trainer.args
+    if not isinstance(trainer, Trainer):
+        raise PacktrainError("is not a transformers.Trainer", key="trainer", value=type(trainer).__name__)
+    if getattr(args, "packing", False):
+        raise PacktrainError(
+            "the trainer has packed its examples already", key="packing", value=True, fix="build it with packing=False"
+        )
+    if not hasattr(trainer.train_dataset, "column_names") or not hasattr(trainer.train_dataset, "__len__"):
+        raise PacktrainError(
+            "packtrain needs a tokenised datasets.Dataset of known length",
+            key="train_dataset",
+            value=type(trainer.train_dataset).__name__,
+            fix="load it without streaming",
+        )
+    if args.dataloader_drop_last:
+        raise PacktrainError("packtrain drops no example", key="dataloader_drop_last", value=True, fix="leave it out")
+    if args.n_gpu > 1:
+        raise PacktrainError(
+            "DataParallel would split a flat batch", key="n_gpu", value=args.n_gpu, fix="start one process per GPU"
+        )
+    if scope == "epoch" and max_tokens is None:
+        raise PacktrainError("a strategy that packs the whole epoch needs the size of a pack", key="max_tokens")
+
+
+# The plan: the trainer's own order, packtrain's layout
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _GivenOrder(StepScope):
+    """An update is the next `examples_per_step` of the order that the trainer's own sampler has in that epoch."""
+
+    order: Callable[[int], np.ndarray]
+
+    def examples(self, epoch: int, index: int) -> np.ndarray:
+        start = index * self.examples_per_step
+        return self.order(epoch)[start : start + self.examples_per_step]
+
+
+def _plan(trainer: Trainer, examples: Examples, strategy: str, max_tokens: int | None) -> Plan:
+    args = trainer.args
+    rule = resolve_strategy(strategy)
+    settings: dict[str, Any] = dict(
+        strategy=strategy,
+        seed=args.data_seed if args.data_seed is not None else args.seed,
+        examples_per_step=_examples_per_step(trainer),
+        world_size=args.world_size,
+        num_epochs=args.num_train_epochs,
+        max_steps=args.max_steps,
+        cost=Cost.of_config(trainer.accelerator.unwrap_model(trainer.model).config),
+    )
+    if rule.scope == "epoch":
+        return make_plan(examples.lengths, max_tokens=max_tokens, **settings)
+    order = _order_of(trainer)
+    micro_steps = args.gradient_accumulation_steps
+    while True:
+        plan = make_plan(examples.lengths, max_tokens=NO_LIMIT, gradient_accumulation_steps=micro_steps, **settings)
+        fields = {name: getattr(plan.scope, name) for name in plan.scope.__dataclass_fields__}
+        plan = replace(plan, scope=_GivenOrder(**fields, order=order))
+        if max_tokens is None or _fits(plan, max_tokens, rule.padded_to):
+            return plan
+        if micro_steps >= settings["examples_per_step"]:
+            longest = int(examples.lengths.max())
+            raise PacktrainError(f"an example has {longest} tokens", key="max_tokens", value=max_tokens)
+        micro_steps += 1
+
+
+def _fits(plan: Plan, max_tokens: int, padded_to: str | None) -> bool:
+    """Whether every micro-batch of the run is within `max_tokens`, filler included."""
+    widest = int(plan.lengths.max())
+
+    def size(part: MicroBatch) -> int:
+        if plan.layout == "flat" or not len(part):
+            return int(part.lengths.sum())
+        return len(part) * (widest if padded_to == "max_length" else int(part.lengths.max()))
+
+    return all(size(part) <= max_tokens for step in range(plan.total_steps) for part in plan.layout_of(step))
+
+
+def _examples_per_step(trainer: Trainer) -> int:
+    args = trainer.args
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+def _order_of(trainer: Trainer) -> Callable[[int], np.ndarray]:
+    """epoch -> the order in which the trainer's own data loader would read its examples, int64 `[n]`.
+
+    Taken from the sampler under the prepared loader, which accelerate seeds by epoch, so it is the same on every rank.
+    """
+    loader = trainer.get_train_dataloader()
+    sampler = loader.get_sampler() if hasattr(loader, "get_sampler") else loader.sampler
+    if not hasattr(sampler, "set_epoch") and not isinstance(sampler, SequentialSampler):
+        raise PacktrainError(
+            "the trainer's sampler has no seed per epoch, so its order can't be known",
+            key="train_dataset sampler",
+            value=type(sampler).__name__,
+            fix="leave accelerator_config.use_seedable_sampler on",
+        )
+
+    @lru_cache(maxsize=1)
+    def order(epoch: int) -> np.ndarray:
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(epoch)
+        return np.fromiter(sampler, dtype=np.int64)
+
+    return order
+
+
+# The batch: what the trainer's own loss passes to the model
+
+
+class _ModelInputs(Dataset):
+    """Micro-batches without the keys that only packtrain's own trainer knows."""
+
+    def __init__(self, micro_batches: MicroBatches):
+        self.micro_batches = micro_batches
+
+    def __getitem__(self, micro_batch: MicroBatch) -> dict[str, Any]:
+        batch = self.micro_batches[micro_batch]
+        return {key: value for key, value in batch.items() if key == "labels" or key not in NOT_MODEL_INPUTS}
+
+
+def _pad_token_id(trainer: Trainer, model: transformers.PreTrainedModel) -> int:
+    """The tokenizer's, else the model's, else 0: it only fills, by position, and is never learnt."""
+    for owner in (trainer.processing_class, model.config):
+        if getattr(owner, "pad_token_id", None) is not None:
+            return owner.pad_token_id
+    return 0
+
+
+def _compute_dtype(trainer: Trainer, model: transformers.PreTrainedModel) -> torch.dtype:
+    if trainer.args.bf16 or trainer.args.fp16:
+        return torch.bfloat16 if trainer.args.bf16 else torch.float16
+    return model.dtype

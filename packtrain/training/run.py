@@ -1,0 +1,187 @@
+"""One recipe, trained: data -> plan -> model -> PackTrainer -> saved model and summary.
+
+packtrain train recipes/quickstart.yaml
+torchrun --nproc_per_node 2 -m packtrain train recipes/quickstart.yaml
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import yaml
+from rich.console import Console
+from transformers import PrinterCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from packtrain.errors import PacktrainError
+from packtrain.modeling.attention import choose_implementation
+from packtrain.modeling.loading import add_lora, load_config, load_model
+from packtrain.packing.collator import PackCollator
+from packtrain.packing.cost import Cost
+from packtrain.packing.plan import Plan
+from packtrain.packing.strategies import resolve_strategy
+from packtrain.recipe import Recipe
+from packtrain.training.inputs import Inputs, load_inputs, plan_evaluation, plan_training
+from packtrain.training.launch import asked_world_size, check_in_force
+from packtrain.training.memory import peak_memory, reset_peak
+from packtrain.training.progress import RichProgress
+from packtrain.training.summary import Summary, describe_machine, package_versions
+from packtrain.training.trainer import PackTrainer
+
+
+def train(recipe: Recipe, *, resume: str | bool = False, console: Console | None = None) -> Summary:
+    """Train a recipe and return what was measured.
+
+    Args:
+        recipe: a checked recipe.
+        resume: a checkpoint directory, or True for the last one in `output_dir`.
+        console: where progress goes; rank 0's standard output by default.
+
+    Raises:
+        PacktrainError: bad data, a plan that does not fit, a model that cannot, a launch that is not what was asked.
+    """
+    console = console or Console()
+    trainer, inputs = build_trainer(recipe, console=console)
+    output_dir = Path(trainer.args.output_dir)
+    if trainer.is_world_process_zero():
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False))
+    reset_peak()
+    trainer.train(resume_from_checkpoint=_checkpoint(resume, output_dir))
+    after = trainer.evaluate() if inputs.held_out else {}
+    model_dir = output_dir / "model"
+    trainer.model.config.use_cache = True  # Trainer turns it off for training; whoever generates wants it on
+    trainer.save_model(str(model_dir))
+    summary = _summarise(trainer, recipe, inputs, model_dir, after.get("eval_loss"))
+    if trainer.is_world_process_zero():
+        summary.save(output_dir)
+    return summary
+
+
+def build_trainer(
+    recipe: Recipe, *, console: Console | None = None, trainer_class: type[PackTrainer] = PackTrainer
+) -> tuple[PackTrainer, Inputs]:
+    """Everything up to the first step: the recipe's trainer, ready for `.train()`, and what it reads.
+
+    The order matters: the plan gives `gradient_accumulation_steps`, TrainingArguments start the engine, and
+    under ZeRO-3 only a model loaded after that is sharded while it loads.
+    """
+    world_size = asked_world_size()
+    inputs = load_inputs(recipe)
+    pretrained = recipe.model.model_dump(include={"model_name_or_path", "revision", "trust_remote_code"})
+    config = load_config(**pretrained, config=recipe.model.config, tokenizer=inputs.tokenizer)
+    plan = plan_training(recipe, inputs.train.lengths, world_size=world_size, cost=Cost.of_config(config))
+    args = training_arguments(recipe, plan, evaluate=inputs.held_out is not None)
+    set_seed(args.seed)
+    model = load_model(
+        config,
+        **pretrained,
+        dtype=recipe.model.dtype,
+        attn_implementation=choose_implementation(
+            recipe.model.attn_implementation, layout=plan.layout, device=args.device, dtype=_compute_dtype(args, recipe)
+        ),
+    )
+    if recipe.lora is not None:
+        model = add_lora(model, recipe.lora)
+    trainer = trainer_class(
+        model,
+        args,
+        train_examples=inputs.train,
+        plan=plan,
+        collator=PackCollator(
+            layout=plan.layout,
+            pad_token_id=inputs.tokenizer.pad_token_id,
+            padded_to=resolve_strategy(plan.strategy).padded_to,
+            max_length=recipe.data.max_length,
+            loss_weighting=recipe.objective.loss_weighting,
+        ),
+        eval_examples=inputs.held_out,
+        eval_plan=inputs.held_out
+        and plan_evaluation(recipe, inputs.held_out.lengths, layout=plan.layout, world_size=world_size),
+        processing_class=inputs.tokenizer,
+        callbacks=[RichProgress(console)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    check_in_force(world_size=args.world_size, n_gpu=args.n_gpu, engine=trainer.accelerator.distributed_type.value)
+    return trainer, inputs
+
+
+def training_arguments(recipe: Recipe, plan: Plan, *, evaluate: bool) -> TrainingArguments:
+    """The recipe's `training:` section as TrainingArguments, with what the plan decides."""
+    decided = {
+        "gradient_accumulation_steps": plan.gradient_accumulation_steps,
+        "per_device_train_batch_size": 1,  # the plan sizes micro-batches; engines only want a number
+        "remove_unused_columns": False,
+        "ignore_data_skip": True,  # the plan starts at global_step by itself
+        "logging_nan_inf_filter": False,
+        "disable_tqdm": True,  # RichProgress shows it
+    }
+    return TrainingArguments(**{"eval_on_start": evaluate} | recipe.training | decided)
+
+
+def _compute_dtype(args: TrainingArguments, recipe: Recipe) -> torch.dtype:
+    """What attention computes in: the autocast dtype, else that of the weights."""
+    if args.bf16 or args.fp16:
+        return torch.bfloat16 if args.bf16 else torch.float16
+    return torch.float32 if recipe.model.dtype == "auto" else getattr(torch, recipe.model.dtype)
+
+
+def _checkpoint(resume: str | bool, output_dir: Path) -> str | None:
+    """The checkpoint directory to resume from, None to start afresh."""
+    if not isinstance(resume, bool):
+        return str(resume)
+    if not resume:
+        return None
+    found = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
+    if found is None:
+        raise PacktrainError(
+            "there is no checkpoint to resume from",
+            key="training.output_dir",
+            value=str(output_dir),
+            fix="name a checkpoint directory, or start without --resume",
+        )
+    return found
+
+
+def _summarise(trainer: PackTrainer, recipe: Recipe, inputs: Inputs, model_dir: Path, after: float | None) -> Summary:
+    """Collect the figures of a finished run; counts are summed over ranks."""
+    meter, plan = trainer.meter, trainer.plan
+    counts = torch.tensor(
+        [meter.counts.real, meter.counts.computed, meter.counts.supervised],
+        dtype=torch.int64,
+        device=trainer.args.device,
+    )
+    real, computed, supervised = trainer.accelerator.reduce(counts, reduction="sum").tolist()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    evaluations = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    peak, peak_of = peak_memory()
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    return Summary(
+        recipe=Path(recipe.sources.path).stem,
+        strategy=recipe.batching.strategy,
+        output_dir=str(trainer.args.output_dir),
+        model_dir=str(model_dir),
+        held_out_loss_before=evaluations[0] if evaluations else None,
+        held_out_loss_after=after,
+        train_loss_first=losses[0] if losses else None,
+        train_loss_last=losses[-1] if losses else None,
+        updates=trainer.state.global_step,
+        micro_batches_per_update=plan.gradient_accumulation_steps,
+        examples=len(inputs.train),
+        epochs=round(trainer.state.epoch or 0, 4),
+        world_size=trainer.args.world_size,
+        real_tokens=real,
+        supervised_tokens=supervised,
+        filler_share=1 - real / computed if computed else None,
+        seconds=meter.seconds,
+        real_tokens_per_second=real / meter.seconds if meter.seconds else None,
+        peak_memory=peak,
+        peak_memory_of=peak_of,
+        trainable_parameters=trained,
+        frozen_parameters=sum(p.numel() for p in trainer.model.parameters()) - trained,
+        attn_implementation=trainer.model.config._attn_implementation,
+        data=inputs.train.report.to_dict(),
+        machine=describe_machine(),
+        versions=package_versions(),
+    )

@@ -1,0 +1,117 @@
+"""What is said and stored at the end of a run. Every number in it was measured by that run."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from rich.table import Table
+
+PACKAGES = ("packtrain", "torch", "transformers", "accelerate", "datasets", "peft", "trl", "deepspeed", "flash-attn")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """A finished run. Absent figures are None and left out of the table.
+
+    Tokens are counted over all ranks; `seconds` is the wall time of the updates without evaluation and saving;
+    `peak_memory` is in bytes, of rank 0.
+    """
+
+    recipe: str
+    strategy: str
+    output_dir: str
+    model_dir: str
+    held_out_loss_before: float | None
+    held_out_loss_after: float | None
+    train_loss_first: float | None
+    train_loss_last: float | None
+    updates: int
+    micro_batches_per_update: int
+    examples: int
+    epochs: float
+    world_size: int
+    real_tokens: int
+    supervised_tokens: int
+    filler_share: float | None
+    seconds: float
+    real_tokens_per_second: float | None
+    peak_memory: int
+    peak_memory_of: str
+    trainable_parameters: int
+    frozen_parameters: int
+    attn_implementation: str
+    data: dict
+    machine: dict
+    versions: dict
+
+    def table(self) -> Table:
+        """The summary as a person reads it."""
+        table = Table(title=f"{self.recipe}: {self.strategy}", show_header=False, title_justify="left")
+        table.add_column(style="bold")
+        table.add_column()
+        for name, text in self._lines():
+            table.add_row(name, text)
+        return table
+
+    def _lines(self) -> list[tuple[str, str]]:
+        lines = []
+        if self.held_out_loss_before is not None and self.held_out_loss_after is not None:
+            lines.append(("held-out loss", f"{self.held_out_loss_before:.4f} -> {self.held_out_loss_after:.4f}"))
+        if self.train_loss_first is not None and self.train_loss_last is not None:
+            lines.append(("training loss", f"{self.train_loss_first:.4f} -> {self.train_loss_last:.4f}"))
+        if self.real_tokens_per_second is not None:
+            lines.append(("real tokens/s", f"{self.real_tokens_per_second:,.0f}"))
+        if self.filler_share is not None:
+            lines.append(("filler share", f"{self.filler_share:.2%}"))
+        frozen = f", {self.frozen_parameters:,} frozen" if self.frozen_parameters else ""
+        return lines + [
+            ("updates", f"{self.updates:,} ({self.micro_batches_per_update} x {self.world_size} micro-batches each)"),
+            ("examples", f"{self.examples:,} x {self.epochs:g} epochs"),
+            ("time in updates", f"{self.seconds:.1f} s"),
+            ("peak memory", f"{self.peak_memory / 2**20:,.0f} MiB ({self.peak_memory_of})"),
+            ("parameters", f"{self.trainable_parameters:,} trained{frozen}"),
+            ("attention", self.attn_implementation),
+            ("model saved in", self.model_dir),
+        ]
+
+    def save(self, directory: Path) -> None:
+        """Write `summary.json` into `directory`."""
+        (directory / "summary.json").write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+
+def describe_machine() -> dict:
+    """CPU model, cores, memory and devices; no host name."""
+    import torch
+
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        cpu = names[0] if names else cpu
+    machine = {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    }
+    if hasattr(os, "sysconf"):
+        machine["memory_gib"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    if torch.cuda.is_available():
+        machine["devices"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return machine
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages a result depends on, Python included."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,228 @@
+"""PackTrainer: transformers' Trainer, fed from a plan.
+
+Five public methods of Trainer are overridden and nothing else changes, so every TrainingArguments field,
+callback, logger and engine (DDP, DeepSpeed, FSDP) behaves as users know it:
+
+    get_train_dataloader / get_eval_dataloader   micro-batches from the plan, from `global_step` on
+    set_initial_training_values                  the plan knows how many updates a run has
+    get_batch_samples                            the denominator of the loss, summed over the whole step and all ranks
+    compute_loss                                 this micro-batch's share of the step's loss
+    evaluation_loop                              sums over tokens and over examples, divided once at the end
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+
+from packtrain.data.examples import Examples
+from packtrain.errors import PacktrainError
+from packtrain.objectives.causal import CAUSAL_LM
+from packtrain.objectives.logits import output_head
+from packtrain.objectives.objective import Objective, TokenLosses
+from packtrain.packing.collator import MicroBatches, PackCollator
+from packtrain.packing.plan import Plan
+from packtrain.training.loader import PlanLoader
+from packtrain.training.meters import Meter
+
+
+class PackTrainer(Trainer):
+    """Train `model` on the steps of `plan`.
+
+    Args:
+        model: a causal LM of transformers, or a peft model around one.
+        args: TrainingArguments; `gradient_accumulation_steps` must be the plan's.
+        train_examples: what the plan's example ids point into.
+        plan: the updates of the whole run.
+        collator: lays a micro-batch out in memory; its layout must be the plan's.
+        objective: what is learnt.
+        eval_examples: held-out examples, with `eval_plan` (one epoch over them) beside it.
+        trainer_kwargs: `callbacks`, `processing_class`, `optimizers` ... as Trainer has them.
+    """
+
+    loss_is_scaled_for_ga = True  # compute_loss divides by the weights of the whole step
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        args: TrainingArguments,
+        *,
+        train_examples: Examples,
+        plan: Plan,
+        collator: PackCollator,
+        objective: Objective = CAUSAL_LM,
+        eval_examples: Examples | None = None,
+        eval_plan: Plan | None = None,
+        **trainer_kwargs: Any,
+    ):
+        if args.gradient_accumulation_steps != plan.gradient_accumulation_steps:
+            raise PacktrainError(
+                f"the plan has {plan.gradient_accumulation_steps} micro-batches per step",
+                key="gradient_accumulation_steps",
+                value=args.gradient_accumulation_steps,
+                fix="take it from the plan",
+            )
+        if trainer_kwargs.get("compute_metrics") is not None:
+            raise PacktrainError(
+                "evaluation sums the loss at supervised positions and keeps no logits for metrics",
+                key="compute_metrics",
+                fix="leave it out, or evaluate the saved model with your own loop",
+            )
+        self.plan, self.eval_plan, self.collator, self.objective = plan, eval_plan, collator, objective
+        self.meter, self._logged_meter = Meter(), Meter()
+        super().__init__(
+            model,
+            args,
+            train_dataset=train_examples,
+            eval_dataset=eval_examples,
+            data_collator=collator,
+            **trainer_kwargs,
+        )
+        self.model_accepts_loss_kwargs = True  # releases before `loss_is_scaled_for_ga` read this instead
+        self._head = output_head(self.accelerator.unwrap_model(self.model))
+        self.add_callback(StepEnd(plan, self.meter))
+
+    # Data
+
+    def get_train_dataloader(self) -> PlanLoader:
+        return self._loader(self.plan, self.train_dataset, lambda: self.state.global_step)
+
+    def get_eval_dataloader(self, eval_dataset: Examples | None = None) -> PlanLoader:
+        if self.eval_plan is None or self.eval_dataset is None:
+            raise PacktrainError(
+                "there is nothing to evaluate on", key="data.eval_size", fix="set data.eval_size or data.eval_path"
+            )
+        return self._loader(self.eval_plan, self.eval_dataset, lambda: 0)
+
+    def _loader(self, plan: Plan, examples: Examples, global_step: Callable[[], int]) -> PlanLoader:
+        args = self.args
+        workers = args.dataloader_num_workers
+        return PlanLoader(
+            plan=plan,
+            dataset=MicroBatches(examples, self.collator),
+            rank=args.process_index,
+            global_step=global_step,
+            dataloader_kwargs={
+                "num_workers": workers,
+                "pin_memory": args.dataloader_pin_memory and torch.cuda.is_available(),
+                "prefetch_factor": args.dataloader_prefetch_factor if workers else None,
+            },
+        )
+
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> tuple:
+        """Epochs, updates per epoch and updates in all as the plan has them; the rest as Trainer computes it."""
+        _, _, examples, samples, batch_size, _, _ = super().set_initial_training_values(args, dataloader)
+        epochs = self.plan.locate(self.plan.total_steps - 1)[0] + 1
+        per_epoch = max(self.plan.steps_in_epoch(epoch) for epoch in range(epochs))
+        micro_batches = per_epoch * self.plan.gradient_accumulation_steps
+        return epochs, per_epoch, examples, samples, batch_size, micro_batches, self.plan.total_steps
+
+    # Loss
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, torch.Tensor | None]:
+        """The step's micro-batches of this rank, and the loss's denominator (float64, summed over all ranks)."""
+        self.meter.start_step()
+        batches = list(islice(epoch_iterator, num_batches))
+        if not batches:  # the resumed epoch is over
+            return [], None
+        self.meter.fetched(batches)
+        total = sum(self.objective.denominator(batch) for batch in batches)
+        return batches, self.accelerator.reduce(total.to(device), reduction="sum")
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """This micro-batch's share of the step's loss, times the ranks that the engine will average over."""
+        assert num_items_in_batch is not None and not return_outputs
+        share = self.objective.losses(model, inputs, head=self._head).weighted_sum() / num_items_in_batch
+        return (share * self.accelerator.num_processes).float()
+
+    # Evaluation
+
+    @torch.no_grad()
+    def evaluation_loop(
+        self,
+        dataloader: PlanLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Held-out loss that does not depend on how the set was batched or dealt to ranks.
+
+        `eval_loss` is the mean nll over supervised tokens, `eval_loss_per_example` the mean over examples of
+        their mean, `eval_tokens` the supervised tokens counted.
+        """
+        model = self.model_wrapped
+        if model is self.model and not self.is_in_train:  # not prepared by train(): mixed precision still to be set up
+            model = self.accelerator.prepare_model(self.model, evaluation_mode=True)
+        was_training = model.training
+        model.eval()
+        sums = torch.zeros(4, dtype=torch.float64, device=self.args.device)
+        for batch in dataloader:
+            batch = self._prepare_inputs(batch)
+            sums += _evaluation_sums(self.objective.losses(model, batch, head=self._head), batch)
+        model.train(was_training)
+        nll, tokens, example_nll, examples = self.accelerator.reduce(sums, reduction="sum").tolist()
+        metrics = {
+            f"{metric_key_prefix}_loss": nll / max(tokens, 1),
+            f"{metric_key_prefix}_loss_per_example": example_nll / max(examples, 1),
+            f"{metric_key_prefix}_tokens": int(tokens),
+        }
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=int(examples))
+
+    # Logs
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Training logs gain this rank's real tokens/s and filler share since the last one."""
+        if "loss" in logs:
+            logs |= self.meter.since(self._logged_meter)
+            self._logged_meter = copy.copy(self.meter)
+        super().log(logs, start_time)
+
+
+class StepEnd(TrainerCallback):
+    """After every update: stop its clock, and tell the epoch by the plan (Trainer counts from where it resumed)."""
+
+    def __init__(self, plan: Plan, meter: Meter):
+        self.plan, self.meter = plan, meter
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.meter.end_step()
+        epoch, index = self.plan.locate(state.global_step - 1)
+        state.epoch = epoch + (index + 1) / self.plan.steps_in_epoch(epoch)
+
+
+def _evaluation_sums(losses: TokenLosses, batch: dict[str, Any]) -> torch.Tensor:
+    """float64 `[4]`: sum of nll, supervised tokens, sum over examples of their mean nll, examples."""
+    documents = document_of(batch).flatten()[losses.index]  # [N]
+    count = len(batch["example_ids"])
+    nll = losses.nll.double()
+    per_document = torch.zeros(2, count, dtype=torch.float64, device=nll.device)
+    per_document[0].index_add_(0, documents, nll)
+    per_document[1].index_add_(0, documents, torch.ones_like(nll))
+    scored = per_document[1] > 0
+    means = per_document[0][scored] / per_document[1][scored]
+    return torch.stack([nll.sum(), per_document[1].sum(), means.sum(), scored.sum().double()])
+
+
+def document_of(batch: dict[str, Any]) -> torch.Tensor:
+    """int64, the shape of `labels`: which document of the micro-batch each position belongs to."""
+    if "cu_seq_lens_q" in batch:
+        lengths = batch["cu_seq_lens_q"].diff()  # [S]
+        return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)[None]
+    rows, width = batch["labels"].shape
+    return torch.arange(rows, device=batch["labels"].device)[:, None].expand(rows, width)

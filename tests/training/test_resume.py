@@ -1,0 +1,77 @@
+"""`global_step` is the whole data state: a resumed run ends with bitwise the weights of an unbroken one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.training.helpers import make_trainer
+
+DROPOUT = {"gpt2": dict(resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1), "llama": dict(attention_dropout=0.1)}
+STEPS_PER_EPOCH = 10
+
+
+def trainer_at(output_dir, family, strategy, **settings):
+    return make_trainer(
+        output_dir,
+        family=family,
+        strategy=strategy,
+        num_epochs=3.0,
+        model_changes=DROPOUT[family],
+        save_strategy="steps",
+        save_steps=1,
+        save_total_limit=None,
+        **settings,
+    )
+
+
+def weights(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("family", "strategy"),
+    [("gpt2", "balanced"), ("llama", "padding_free"), ("gpt2", "pad_longest"), ("llama", "random")],
+)
+def test_resumed_weights_are_bitwise_those_of_an_unbroken_run(tmp_path, family, strategy):
+    unbroken = trainer_at(tmp_path, family, strategy)
+    unbroken.train()
+    expected, total = weights(unbroken), unbroken.state.global_step
+    per_epoch = unbroken.plan.steps_in_epoch(0)
+    assert total > 2 * per_epoch
+    for killed_after in (3, per_epoch, 2 * per_epoch + 4, total - 1):  # epochs 1 and 3, and on a border
+        resumed = trainer_at(tmp_path, family, strategy)
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{killed_after}"))
+        assert resumed.state.global_step == total
+        assert resumed.state.epoch == pytest.approx(3.0)
+        for name, value in weights(resumed).items():
+            assert torch.equal(value, expected[name]), f"{name} after resuming from step {killed_after}"
+
+
+def test_dropout_is_at_work(tmp_path):
+    """Control: without the saved random state the weights would differ."""
+    one, other = (trainer_at(tmp_path / str(seed), "gpt2", "balanced", seed=seed, max_steps=4) for seed in (1, 2))
+    one.train()
+    other.train()
+    assert any(not torch.equal(value, weights(other)[name]) for name, value in weights(one).items())
+
+
+def test_a_resumed_run_reads_on_where_it_stopped(tmp_path):
+    read = []
+
+    def record(trainer):
+        fetch = trainer.get_batch_samples
+
+        def fetch_and_record(*args):
+            batches, total = fetch(*args)
+            read.extend(i for batch in batches for i in batch["example_ids"].tolist())
+            return batches, total
+
+        trainer.get_batch_samples = fetch_and_record
+        return trainer
+
+    first = record(trainer_at(tmp_path, "gpt2", "balanced", max_steps=4))
+    first.train()
+    resumed = record(trainer_at(tmp_path, "gpt2", "balanced", max_steps=STEPS_PER_EPOCH))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert sorted(read) == list(range(len(first.train_dataset)))

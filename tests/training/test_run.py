@@ -1,0 +1,123 @@
+"""A recipe, trained for real: the summary, the saved model, LoRA, resume after a kill, two processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from packtrain.errors import PacktrainError
+from packtrain.recipe import load_recipe
+from packtrain.training.run import train
+
+RECIPE = """
+model:
+  config: {model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 4,
+           num_key_value_heads: 2, attention_dropout: 0.1}
+  tokenizer_vocab_size: 300
+data: {path: "packtrain:arithmetic", num_rows: 120, eval_size: 20, max_length: 512, overflow: truncate}
+batching: {examples_per_step: 10, max_tokens: 1024}
+training: {output_dir: OUT, use_cpu: true, learning_rate: 3e-3, num_train_epochs: 2, logging_steps: 1,
+           report_to: none, save_strategy: steps, save_steps: 1}
+"""
+
+
+@pytest.fixture
+def recipe_file(tmp_path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(RECIPE.replace("OUT", str(tmp_path / "run")))
+    return path
+
+
+def command(recipe_file: Path, *more: str, ranks: int = 1) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    return [sys.executable, *launcher, "-m", "packtrain", "train", str(recipe_file), *more]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def summary_of(tmp_path: Path) -> dict:
+    return json.loads((tmp_path / "run/summary.json").read_text())
+
+
+def weights_of(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "model.safetensors")
+
+
+def test_a_recipe_trains_and_leaves_a_model_that_loads(tmp_path, recipe_file):
+    summary = train(load_recipe(recipe_file))
+    assert summary.held_out_loss_after < summary.held_out_loss_before - 0.3
+    assert summary.updates == 20 and summary.examples == 100 and summary.filler_share == 0.0
+    stored = summary_of(tmp_path)
+    assert stored["updates"] == 20 and stored["data"]["rows"] == 120
+    assert stored["real_tokens"] > 0 and stored["supervised_tokens"] < stored["real_tokens"]
+    assert {"torch", "transformers", "packtrain"} <= stored["versions"].keys() and stored["machine"]["cpu"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run/model")
+    assert model.config.vocab_size == len(tokenizer) and tokenizer.pad_token != tokenizer.eos_token
+    assert model.config.use_cache  # training without a cache does not slow generation down for good
+
+
+def test_lora_trains_the_adapter_only(tmp_path, recipe_file):
+    settings = ["lora.r=4", "lora.target_modules=all-linear", "max_steps=3", "training.save_strategy=no"]
+    summary = train(load_recipe(recipe_file, settings))
+    assert 0 < summary.trainable_parameters < summary.frozen_parameters
+    assert (tmp_path / "run/model/adapter_model.safetensors").exists()
+    assert not (tmp_path / "run/model/model.safetensors").exists()
+
+
+def test_held_out_loss_does_not_depend_on_the_layout(recipe_file):
+    before = [
+        train(load_recipe(recipe_file, [f"strategy={name}", "max_steps=1", "save_strategy=no"])).held_out_loss_before
+        for name in ("balanced", "pad_longest", "bfd")
+    ]
+    assert before[1:] == pytest.approx(before[:1] * 2, rel=1e-5)
+
+
+def test_nothing_to_resume_is_an_error(recipe_file):
+    with pytest.raises(PacktrainError, match="no checkpoint to resume from"):
+        train(load_recipe(recipe_file), resume=True)
+
+
+def test_killed_and_resumed_ends_with_the_weights_of_an_unbroken_run(tmp_path, recipe_file):
+    train(load_recipe(recipe_file))
+    unbroken = weights_of(tmp_path / "run/model")
+    recipe_file.write_text(recipe_file.read_text().replace(str(tmp_path / "run"), str(tmp_path / "killed")))
+    process = subprocess.Popen(command(recipe_file), env=environment(), stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while not (tmp_path / "killed/checkpoint-8/trainer_state.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed/model").exists()
+    done = subprocess.run(
+        command(recipe_file, "--resume", str(tmp_path / "killed/checkpoint-8")),
+        env=environment(), capture_output=True, text=True, timeout=250,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    resumed = weights_of(tmp_path / "killed/model")
+    assert all(torch.equal(resumed[name], value) for name, value in unbroken.items())
+
+
+def test_two_processes_train_the_recipe_as_one_does(tmp_path, recipe_file):
+    alone = train(load_recipe(recipe_file, ["model.config.attention_dropout=0"]))
+    done = subprocess.run(
+        command(recipe_file, "--set", "model.config.attention_dropout=0", ranks=2),
+        env=environment(), capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    both = summary_of(tmp_path)
+    assert both["world_size"] == 2 and both["real_tokens"] == alone.real_tokens
+    assert both["train_loss_last"] == pytest.approx(alone.train_loss_last, rel=1e-5)
+    assert both["held_out_loss_after"] == pytest.approx(alone.held_out_loss_after, rel=1e-5)
