@@ -10,6 +10,7 @@ from packtrain.errors import UNSET, PacktrainError, RecipeError
 from packtrain.recipe.contradictions import SECRETS, contradictions
 from packtrain.recipe.sections import (
     DEFAULTS,
+    LIBRARY_SECTIONS,
     OWN_SECTIONS,
     SECTIONS,
     TRAINING_DEFAULTS,
@@ -21,32 +22,33 @@ from packtrain.recipe.values import check, did_you_mean
 from packtrain.recipe.yaml_source import Source
 
 _REQUIRED = {
-    "data.path": "name a file, a directory, a Hub dataset or `packtrain:arithmetic`",
+    "data.path": "name a file, a directory, a Hub dataset or `packtrain:arithmetic`, here or by `--set data.path=...`",
     "training.output_dir": "say where the run is stored, for example `output_dir: results/my_run`",
 }
 
-# What other trainers, or older releases, call the same thing.
+_PER_UPDATE, _PER_MICRO_BATCH = "the examples of one update over all devices", "the most tokens of one micro-batch"
+# What other trainers, or older releases, call it -> (our key, what to know about it).
 _OTHER_WORDS = {
-    "batch_size": "batching.examples_per_step` (examples of one update, over all devices)",
-    "train_batch_size": "batching.examples_per_step` (examples of one update, over all devices)",
-    "micro_batch_size": "batching.max_tokens` (most tokens of one micro-batch)",
-    "packing": "batching.strategy`, for example `balanced` or `bfd`",
-    "padding_free": "batching.strategy: padding_free`",
-    "group_by_length": "batching.strategy: group_by_length`",
-    "max_seq_length": "data.max_length`",
-    "max_seq_len": "data.max_length`",
-    "sequence_len": "data.max_length`",
-    "dataset": "data.path`",
-    "dataset_name": "data.path`",
-    "base_model": "model.model_name_or_path`",
-    "torch_dtype": "model.dtype`",
-    "lr": "training.learning_rate`",
-    "epochs": "training.num_train_epochs`",
-    "num_epochs": "training.num_train_epochs`",
-    "warmup_ratio": "training.warmup_steps` (a value below 1 is a share of all steps)",
-    "no_cuda": "training.use_cpu`",
-    "lora_r": "lora.r`",
-    "lora_target_modules": "lora.target_modules`",
+    "batch_size": ("batching.examples_per_step", _PER_UPDATE),
+    "train_batch_size": ("batching.examples_per_step", _PER_UPDATE),
+    "micro_batch_size": ("batching.max_tokens", _PER_MICRO_BATCH),
+    "packing": ("batching.strategy", "for example balanced or bfd"),
+    "padding_free": ("batching.strategy", "padding_free"),
+    "group_by_length": ("batching.strategy", "group_by_length"),
+    "max_seq_length": ("data.max_length", ""),
+    "max_seq_len": ("data.max_length", ""),
+    "sequence_len": ("data.max_length", ""),
+    "dataset": ("data.path", ""),
+    "dataset_name": ("data.path", ""),
+    "base_model": ("model.model_name_or_path", ""),
+    "torch_dtype": ("model.dtype", ""),
+    "lr": ("training.learning_rate", ""),
+    "epochs": ("training.num_train_epochs", ""),
+    "num_epochs": ("training.num_train_epochs", ""),
+    "warmup_ratio": ("training.warmup_steps", "below 1 it is a share of all steps"),
+    "no_cuda": ("training.use_cpu", ""),
+    "lora_r": ("lora.r", ""),
+    "lora_target_modules": ("lora.target_modules", ""),
 }
 
 
@@ -96,10 +98,9 @@ def _override(source: Source, override: str) -> None:
     if path[0] not in SECTIONS:
         homes = _homes(path[0])
         if len(homes) != 1:
-            what, fix = "is not a key of any section", _Unknown(None, path[0]).fix
+            what, fix = "is not a key of any section", _advice(None, path[0])[0]
             if homes:
-                what = "stands in several sections"
-                fix = "write " + " or ".join(f"{home}.{key}" for home in homes)
+                what, fix = "stands in several sections", "write " + " or ".join(f"{home}.{key}" for home in homes)
             source.problems.append(PacktrainError(what, where="--set", key=key, fix=fix))
             return
         path = (homes[0], *path)
@@ -112,28 +113,22 @@ def _homes(name: str) -> list[str]:
     return own or [section for section in SECTIONS if name in fields_of(section)]
 
 
-class _Unknown:
-    """An unknown key: what to write instead, and the key of ours it probably stands for."""
-
-    def __init__(self, section: str | None, name: str):
-        self.meant: str | None = None
-        if name in _OTHER_WORDS:
-            self.fix = f"use `{_OTHER_WORDS[name]}"
-            self.meant = _OTHER_WORDS[name].split("`")[0].split(":")[0]
-        elif homes := _homes(name):
-            self.fix = f"it belongs under `{homes[0]}:`"
-            self.meant = f"{homes[0]}.{name}"
-        elif near := did_you_mean(name, fields_of(section) if section else SECTIONS):
-            self.fix = f"did you mean `{near}`?"
-            self.meant = f"{section}.{near}" if section else near
-        elif near := did_you_mean(name, [key for other in SECTIONS for key in fields_of(other)]):
-            self.meant = f"{_homes(near)[0]}.{near}"
-            self.fix = f"did you mean `{self.meant}`?"
-        elif section in OWN_SECTIONS or section is None:
-            self.fix = f"known here: {', '.join(fields_of(section) if section else SECTIONS)}"
-        else:
-            owner = {"training": "transformers.TrainingArguments", "lora": "peft.LoraConfig"}[section]
-            self.fix = f"`{section}:` takes the fields of {owner}"
+def _advice(section: str | None, name: str) -> tuple[str, str | None]:
+    """For an unknown key: what to write instead, and the key it probably stands for."""
+    here = list(fields_of(section) if section else SECTIONS)
+    if name in _OTHER_WORDS:
+        meant, hint = _OTHER_WORDS[name]
+        return f"use `{meant}`" + (f" ({hint})" if hint else ""), meant
+    if homes := _homes(name):
+        return f"it belongs under `{homes[0]}:`", f"{homes[0]}.{name}"
+    if near := did_you_mean(name, here):
+        return f"did you mean `{near}`?", f"{section}.{near}" if section else near
+    if near := did_you_mean(name, [key for other in SECTIONS for key in fields_of(other)]):
+        meant = f"{_homes(near)[0]}.{near}"
+        return f"did you mean `{meant}`?", meant
+    if section in LIBRARY_SECTIONS:
+        return f"`{section}:` takes the fields of {LIBRARY_SECTIONS[section].rpartition('.')[2]}", None
+    return f"known here: {', '.join(here)}", None
 
 
 class _Checked:
@@ -192,9 +187,9 @@ class _Checked:
                 self.doubtful.add(key)
 
     def _unknown(self, section: str | None, name: str, value: object) -> None:
-        unknown = _Unknown(section, name)
+        fix, meant = _advice(section, name)
         key = f"{section}.{name}" if section else name
-        shown = UNSET if isinstance(value, dict | list) or unknown.meant in SECRETS else value
-        self.report(key, "is not a key" if section else "is not a section", unknown.fix, value=shown)
-        if unknown.meant:
-            self.doubtful.add(unknown.meant)
+        shown = UNSET if isinstance(value, dict | list) or meant in SECRETS else value
+        self.report(key, "is not a key" if section else "is not a section", fix, value=shown)
+        if meant:
+            self.doubtful.add(meant)

@@ -98,7 +98,7 @@ def _mend(expected: Any, value: object) -> str | None:
             return f"write {digits}"
         near = did_you_mean(value, _literals(expected))
         return f"did you mean {near}?" if near else None
-    if "text" in wanted and isinstance(value, int | float):
+    if "text" in wanted and isinstance(value, int | float) and not isinstance(value, bool):
         return f'put it in quotes: "{value}"'
     return None
 

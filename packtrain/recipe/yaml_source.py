@@ -9,7 +9,9 @@ objects), however the text was made.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -29,7 +31,7 @@ class _Composer(yaml.SafeLoader):
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark
-            raise yaml.composer.ComposerError(None, None, "an alias (`*name`): write the value out", mark)
+            raise yaml.composer.ComposerError(None, None, "an alias (`*name`); write the value out", mark)
         self.depth += 1
         if self.depth > MAX_DEPTH:
             mark = self.peek_event().start_mark
@@ -113,63 +115,57 @@ class Source:
                 parent[name] = {}
             parent = parent[name]
             if not isinstance(parent, dict):
-                what, key = "has no keys of its own", ".".join(path[:depth])
-                self.problems.append(PacktrainError(what, where=place, key=key, value=parent))
-                return
+                return self._problem("has no keys of its own", place, path[:depth], value=parent)
         parent[path[-1]] = value
         self.places = {known: at for known, at in self.places.items() if known[: len(path)] != path}
         self.places[path] = place
 
     def _read(self, text: str, name: str, path: KeyPath = ()) -> object:
+        """The plain data of `text`, which stands at `path` of the recipe; a file's lines are part of the places."""
+
+        def place(mark: yaml.Mark) -> str:
+            return name if path else f"{name}:{mark.line + 1}"
+
         try:
             root = yaml.compose(text, Loader=_Composer)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, OverflowError) as error:  # the latter on escapes such as "\UFFFFFFFF"
             mark = getattr(error, "problem_mark", None)
-            line = f":{mark.line + 1}" if mark and not path else ""
             reason = getattr(error, "problem", None) or str(error).splitlines()[0]
             fix = "quote text that holds `: `, `#`, `[` or `{`; indent with spaces"
-            key = ".".join(path) or None
-            self.problems.append(PacktrainError(f"is not YAML: {reason}", where=name + line, key=key, fix=fix))
+            self._problem(f"cannot be read as YAML: {reason}", place(mark) if mark else name, path, fix=fix)
             return None
-        except (ValueError, OverflowError) as error:  # PyYAML on impossible escapes such as "\UFFFFFFFF"
-            self.problems.append(PacktrainError(f"is not YAML: {error}", where=name, key=".".join(path) or None))
-            return None
-        return None if root is None else self._plain(root, name, path, at_lines=not path)
+        return None if root is None else self._plain(root, path, place)
 
-    def _plain(self, node: yaml.Node, name: str, path: KeyPath, at_lines: bool) -> object:
+    def _plain(self, node: yaml.Node, path: KeyPath, place: Callable[[yaml.Mark], str]) -> object:
         """The node as plain data; notes the place of every key and every problem on the way."""
+        here = place(node.start_mark)
         kind = node.tag.removeprefix("tag:yaml.org,2002:")
         if isinstance(node, yaml.SequenceNode) and kind == "seq":
-            return [self._plain(item, name, (*path, str(i)), at_lines) for i, item in enumerate(node.value)]
+            return [self._plain(item, (*path, str(i)), place) for i, item in enumerate(node.value)]
         if isinstance(node, yaml.ScalarNode) and kind in (*_CORE_SCHEMA, "str"):
             try:
                 return _scalar(kind, node.value)
             except ValueError as error:
-                return self._problem(f"cannot be read as {kind}: {error}", node, name, path, at_lines)
+                return self._problem(f"cannot be read as {kind}: {error}", here, path)
         if not isinstance(node, yaml.MappingNode) or kind != "map":
             fix = "a recipe holds plain values only"
-            return self._problem(f"bears the YAML tag {node.tag!r}", node, name, path, at_lines, fix=fix)
+            return self._problem(f"bears the YAML tag {node.tag!r}", here, path, fix=fix)
 
         result: dict[str, object] = {}
         for key_node, value_node in node.value:
-            key = key_node.value
-            if key_node.tag != "tag:yaml.org,2002:str" or not key.isprintable():
-                self._problem("a key must be a plain word", key_node, name, path, at_lines, value=key)
+            name, here = key_node.value, place(key_node.start_mark)
+            if key_node.tag != "tag:yaml.org,2002:str" or not name.isprintable():
+                self._problem("a key must be a plain word", here, path, value=name)
                 continue
-            here = (*path, key)
-            value = self._plain(value_node, name, here, at_lines)
-            if key in result:
-                fix = f"keep one; the other stands at {self.places[here]}"
-                self._problem("is given twice", key_node, name, here, at_lines, value=value, fix=fix)
+            below = (*path, name)
+            value = self._plain(value_node, below, place)
+            if name in result:
+                fix = f"keep one; the other stands at {self.places[below]}"
+                self._problem("is given twice", here, below, value=value, fix=fix)
                 continue
-            result[key] = value
-            self.places[here] = _place(key_node, name, at_lines)
+            result[name] = value
+            self.places[below] = here
         return result
 
-    def _problem(self, what, node, name, path, at_lines, **details) -> None:
-        key = ".".join(path) or None
-        self.problems.append(PacktrainError(what, where=_place(node, name, at_lines), key=key, **details))
-
-
-def _place(node: yaml.Node, name: str, at_lines: bool) -> str:
-    return f"{name}:{node.start_mark.line + 1}" if at_lines else name
+    def _problem(self, what: str, where: str, path: KeyPath, **details: Any) -> None:
+        self.problems.append(PacktrainError(what, where=where, key=".".join(path) or None, **details))

@@ -1,0 +1,210 @@
+"""The command line: `packtrain train | plan | show RECIPE`.
+
+    packtrain train recipes/quickstart.yaml
+    packtrain plan recipes/sft.yaml --all
+    packtrain show recipes/sft.yaml --step 3
+    torchrun --nproc_per_node 2 -m packtrain train recipes/sft.yaml
+
+What a user can mend is printed without a traceback, with exit code 2; Ctrl-C exits with 130. Heavy libraries
+are imported by the verb that needs them, so that help and errors come at once.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+from typer.core import TyperGroup
+
+from packtrain import __version__
+from packtrain.errors import PacktrainError
+
+if TYPE_CHECKING:
+    from packtrain.recipe import Recipe
+
+RANK = int(os.environ.get("RANK", "0"))
+LAST = "last"  # the value of a bare --resume
+
+
+class Verbs(TyperGroup):
+    """The group of verbs, with packtrain's exit codes and a `--resume` that may stand alone."""
+
+    def parse_args(self, ctx, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, fill_bare_resume(args))
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except PacktrainError as error:
+            rank = f" (rank {RANK})" if RANK else ""
+            message = Text.assemble((f"error{rank}: ", "bold red"), str(error))
+            message.highlight_regex(r"(?m)^\s+fix: ", "bold green")
+            Console(stderr=True).print(message, soft_wrap=True)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+
+
+def fill_bare_resume(args: Sequence[str]) -> list[str]:
+    """`--resume` at the end or before another option gets the value `last`; options can't have optional values.
+
+    >>> fill_bare_resume(["train", "r.yaml", "--resume", "--set", "a=1"])
+    ['train', 'r.yaml', '--resume', 'last', '--set', 'a=1']
+    """
+    filled = []
+    for word, following in zip_longest(args, args[1:], fillvalue="-"):
+        filled.append(word)
+        if word == "--resume" and following.startswith("-"):
+            filled.append(LAST)
+    return filled
+
+
+app = typer.Typer(
+    cls=Verbs,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Packing and padding for LLM fine-tuning: a step is a set of examples, a strategy only lays them out.",
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file; see recipes/.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a key of the recipe, as `section.key=value` or `key=value`; repeatable. "
+        "The value is YAML: `lora.r=8`, `lora.target_modules=[q_proj, v_proj]`, `lora=null`.",
+    ),
+]
+Gpus = Annotated[int, typer.Option(min=1, metavar="N", help="Devices (ranks) to plan for.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"packtrain {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def train(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(metavar="[PATH]", help="Go on from a checkpoint; without PATH from the last one in output_dir."),
+    ] = None,
+) -> None:
+    """Train a recipe, and say what came of it.
+
+    Runs on any number of processes: `torchrun --nproc_per_node 2 -m packtrain train RECIPE`, or
+    `accelerate launch`. The steps see the same examples whatever their number.
+    """
+    loaded = _load(recipe, overrides)
+    from packtrain.training.run import train as run
+
+    console = Console(quiet=RANK != 0)
+    summary = run(loaded, resume=True if resume == LAST else resume or False, console=console)
+    console.print(summary.table())
+    console.print("\nTry next:")
+    padded = f"{loaded.training['output_dir']}-padded"
+    for comment, command in next_commands(recipe, overrides or [], padded):
+        console.print(Text.assemble((f"  # {comment}\n", "dim"), ("  " + command, "bold")), soft_wrap=True)
+
+
+def next_commands(recipe: Path, overrides: Sequence[str], padded_dir: str) -> list[tuple[str, str]]:
+    """(what for, command), each as it can be pasted; `padded_dir` is where a padded run would be stored."""
+
+    def command(verb: str, overrides: Sequence[str], *more: str) -> str:
+        sets = [part for override in overrides for part in ("--set", override)]
+        return shlex.join(["packtrain", verb, str(recipe), *sets, *more])
+
+    padded = [override for override in overrides if "output_dir" not in override.partition("=")[0]]
+    padded += ["batching.strategy=pad_longest", f"training.output_dir={padded_dir}"]
+    return [
+        ("what the model saw, step by step", command("show", overrides, "--step", "0")),
+        ("what every other strategy would do with these data", command("plan", overrides, "--all")),
+        ("the same updates with plain padding: compare losses and real tokens/s", command("train", padded)),
+    ]
+
+
+@app.command()
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    every: Annotated[bool, typer.Option("--all", help="One row for every strategy, not only the recipe's.")] = False,
+    gpus: Gpus = 1,
+    lengths: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Plan for these lengths (.npy, integers), not for the data.")
+    ] = None,
+) -> None:
+    """Show the lengths of the examples and what strategies make of them, before anything is trained.
+
+    Rows are tokenised once and remembered; after that the answer takes a second and no GPU, torch or tokenizer.
+    """
+    from packtrain.cli_plan import show_plan
+
+    show_plan(_load(recipe, overrides), Console(), every=every, world_size=gpus, lengths_file=lengths)
+
+
+@app.command()
+def show(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    step: Annotated[int, typer.Option(min=0, metavar="N", help="Which update.")] = 0,
+    rank: Annotated[int, typer.Option(min=0, metavar="R", help="Of which rank.")] = 0,
+    micro_batch: Annotated[int, typer.Option(min=0, metavar="M", help="Which of its micro-batches.")] = 0,
+    examples: Annotated[
+        str | None, typer.Option(metavar="IDS", help="These examples instead, for example `3,17`.")
+    ] = None,
+    documents: Annotated[int, typer.Option(min=0, metavar="N", help="Texts to print.")] = 8,
+    gpus: Gpus = 1,
+) -> None:
+    """Print one batch exactly as the model gets it: documents, positions, loss mask, text.
+
+    What is supervised, what is prompt and what is filler have different colours.
+    """
+    from packtrain.cli_show import show_batch
+
+    show_batch(
+        _load(recipe, overrides),
+        Console(),
+        step=step,
+        rank=rank,
+        micro_batch=micro_batch,
+        examples=examples,
+        documents=documents,
+        world_size=gpus,
+    )
+
+
+def _load(path: Path, overrides: list[str] | None) -> Recipe:
+    """The checked recipe, with a strategy that exists."""
+    from packtrain.packing.strategies import resolve_strategy
+    from packtrain.recipe import load_recipe
+
+    recipe = load_recipe(path, overrides or [])
+    resolve_strategy(recipe.batching.strategy)
+    return recipe
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point; exits with 0, 2 (what the user gave is wrong) or 130 (interrupted)."""
+    app(args=args, prog_name="packtrain")

@@ -1,0 +1,178 @@
+"""`packtrain plan`: the histogram of lengths and a table of strategies."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from packtrain.data.report import DataReport
+from packtrain.errors import PlanError
+from packtrain.packing.efficiency import SAMPLED_STEPS, PlanReport, describe
+from packtrain.packing.lengths import histogram, load_lengths
+from packtrain.packing.plan import Plan
+from packtrain.packing.strategies import STRATEGIES, resolve_strategy
+from packtrain.recipe import Recipe
+from packtrain.training.cached import find_cost, find_training_examples
+from packtrain.training.inputs import load_inputs, plan_training
+
+PERCENTILES = (0, 10, 50, 90, 99, 100)
+BARS = 14  # at most, in the histogram
+BAR_WIDTH = 40
+REFERENCE = "pad_longest"  # what most trainers do
+
+
+def show_plan(
+    recipe: Recipe,
+    console: Console,
+    *,
+    every: bool = False,
+    world_size: int = 1,
+    lengths_file: Path | None = None,
+) -> None:
+    """Prints the lengths of the recipe's examples and what its strategy, or every strategy, does with them.
+
+    Raises:
+        PacktrainError: bad data, or the recipe's own strategy cannot take them.
+    """
+    lengths, report = _lengths(recipe, console, lengths_file)
+    if report is not None:
+        console.print("\n".join(report.lines()), soft_wrap=True, highlight=False)
+    console.print(length_histogram(lengths, unicode=console.encoding.startswith("utf")))
+
+    own = recipe.batching.strategy
+    names = dict.fromkeys([*STRATEGIES, own] if every else [own, REFERENCE])
+    rows: list[tuple[str, PlanReport | PlanError]] = []
+    for name in names:
+        try:
+            plan = _plan(recipe, name, lengths, world_size)
+            rows.append((name, describe(plan, sampled_steps=SAMPLED_STEPS // 4 if every else SAMPLED_STEPS)))
+        except PlanError as error:
+            if name == own:
+                raise
+            rows.append((name, error))
+    lost = report.tokens_lost if report is not None else 0
+    console.print(strategy_table(rows, own=own, world_size=world_size, data_lost=lost))
+
+
+def _lengths(recipe: Recipe, console: Console, file: Path | None) -> tuple[np.ndarray, DataReport | None]:
+    if file is not None:
+        return load_lengths(file), None
+    examples, why = find_training_examples(recipe)
+    if examples is None:
+        console.print(f"tokenising: {why}", style="dim", soft_wrap=True, highlight=False)
+        examples = load_inputs(recipe).train
+    return examples.lengths, examples.report
+
+
+def _plan(recipe: Recipe, strategy: str, lengths: np.ndarray, world_size: int) -> Plan:
+    """The recipe's plan with another strategy; `tokens_per_step` goes along where it has a meaning."""
+    batching = {"strategy": strategy}
+    if strategy != recipe.batching.strategy and resolve_strategy(strategy).scope == "step":
+        batching["tokens_per_step"] = None
+    changed = recipe.model_copy(update={"batching": recipe.batching.model_copy(update=batching)})
+    return plan_training(changed, lengths, world_size=world_size, cost=find_cost(recipe))
+
+
+# -------------------------------------------------------------------------------------------------- the histogram
+
+
+def length_histogram(lengths: np.ndarray, *, unicode: bool = True) -> RenderableType:
+    """Bars over lengths (each range sqrt(2) or 2 times as wide as the one before), percentiles, totals.
+
+    Args:
+        lengths: int `[n]`.
+        unicode: whether the terminal has block characters.
+    """
+    counts = histogram(lengths)  # [longest + 1]
+    total, tokens = int(counts.sum()), int((counts * np.arange(len(counts))).sum())
+    if not total:
+        return Text("no examples")
+    cumulative = np.cumsum(counts)
+    ranks = [max(1, int(np.ceil(total * percentile / 100))) for percentile in PERCENTILES]
+    quantiles = np.searchsorted(cumulative, ranks).tolist()  # the smallest length that many examples don't exceed
+
+    bars = Table.grid(padding=(0, 1))
+    bars.add_column(justify="right")
+    bars.add_column(width=BAR_WIDTH)
+    bars.add_column(justify="right")
+    bars.add_column(justify="right")
+    edges = _edges(quantiles[0], quantiles[-1])
+    inside = [int(counts[low:high].sum()) for low, high in pairwise(edges)]
+    for (low, high), count in zip(pairwise(edges), inside, strict=True):
+        bar = ("█" if unicode else "#") * round(BAR_WIDTH * count / max(inside))
+        label = f"{low:,}" if high == low + 1 else f"{low:,}-{high - 1:,}"
+        bars.add_row(label, Text(bar, "cyan"), f"{count:,}", f"{count / total:.1%}")
+
+    names = [{0: "shortest", 50: "median", 100: "longest"}.get(p, f"{p}%") for p in PERCENTILES]
+    percentiles = "   ".join(f"{name} {value:,}" for name, value in zip(names, quantiles, strict=True))
+    head = f"\n{total:,} examples, {tokens:,} tokens, mean {tokens / total:,.1f}"
+    return Group(Text(head, "bold"), bars, Text(percentiles + "\n"))
+
+
+def _edges(shortest: int, longest: int) -> list[int]:
+    """Range bounds from `shortest` to above `longest`, growing by a constant factor.
+
+    >>> _edges(5, 100)
+    [5, 6, 8, 12, 16, 23, 32, 46, 64, 91, 101]
+    """
+    for factor in (2**0.5, 2.0, 4.0):
+        grid = [round(factor**power) for power in range(1, 64) if factor**power < 2**40]
+        inner = sorted({edge for edge in grid if shortest < edge <= longest})
+        if len(inner) < BARS:
+            break
+    return [shortest, *inner, longest + 1]
+
+
+# ------------------------------------------------------------------------------------------------------ the table
+
+
+def strategy_table(
+    rows: list[tuple[str, PlanReport | PlanError]], *, own: str, world_size: int = 1, data_lost: int = 0
+) -> RenderableType:
+    """One row per strategy, the recipe's own in bold; those that change the updates are marked.
+
+    Args:
+        rows: name and report, or why the strategy cannot take these lengths.
+        data_lost: tokens that `overflow` took from the data, whatever the strategy.
+    """
+    title = f"Strategies on {world_size} device{'s' if world_size > 1 else ''}"
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_edge=False)
+    table.padding, table.pad_edge = (0, 0, 0, 1), False
+    table.add_column("\nstrategy", no_wrap=True)
+    for column in ("\nupdates", "micro-\nbatches", " examples per update\nmin    mean   max"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for column in ("\nfiller", "largest\nbatch", "tokens\nlost"):
+        table.add_column(column, justify="right", no_wrap=True)
+
+    notes = {}
+    for name, report in rows:
+        style = "bold" if name == own else None
+        if isinstance(report, PlanError):
+            table.add_row(name, style=style)
+            notes[f"{name} is impossible: {report.what}"] = None
+            continue
+        changed = resolve_strategy(name).scope == "epoch"
+        if changed:
+            notes["* packs the whole epoch: updates see other examples than with plain padding"] = None
+        if report.examples_split:
+            notes[f"{name} cuts {report.examples_split:,} examples into pieces"] = None
+        if report.sampled_updates < report.updates:
+            notes[f"the last four columns are from {report.sampled_updates:,} updates, evenly spaced"] = None
+        low, mean, high = report.examples_per_update
+        table.add_row(
+            name + (" *" if changed else ""),
+            f"{report.updates:,}",
+            f"{report.micro_batches:,}",
+            f"{low:,} {mean:7,.1f} {high:5,}",
+            f"{report.filler_share:.1%}",
+            f"{report.largest_micro_batch:,}",
+            f"{report.tokens_dropped + data_lost:,}",
+            style=style,
+        )
+    return Group(Text(), table, Text("\n".join(["", *notes]), "dim"))

@@ -1,0 +1,362 @@
+"""The command line: what it prints, how it fails, and what it does not load."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from packtrain.cli import fill_bare_resume, main, next_commands
+from packtrain.cli_plan import length_histogram
+from packtrain.cli_show import FILLER, PROMPT, SUPERVISED, documents_of, text_of
+from packtrain.modeling.tokenizer import train_bpe
+from packtrain.packing.collator import collate_flat, collate_padded
+from tests.test_recipe import BAD, GOOD, write
+
+QUICKSTART = Path(__file__).parents[1] / "recipes/quickstart.yaml"
+SMALL = ["data.num_rows=120", "data.eval_size=20", "examples_per_step=16"]
+
+
+def run(*args: str) -> int:
+    """The exit code of `packtrain ARGS`, in this process."""
+    with pytest.raises(SystemExit) as caught:
+        main(list(args))
+    return caught.value.code or 0
+
+
+def sets(overrides: list[str]) -> list[str]:
+    return [part for override in overrides for part in ("--set", override)]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("PACKTRAIN_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def wide(monkeypatch):
+    """Tables aren't squeezed."""
+    monkeypatch.setenv("COLUMNS", "160")
+
+
+# --------------------------------------------------------------------------------------------------- failures
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_recipes_exit_with_2_and_no_traceback(tmp_path, capsys, name):
+    text, overrides, parts = BAD[name]
+    # An override that starts with a dash must be glued to its option.
+    code = run("plan", str(write(tmp_path, text)), *(f"--set={override}" for override in overrides))
+    printed = capsys.readouterr()
+    assert code == 2 and not printed.out
+    assert printed.err.startswith("error: ") and "Traceback" not in printed.err
+    for part in parts:
+        assert part in printed.err
+
+
+@pytest.mark.parametrize("verb", ["train", "plan", "show"])
+def test_every_verb_fails_alike_in_a_process_of_its_own(tmp_path, verb):
+    path = write(tmp_path, GOOD + "batching: {max_token: 1}\n")
+    done = subprocess.run([sys.executable, "-m", "packtrain", verb, str(path)], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "did you mean `max_tokens`?" in done.stderr and "Traceback" not in done.stderr and not done.stdout
+
+
+def test_unknown_strategies_are_found_before_any_data_is_read(tmp_path, capsys):
+    assert run("train", str(write(tmp_path, GOOD)), "--set", "strategy=balancd") == 2
+    assert "batching.strategy: there is no such strategy (got 'balancd')" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "args", [["plan"], ["paln", "x.yaml"], ["plan", "x.yaml", "--gpus", "0"], ["show", "x", "--step", "a"]]
+)
+def test_wrong_usage_exits_with_2(capsys, args):
+    assert run(*args) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_ctrl_c_exits_with_130(tmp_path):
+    """The recipe is a pipe that nobody writes to, so the interrupt comes while it is read."""
+    pipe = tmp_path / "recipe.yaml"
+    os.mkfifo(pipe)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "packtrain", "plan", str(pipe)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    writer = os.open(pipe, os.O_WRONLY)  # returns once the other side reads
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    os.close(writer)
+    assert process.returncode == 130 and "Traceback" not in err
+
+
+# ------------------------------------------------------------------------------------------------------ light
+
+
+def test_version_and_help_load_nothing_heavy():
+    program = (
+        "import sys\n"
+        "from packtrain.cli import main\n"
+        "for args in (['--version'], ['--help'], ['train', '--help'], ['plan', '--help'], ['show', '--help']):\n"
+        "    try: main(args)\n"
+        "    except SystemExit as end: assert not end.code, end.code\n"
+        "print([name for name in ('torch', 'transformers', 'datasets', 'peft', 'numpy') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("packtrain 0.") and done.stdout.endswith("[]\n")
+    assert all(word in done.stdout for word in ("train", "plan", "show", "--set", "--resume", "--all", "--step"))
+
+
+def test_plan_of_tokenised_rows_loads_neither_torch_nor_a_tokenizer(capsys, wide):
+    """The first plan tokenises; every later one reads the lengths."""
+    args = ["plan", str(QUICKSTART), "--all", *sets(SMALL)]
+    assert run(*args) == 0
+    first = capsys.readouterr().out
+    program = (
+        "import sys\n"
+        "from packtrain.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit as end: assert not end.code\n"
+        "heavy = [name for name in ('torch', 'transformers', 'tokenizers', 'datasets') if name in sys.modules]\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *args], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "tokenising" not in done.stdout
+    assert done.stdout.splitlines()[-20:] == first.splitlines()[-20:]
+
+
+# ------------------------------------------------------------------------------------------------------- plan
+
+
+def test_plan_prints_a_row_for_every_strategy(tmp_path, capsys, wide):
+    """8 examples of 10 tokens, 4 per update, 20 tokens per micro-batch: all by hand."""
+    np.save(tmp_path / "lengths.npy", np.full(8, 10, dtype=np.int32))
+    recipe = write(tmp_path, GOOD.replace("{output_dir: results/run}", "{output_dir: x, num_train_epochs: 1}"))
+    small = sets(["examples_per_step=4", "max_tokens=20", "max_length=10"])
+    assert run("plan", str(recipe), "--all", "--lengths", str(tmp_path / "lengths.npy"), *small) == 0
+    out = capsys.readouterr().out
+    assert "8 examples, 80 tokens, mean 10.0" in out
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line and line.split()[0].isidentifier()}
+    everything = ["2", "4", "4", "4.0", "4", "0.0%", "20", "0"]
+    for name in ("pad_max", "pad_longest", "group_by_length", "padding_free", "balanced"):
+        assert rows[name] == everything
+    for name in ("bfd", "ffd", "next_fit", "random", "wrapped"):
+        assert rows[name] == ["*", *everything]
+    assert "updates see other examples than with plain padding" in out
+
+
+def test_plan_without_all_compares_with_plain_padding(tmp_path, capsys, wide):
+    np.save(tmp_path / "lengths.npy", np.array([1, 9, 1, 9], dtype=np.int32))
+    small = sets(["examples_per_step=4", "max_tokens=18", "max_length=9", "num_train_epochs=1"])
+    assert run("plan", str(write(tmp_path, GOOD)), "--lengths", str(tmp_path / "lengths.npy"), *small) == 0
+    out = capsys.readouterr().out
+    assert "balanced" in out and "pad_longest" in out and "bfd" not in out
+    assert "updates see other examples" not in out
+
+
+def test_plan_says_what_a_strategy_cannot_do(tmp_path, capsys, wide):
+    """`wrapped` may cut what doesn't fit; with --all the others say that they can't."""
+    np.save(tmp_path / "lengths.npy", np.array([30, 5, 5], dtype=np.int32))
+    args = [
+        "plan",
+        str(write(tmp_path, GOOD)),
+        "--all",
+        "--lengths",
+        str(tmp_path / "lengths.npy"),
+        "--set",
+        "max_tokens=20",
+    ]
+    assert run(*args, "--set", "strategy=wrapped") == 0
+    assert "balanced is impossible: " in capsys.readouterr().out
+    assert run(*args, "--set", "max_length=20") == 2
+    assert "30" in capsys.readouterr().err
+
+
+def test_plan_rejects_tokens_per_step_where_steps_are_examples(tmp_path, capsys):
+    np.save(tmp_path / "lengths.npy", np.full(8, 10, dtype=np.int32))
+    args = [
+        "plan",
+        str(write(tmp_path, GOOD)),
+        "--lengths",
+        str(tmp_path / "lengths.npy"),
+        "--set",
+        "tokens_per_step=64",
+    ]
+    assert run(*args) == 2
+    assert "batching.tokens_per_step" in capsys.readouterr().err
+    assert run(*args, "--set", "strategy=bfd", "--all") == 0  # and the comparison leaves it out where it can't be
+
+
+def lines_of(renderable) -> list[str]:
+    console = Console(width=100, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(renderable)
+    return [line.rstrip() for line in console.export_text().splitlines()]
+
+
+def test_histogram_of_a_long_tail():
+    lengths = np.array([1] * 2 + [3] * 4 + [40] * 8 + [1000] * 2)
+    assert lines_of(length_histogram(lengths, unicode=False)) == [
+        "",
+        "16 examples, 2,334 tokens, mean 145.9",
+        "        1 ##########                               2 12.5%",
+        "      2-3 ####################                     4 25.0%",
+        "      4-7                                          0  0.0%",
+        "     8-15                                          0  0.0%",
+        "    16-31                                          0  0.0%",
+        "    32-63 ######################################## 8 50.0%",
+        "   64-127                                          0  0.0%",
+        "  128-255                                          0  0.0%",
+        "  256-511                                          0  0.0%",
+        "512-1,000 ##########                               2 12.5%",
+        "shortest 1   10% 1   median 40   90% 1,000   99% 1,000   longest 1,000",
+        "",
+    ]
+
+
+@pytest.mark.parametrize("lengths", [[], [7], [5, 5, 5], [0, 1], [1, 2**20]])
+def test_histogram_of_anything(lengths):
+    text = "\n".join(lines_of(length_histogram(np.array(lengths, dtype=np.int64))))
+    assert ("no examples" in text) == (not lengths)
+    assert sum(int(line.split()[-2]) for line in text.splitlines() if line.endswith("%")) == len(lengths)
+
+
+# ------------------------------------------------------------------------------------------------------- show
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_bpe([], vocab_size=262)  # one token per byte
+
+
+@pytest.fixture
+def batches(tokenizer):
+    """Two documents, `ask?yes` and `no`, the answers supervised, in both layouts."""
+    ids = np.array(tokenizer("ask?yes")["input_ids"] + tokenizer("no")["input_ids"])
+    labels = ids.copy()
+    labels[:4] = -100
+    parts = (ids, labels, np.array([7, 2]), np.array([5, 3]))
+    return collate_flat(*parts), collate_padded(*parts, pad_token_id=tokenizer.pad_token_id)
+
+
+def test_documents_of_both_layouts_are_the_same(batches):
+    flat, padded = (documents_of(batch) for batch in batches)
+    assert [document.example_id for document in flat] == [5, 3]
+    assert [document.positions for document in flat] == [[0, 1, 2, 3, 4, 5, 6], [0, 1]]
+    assert [document.supervised for document in flat] == [3, 1]
+    assert [document.filler for document in flat] == [0, 0]
+    assert [document.filler for document in padded] == [0, 5]
+    for one, other in zip(flat, padded, strict=True):
+        assert (one.input_ids, one.labels, one.weights) == (other.input_ids, other.labels, other.weights)
+
+
+def test_text_is_coloured_by_what_is_learnt(batches, tokenizer):
+    def runs(document):
+        text = text_of(document, tokenizer)
+        return [(text.plain[span.start : span.end], span.style) for span in text.spans]
+
+    first, second = documents_of(batches[1])
+    assert runs(first) == [("ask?", PROMPT), ("yes", SUPERVISED)]
+    # The first token of a document is never learnt: nothing stands before it.
+    assert runs(second) == [("n", PROMPT), ("o", SUPERVISED), ("[5 filler]", FILLER)]
+
+
+def test_control_characters_in_data_do_not_reach_the_terminal(tokenizer):
+    ids = np.array(tokenizer("a\x1b[2Jb\tc\n")["input_ids"])
+    (document,) = documents_of(collate_flat(ids, ids, np.array([len(ids)]), np.array([0])))
+    assert text_of(document, tokenizer).plain == "a\\x1b[2Jb\tc\n"
+
+
+def test_filler_micro_batches_are_shown_as_such(tokenizer):
+    ids, labels = np.zeros(2, dtype=np.int64), np.full(2, -100)
+    (document,) = documents_of(collate_flat(ids, labels, np.array([2]), np.array([-1])))
+    text = text_of(document, tokenizer)
+    assert document.supervised == 0 and {span.style for span in text.spans} == {FILLER}
+
+
+@pytest.mark.parametrize("strategy", ["balanced", "pad_longest"])
+def test_show_prints_the_batch_that_training_would_see(capsys, wide, strategy):
+    from packtrain.recipe import load_recipe
+    from packtrain.training.inputs import load_inputs
+
+    overrides = [*SMALL, f"strategy={strategy}"]
+    assert run("show", str(QUICKSTART), "--step", "2", "--documents", "16", *sets(overrides)) == 0
+    out = capsys.readouterr().out
+    assert "step 2 of 7 (epoch 0), rank 0 of 1, micro-batch 0 of" in out
+    inputs = load_inputs(load_recipe(QUICKSTART, overrides))
+    shown = [
+        int(line.split("example ")[1].split()[0])
+        for line in out.splitlines()
+        if line.startswith("document ") and "· example" in line
+    ]
+    assert shown
+    for example_id in shown:
+        text = inputs.tokenizer.decode(inputs.train[example_id]["input_ids"])
+        assert text.strip() in out
+
+
+def test_show_of_given_examples_and_of_what_is_not_there(capsys, wide):
+    assert run("show", str(QUICKSTART), "--examples", "3, 17", *sets(SMALL)) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("2 examples: flat [1, ") and "example 3 " in out and "example 17 " in out
+    for args, part in (
+        (["--step", "7"], "choose one from 0 to 6"),
+        (["--rank", "1"], "--gpus says for how many"),
+        (["--micro-batch", "99"], "there is no such micro-batch"),
+        (["--examples", "3,100"], "give numbers from 0 to 99"),
+        (["--examples", "three"], "is not a list of examples"),
+    ):
+        assert run("show", str(QUICKSTART), *args, *sets(SMALL)) == 2
+        assert part in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------ train
+
+
+@pytest.mark.parametrize(
+    ("args", "filled"),
+    [
+        (["train", "r.yaml"], ["train", "r.yaml"]),
+        (["train", "r.yaml", "--resume"], ["train", "r.yaml", "--resume", "last"]),
+        (["train", "r.yaml", "--resume", "--set", "a=1"], ["train", "r.yaml", "--resume", "last", "--set", "a=1"]),
+        (["train", "r.yaml", "--resume", "run/checkpoint-5"], ["train", "r.yaml", "--resume", "run/checkpoint-5"]),
+        ([], []),
+    ],
+)
+def test_resume_may_stand_alone(args, filled):
+    assert fill_bare_resume(args) == filled
+
+
+def test_the_next_commands_can_be_pasted():
+    overrides = ["lora.target_modules=[q, v]", "output_dir=here"]
+    found = [shlex.split(command) for _, command in next_commands(Path("my recipes/a.yaml"), overrides, "there")]
+    start = ["my recipes/a.yaml", "--set", "lora.target_modules=[q, v]", "--set"]
+    assert found == [
+        ["packtrain", "show", *start, "output_dir=here", "--step", "0"],
+        ["packtrain", "plan", *start, "output_dir=here", "--all"],
+        ["packtrain", "train", *start, "batching.strategy=pad_longest", "--set", "training.output_dir=there"],
+    ]
+
+
+def test_train_trains_and_says_what_came_of_it(tmp_path, capsys, wide):
+    torch.manual_seed(0)
+    tiny = [*SMALL, "config.hidden_size=32", "config.intermediate_size=64", "config.num_hidden_layers=1"]
+    output = [f"training.output_dir={tmp_path / 'run'}", "max_steps=4", "save_strategy=no", "use_cpu=true"]
+    assert run("train", str(QUICKSTART), *sets(tiny + output)) == 0
+    out = capsys.readouterr().out
+    assert "held-out loss" in out and "real tokens/s" in out and str(tmp_path / "run") in out
+    assert out.count("packtrain show") == 1 and out.count("packtrain plan") == 1 and out.count("packtrain train") == 1
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
