@@ -18,7 +18,8 @@ Two functions are registered through transformers' public interfaces, nothing is
 | flat, a mask it can't name (chunked, custom) | sdpa's mask | documents, with its diagonal blocks |
 | flat, bidirectional | sdpa's: None, or the window | documents, with its diagonal blocks |
 | one plain row `[1, T]` | None (or sdpa's mask) | one document, which is what sdpa does |
-| `[B, T]`, padded or not, rows packed or not | sdpa's mask | sdpa |
+| `[B, T]`, padded or packed, with a mask | sdpa's mask | sdpa |
+| `[B, T]`, packed, no mask (encoders; a cache) | None, as sdpa | rows one after the other, documents |
 | decoding with a cache | sdpa's mask | sdpa |
 
 The name has no "flash" in it: transformers takes such names for flash-attn itself and treats masks its way.
@@ -31,6 +32,7 @@ from difflib import get_close_matches
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -195,12 +197,19 @@ def varlen_attention_forward(
     documents = find_documents(module, query, key, attention_mask, kwargs)
     if documents is not None:
         pattern = packed_pattern(module, query, documents, pattern, kwargs)
-        return attend(query, key, value, documents, pattern), None
+        rows = (end_to_end(states) for states in (query, key, value))
+        output = attend(*rows, documents, pattern)  # [1, B * T, H, Dv]
+        return output.view(query.shape[0], query.shape[2], *output.shape[2:]), None
     if softcap is None and s_aux is None:
         options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
         options |= {"position_bias": position_bias, **kwargs}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     return attend_unpacked(query, key, value, pattern), None
+
+
+def end_to_end(states: Tensor) -> Tensor:
+    """`[B, H, T, D]` -> `[1, H, B * T, D]`, one row after the other."""
+    return states if states.shape[0] == 1 else states.transpose(0, 1).flatten(1, 2).unsqueeze(0)
 
 
 def attend_unpacked(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern) -> Tensor:
@@ -224,6 +233,8 @@ def packed_pattern(
     for name in ("indices", "block_indices", "sinks"):
         if kwargs.get(name) is not None:
             raise refusal(f"{type(module).__name__} passes `{name}` to its attention")
+    if pattern.bias is not None and query.shape[0] > 1:
+        raise refusal("a position bias for several rows of documents")
     if kwargs.get("output_attentions"):
         raise refusal("attention weights are never formed", "don't ask for output_attentions")
     if "sliding_window" in kwargs:
@@ -254,24 +265,25 @@ def find_documents(
 
     A plain row without mask is one document: that is sdpa's own reading, and keeps a window in force.
     """
-    row_to_itself = query.shape[0] == 1 and key.shape[2] == query.shape[2]
-    row_to_itself = row_to_itself and not getattr(module, "is_cross_attention", False)
+    rows, length = query.shape[0], query.shape[2]
+    row_to_itself = key.shape[2] == length and not getattr(module, "is_cross_attention", False)
     cu_seq_lens = kwargs.get("cu_seq_lens_q")
     if cu_seq_lens is not None:
         documents = documents_of(cu_seq_lens, bounds_from_cu_seq_lens)
-        if not row_to_itself:
+        if rows > 1 or not row_to_itself:
             if len(documents.bounds) == 2:
                 return None
             shapes = f"queries {tuple(query.shape)} and keys {tuple(key.shape)}"
             raise refusal(f"{type(module).__name__} attends from documents to something else: {shapes}")
-        check_fit(documents, query.shape[2], kwargs.get("cu_seq_lens_k"))
+        check_fit(documents, length, kwargs.get("cu_seq_lens_k"))
         return documents
     if not row_to_itself or mask is not None:
         return None
-    positions = kwargs.get("position_ids")
-    if torch.is_tensor(positions) and positions.shape == (1, query.shape[2]):
-        return documents_of(positions, bounds_from_positions)
-    return Documents(bounds=(0, query.shape[2]), device=query.device)
+    positions, plain = kwargs.get("position_ids"), Documents(bounds=(0, length), device=query.device)
+    if not torch.is_tensor(positions) or positions.shape != (rows, length):
+        return plain if rows == 1 else None
+    documents = documents_of(positions, bounds_from_positions)
+    return documents if rows == 1 or len(documents.bounds) > rows + 1 else None
 
 
 def check_fit(documents: Documents, length: int, cu_seq_lens_k: Tensor | None) -> None:
@@ -303,11 +315,11 @@ def bounds_from_cu_seq_lens(cu_seq_lens: Tensor) -> tuple[int, ...]:
 
 
 def bounds_from_positions(position_ids: Tensor) -> tuple[int, ...]:
-    """`[[0, 1, 2, 0, 1]]` -> `(0, 3, 5)`: a document begins wherever positions don't go up by one, which is
-    the rule of transformers' `find_packed_sequence_indices`."""
-    row = position_ids[0]
-    starts = (row[1:] - row[:-1] != 1).nonzero().flatten() + 1
-    return (0, *starts.tolist(), row.shape[0])
+    """`[[0, 1, 2, 0, 1]]` -> `(0, 3, 5)`: a document begins with a row and wherever positions don't go up by
+    one, which is the rule of transformers' `find_packed_sequence_indices`."""
+    rows, length = position_ids.shape
+    begins = F.pad(position_ids.diff(dim=1) != 1, (1, 0), value=True)  # [B, T]
+    return (*begins.flatten().nonzero().flatten().tolist(), rows * length)
 
 
 def refusal(what: str, fix: str = "use sdpa or eager, and let the audit check it") -> ModelError:

@@ -12,6 +12,7 @@ from packtrain.data.sources import open_rows, texts
 from packtrain.packing.cost import Cost
 from packtrain.packing.plan import Plan, make_plan
 from packtrain.recipe import Recipe
+from packtrain.training.cached import tokenizer_key_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,10 +39,11 @@ def load_inputs(recipe: Recipe) -> Inputs:
 
     model, data, seed = recipe.model, recipe.data, recipe.training["seed"]
     rows = open_rows(data.path, name=data.name, split=data.split, num_rows=data.num_rows, seed=seed)
+    own = model.tokenizer_name_or_path is None  # the model's revision and trust are its own tokenizer's only
     tokenizer = load_tokenizer(
         tokenizer_name_or_path=model.tokenizer_name_or_path or model.model_name_or_path,
-        revision=model.revision,
-        trust_remote_code=model.trust_remote_code,
+        revision=model.revision if own else None,
+        trust_remote_code=model.trust_remote_code and own,
         vocab_size=model.tokenizer_vocab_size,
         chat_template=model.chat_template,
         corpus=texts(rows, data.format),
@@ -54,6 +56,7 @@ def load_inputs(recipe: Recipe) -> Inputs:
         assistant_only_loss=data.assistant_only_loss,
         on_bad_row=data.on_bad_row,
         num_proc=data.num_proc,
+        tokenizer_key=tokenizer_key_of(recipe),
     )
     train = build_examples(rows, tokenizer, **options)
     held_out = None

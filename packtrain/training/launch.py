@@ -27,7 +27,7 @@ def asked_world_size(env: Mapping[str, str] = os.environ) -> int:
         raise LaunchError(
             "accelerate was asked for several processes but started one",
             fix="on CPU use `torchrun --nproc_per_node 2 -m packtrain train RECIPE` or "
-            "`accelerate launch --config_file launch/cpu_2.yaml -m packtrain train RECIPE`",
+            "`accelerate launch --config_file launch/cpu.yaml -m packtrain train RECIPE --set use_cpu=true`",
         )
     return int(world_size or 1)
 

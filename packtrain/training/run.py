@@ -83,7 +83,7 @@ def build_trainer(
         ),
     )
     if recipe.lora is not None:
-        model = add_lora(model, recipe.lora)
+        model = add_lora(model, recipe.lora, gradient_checkpointing=_checkpoints_activations(args))
     trainer = trainer_class(
         model,
         args,
@@ -125,6 +125,11 @@ def _compute_dtype(args: TrainingArguments, recipe: Recipe) -> torch.dtype:
     if args.bf16 or args.fp16:
         return torch.bfloat16 if args.bf16 else torch.float16
     return torch.float32 if recipe.model.dtype == "auto" else getattr(torch, recipe.model.dtype)
+
+
+def _checkpoints_activations(args: TrainingArguments) -> bool:
+    """Whether layers are recomputed in the backward pass, under the old name of the setting or the new one."""
+    return bool(getattr(args, "activation_checkpointing", False) or args.gradient_checkpointing)
 
 
 def _checkpoint(resume: str | bool, output_dir: Path) -> str | None:

@@ -63,6 +63,7 @@ def make_trainer(
     world_size: int = 1,
     num_epochs: float = 2.0,
     model_changes: dict | None = None,
+    use_cpu: bool = True,
     **training,
 ) -> PackTrainer:
     """A PackTrainer over random documents; keyword arguments beyond the named ones are TrainingArguments."""
@@ -78,13 +79,14 @@ def make_trainer(
         max_steps=training.get("max_steps", -1),
         world_size=world_size,
     )
-    implementation = choose_implementation(attn_implementation, layout=plan.layout, device="cpu", dtype=torch.float32)
+    dtype = torch.bfloat16 if training.get("bf16") else torch.float32
+    implementation = choose_implementation(attn_implementation, layout=plan.layout, device="cpu" if use_cpu else "cuda", dtype=dtype)
     model = tiny_model(family, attn_implementation=implementation, **(model_changes or {}))
     if lora:
         model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
     args = TrainingArguments(
         output_dir=str(output_dir),
-        use_cpu=True,
+        use_cpu=use_cpu,
         gradient_accumulation_steps=plan.gradient_accumulation_steps,
         per_device_train_batch_size=1,
         num_train_epochs=num_epochs,
