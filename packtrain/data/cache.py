@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from filelock import FileLock
 
 from packtrain.data.tokens import Documents, open_files
 from packtrain.errors import DataError
@@ -118,6 +119,14 @@ def _reopen(directory: Path) -> Documents:
     if documents is None:
         raise DataError("the tokenised rows have been removed, or are damaged", where=str(directory))
     return documents
+
+
+def one_builder(fingerprint: str, cache_dir: str | Path | None = None) -> FileLock:
+    """A lock for the process that tokenises; other ranks, also on other hosts of a shared disk, wait and then read."""
+    root = cache_root(cache_dir) / "locks"
+    with contextlib.suppress(OSError):  # `staging` says what is wrong with the directory
+        root.mkdir(parents=True, exist_ok=True)
+    return FileLock(root / f"{fingerprint}.lock")
 
 
 @contextlib.contextmanager

@@ -60,7 +60,10 @@ def tokenize(
     found = cache.find_store(fingerprint, cache_dir)
     if found is not None:
         return found
-    with cache.staging(cache_dir) as directory:
+    with cache.staging(cache_dir) as directory, cache.one_builder(fingerprint, cache_dir):
+        found = cache.find_store(fingerprint, cache_dir)  # built by another rank while this one waited
+        if found is not None:
+            return found
         table = _map(rows, encoder, directory, num_proc)
         np.save(directory / "lengths.npy", ListColumn("input_ids", table["input_ids"]).lengths())
         np.save(directory / "supervised.npy", table["supervised"].to_numpy())
