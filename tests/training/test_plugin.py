@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import datasets
 import numpy as np
 import pytest
@@ -180,3 +183,16 @@ def test_the_collator_alone_gives_the_stock_loss(tmp_path, documents):
         data_collator=packtrain.PackCollator(),
     )
     assert_same(losses(trainer), before)
+
+
+def test_the_readme_example_runs(tmp_path, conversations, tokenizer, monkeypatch):
+    """The ten lines of the README, with a tiny model and data for `model` and `dataset`."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    example = re.search(r"<!-- example: attach -->\n```python\n(.*?)```", readme, re.DOTALL).group(1)
+    monkeypatch.chdir(tmp_path)
+    model = tiny_model("llama", vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    model.config.name_or_path = model.name_or_path = str(tmp_path / "tokenizer")  # where SFTTrainer looks for one
+    scope = {"model": model, "dataset": conversations}
+    exec(example, scope)
+    assert scope["trainer"].state.global_step > 0
