@@ -66,6 +66,7 @@ class BatchingSection(_Section):
     examples_per_step: Positive = 64  # per update, over all devices
     max_tokens: Positive = 16384  # of one micro-batch
     tokens_per_step: Positive | None = None  # for strategies that pack the whole epoch
+    allow_contamination: Flag = False  # train although documents of a batch see each other
 
 
 class ObjectiveSection(_Section):

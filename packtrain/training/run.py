@@ -16,6 +16,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from packtrain.errors import PacktrainError
 from packtrain.modeling.attention import choose_implementation
+from packtrain.modeling.audit import quick_check
 from packtrain.modeling.loading import add_lora, load_config, load_model
 from packtrain.packing.collator import PackCollator
 from packtrain.packing.cost import Cost
@@ -103,6 +104,11 @@ def build_trainer(
         callbacks=[RichProgress(console)],
     )
     trainer.remove_callback(PrinterCallback)
+    if not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):  # sharded weights run in the engine only
+        isolation = quick_check(model, plan.layout)
+        isolation.refuse(allow_contamination=recipe.batching.allow_contamination)
+        if console and trainer.is_world_process_zero():
+            console.print(f"documents of a {plan.layout} batch: {isolation.what()}", highlight=False)
     check_in_force(world_size=args.world_size, n_gpu=args.n_gpu, engine=trainer.accelerator.distributed_type.value)
     return trainer, inputs
 

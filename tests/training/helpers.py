@@ -80,7 +80,9 @@ def make_trainer(
         world_size=world_size,
     )
     dtype = torch.bfloat16 if training.get("bf16") else torch.float32
-    implementation = choose_implementation(attn_implementation, layout=plan.layout, device="cpu" if use_cpu else "cuda", dtype=dtype)
+    implementation = choose_implementation(
+        attn_implementation, layout=plan.layout, device="cpu" if use_cpu else "cuda", dtype=dtype
+    )
     model = tiny_model(family, attn_implementation=implementation, **(model_changes or {}))
     if lora:
         model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))

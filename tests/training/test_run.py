@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from packtrain.errors import PacktrainError
+from packtrain.errors import ModelError, PacktrainError
 from packtrain.recipe import load_recipe
 from packtrain.training.run import train
 
@@ -83,6 +83,21 @@ def test_held_out_loss_does_not_depend_on_the_layout(recipe_file):
         for name in ("balanced", "pad_longest", "bfd")
     ]
     assert before[1:] == pytest.approx(before[:1] * 2, rel=1e-5)
+
+
+OPT = (
+    "{model_type: opt, hidden_size: 32, ffn_dim: 64, num_hidden_layers: 2, num_attention_heads: 4, "
+    "word_embed_proj_dim: 32}"
+)
+
+
+def test_a_model_whose_documents_see_each_other_is_refused(recipe_file):
+    """OPT builds its mask without position_ids, so sdpa lets documents of a flat batch see each other."""
+    leaking = ["attn_implementation=sdpa", f"model.config={OPT}", "max_steps=1", "save_strategy=no"]
+    with pytest.raises(ModelError, match="(?s)keep to themselves with sdpa: leaks.*allow_contamination"):
+        train(load_recipe(recipe_file, leaking))
+    train(load_recipe(recipe_file, [*leaking, "allow_contamination=true"]))
+    train(load_recipe(recipe_file, [*leaking, "strategy=pad_longest"]))  # control: padded, the same model is fine
 
 
 def test_nothing_to_resume_is_an_error(recipe_file):

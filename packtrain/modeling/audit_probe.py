@@ -1,0 +1,325 @@
+"""Experiments on a model: what do the outputs of a document depend on?
+
+Documents are laid out in every way that batches come in, and then asked three questions:
+
+- *together or alone*: how far are a document's outputs from those it has by itself?
+- *a changed neighbour*: which outputs move when the tokens of another document change?
+- *changed filler*: which outputs of real tokens move when padding gets other tokens, or more of it?
+
+    row 0   a a a a a a a a a b b b b b        flat: rows 0 and 1 one after the other, `[1, 28]`
+    row 1   c c c d d d d d d d d d d d        rows: as drawn, `[2, 14]`       padded: four rows of 11
+
+Nothing of the model is left changed: attention implementation, mode, dropout and checkpointing are put back.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from packtrain.errors import ModelError
+from packtrain.modeling.attention import NAME, register, varlen_attention_forward, varlen_mask
+
+LENGTHS = (9, 5, 3, 11)  # two rows of 14; the longest are longer than the windows of tiny models
+PRECISION = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 4e-2}
+Place = tuple[int, int, int]  # row, start, stop of a document
+
+
+@dataclass(frozen=True, kw_only=True)
+class Laid:
+    """Documents in a batch: what the model is called with, and where each of them is."""
+
+    batch: dict[str, object]
+    places: list[Place]
+
+
+# --------------------------------------------------------------------------------------------- the documents
+
+
+def sample_documents(model: PreTrainedModel, lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> list[Tensor]:
+    """Random ordinary tokens, int64 `[L]` each, on the model's device; no special token among them."""
+    embedding = model.get_input_embeddings()
+    config = base(model).config.get_text_config()
+    ids = (value for name, value in vars(config).items() if name.endswith("_token_id"))
+    special = {value for value in ids if isinstance(value, int)} | set(range(4))
+    rows = getattr(embedding, "num_embeddings", None) or config.vocab_size
+    ordinary = torch.tensor([token for token in range(min(rows, 4096)) if token not in special])
+    generator = torch.Generator().manual_seed(seed)
+    picked = (torch.randint(len(ordinary), (length,), generator=generator) for length in lengths)
+    return [ordinary[choice].to(embedding.weight.device) for choice in picked]
+
+
+def base(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside an adapter."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+# ------------------------------------------------------------------------------------------------- layouts
+
+
+def flat(documents: list[Tensor], start: int, pad: int) -> Laid:
+    """packtrain's own: one row, positions, offsets and sequence numbers, no mask."""
+    laid = positions(documents, start, pad)
+    lengths = torch.tensor([len(document) for document in documents])
+    bounds = torch.tensor([0, *accumulate(lengths.tolist())], dtype=torch.int32, device=documents[0].device)
+    numbers = torch.arange(len(documents), dtype=torch.int32).repeat_interleave(lengths)[None]
+    longest = int(lengths.max())
+    offsets = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+    return Laid(batch=laid.batch | offsets | {"seq_idx": numbers.to(bounds.device)}, places=laid.places)
+
+
+def positions(documents: list[Tensor], start: int, pad: int) -> Laid:
+    """What stock collators give: one row and positions that restart, nothing else."""
+    bounds = [0, *accumulate(len(document) for document in documents)]
+    batch = {"input_ids": torch.cat(documents)[None], "position_ids": restarting(documents, start)[None]}
+    return Laid(batch=batch, places=[(0, a, b) for a, b in pairwise(bounds)])
+
+
+def masked(documents: list[Tensor], start: int, pad: int) -> Laid:
+    """A flat batch with an attention mask of ones beside it, as tokenizers and collators like to add."""
+    laid = flat(documents, start, pad)
+    return Laid(batch=laid.batch | {"attention_mask": torch.ones_like(laid.batch["input_ids"])}, places=laid.places)
+
+
+def rows(documents: list[Tensor], start: int, pad: int) -> Laid:
+    """Packed rows of equal length, `[2, 14]`, with positions that restart."""
+    half = len(documents) // 2
+    parts = [documents[:half], documents[half:]]
+    batch = {
+        "input_ids": torch.stack([torch.cat(part) for part in parts]),
+        "position_ids": torch.stack([restarting(part, start) for part in parts]),
+    }
+    places = []
+    for row, part in enumerate(parts):
+        bounds = [0, *accumulate(len(document) for document in part)]
+        places += [(row, a, b) for a, b in pairwise(bounds)]
+    return Laid(batch=batch, places=places)
+
+
+def padded(documents: list[Tensor], start: int, pad: int, *, left: bool = False, extra: int = 0) -> Laid:
+    """One document per row, filled up to the longest and `extra` more, with a mask."""
+    width = max(len(document) for document in documents) + extra
+    shape, device = (len(documents), width), documents[0].device
+    ids = torch.full(shape, pad, device=device)
+    mask, places = torch.zeros(shape, dtype=torch.int64, device=device), []
+    for row, document in enumerate(documents):
+        first = width - len(document) if left else 0
+        places.append((row, first, first + len(document)))
+        ids[row, first : first + len(document)] = document
+        mask[row, first : first + len(document)] = 1
+    position_ids = (mask.cumsum(1) - 1).clamp_min(0) + start
+    return Laid(batch={"input_ids": ids, "attention_mask": mask, "position_ids": position_ids}, places=places)
+
+
+def restarting(documents: list[Tensor], start: int) -> Tensor:
+    return torch.cat([torch.arange(len(document), device=document.device) + start for document in documents])
+
+
+LAYOUTS: dict[str, Callable[..., Laid]] = {
+    "flat": flat,
+    "positions": positions,
+    "masked": masked,
+    "rows": rows,
+    "padded": padded,
+}
+
+
+# ------------------------------------------------------------------------------------------- the experiments
+
+
+def outputs(model: nn.Module, laid: Laid, use_cache: bool = False) -> Tensor:
+    """Logits (or last hidden states) `[B, T, V]` in float32 or better."""
+    takes = inspect.signature(base(model).forward).parameters
+    anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
+    batch = {name: value for name, value in laid.batch.items() if anything or name in takes}
+    if "use_cache" in takes:
+        batch["use_cache"] = use_cache
+    result = model(**batch)
+    found = result.logits if getattr(result, "logits", None) is not None else result[0]
+    found = found[:, -laid.batch["input_ids"].shape[1] :]  # virtual tokens of an adapter stand in front
+    return found.to(torch.promote_types(found.dtype, torch.float32))
+
+
+def each(found: Tensor, places: list[Place]) -> list[Tensor]:
+    """The outputs of every document, `[L, V]`."""
+    return [found[row, start:stop] for row, start, stop in places]
+
+
+def alone(model: nn.Module, documents: list[Tensor]) -> list[Tensor]:
+    """The outputs of every document by itself, called as plainly as can be."""
+    return [outputs(model, Laid(batch={"input_ids": document[None]}, places=[]))[0] for document in documents]
+
+
+def change(documents: list[Tensor], which: int) -> list[Tensor]:
+    """The documents with one in which every token is another (one that occurs in the documents)."""
+    pool = torch.cat(documents).unique()
+    moved = pool[(torch.searchsorted(pool, documents[which]) + 1) % len(pool)]
+    return [*documents[:which], moved, *documents[which + 1 :]]
+
+
+def dependence(model: nn.Module, layout: Callable[..., Laid], documents: list[Tensor], **options) -> Tensor:
+    """`[S, S]`: entry (i, j) is the largest change of document i's outputs when document j's tokens change."""
+    start, pad, use_cache = options["start"], options["pad"], options["use_cache"]
+
+    def run(these: list[Tensor]) -> list[Tensor]:
+        laid = layout(these, start, pad)
+        return each(outputs(model, laid, use_cache), laid.places)
+
+    before = run(documents)
+    after = [run(change(documents, which)) for which in range(len(documents))]
+    return torch.tensor([[largest(after[j][i], before[i]) for j in range(len(documents))] for i in range(len(before))])
+
+
+def largest(a: Tensor, b: Tensor) -> float:
+    """max |a - b|, infinite where either is not finite."""
+    difference = (a - b).abs().max().item()
+    return difference if difference == difference else float("inf")
+
+
+def gradients(model: nn.Module, found: list[Tensor]) -> Tensor:
+    """Gradients of all trained weights for a fixed random weighting of the outputs of every document, flattened."""
+    total = 0.0
+    for number, output in enumerate(found):
+        upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(number)).to(output.device)
+        total = total + (output * upstream).sum()
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    grads = torch.autograd.grad(total, weights, allow_unused=True)
+    pairs = zip(grads, weights, strict=True)
+    return torch.cat([(torch.zeros_like(weight) if grad is None else grad).flatten() for grad, weight in pairs])
+
+
+def position_start(model: nn.Module, documents: list[Tensor]) -> int:
+    """The model's own first position: 0, or past the padding id (RoBERTa and kin), found by trying."""
+    padding = getattr(base(model).config.get_text_config(), "pad_token_id", None)
+    document = documents[0]
+    plain = alone(model, [document])[0]
+    for start in (0, (padding or 0) + 1):
+        batch = {"input_ids": document[None], "position_ids": restarting([document], start)[None]}
+        try:
+            found = outputs(model, Laid(batch=batch, places=[]))[0]
+        except (IndexError, RuntimeError):  # past the table
+            continue
+        if largest(found, plain) <= precision(model) * plain.abs().max().item():
+            return start
+    return 0
+
+
+def router_losses(model: nn.Module, documents: list[Tensor], start: int, pad: int) -> tuple[float, float] | None:
+    """The auxiliary loss of a mixture of experts on a padded batch, and with ten more columns of padding; None
+    for a model that has none."""
+    if getattr(base(model).config.get_text_config(), "router_aux_loss_coef", None) is None:
+        return None
+    found = []
+    with mode(model, train=True), torch.no_grad():
+        for extra in (0, 10):
+            batch = padded(documents, start, pad, extra=extra).batch
+            try:
+                found.append(model(**batch, labels=batch["input_ids"], output_router_logits=True).aux_loss.item())
+            except (AttributeError, TypeError):
+                return None
+    return found[0], found[1]
+
+
+def precision(model: nn.Module) -> float:
+    """How far equal computations in another order may lie apart, relative to the largest output."""
+    return PRECISION.get(next(model.parameters()).dtype, 4e-2)
+
+
+# ---------------------------------------------------------------------------------------- settings, put back
+
+
+class CountedAttention:
+    """`packtrain_varlen` under another name that counts how often a model calls it."""
+
+    name = f"{NAME}_counted"
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, *args, **kwargs):
+        self.calls += 1
+        return varlen_attention_forward(*args, **kwargs)
+
+
+COUNTED = CountedAttention()
+
+
+def register_counted() -> None:
+    register()
+    AttentionInterface.register(COUNTED.name, COUNTED)
+    AttentionMaskInterface.register(COUNTED.name, varlen_mask)
+
+
+def switchable(model: nn.Module, implementation: str) -> bool:
+    """Whether the model can be told to use this implementation."""
+    try:
+        with using(model, implementation):
+            return True
+    except (ModelError, ValueError, ImportError):
+        return False
+
+
+def countable(model: nn.Module) -> str:
+    """The counted `packtrain_varlen`, or the plain one for a model that was loaded with it and cannot change."""
+    fixed = base(model).config._attn_implementation == NAME and not switchable(model, COUNTED.name)
+    return NAME if fixed else COUNTED.name
+
+
+def reference_implementation(model: nn.Module) -> str:
+    """What a single document is run with: the model's own attention, or one of transformers' where that is ours."""
+    own = base(model).config._attn_implementation
+    if own != NAME:
+        return own
+    return next((name for name in ("sdpa", "eager") if switchable(model, name)), own)
+
+
+@contextmanager
+def using(model: nn.Module, implementation: str | None) -> Iterator[None]:
+    """While open, the model uses this attention implementation. Raises ModelError where it cannot be told to."""
+    inner = base(model)
+    before = inner.config._attn_implementation
+    if implementation is None or implementation == before:
+        yield
+        return
+    try:
+        inner.set_attn_implementation(implementation)
+        if inner.config._attn_implementation != implementation:
+            raise ModelError(f"{type(inner).__name__} does not look its attention up by name")
+        yield
+    finally:
+        if inner.config._attn_implementation != before:
+            inner.set_attn_implementation(before)
+
+
+@contextmanager
+def mode(model: nn.Module, *, train: bool, checkpointing: bool = False) -> Iterator[None]:
+    """While open, the model is in this mode, with every dropout rate and router noise at zero."""
+    rates = [
+        (module, name, value)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, float) and (re.search(r"drop|jitter", name) or isinstance(module, nn.Dropout))
+    ]
+    training = [(module, module.training) for module in model.modules()]
+    try:
+        for module, name, _ in rates:
+            setattr(module, name, 0.0)
+        model.train(train)
+        if checkpointing:
+            base(model).gradient_checkpointing_enable({"use_reentrant": False})
+        yield
+    finally:
+        if checkpointing:
+            base(model).gradient_checkpointing_disable()
+        for module, name, value in rates:
+            setattr(module, name, value)
+        for module, was in training:
+            module.training = was
