@@ -1,6 +1,8 @@
-"""The command line: `packtrain train | plan | show RECIPE`.
+"""The command line: `packtrain train | plan | show | audit | compare | report`.
 
     packtrain train recipes/quickstart.yaml
+    packtrain audit gpt_oss
+    packtrain compare recipes/compare/quickstart.yaml
     packtrain plan recipes/sft.yaml --all
     packtrain show recipes/sft.yaml --step 3
     torchrun --nproc_per_node 2 -m packtrain train recipes/sft.yaml
@@ -193,6 +195,61 @@ def show(
         documents=documents,
         world_size=gpus,
     )
+
+
+@app.command()
+def audit(
+    target: Annotated[
+        str, typer.Argument(metavar="MODEL_OR_RECIPE", help="A recipe, Hub name, directory, or architecture (`llama`).")
+    ],
+    implementations: Annotated[
+        str, typer.Option("--attn-implementation", metavar="NAMES", help="`all`, or some, for example `sdpa,eager`.")
+    ] = "all",
+    layouts: Annotated[
+        str, typer.Option("--layout", metavar="NAMES", help="`all`, or some, for example `flat,padded`.")
+    ] = "all",
+    device: Annotated[str, typer.Option(help="Where to run it: auto, cpu, cuda.")] = "auto",
+) -> None:
+    """Ask a model itself whether documents of a batch see each other, for every attention, layout and mode.
+
+    Exits with 1 where a recipe's own combination of model, layout and attention leaks.
+    """
+    from packtrain.cli_audit import show_audit
+
+    safe = show_audit(
+        target,
+        Console(),
+        implementations=None if implementations == "all" else implementations.split(","),
+        layouts=None if layouts == "all" else layouts.split(","),
+        device=device,
+    )
+    raise typer.Exit(0 if safe else 1)
+
+
+@app.command()
+def compare(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Default: results/compare_NAME.")] = None,
+) -> None:
+    """Run variants of a recipe against each other, interleaved, each in a fresh process, and write a report.
+
+    Interrupted, the same command continues: finished runs are kept. A variant that fails is a row of the report.
+    """
+    from packtrain.experiments.compare import compare as run
+
+    run(recipe, overrides or [], output_dir=out, say=lambda line: Console().print(line, soft_wrap=True))
+
+
+@app.command()
+def report(
+    directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Directories of `packtrain compare`.")],
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Where the page goes.")] = None,
+) -> None:
+    """Rebuild the report of one comparison, or lay several side by side, from stored files alone."""
+    from packtrain.experiments.report import write_report
+
+    Console().print(f"report: {write_report(directories, out=out)}", soft_wrap=True)
 
 
 def _load(path: Path, overrides: list[str] | None) -> Recipe:

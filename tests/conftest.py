@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["PACKTRAIN_CACHE"] = tempfile.mkdtemp(prefix="packtrain-tests-")  # never the user's
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -360,3 +360,18 @@ def test_train_trains_and_says_what_came_of_it(tmp_path, capsys, wide):
     assert "held-out loss" in out and "real tokens/s" in out and str(tmp_path / "run") in out
     assert out.count("packtrain show") == 1 and out.count("packtrain plan") == 1 and out.count("packtrain train") == 1
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+
+
+def test_audit_exits_with_one_where_the_recipes_own_combination_leaks(tmp_path, capsys):
+    recipe = tmp_path / "opt.yaml"
+    recipe.write_text(
+        "model: {config: {model_type: opt, hidden_size: 32, ffn_dim: 64, num_hidden_layers: 2,\n"
+        "  num_attention_heads: 4, word_embed_proj_dim: 32}, tokenizer_vocab_size: 300, attn_implementation: sdpa}\n"
+        "data: {path: 'packtrain:arithmetic'}\n"
+        "training: {output_dir: out}\n"
+    )
+    quick = ["--attn-implementation", "sdpa", "--layout", "flat", "--device", "cpu"]
+    assert run("audit", str(recipe), *quick) == 1
+    assert "leaks" in capsys.readouterr().out
+    recipe.write_text(recipe.read_text().replace("attn_implementation: sdpa", "attn_implementation: auto"))
+    assert run("audit", str(recipe), *quick) == 0  # control: packtrain_varlen repairs it

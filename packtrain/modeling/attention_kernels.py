@@ -148,15 +148,16 @@ def restrict(pattern: Pattern, start: int, stop: int) -> Pattern:
 def attend_one(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern) -> Tensor:
     """Attention of one document: `[B, H, L, D]` -> `[B, H, L, Dv]`, by SDPA where SDPA can express it."""
     mask = pattern.mask if pattern.mask is not None else pattern_mask(query.shape[2], pattern, query.device)
-    if pattern.softcap is not None or pattern.sinks is not None:
-        if mask is None and pattern.causal:
-            mask = causal_mask(query.shape[2], None, query.device)
+    needs_mask = pattern.softcap is not None or pattern.sinks is not None or pattern.bias is not None
+    if mask is None and pattern.causal and needs_mask:
+        mask = causal_mask(query.shape[2], None, query.device)
+    if pattern.softcap is not None:
         return attend_dense(query, key, value, mask, pattern)
-    is_causal = pattern.causal and mask is None
     if pattern.bias is not None:
-        if is_causal:
-            mask, is_causal = causal_mask(query.shape[2], None, query.device), False
         mask = add_bias(mask, pattern.bias)
+    width = value.shape[-1]
+    if pattern.sinks is not None:
+        query, key, value, mask = add_sink(query, key, value, mask, pattern)
     grouped = query.shape[1] != key.shape[1]
     if grouped and mask is not None:  # enable_gqa with a mask falls back to the math kernel on CUDA
         key, value, grouped = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1]), False
@@ -166,14 +167,36 @@ def attend_one(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern) -> T
         value,
         attn_mask=mask,
         dropout_p=pattern.dropout,
-        is_causal=is_causal,
+        is_causal=pattern.causal and mask is None,
         scale=pattern.scaling,
         enable_gqa=grouped,
-    )
+    )[..., :width]
+
+
+def add_sink(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, pattern: Pattern
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """A sink in terms that SDPA knows: one more key, before the others, with the sink's logit for every query and
+    a value of zero. Queries and keys get one more component to say so, 1 and 0 but for the sink's own:
+
+        (q, 1) . (k, 0) * scaling = q . k * scaling          (q, 1) . (0, sink / scaling) * scaling = sink
+
+    No `[H, L, L]` scores are ever formed, as spelling it out would.
+    """
+    heads, dim = query.shape[1], query.shape[3]
+    key, value = repeat_heads(key, heads), repeat_heads(value, heads)
+    sink = (pattern.sinks / pattern.scaling).to(key.dtype).view(1, heads, 1, 1)
+    sink = F.pad(sink, (dim, 0)).expand(key.shape[0], -1, -1, -1)  # [B, H, 1, D + 1]
+    query = F.pad(query, (0, 1), value=1.0)
+    key = torch.cat([sink, F.pad(key, (0, 1))], dim=2)  # [B, H, L + 1, D + 1]
+    value = F.pad(value, (0, 1, 1, 0))  # the fused kernels want one width for all
+    if mask is not None:
+        mask = F.pad(mask, (1, 0), value=True if mask.dtype == torch.bool else 0.0)
+    return query, key, value, mask
 
 
 def attend_dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, pattern: Pattern) -> Tensor:
-    """Attention spelled out, for what SDPA cannot express: softcap and sinks. Softmax in float32.
+    """Attention spelled out, for what SDPA cannot express: softcap (and sinks under any mask). Softmax in float32.
 
     Args:
         mask: broadcastable to `[B, H, Q, K]`, bool or additive; None attends everything.

@@ -44,6 +44,8 @@ def cause(finding: Finding, findings: Sequence[Finding], model: PreTrainedModel)
     if finding.verdict == "wrong":
         if "position_ids" not in inspect.signature(model.forward).parameters:
             return "the model does not take position_ids: positions run on from document to document"
+        if finding.implementation == NAME and any(isolated(implementation=name) for name in ("sdpa", "eager")):
+            return f"its layers work on the mask itself, which {NAME} does not build"
         return None
     masks = mask_builders(type(model))
     if finding.layout != "padded":
@@ -70,8 +72,8 @@ def recurrent_cause(model: nn.Module, layers: list[str]) -> str:
     source = source_of(type(model)) or ""
     shown = ", ".join(layers[:2])
     if "seq_idx" in source or "cu_seqlens" in source or "cu_seq_lens" in source:
-        return f"recurrent layers ({shown}) separate documents only in their CUDA kernels, which are not in use here"
-    return f"recurrent layers ({shown}) carry their state from document to document: they take no seq_idx"
+        return f"{shown} separates documents only in its CUDA kernels, which are not in use here"
+    return f"{shown} runs along the row from document to document, and takes no seq_idx"
 
 
 @lru_cache

@@ -106,7 +106,9 @@ def tiny_model(architecture: str, *, seed: int = 0, **fields: Any) -> PreTrained
         ModelError: an unknown architecture, or one that cannot be built from a shrunk configuration.
     """
     if architecture not in CONFIG_MAPPING:
-        raise ModelError("no such architecture", value=architecture, fix=did_you_mean(architecture, CONFIG_MAPPING))
+        near = did_you_mean(architecture, CONFIG_MAPPING)
+        fix = f"did you mean {near}?" if near else "name a model_type of transformers"
+        raise ModelError("no such architecture", value=architecture, fix=fix)
     try:
         config = CONFIG_MAPPING[architecture](**shrunk(CONFIG_MAPPING[architecture]()) | fields)
         with torch.random.fork_rng(devices=[]):
@@ -122,7 +124,7 @@ def tiny_model(architecture: str, *, seed: int = 0, **fields: Any) -> PreTrained
 
 def model_class(config: PreTrainedConfig) -> type:
     """The class with the head that the model is trained with."""
-    decoder, encoder = type(config) in CAUSAL, type(config) in MASKED
+    decoder, encoder = type(config) in CAUSAL, type(config) in MASKED and not config.is_encoder_decoder
     if encoder and (not decoder or getattr(config, "is_decoder", None) is False):
         return AutoModelForMaskedLM  # BERT and kin have both heads; as they come they are encoders
     return AutoModelForCausalLM if decoder else AutoModel

@@ -26,6 +26,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.initialization import no_init_weights
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from packtrain.errors import ModelError
 from packtrain.modeling.attention import register
@@ -193,9 +195,7 @@ def load_model(
     with explained(key, model_name_or_path or config.model_type, revision):
         if model_name_or_path is None:
             dtype = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=attn_implementation
-            )
+            model = _from_scratch(config, dtype=dtype, attn_implementation=attn_implementation)
         else:
             model, found = AutoModelForCausalLM.from_pretrained(
                 model_name_or_path,
@@ -212,6 +212,20 @@ def load_model(
                 raise ModelError(
                     what, key=key, value=model_name_or_path, fix="name a complete causal language model"
                 )
+    return model
+
+
+def _from_scratch(config: PreTrainedConfig, **how: Any) -> PreTrainedModel:
+    """New weights, the same for the same seed whether ZeRO-3 shards them or not.
+
+    Under ZeRO-3 transformers skips what torch draws when modules are made, before it draws the weights themselves;
+    the same is done here without it.
+    """
+    if is_deepspeed_zero3_enabled():
+        return AutoModelForCausalLM.from_config(config, **how)
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, **how)
+    model.init_weights()
     return model
 
 
