@@ -1,6 +1,18 @@
 """Balance: a step's examples over ranks and micro-steps so that no rank waits for another.
 
-(v1: longest-processing-time-first within the capacity.)
+Under FSDP and ZeRO-3 the ranks meet in every micro-step, and the slowest one sets the pace. With documents of very
+different length, equal numbers of tokens are not equal work (attention grows with the square), and one long document
+can be dearer than the average micro-batch. So the micro-batches of one micro-step are made equally dear, and the
+micro-steps need not be:
+
+    costs 9 8 3 3 2 2 2 1, two ranks, two micro-steps
+
+                 equal everywhere, as far as it goes      level by level
+    micro-step 0     [9]   [8]                             [9]    [8 1]
+    micro-step 1     [3 3] [2 2 2 1]   slowest: 9 + 7      [3 3]  [2 2 2]     slowest: 9 + 6
+
+The levels are found first, from the longest documents down; then every document goes, longest first, to the micro-batch
+that is furthest below its level and has room for it. Which examples the step has is not touched.
 """
 
 from __future__ import annotations
@@ -16,34 +28,94 @@ from packtrain.packing.packs import PatternPacks, sort_by_length
 
 
 def balanced(lengths: np.ndarray, *, micro_steps: int, ranks: int, capacity: int, cost: Cost) -> list[np.ndarray]:
-    """Partition over ranks x micro-steps with costs as equal as possible, micro-step by micro-step."""
+    """Partition a step's examples so that in each micro-step the ranks' costs are level, none above `capacity` tokens.
+
+    Returns:
+        `micro_steps * ranks` index arrays, number `m * ranks + r` for rank r in micro-step m; micro-steps from the dearest
+        to the cheapest, and the ranks' sums over the micro-steps level too. If the examples don't fit, the one
+        array too many (or more) is for the caller to notice.
+
+        >>> parts = balanced(np.array([9, 8, 3, 3, 2, 2, 2, 1]), micro_steps=2, ranks=2, capacity=10, cost=Cost())
+        >>> [part.tolist() for part in parts]
+        [[0], [1, 7], [4, 5, 6], [2, 3]]
+    """
     number = micro_steps * ranks
     costs = cost(lengths)
-    parts = _greedy(lengths, costs, number, capacity) or _packed(lengths, number, capacity)
-    parts.sort(key=lambda part: -costs[part].sum())
-    return parts
+    order = np.argsort(-lengths.astype(np.int64), kind="stable")  # costs grow with length: the dearest first
+    for weights in (costs, costs / costs.mean() + lengths / lengths.mean(), lengths.astype(np.float64)):
+        # Where memory is tight, level by cost may leave no room for the last documents: then mind the tokens too.
+        parts = _fill(lengths, weights, order, np.repeat(levels(weights[order], micro_steps, ranks), ranks), capacity)
+        if parts is not None:
+            break
+    else:
+        parts = _pack(lengths, number, capacity)
+    return [parts[part] for part in into_micro_steps([costs[part].sum() for part in parts], ranks)]
 
 
-def _greedy(lengths, costs, number, capacity) -> list[np.ndarray] | None:
-    heap = [(0.0, part, 0) for part in range(number)]
-    parts: list[list[int]] = [[] for _ in range(number)]
-    for index in np.argsort(-costs, kind="stable").tolist():
-        length, full = int(lengths[index]), []
-        while heap:
-            load, part, tokens = heapq.heappop(heap)
-            if tokens + length <= capacity:
-                parts[part].append(index)
-                heapq.heappush(heap, (load + costs[index], part, tokens + length))
-                break
-            full.append((load, part, tokens))
-        else:
+def levels(descending: np.ndarray, micro_steps: int, ranks: int) -> np.ndarray:
+    """The cost that a micro-batch of each micro-step should have: float64 `[micro_steps]`, descending.
+
+    The average of what is left, or more where the longest document left is dearer than that (its micro-step is then
+    as long as that document at least, and the other ranks had better work as long).
+
+        >>> levels(np.array([9.0, 8, 3, 3, 2, 2, 2, 1]), micro_steps=2, ranks=2).tolist()
+        [9.0, 6.0]
+    """
+    result, left = [], descending.sum()
+    for micro_step in range(micro_steps):
+        first = micro_step * ranks
+        dearest = descending[first] if first < len(descending) else 0.0
+        result.append(max(dearest, left / (ranks * (micro_steps - micro_step))))
+        left = max(left - ranks * result[-1], 0.0)
+    return np.array(result)
+
+
+def into_micro_steps(costs: list[float], ranks: int) -> list[int]:
+    """An order of micro-batches that is level: `order[m * ranks + r]` is what rank r computes in micro-step m.
+
+    Neighbours in cost share a micro-step; within it the dearest goes to the rank that has had least.
+
+        >>> into_micro_steps([1.0, 9.0, 5.0, 8.0], ranks=2)
+        [1, 3, 0, 2]
+    """
+    descending = sorted(range(len(costs)), key=lambda part: -costs[part])
+    done = np.zeros(ranks)
+    order = []
+    for start in range(0, len(descending), ranks):
+        group = descending[start : start + ranks]
+        place = np.argsort(done[: len(group)], kind="stable")
+        own = np.empty(len(group), dtype=np.int64)
+        own[place] = group
+        done[: len(group)] += np.array(costs)[own]
+        order += own.tolist()
+    return order
+
+
+def _fill(lengths, weights, order, targets, capacity) -> list[np.ndarray] | None:
+    """Each document, in this order, to the part furthest below its target among those with room; None if none has."""
+    parts: list[list[int]] = [[] for _ in targets]
+    open_parts = [
+        (-target, part, capacity) for part, target in enumerate(targets.tolist())
+    ]  # (-gap, part, tokens left)
+    heapq.heapify(open_parts)
+    parked: list[tuple[int, float, int]] = []  # too full for the documents so far: (-tokens left, -gap, part)
+    for index, length, weight in zip(order.tolist(), lengths[order].tolist(), weights[order].tolist(), strict=True):
+        while parked and -parked[0][0] >= length:
+            room, gap, part = heapq.heappop(parked)
+            heapq.heappush(open_parts, (gap, part, -room))
+        while open_parts and open_parts[0][2] < length:
+            gap, part, room = heapq.heappop(open_parts)
+            heapq.heappush(parked, (-room, gap, part))
+        if not open_parts:
             return None
-        for entry in full:
-            heapq.heappush(heap, entry)
+        gap, part, room = open_parts[0]
+        parts[part].append(index)
+        heapq.heapreplace(open_parts, (gap + weight, part, room - length))
     return [np.array(part, dtype=np.int64) for part in parts]
 
 
-def _packed(lengths, number, capacity) -> list[np.ndarray]:
+def _pack(lengths, number, capacity) -> list[np.ndarray]:
+    """The tightest packs, when memory is the only concern left."""
     counts = histogram(lengths)
     patterns = best_fit_decreasing(counts, capacity)
     packs = list(PatternPacks(patterns=patterns, counts=counts, by_length=sort_by_length(lengths, counts), key=0))

@@ -149,7 +149,10 @@ def sort_by_length(lengths: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
     A counting sort: memory is the result plus a few arrays of one chunk.
     """
-    result = np.empty(len(lengths), dtype=np.uint32 if len(lengths) < 1 << 32 else np.int64)
+    dtype = np.uint32 if len(lengths) < 1 << 32 else np.int64
+    if len(lengths) <= CHUNK:
+        return _stable_argsort(lengths).astype(dtype)
+    result = np.empty(len(lengths), dtype=dtype)
     next_place = np.cumsum(counts) - counts
     for start, chunk in chunks(lengths):
         order = _stable_argsort(chunk)

@@ -18,12 +18,12 @@ from __future__ import annotations
 import numpy as np
 
 ROUNDS = 8  # four leave patterns in small domains; tests/packing/test_shuffle.py measures
-BLOCK = 1 << 14  # indices worked on at once, so that the temporaries stay in the L2 cache
+BLOCK = 1 << 15  # indices worked on at once, so that the temporaries stay in the cache
 LARGEST = 1 << 53  # domain up to which the bit length of a size is exact in float64
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, the increment of SplitMix64
-_ONE = np.uint64(1)
+_32 = np.uint64(32)
 
 
 def mix64(value: int) -> int:
@@ -61,13 +61,16 @@ def permute(index: np.ndarray, size: int | np.ndarray, key: int, stream: np.ndar
         int64 `[m]`, each in `[0, size)`.
     """
     index = np.asarray(index)
-    keys = round_keys(key)
+    # Only the low bits of a sum or product reach the low bits of the result: where the domain fits 32 bits, 32-bit
+    # arithmetic gives the same answer, faster.
+    word = np.uint32 if np.max(size, initial=0) <= 1 << 32 else np.uint64
+    keys = round_keys(key).astype(word)
     result = np.empty(index.shape, dtype=np.int64)
     for start in range(0, len(index), BLOCK):
         block = slice(start, start + BLOCK)
-        sizes = np.asarray(size if np.ndim(size) == 0 else size[block]).astype(np.uint64)
-        tweak = None if stream is None else stream[block].astype(np.uint64) * np.uint64(_GOLDEN)
-        result[block] = _permute_block(index[block].astype(np.uint64), sizes, keys, tweak)
+        last = np.asarray(size if np.ndim(size) == 0 else size[block]) - 1
+        tweak = None if stream is None else (stream[block].astype(np.uint64) * np.uint64(_GOLDEN) >> _32).astype(word)
+        result[block] = _permute_block(index[block].astype(word), last, keys, tweak)
     return result
 
 
@@ -82,17 +85,19 @@ def shuffled(
     return permute(np.arange(start, max(stop, start)), n, derive_key(seed, epoch, purpose))
 
 
-def _permute_block(value: np.ndarray, size: np.ndarray, keys: np.ndarray, tweak: np.ndarray | None) -> np.ndarray:
-    bits = np.maximum(np.frexp((size - _ONE).astype(np.float64))[1], 1).astype(np.uint64)  # size <= 2^bits
-    mask, half = (_ONE << bits) - _ONE, (bits + _ONE) >> _ONE
+def _permute_block(value: np.ndarray, last: np.ndarray, keys: np.ndarray, tweak: np.ndarray | None) -> np.ndarray:
+    bits = np.maximum(np.frexp(last.astype(np.float64))[1], 1)  # last < 2^bits
+    mask, half, last = (
+        (part).astype(value.dtype) for part in ((1 << bits.astype(np.int64)) - 1, (bits + 1) // 2, last)
+    )
     _rounds(value, mask, half, keys, tweak)
-    outside = np.flatnonzero(value >= size)
+    outside = np.flatnonzero(value > last)
     while outside.size:
         again = value[outside]
         _rounds(again, *(part if np.ndim(part) == 0 else part[outside] for part in (mask, half)), keys,
                 None if tweak is None else tweak[outside])  # fmt: skip
         value[outside] = again
-        outside = outside[again >= (size if size.ndim == 0 else size[outside])]
+        outside = outside[again > (last if last.ndim == 0 else last[outside])]
     return value
 
 
@@ -100,7 +105,7 @@ def _rounds(value: np.ndarray, mask: np.ndarray, half: np.ndarray, keys: np.ndar
     """In place: one pass through the bijection on `[0, mask]`."""
     for number, (added, multiplier) in enumerate(keys):
         if tweak is not None:
-            value ^= tweak >> np.uint64(4 * number)  # another window of bits each round; those above the mask fall away
+            value ^= tweak >> (3 * number)  # another window of its bits each round; those above the mask fall away
         value += added
         value *= multiplier
         value &= mask

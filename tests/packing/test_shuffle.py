@@ -24,7 +24,11 @@ def test_bijection_around_a_power_of_two(n):
 def test_the_same_everywhere():
     """Literal values: the shuffle must not depend on platform, numpy version or block size."""
     assert shuffled(10, seed=0).tolist() == [9, 6, 0, 8, 2, 3, 1, 4, 7, 5]
-    assert shuffled(1_000_000_007, seed=3, epoch=2, start=123_456_789, stop=123_456_792).tolist() == [444061064, 528497935, 379293989]
+    assert shuffled(1_000_000_007, seed=3, epoch=2, start=123_456_789, stop=123_456_792).tolist() == [
+        444061064,
+        528497935,
+        379293989,
+    ]
     assert mix64(0) == 0xE220A8397B1DCDAF  # SplitMix64's first output from state 0
 
 
@@ -51,6 +55,14 @@ def test_streams_and_sizes_per_index():
     for name in (3, 4, 9):
         assert np.array_equal(np.sort(result[stream == name]), np.arange(np.sum(stream == name)))
     assert np.sum(result[:100] == result[100:200]) < 10
+
+
+def test_32_and_64_bit_arithmetic_agree():
+    """One domain above 2^32 makes the whole call compute with 64 bits."""
+    index, stream = np.arange(1000), np.arange(1000) % 7
+    narrow = permute(index, np.full(1000, 1000), 3, stream)
+    wide = permute(np.append(index, 5), np.append(np.full(1000, 1000), 1 << 40), 3, np.append(stream, 0))
+    assert np.array_equal(narrow, wide[:-1])
 
 
 def _shuffles(n: int, number: int) -> np.ndarray:
