@@ -134,9 +134,7 @@ def load_config(
     return result
 
 
-def _config_from_scratch(
-    given: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None
-) -> PreTrainedConfig:
+def _config_from_scratch(given: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedConfig:
     model_type = given.get("model_type")
     if model_type not in CONFIG_MAPPING:
         near = did_you_mean(str(model_type), CONFIG_MAPPING)
@@ -209,9 +207,7 @@ def load_model(
             )
             if lacking := sorted(found["missing_keys"] | {name for name, *_ in found["mismatched_keys"]}):
                 what = f"the checkpoint lacks {len(lacking)} weights of the model, such as {lacking[0]}"
-                raise ModelError(
-                    what, key=key, value=model_name_or_path, fix="name a complete causal language model"
-                )
+                raise ModelError(what, key=key, value=model_name_or_path, fix="name a complete causal language model")
     return model
 
 
@@ -232,9 +228,7 @@ def _from_scratch(config: PreTrainedConfig, **how: Any) -> PreTrainedModel:
 # ------------------------------------------------------------------------------------------------------- LoRA
 
 
-def add_lora(
-    model: PreTrainedModel, lora: dict[str, Any], *, gradient_checkpointing: bool = False
-) -> PeftModel:
+def add_lora(model: PreTrainedModel, lora: dict[str, Any], *, gradient_checkpointing: bool = False) -> PeftModel:
     """`model` with a LoRA adapter; everything else is frozen.
 
     Args:

@@ -1,8 +1,7 @@
-"""Is the run in force the run that was asked for?
+"""Do as many processes take part as were launched?
 
-Launchers fail silently: `accelerate launch --cpu --num_processes 2` (or `distributed_type: MULTI_CPU`) starts one,
-`--use_deepspeed` beside `ACCELERATE_USE_CPU=true` runs DDP, two GPUs without a launcher run DataParallel. Each
-leaves traces in the environment; a run whose engine or world size contradicts them stops before the first step.
+`accelerate launch --cpu --num_processes 2` (or `distributed_type: MULTI_CPU`) starts one process without a word, and
+two GPUs without a launcher run DataParallel, which would cut a flat batch in two. Both stop before the first step.
 """
 
 from __future__ import annotations
@@ -11,8 +10,6 @@ import os
 from collections.abc import Mapping
 
 from packtrain.errors import LaunchError
-
-ENGINES = {"ACCELERATE_USE_DEEPSPEED": "DEEPSPEED", "ACCELERATE_USE_FSDP": "FSDP"}
 
 
 def asked_world_size(env: Mapping[str, str] = os.environ) -> int:
@@ -32,13 +29,12 @@ def asked_world_size(env: Mapping[str, str] = os.environ) -> int:
     return int(world_size or 1)
 
 
-def check_in_force(*, world_size: int, n_gpu: int, engine: str, env: Mapping[str, str] = os.environ) -> None:
-    """Compare what runs with what the launcher's environment asked for.
+def check_processes(*, world_size: int, n_gpu: int, env: Mapping[str, str] = os.environ) -> None:
+    """Compare the processes that run with those that were launched; `engine` does the same for the engine.
 
     Args:
         world_size: ranks that take part (`TrainingArguments.world_size`).
         n_gpu: devices this process drives (`TrainingArguments.n_gpu`); more than one means DataParallel.
-        engine: name of accelerate's `DistributedType` in force (`NO`, `MULTI_CPU`, `MULTI_GPU`, `DEEPSPEED`, `FSDP`).
 
     Raises:
         LaunchError: on any difference.
@@ -52,14 +48,6 @@ def check_in_force(*, world_size: int, n_gpu: int, engine: str, env: Mapping[str
             fix="start one process per GPU (`accelerate launch` or `torchrun --nproc_per_node`), "
             "or choose one with CUDA_VISIBLE_DEVICES=0",
         )
-    for variable, wanted in ENGINES.items():
-        if env.get(variable, "false").lower() in ("1", "true", "yes") and engine != wanted:
-            raise LaunchError(
-                f"{wanted} was asked for but {engine} is in force",
-                key=variable,
-                value=env[variable],
-                fix="unset ACCELERATE_USE_CPU, or launch without that engine",
-            )
 
 
 def _under_mpi(env: Mapping[str, str]) -> bool:

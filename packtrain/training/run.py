@@ -23,8 +23,10 @@ from packtrain.packing.cost import Cost
 from packtrain.packing.plan import Plan
 from packtrain.packing.strategies import resolve_strategy
 from packtrain.recipe import Recipe
+from packtrain.training.deepspeed_config import deepspeed_config
+from packtrain.training.engine import fit, leave
 from packtrain.training.inputs import Inputs, load_inputs, plan_evaluation, plan_training
-from packtrain.training.launch import asked_world_size, check_in_force
+from packtrain.training.launch import asked_world_size, check_processes
 from packtrain.training.memory import peak_memory, reset_peak
 from packtrain.training.progress import RichProgress
 from packtrain.training.summary import Summary, describe_machine, package_versions
@@ -49,7 +51,7 @@ def train(recipe: Recipe, *, resume: str | bool = False, console: Console | None
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False))
     reset_peak()
-    trainer.train(resume_from_checkpoint=_checkpoint(resume, output_dir))
+    fit(trainer, _checkpoint(resume, output_dir), console=console)
     after = trainer.evaluate() if inputs.held_out else {}
     model_dir = output_dir / "model"
     trainer.model.config.use_cache = True  # Trainer turns it off for training; whoever generates wants it on
@@ -57,6 +59,7 @@ def train(recipe: Recipe, *, resume: str | bool = False, console: Console | None
     summary = _summarise(trainer, recipe, inputs, model_dir, after.get("eval_loss"))
     if trainer.is_world_process_zero():
         summary.save(output_dir)
+    leave(trainer)
     return summary
 
 
@@ -109,7 +112,7 @@ def build_trainer(
         isolation.refuse(allow_contamination=recipe.batching.allow_contamination)
         if console and trainer.is_world_process_zero():
             console.print(f"documents of a {plan.layout} batch: {isolation.what()}", highlight=False)
-    check_in_force(world_size=args.world_size, n_gpu=args.n_gpu, engine=trainer.accelerator.distributed_type.value)
+    check_processes(world_size=args.world_size, n_gpu=args.n_gpu)
     return trainer, inputs
 
 
@@ -123,7 +126,14 @@ def training_arguments(recipe: Recipe, plan: Plan, *, evaluate: bool) -> Trainin
         "logging_nan_inf_filter": False,
         "disable_tqdm": True,  # RichProgress shows it
     }
-    return TrainingArguments(**{"eval_on_start": evaluate} | recipe.training | decided)
+    training = {"eval_on_start": evaluate, "use_cpu": not torch.accelerator.is_available()} | recipe.training | decided
+    training["deepspeed"] = deepspeed_config(
+        training,
+        world_size=plan.world_size,
+        gradient_accumulation_steps=plan.gradient_accumulation_steps,
+        use_cpu=training["use_cpu"],
+    )
+    return TrainingArguments(**training)
 
 
 def _compute_dtype(args: TrainingArguments, recipe: Recipe) -> torch.dtype:

@@ -1,0 +1,248 @@
+"""Will it fit? The memory of a run per rank, line by line, for every engine and strategy, before anything is loaded.
+
+    packtrain plan recipes/sft.yaml --memory 80GiB --gpus 8
+
+Parameters, gradients and optimizer states are exact (`memory_states`), activations are counted on the recipe's model
+without its memory (`activations`), and buffers whose size is the engine's affair are estimates. Frozen weights
+(LoRA) count apart; phases that don't coincide (activations and the optimizer's step) don't add up.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from packtrain.errors import PlanError
+from packtrain.packing.accumulation import micro_batch_tokens
+from packtrain.packing.plan import Plan
+from packtrain.recipe import Recipe
+from packtrain.training.activations import (
+    COUNTING,
+    Activations,
+    activation_formula,
+    count_activations,
+    register_counting_attention,
+)
+from packtrain.training.memory_states import DEVICE, EXACT, Line, Parameters, model_states
+
+if TYPE_CHECKING:
+    from torch import nn
+
+TIGHT = 0.85  # of the memory; above it the CUDA context and a fragmented allocator decide
+SAMPLED_STEPS = 1000
+UNITS = {"B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+NOT_COUNTED = (
+    "the CUDA context and kernels' workspace (about 1 GiB)",
+    "what a fragmented allocator can't use",
+    "evaluation and saving",
+    "data loading (host)",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatchSize:
+    """The most that one micro-batch of a plan computes: tokens with filler, supervised tokens, rows, row width."""
+
+    tokens: int
+    supervised: int
+    rows: int
+    width: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelMemory:
+    """What a plan needs to know of a model; activations apart for DeepSpeed, which computes in other dtypes."""
+
+    parameters: Parameters
+    activations: Activations
+    activations_deepspeed: Activations
+    vocabulary: int
+    heads: int
+    layers: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """One engine's memory, of one rank."""
+
+    engine: str
+    ranks: int
+    lines: tuple[Line, ...]
+
+    def total(self, where: str = DEVICE) -> int:
+        """Peak bytes: what stays, and the larger of the two phases, forward and backward or the optimizer's step."""
+        stays = sum(line.bytes for line in self.lines if line.where == where and not line.transient)
+        step = sum(line.bytes for line in self.lines if line.where == where and line.transient)
+        working = sum(line.bytes for line in self.lines if line.where == where and line.what in WORKING)
+        return stays - working + max(working, step)
+
+    def verdict(self, memory: int) -> str:
+        """`fits`, `tight` (above 85% of `memory` bytes) or `does not fit`."""
+        used = self.total() / memory
+        return "fits" if used <= TIGHT else "tight" if used <= 1 else "does not fit"
+
+
+ACTIVATIONS, LOGITS, LOGITS_AT_WORK, MASK = "activations", "logits, kept", "logits, at work", "attention mask"
+WORKING = (ACTIVATIONS, LOGITS, LOGITS_AT_WORK, MASK)
+
+
+def plan_memory(
+    model: ModelMemory,
+    micro_batch: MicroBatchSize,
+    *,
+    engine: str,
+    ranks: int,
+    half: bool,
+    checkpointing: bool,
+    masked: bool = False,
+    eager: bool = False,
+    accumulates: bool = True,
+) -> MemoryPlan:
+    """The lines of one engine.
+
+    Args:
+        micro_batch: the largest of the plan.
+        engine, ranks, half, accumulates: see `model_states`.
+        checkpointing: gradient checkpointing.
+        masked: attention gets a mask of width x width per row (padded layouts; flat ones without varlen attention).
+        eager: attention also keeps its probabilities.
+    """
+    item = 2 if half else 4
+    activations = model.activations_deepspeed if engine.startswith("zero") else model.activations
+    logits = model.vocabulary * micro_batch.supervised
+    kept = activations.bytes(micro_batch.tokens, checkpointing=checkpointing)
+    lines = [
+        *model_states(model.parameters, engine, ranks, half=half, accumulates=accumulates),
+        Line(what=ACTIVATIONS, bytes=kept, basis=activations.basis),
+        Line(what=LOGITS, bytes=4 * logits),  # float32 log-probabilities
+        # forward: as the head gives them, and in float32; backward: the gradients of both
+        Line(what=LOGITS_AT_WORK, bytes=(4 + item if half else 4) * logits, basis="estimated"),
+    ]
+    pairs = micro_batch.rows * micro_batch.width**2
+    if eager:
+        layers = 1 if checkpointing else model.layers
+        kept = pairs * (item + layers * model.heads * (4 + item))  # additive mask; softmax in float32, and its cast
+        lines.append(Line(what=MASK, bytes=kept, basis="estimated"))
+    elif masked:
+        lines.append(Line(what=MASK, bytes=pairs, basis=EXACT))  # bool, one for all heads and layers
+    return MemoryPlan(engine=engine, ranks=ranks, lines=tuple(lines))
+
+
+def largest_micro_batch(plan: Plan, supervised: np.ndarray) -> MicroBatchSize:
+    """The most of everything over the plan's micro-batches (of `SAMPLED_STEPS` evenly spaced updates in a long plan).
+
+    Args:
+        supervised: supervised tokens of each example, int `[n]`.
+    """
+    steps = np.linspace(0, plan.total_steps - 1, min(SAMPLED_STEPS, plan.total_steps)).round().astype(np.int64)
+    most = {"tokens": 0, "supervised": 0, "rows": 0, "width": 0}
+    padded = plan.layout == "padded"
+    for step in np.unique(steps).tolist():
+        for micro_batch in plan.layout_of(step):
+            if not len(micro_batch):
+                continue
+            tokens = micro_batch_tokens(micro_batch.lengths, plan.scope.strategy, getattr(plan.scope, "width", 0))
+            rows = len(micro_batch) if padded else 1
+            scored = min(int(np.sum(supervised[micro_batch.example_ids])), int(micro_batch.lengths.sum()))
+            sizes = {"tokens": tokens, "supervised": scored, "rows": rows, "width": tokens // rows}
+            most = {name: max(most[name], size) for name, size in sizes.items()}
+    return MicroBatchSize(**most)
+
+
+def describe_model(recipe: Recipe) -> ModelMemory:
+    """Parameters and activations of the recipe's model, from shapes alone: no weights are read or made.
+
+    Raises:
+        ModelError: the model can't be had, or takes no such adapter.
+    """
+    import torch
+
+    from packtrain.modeling.loading import load_config
+
+    section = recipe.model
+    config = load_config(
+        model_name_or_path=section.model_name_or_path,
+        config=section.config,
+        revision=section.revision,
+        trust_remote_code=section.trust_remote_code,
+    )
+    if section.model_name_or_path is None and "vocab_size" not in section.config and section.tokenizer_vocab_size:
+        config.get_text_config().vocab_size = section.tokenizer_vocab_size
+    half = "bfloat16" if recipe.training.get("bf16") else "float16" if recipe.training.get("fp16") else None
+    register_counting_attention()
+    with torch.device("meta"):
+        parameters = parameters_of(_build(recipe, config))
+    text = config.get_text_config()
+
+    def activations(dtype: str | None, autocast: str | None, itemsize: int) -> Activations:
+        cast = getattr(torch, autocast) if autocast else None
+        try:
+            return count_activations(partial(_build, recipe, dtype=dtype), config, autocast=cast)
+        except RuntimeError:  # shapes that depend on the data, as in a mixture of experts
+            return activation_formula(config, itemsize=itemsize)
+
+    loaded = parameters.frozen_itemsize if parameters.frozen else parameters.trained_itemsize
+    return ModelMemory(
+        parameters=parameters,
+        activations=activations(None, half, 2 if half else loaded),
+        activations_deepspeed=activations(half or "float32", None, 2 if half else 4),
+        vocabulary=text.vocab_size,
+        heads=text.num_attention_heads,
+        layers=text.num_hidden_layers,
+    )
+
+
+def _build(recipe: Recipe, config: Any, dtype: str | None = None) -> nn.Module:
+    """The model with its adapter, in the recipe's dtype or another one (adapters are float32 whatever the model is)."""
+    from packtrain.modeling.loading import add_lora, load_model
+
+    dtype = dtype or recipe.model.dtype
+    if dtype == "auto":
+        dtype = str(config.dtype or "float32").removeprefix("torch.")
+    trust = recipe.model.trust_remote_code
+    model = load_model(config, trust_remote_code=trust, dtype=dtype, attn_implementation=COUNTING)
+    return model if recipe.lora is None else add_lora(model, recipe.lora)
+
+
+def parameters_of(model: nn.Module) -> Parameters:
+    """Sizes of a model's parameters: on any device, sharded or not."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    config = model.config.get_text_config()
+    lists = [m for m in model.modules() if type(m).__name__ == "ModuleList" and len(m) == config.num_hidden_layers]
+    layer = max((sum(map(_elements, layers[0].parameters())) for layers in lists), default=0)
+    return Parameters(
+        trained=tuple(map(_elements, trained)),
+        frozen=tuple(map(_elements, frozen)),
+        trained_itemsize=_itemsize(trained),
+        frozen_itemsize=_itemsize(frozen),
+        layer=layer,
+        outside=sum(map(_elements, (*trained, *frozen))) - config.num_hidden_layers * layer,
+        hidden_size=config.hidden_size,
+    )
+
+
+def _elements(parameter: nn.Parameter) -> int:
+    """Of the whole parameter, also where ZeRO-3 has left a shard."""
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
+def _itemsize(parameters: Sequence[Any]) -> int:
+    """Bytes of an element of most of them."""
+    sizes: dict[int, int] = {}
+    for parameter in parameters:
+        sizes[parameter.element_size()] = sizes.get(parameter.element_size(), 0) + _elements(parameter)
+    return max(sizes, key=sizes.__getitem__, default=4)
+
+
+def parse_bytes(text: str) -> int:
+    """`80GiB`, `80 GB`, `512MiB` as bytes. Raises PlanError."""
+    match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?I?B)\s*", text.upper())
+    if not match or match[1].count(".") > 1 or float(match[1]) <= 0:
+        raise PlanError("is not an amount of memory", key="--memory", value=text, fix="write for example 80GiB")
+    return int(float(match[1]) * UNITS[match[2]])

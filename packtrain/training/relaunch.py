@@ -1,0 +1,57 @@
+"""`packtrain train RECIPE --launch zero2`: the same as `accelerate launch --config_file launch/zero2.yaml ...`.
+
+The file is looked for in `launch/` of the working directory, then of the checkout that packtrain is installed from; a path
+to an accelerate config does as well. It is started on every visible GPU, or on as many processes as it says.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from packtrain.errors import LaunchError
+from packtrain.recipe.values import did_you_mean
+
+CHECKOUT = Path(__file__).parents[2]
+
+
+def relaunch(name: str, arguments: Sequence[str]) -> None:
+    """Replace this process by accelerate's launcher, running `packtrain` with `arguments`; doesn't return.
+
+    Raises:
+        LaunchError: no such file, or a launcher has started this process already.
+    """
+    if "WORLD_SIZE" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:
+        raise LaunchError("a launcher has already started this process", key="--launch", value=name, fix="leave it out")
+    import torch
+
+    command = launch_command(find_launch_file(name), arguments, devices=torch.accelerator.device_count())
+    os.execv(sys.executable, command)
+
+
+def launch_command(file: Path, arguments: Sequence[str], *, devices: int) -> list[str]:
+    """The command that starts `packtrain` with `arguments`, on `devices` GPUs if there are several."""
+    config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    options = ["--config_file", str(file)]
+    if devices > 1 and config.get("distributed_type") != "NO":
+        options += ["--num_processes", str(devices)]
+    deepspeed = (config.get("deepspeed_config") or {}).get("deepspeed_config_file")
+    if deepspeed and not Path(deepspeed).exists():  # it is relative to the directory that launch/ is in
+        options += ["--deepspeed_config_file", str(file.parent.parent / deepspeed)]
+    return [sys.executable, "-m", "accelerate.commands.launch", *options, "-m", "packtrain", *arguments]
+
+
+def find_launch_file(name: str) -> Path:
+    """`zero2` or a path -> the accelerate config. Raises LaunchError."""
+    folders = [Path.cwd() / "launch", CHECKOUT / "launch"]
+    for candidate in (Path(name), *(folder / f"{name}.yaml" for folder in folders)):
+        if candidate.is_file():
+            return candidate.resolve()
+    known = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
+    near = did_you_mean(name, known)
+    fix = f"did you mean {near}?" if near else f"one of {', '.join(known)}" if known else "give a path"
+    raise LaunchError("there is no such launch file", key="--launch", value=name, fix=fix)

@@ -1,0 +1,125 @@
+"""Resuming on another number of ranks, and resuming rightly.
+
+The plan continues on any number of ranks and DDP has nothing to redistribute, but a DeepSpeed checkpoint has one shard
+per rank. Where the number differs they are first converted to its universal form (one file per parameter and state,
+`deepspeed.checkpoint.ds_to_universal`), which the engine then cuts anew:
+
+    checkpoint-40/global_step40/               two shards, as saved
+    checkpoint-40/global_step40_universal/     made here once, beside them
+    checkpoint-40/latest_universal             written last: the conversion is complete
+
+Loading it under ZeRO-3, deepspeed 0.19 gives all parameter groups one shared step counter, which Adam then advances
+once per group (9 after 3 + 3 updates with two groups), and the hyperparameters of the first group (weight decay on
+norms). Both are mended after loading, and the counters are compared with the updates done, whatever the stage.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import DistributedType
+from transformers.trainer import TRAINER_STATE_NAME
+
+from packtrain.errors import LaunchError
+from packtrain.training.deepspeed_config import offload_devices
+
+if TYPE_CHECKING:
+    from packtrain.training.trainer import PackTrainer
+
+SHARDS, PARAMETER_SHARDS = "*_optim_states.pt", "*zero_pp_rank_*_model_states.pt"
+LATEST, LATEST_UNIVERSAL = "latest", "latest_universal"
+
+
+def prepare_resume(trainer: PackTrainer, checkpoint: str | Path) -> None:
+    """Make `checkpoint` loadable by this run's engine and ranks; on every rank, before `trainer.train`.
+
+    Raises:
+        LaunchError: not a checkpoint, another engine wrote it, or its shards can't be redistributed.
+    """
+    checkpoint = Path(checkpoint)
+    if not (checkpoint / TRAINER_STATE_NAME).exists():
+        fix = "name a `checkpoint-...` directory of a run"
+        raise LaunchError("is not a checkpoint", where=str(checkpoint), fix=fix)
+    by_deepspeed = (checkpoint / LATEST).exists()
+    if by_deepspeed != (trainer.accelerator.distributed_type is DistributedType.DEEPSPEED):
+        what = "was written by DeepSpeed" if by_deepspeed else "was not written by DeepSpeed"
+        fix = "resume with the engine that wrote it (launch/), or start a new run from the saved model"
+        raise LaunchError(f"{what}, and this run's engine can't read its optimizer", where=str(checkpoint), fix=fix)
+    if not by_deepspeed:
+        return
+    config = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
+    shards = checkpoint / (checkpoint / LATEST).read_text(encoding="utf-8").strip()
+    stages, ranks = _stages(shards), len(list(shards.glob(SHARDS)))
+    stage = config["zero_optimization"].get("stage", 0)
+    if stage not in stages:
+        what = f"was written by ZeRO stage {' or '.join(map(str, stages))}, this run has stage {stage}"
+        raise LaunchError(what, where=str(checkpoint), fix="resume with the stage that wrote it")
+    if stage == 0 or ranks == trainer.args.world_size:
+        return
+    if "nvme" in offload_devices(config).values():
+        what = f"{ranks} ranks wrote it, and states on NVMe can't be redistributed"
+        raise LaunchError(what, where=str(checkpoint), fix=f"resume on {ranks} ranks")
+    with trainer.accelerator.main_process_first():
+        if trainer.is_world_process_zero() and not (checkpoint / LATEST_UNIVERSAL).exists():
+            _to_universal(shards)
+    config.setdefault("checkpoint", {})["load_universal"] = True
+
+
+def _stages(shards: Path) -> tuple[int, ...]:
+    """ZeRO stages that may have written a checkpoint, by the files it has."""
+    if not any(shards.glob(SHARDS)):
+        return (0,)
+    return (3,) if any(shards.glob(PARAMETER_SHARDS)) else (1, 2)
+
+
+def _to_universal(shards: Path) -> None:
+    """`global_step40` -> `global_step40_universal`, in a process of its own without device and process group."""
+    target = shards.with_name(f"{shards.name}_universal")
+    shutil.rmtree(target, ignore_errors=True)  # of a conversion that was interrupted
+    module = "deepspeed.checkpoint.ds_to_universal"
+    folders = ["--input_folder", str(shards), "--output_folder", str(target)]
+    done = subprocess.run(
+        [sys.executable, "-m", module, *folders, "--inject_missing_state"], capture_output=True, text=True
+    )
+    if done.returncode:
+        last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
+        what = f"could not be redistributed: {''.join(last)}"
+        raise LaunchError(what, where=str(shards), fix="resume on the number of ranks that wrote it")
+
+
+def mend_resumed_optimizer(trainer: PackTrainer, checkpoint: str | Path) -> None:
+    """After loading: undo what DeepSpeed does wrong, and compare every step counter with the updates done.
+
+    Raises:
+        LaunchError: the optimizer is not where the run is.
+    """
+    optimizer = trainer.optimizer
+    while hasattr(optimizer, "optimizer"):  # accelerate's and DeepSpeed's wrappers
+        optimizer = optimizer.optimizer
+    engine = trainer.deepspeed  # None with another engine
+    if engine is not None and engine.load_universal_checkpoint():
+        if engine.zero_optimization_stage() == 3:
+            _restore_groups(optimizer, Path(checkpoint))
+        for state in optimizer.state.values():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].clone()  # one counter each
+    expected = trainer.state.global_step - getattr(engine, "skipped_steps", 0)  # float16 skips updates that overflow
+    found = {int(state["step"]) for state in optimizer.state.values() if "step" in state}
+    if found - {expected}:
+        what = f"the optimizer has done {', '.join(map(str, sorted(found)))} updates, the run {expected}"
+        raise LaunchError(what, where=str(checkpoint), fix="resume on the number of ranks that wrote it")
+
+
+def _restore_groups(optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
+    """Give every parameter group its own hyperparameters back."""
+    tag = (checkpoint / LATEST_UNIVERSAL).read_text(encoding="utf-8").strip()
+    path = checkpoint / tag / "zero" / "optimizer_state.pt"
+    saved: list[dict[str, Any]] = torch.load(path, map_location="cpu", weights_only=False)["param_groups"]
+    assert len(saved) == len(optimizer.param_groups), f"{len(saved)} groups in {path}"
+    for group, own in zip(optimizer.param_groups, saved, strict=True):
+        group.update({key: value for key, value in own.items() if key != "params"})

@@ -1,0 +1,50 @@
+"""`--launch NAME` is `accelerate launch --config_file launch/NAME.yaml`, on every visible GPU."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from packtrain.errors import LaunchError
+from packtrain.training.relaunch import find_launch_file, launch_command, relaunch
+
+LAUNCH = Path(__file__).parents[2] / "launch"
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+
+
+def test_the_command_is_the_documented_one(monkeypatch):
+    monkeypatch.chdir(LAUNCH.parent)
+    file = find_launch_file("zero2")
+    assert file == LAUNCH / "zero2.yaml"
+    words = ["train", "recipes/sft.yaml", "--set", "training.seed=1"]
+    packtrain = ["-m", "packtrain", *words]
+    assert launch_command(file, words, devices=8) == [*ACCELERATE, str(file), "--num_processes", "8", *packtrain]
+    assert launch_command(file, words, devices=0) == [*ACCELERATE, str(file), *packtrain]  # the file's own number
+    alone = find_launch_file("single_gpu")
+    assert launch_command(alone, words, devices=8) == [*ACCELERATE, str(alone), *packtrain]
+
+
+def test_elsewhere_its_deepspeed_config_is_still_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = launch_command(find_launch_file("zero2"), ["train", "mine.yaml"], devices=0)
+    config = command[command.index("--deepspeed_config_file") + 1]
+    assert Path(config) == LAUNCH / "deepspeed/zero2.json" and Path(config).exists()
+
+
+def test_a_path_will_do(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("distributed_type: MULTI_GPU\n")
+    assert find_launch_file(str(file)) == file
+
+
+def test_a_name_that_is_no_file_is_an_error():
+    with pytest.raises(LaunchError, match="did you mean zero3_offload_cpu"):
+        find_launch_file("zero3_offload_cp")
+
+
+def test_a_launched_process_does_not_launch_again(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(LaunchError, match="already started"):
+        relaunch("zero2", ["train", "recipe.yaml"])

@@ -1,0 +1,172 @@
+"""Runs of several processes, started through launch/ as users start them: `pytest -m slow tests/launch`.
+
+Ten minutes on two quiet cores. What needs DeepSpeed is skipped where it is not installed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from packtrain.experiments.zero_table import state_rows
+from tests.launch.helpers import LORA, RECIPE, ROOT, difference, log, needs_deepspeed, run, start, weights
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+ZERO = ("zero1", "zero2", "zero3")
+WITH_ZERO = ("ddp", *(pytest.param(config, marks=needs_deepspeed) for config in ZERO))
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """One plain process, in full and with LoRA: what every engine has to repeat."""
+    directory = tmp_path_factory.mktemp("alone")
+    return {
+        name: (run(directory / name, None, 1, *options)[0], weights(directory / name))
+        for name, options in {"full": (), "lora": (LORA,)}.items()
+    }
+
+
+@pytest.mark.parametrize("trained", ["full", "lora"])
+@pytest.mark.parametrize("config", [*WITH_ZERO, pytest.param("zero3_offload_cpu", marks=needs_deepspeed)])
+def test_every_engine_trains_the_same(tmp_path, alone, config, trained):
+    """Losses, gradient norms and the saved model; ZeRO-3 with logits at supervised positions and varlen attention."""
+    expected, expected_weights = alone[trained]
+    found = run(tmp_path, config, 2, *([LORA] if trained == "lora" else []))[0]
+    assert found["attention"] == "packtrain_varlen"
+    for figure in ("losses", "norms"):
+        np.testing.assert_allclose(list(found[figure].values()), list(expected[figure].values()), rtol=1e-4)
+    assert difference(weights(tmp_path), expected_weights) < 1e-4
+
+
+@pytest.mark.parametrize("config", ["ddp", *(pytest.param(name, marks=needs_deepspeed) for name in ("zero2", "zero3"))])
+def test_a_killed_rank_ends_the_job_and_the_run_resumes(tmp_path, config):
+    saving = ("training.save_strategy=steps", "training.save_steps=3", "training.max_steps=8")
+    unbroken = run(tmp_path / "unbroken", config, 2, *saving)
+    killed = start(tmp_path / "killed", config, 2, *saving, "die=1:6")
+    assert killed.wait(timeout=900) != 0
+    message = log(tmp_path / "killed")
+    assert "SIGKILL" in message or "exitcode  : -9" in message
+    assert "rank      : 1" in message
+    assert not (tmp_path / "killed/rank0.json").exists()  # nobody carried on alone
+
+    checkpoint = tmp_path / "killed/run/checkpoint-3"
+    resumed = run(tmp_path / "resumed", config, 2, *saving, f"resume={checkpoint}")
+    assert sorted(map(int, resumed[0]["read"])) == list(range(3, 8))
+    for rank in range(2):
+        assert all(unbroken[rank]["read"][step] == read for step, read in resumed[rank]["read"].items())
+    largest = difference(weights(tmp_path / "resumed"), weights(tmp_path / "unbroken"))
+    assert largest == 0 if config == "ddp" else largest <= 1e-6
+
+
+@pytest.mark.parametrize("config", WITH_ZERO)
+def test_resuming_on_other_numbers_of_ranks(tmp_path, config):
+    """Two ranks, then one, then four: every example of every epoch once, and the losses of a run on two."""
+    whole = run(tmp_path / "whole", config, 2)[0]
+    total = whole["total_steps"]
+    parts, checkpoint = [], None
+    for ranks, stop in ((2, 4), (1, 8), (4, total)):
+        directory = tmp_path / str(ranks)
+        options = [f"stop={stop}"] + ([f"resume={checkpoint}"] if checkpoint else [])
+        launched = "single_gpu" if config == "ddp" and ranks == 1 else config
+        parts += run(directory, launched, ranks, *options)
+        checkpoint = directory / f"run/checkpoint-{stop}"
+
+    losses = {int(step): loss for part in parts for step, loss in part["losses"].items()}
+    expected = {int(step): loss for step, loss in whole["losses"].items()}
+    assert losses.keys() == expected.keys()
+    np.testing.assert_allclose([losses[s] for s in sorted(losses)], [expected[s] for s in sorted(losses)], rtol=1e-5)
+    for epoch in range(2):
+        read = [i for part in parts for step, ids in part["read"].items() if part["epochs"][step] == epoch for i in ids]
+        assert sorted(read) == list(range(whole["examples"]))
+
+
+@needs_deepspeed
+def test_shards_are_not_read_by_another_engine_or_stage(tmp_path):
+    run(tmp_path / "zero2", "zero2", 2, "training.max_steps=2", "stop=1")
+    checkpoint = tmp_path / "zero2/run/checkpoint-1"
+    for config, message in {"ddp": "was written by DeepSpeed", "zero3": "was written by ZeRO stage 1 or 2"}.items():
+        refused = start(tmp_path / config, config, 2, "training.max_steps=2", f"resume={checkpoint}")
+        assert refused.wait() != 0
+        assert message in log(tmp_path / config)
+
+
+@needs_deepspeed
+def test_states_on_a_drive(tmp_path, alone):
+    """ZeRO-Infinity on plain disk: the same losses, and a resumed run ends where an unbroken one does."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if shutil.which("g++") is None or not AsyncIOBuilder().is_compatible(verbose=False):
+        pytest.skip("needs g++ and libaio's headers (Debian: libaio-dev)")
+    drive = tmp_path / "drive"
+    drive.mkdir()
+    zero = f"{{stage: 3, offload_param: {{device: nvme, nvme_path: {drive}}}, "
+    zero += f"offload_optimizer: {{device: nvme, nvme_path: {drive}}}}}"
+    config = f"training.deepspeed={{zero_optimization: {zero}}}"
+    found = run(tmp_path / "run", "ddp", 2, config)[0]
+    expected, expected_weights = alone["full"]
+    np.testing.assert_allclose(list(found["losses"].values()), list(expected["losses"].values()), rtol=1e-4)
+    assert difference(weights(tmp_path / "run"), expected_weights) < 1e-4
+    assert any(drive.rglob("*.swp"))
+
+
+@pytest.mark.parametrize("config", ["ddp", pytest.param("multi_node", marks=needs_deepspeed)])
+def test_two_hosts_train_what_one_does(tmp_path, alone, config):
+    """Two network namespaces, one rank in each, started as launch/README.md says."""
+    allowed = shutil.which("ip") and subprocess.run(["ip", "netns", "add", "packtrain_try"], capture_output=True)
+    if not allowed or allowed.returncode:
+        pytest.skip(f"no network namespaces here: {allowed.stderr.decode().strip() if allowed else 'no iproute2'}")
+    subprocess.run(["ip", "netns", "del", "packtrain_try"], check=True)
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    script = [ROOT / "tests/launch/two_hosts.sh", config, tmp_path / "recipe.yaml", tmp_path]
+    done = subprocess.run(
+        [*map(str, script), f"training.output_dir={tmp_path / 'run'}"],
+        env=os.environ | {"PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    expected, expected_weights = alone["full"]
+    found = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    np.testing.assert_allclose(list(found[0]["losses"].values()), list(expected["losses"].values()), rtol=1e-5)
+    assert difference(weights(tmp_path), expected_weights) < 1e-4
+    for step, ids in expected["read"].items():
+        assert sorted(found[0]["read"][step] + found[1]["read"][step]) == sorted(ids)
+
+
+def test_fully_sharded_by_torch(tmp_path):
+    """The objective under raw FSDP2, which CPU ranks can have without accelerate: its hook on a sharded head."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*command, "-m", "tests.launch.fully_sharded"],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "losses agree" in done.stdout
+
+
+@needs_deepspeed
+def test_bytes_are_what_the_formulas_say(tmp_path):
+    """All kinds of states on 1, 2 and 4 ranks, in full and with LoRA, in float32 and bfloat16."""
+    rows = state_rows(tmp_path)
+    assert {row["ranks"] for row in rows} == {1, 2, 4}
+    largest = {"full": 1000 * 64, "LoRA": 8 * 160}  # elements of the largest trained parameter
+    for row in rows:
+        more = row["measured"] - row["formula"]
+        if (row["engine"], row["kind"]) == ("zero2", "gradients"):  # of whole parameters: one more at each end
+            itemsize = 2 if row["dtype"] == "bf16" else 4
+            assert abs(more) <= 2 * itemsize * largest[row["trained"]], row
+        else:
+            assert more == 0, row
+    # Control: sharding shows. ZeRO-3 on four ranks holds a quarter of the optimizer states that DDP holds.
+    states = {(row["engine"], row["ranks"]): row["measured"] for row in rows if row["kind"] == "optimizer states"}
+    assert states["zero3", 4] < 0.3 * states["ddp", 4]
