@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from packtrain.data.formats import IGNORED
 from packtrain.data.tails import CONTENT, EOS, TAIL
 from packtrain.errors import ModelError
 from packtrain.objectives.logits import logits_at
@@ -35,7 +36,6 @@ from packtrain.objectives.sampling import Samples, Sampling, generate
 __all__ = [
     "Masking", "Samples", "Sampling", "generate", "make_bidirectional", "masked_diffusion", "sums_by_part",
 ]  # fmt: skip
-IGNORED = -100
 PARTS = {"content": CONTENT, "eos": EOS, "tail": TAIL}
 
 
@@ -56,7 +56,10 @@ def masked_losses(
         shift: read a token's prediction one position before it.
     """
     index = batch["loss_weights"].flatten().nonzero().flatten()  # [N]
-    inputs = {key: value for key, value in batch.items() if key != "parts"}
+    left_out = {"parts"}
+    if "attention_mask" in batch and batch["attention_mask"].all():
+        left_out.add("attention_mask")  # no filler: rows of their own need no mask, and LLaDA and Dream read none
+    inputs = {key: value for key, value in batch.items() if key not in left_out}
     logits = logits_at(model, inputs, index - int(shift), head=head)  # [N, V]
     nll = F.cross_entropy(logits.float(), batch["labels"].flatten()[index], reduction="none")
     return TokenLosses(nll=nll, weights=batch["loss_weights"].flatten()[index], index=index)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from packtrain.errors import PacktrainError
+from packtrain.modeling.attention import NAME
 from packtrain.objectives.logits import logits_at
 
 Predict = Callable[[Tensor, Tensor, int, int], Tensor]
@@ -223,8 +224,8 @@ def generate(
     """Answer prompts of any lengths together.
 
     Args:
-        model: bidirectional (see `make_bidirectional`), and with an attention that isolates documents, such as
-            `packtrain_varlen`, unless all prompts are equally long.
+        model: bidirectional (see `make_bidirectional`). With `packtrain_varlen` prompts of all lengths share a forward
+            pass; with any other attention only those of the same length do.
         prompts: token ids.
         canvas_length: tokens of every answer, end and tail included.
         sampling: how.
@@ -259,19 +260,30 @@ def _canvas_logits(
     model: nn.Module, prompts: list[Tensor], canvases: Tensor, start: int, stop: int, shift: bool, max_tokens: int
 ) -> Tensor:
     """Logits of `canvases[:, start:stop]` behind their prompts, `[R, stop - start, V]`."""
-    longest = max(map(len, prompts)) + canvases.shape[1]
-    together = max(1, max_tokens // longest)
+    room, device = canvases.shape[1], canvases.device
+    lengths = [len(prompt) + room for prompt in prompts]
+    packed = getattr(model.config, "_attn_implementation", None) == NAME
+    groups = _groups(lengths, max_tokens, packed=packed)
     parts = []
-    for first in range(0, len(prompts), together):
-        documents = [
-            torch.cat(pair) for pair in zip(prompts[first:][:together], canvases[first:][:together], strict=True)
-        ]
-        ends = torch.tensor([len(document) for document in documents], device=canvases.device).cumsum(0)  # [S]
-        offset = torch.arange(start, stop, device=canvases.device) - canvases.shape[1] - int(shift)
-        index = (ends[:, None] + offset).flatten()  # [S * (stop - start)]
-        logits = logits_at(model, _batch_of(documents), index)
-        parts.append(logits.view(len(documents), stop - start, -1))
-    return torch.cat(parts)
+    for group in groups:
+        ends = torch.tensor([lengths[row] for row in group], device=device).cumsum(0)  # [S]
+        index = ends[:, None] + torch.arange(start, stop, device=device) - room - int(shift)  # [S, stop - start]
+        batch = _batch_of([torch.cat([prompts[row], canvases[row]]) for row in group])
+        parts.append(logits_at(model, batch, index.flatten()).view(*index.shape, -1))
+    order = torch.tensor([row for group in groups for row in group], device=device)
+    return torch.cat(parts)[order.argsort()]
+
+
+def _groups(lengths: list[int], max_tokens: int, *, packed: bool) -> list[list[int]]:
+    """Rows that share a forward pass: within `max_tokens`, and of one length unless they can be packed."""
+    groups: list[list[int]] = []
+    for row in range(len(lengths)) if packed else sorted(range(len(lengths)), key=lengths.__getitem__):
+        group = groups[-1] if groups else None
+        full = group is None or sum(lengths[other] for other in group) + lengths[row] > max_tokens
+        if full or not (packed or lengths[group[0]] == lengths[row]):
+            groups.append([])
+        groups[-1].append(row)
+    return groups
 
 
 def _batch_of(documents: list[Tensor]) -> dict[str, object]:

@@ -1,0 +1,211 @@
+"""Tails, trained: the same tiny model tuned with four tails, and asked with one, two and four times the room.
+
+    python -m packtrain.experiments.rainbow --seeds 0 1 2
+
+The task is `rainbow_walks`. A tiny bidirectional Llama first learns to walk from answers without tails; each tail then
+tunes a copy of it. Results go to `results/rainbow/trained/`, one file per seed and tail as soon as it is done; what is
+there already is not trained again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from packtrain.data.tails import Canvas, Tail, TailedExamples
+from packtrain.experiments.rainbow_evaluation import Measured, Verdict, measure
+from packtrain.experiments.rainbow_walks import EOS, FILLER, FIRST_PAD, FIRST_WORD, MASK, PADS, Walks
+from packtrain.modeling.attention import register
+from packtrain.objectives.diffusion import make_bidirectional, masked_diffusion, sums_by_part
+from packtrain.objectives.noise import Masking, NoisingCollator
+from packtrain.objectives.sampling import Samples, Sampling, generate
+from packtrain.packing.collator import MicroBatches
+from packtrain.packing.plan import make_plan
+
+MASKING = Masking(mask_token_id=MASK)
+ALL_PADS = tuple(range(FIRST_PAD, FIRST_PAD + PADS))
+TAILS = {
+    "eos": Tail(kind="eos", eos_token_id=EOS),
+    "single": Tail(kind="single", eos_token_id=EOS, pad_token_ids=ALL_PADS[:1]),
+    "rainbow K=3": Tail(kind="rainbow", eos_token_id=EOS, pad_token_ids=ALL_PADS[:3]),
+    "rainbow K=7": Tail(kind="rainbow", eos_token_id=EOS, pad_token_ids=ALL_PADS),
+}
+NO_TAIL = Tail(kind="none", eos_token_id=EOS)
+ROOM = 16  # the shortest canvas asked for: the longest walk and its eos
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a run depends on, beside its seed and tail."""
+
+    walks: Walks = Walks()
+    hidden_size: int = 64
+    layers: int = 3
+    rows: int = 20_000
+    examples_per_step: int = 32
+    base_steps: int = 3000
+    tune_steps: int = 1000
+    learning_rate: float = 3e-3
+    largest_canvas: int = 2 * ROOM  # seen in tuning
+    canvases: tuple[int, ...] = (ROOM, 2 * ROOM, 4 * ROOM)  # asked for
+    blocks: tuple[int, ...] = (1, 4)
+    prompts: int = 256
+
+
+def new_model(settings: Settings, seed: int) -> LlamaForCausalLM:
+    """A tiny Llama that attends both ways."""
+    implementation = register()
+    config = LlamaConfig(
+        vocab_size=settings.walks.vocab_size,
+        hidden_size=settings.hidden_size,
+        intermediate_size=3 * settings.hidden_size,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        attn_implementation=implementation,
+    )
+    torch.manual_seed(seed)
+    return make_bidirectional(LlamaForCausalLM(config))
+
+
+def batches(examples: TailedExamples, tail: Tail, settings: Settings, *, seed: int, steps: int) -> Iterator[dict]:
+    """One packed batch per step."""
+    plan = make_plan(
+        examples.lengths,
+        strategy="padding_free",
+        seed=seed,
+        examples_per_step=settings.examples_per_step,
+        max_tokens=int(examples.lengths.max()) * settings.examples_per_step,
+        max_steps=steps,
+    )
+    collator = NoisingCollator(MASKING, tail, seed=seed, layout="flat", pad_token_id=FILLER)
+    for step in range(steps):
+        epoch, _ = plan.locate(step)
+        yield MicroBatches(examples, collator.at_epoch(epoch))[plan.micro_batches(step, 0)[0]]
+
+
+def fit(
+    model: nn.Module, examples: TailedExamples, tail: Tail, settings: Settings, *, seed: int, steps: int
+) -> list[dict]:
+    """Train in place. Returns the loss of each part, averaged over every tenth of the steps."""
+    objective = masked_diffusion(MASKING)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, settings.learning_rate, total_steps=steps, pct_start=0.1, anneal_strategy="cos"
+    )
+    model.train()
+    curve, sums = [], {}
+    for step, batch in enumerate(batches(examples, tail, settings, seed=seed, steps=steps), start=1):
+        losses = objective.losses(model, batch)
+        loss = losses.weighted_sum() / objective.denominator(batch)
+        optimizer.zero_grad()
+        loss.float().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        for name, pair in sums_by_part(losses, batch).items():
+            sums[name] = sums.get(name, 0) + pair
+        if step % max(steps // 10, 1) == 0:
+            means = {name: round((pair[0] / pair[1]).item(), 4) for name, pair in sums.items() if pair[1] > 0}
+            curve.append({"step": step, **means})
+            sums = {}
+    return curve
+
+
+def answer(model: nn.Module, prompts: list[list[int]], canvas: int, *, blocks: int = 1) -> Samples:
+    """One token per step, the surest first, no temperature."""
+    sampling = Sampling(steps=canvas, block_length=canvas // blocks, end_token_ids=(EOS, *ALL_PADS), early_stop=False)
+    return generate(model, prompts, canvas, sampling, mask_token_id=MASK)
+
+
+def evaluate(model: nn.Module, settings: Settings) -> list[Measured]:
+    """The model's answers to prompts, at every room and number of blocks.
+
+    Early: it ends before a last place is reached (an answer that fills its canvas has not ended). Late: words follow
+    one. Content: a walk by the rules up to a last place. Exact: that, and an end right behind it.
+    """
+    walks = settings.walks
+    reference = float(np.mean([len(words) - 2 for words in walks.draw(4000, seed=10**6)]))
+    chosen = np.random.default_rng(0).permutation(len(walks.prompts))[: settings.prompts]
+    prompts = [walks.prompts[i] for i in chosen]
+
+    def judge(row: int, tokens: list[int]) -> Verdict:
+        written = next((i for i, token in enumerate(tokens) if token < FIRST_WORD), len(tokens))
+        right, complete = walks.follow(prompts[row], tokens[:written])
+        content = complete is not None and right == complete
+        return Verdict(
+            early=complete is None and written < len(tokens),
+            late=complete is not None and written > complete,
+            exact=content and written == complete,
+            content=content,
+        )
+
+    return [
+        measure(answer(model, prompts, canvas, blocks=blocks), reference, judge, blocks=blocks, steps=canvas)
+        for canvas in settings.canvases
+        for blocks in settings.blocks
+    ]
+
+
+def base_model(settings: Settings, seed: int, directory: Path) -> tuple[nn.Module, list[dict]]:
+    """A model that has learnt to walk, from answers without tails; kept in `directory`."""
+    model, path = new_model(settings, seed), directory / f"base-{seed}.pt"
+    if path.exists():
+        saved = torch.load(path, weights_only=True)
+        model.load_state_dict(saved["model"])
+        return model, saved["curve"]
+    examples = TailedExamples(settings.walks.examples(settings.rows, seed=seed), NO_TAIL)
+    curve = fit(model, examples, NO_TAIL, settings, seed=seed, steps=settings.base_steps)
+    directory.mkdir(parents=True, exist_ok=True)
+    torch.save({"model": model.state_dict(), "curve": curve}, path)
+    return model, curve
+
+
+def run(settings: Settings, *, seeds: Sequence[int], directory: Path, scratch: Path) -> None:
+    """Train and evaluate every tail for every seed that has no result yet."""
+    for seed in seeds:
+        for name, tail in TAILS.items():
+            path = directory / "runs" / f"{seed}-{name.replace(' ', '-')}.json"
+            if path.exists():
+                continue
+            base, base_curve = base_model(settings, seed, scratch)
+            model = copy.deepcopy(base)
+            began = time.perf_counter()
+            canvas = Canvas(policy="sampled", size=settings.largest_canvas)
+            examples = TailedExamples(settings.walks.examples(settings.rows, seed=seed + 100), tail, canvas, seed=seed)
+            curve = fit(model, examples, tail, settings, seed=seed + 100, steps=settings.tune_steps)
+            result = {
+                "tail": name,
+                "seed": seed,
+                "settings": asdict(settings),
+                "base_curve": base_curve,
+                "curve": curve,
+                "seconds": round(time.perf_counter() - began, 1),
+                "measured": [asdict(row) for row in evaluate(model, settings)],
+            }
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--output-dir", type=Path, default=Path("results/rainbow/trained"))
+    parser.add_argument("--scratch", type=Path, default=Path("/tmp/packtrain-rainbow"), help="for base models")
+    options = parser.parse_args(arguments)
+    run(Settings(), seeds=options.seeds, directory=options.output_dir, scratch=options.scratch)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""Block diffusion: autoregressive over blocks, diffusion within them (Fast-dLLM v2, Wu et al., arXiv:2509.26328).
+
+A document is filled with masks to a multiple of the block size D and laid out three times:
+
+    block          0 0 1 1   0 0 1 1   0 0 1 1        D = 2, prompt q, answer a b, one token of filling
+    view 1         q M b M   . . . .   . . . .        a masked: a token is masked in exactly one of the views,
+    view 2         . . . .   q a M M   . . . .        b masked: so both together supervise every token once
+    clean          . . . .   . . . .   q a b M
+
+A view's token attends its own block of its own view (both ways) and all earlier blocks of the clean copy; clean tokens
+attend clean blocks up to their own. So a block is restored from its noisy self and the true text before it, as when it
+is generated. Masks are drawn with one level per block; logits predict the next token, as the model was trained before:
+
+    loss = sum over both views of -log p(masked token) / supervised tokens
+
+which is the causal objective on this batch. The published recipe runs [view 1; clean] and [view 2; clean]; the clean
+copy sees no view, so one serves both and a quarter of the tokens is saved, with the same result (tested).
+
+    name = register(block_size=32); model.set_attn_implementation(name)
+    PackTrainer(model, ..., collator=BlockCollator(mask_token_id, block_size=32, seed=seed), objective=BLOCK_DIFFUSION)
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache, partial
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from packtrain.errors import ModelError, PlanError
+from packtrain.modeling.attention import bounds_from_cu_seq_lens, documents_of
+from packtrain.modeling.attention_kernels import Pattern, attend_one
+from packtrain.objectives.causal import CAUSAL_LM
+from packtrain.packing.collator import FILLER_TOKENS, IGNORED, Batch, PackCollator, collate_flat
+from packtrain.packing.shuffle import derive_key
+
+BLOCK_DIFFUSION = CAUSAL_LM  # on batches of a `BlockCollator`
+COPIES = 3  # view 1, view 2, clean
+_BLOCK = 0x626C6F63  # "bloc": keeps these draws apart from others of the same seed
+
+
+# ------------------------------------------------------------------------------------------------------ batches
+
+
+class BlockCollator(PackCollator):
+    """Documents to flat batches of two complementary views and a clean copy.
+
+    The keys of a flat batch, in which each document is its three copies: `cu_seq_lens_*` bound all three together,
+    `position_ids` restart with every copy, `labels` are set where a view is masked. A micro-batch of T tokens of
+    examples computes at least 3 T: choose `max_tokens` for that.
+
+    Args:
+        mask_token_id: what a masked token becomes, and what fills a document's last block.
+        block_size: D.
+        seed, epoch: of the masks.
+        eps: least share of tokens masked in view 1; p = (1 - eps) t + eps with t ~ U(0, 1) for every block.
+    """
+
+    def __init__(
+        self,
+        mask_token_id: int,
+        *,
+        block_size: int = 32,
+        seed: int,
+        epoch: int = 0,
+        eps: float = 1e-3,
+        layout: str = "flat",
+    ):
+        if layout != "flat":
+            fix = "choose a flat strategy, such as balanced or padding_free"
+            raise PlanError("block diffusion is laid out flat", key="batching.strategy", value=layout, fix=fix)
+        super().__init__(layout="flat", pad_token_id=mask_token_id)
+        self.mask_token_id, self.block_size = mask_token_id, block_size
+        self.seed, self.epoch, self.eps = seed, epoch, eps
+
+    def at_epoch(self, epoch: int) -> BlockCollator:
+        """The same collator with the masks of another epoch."""
+        return BlockCollator(self.mask_token_id, block_size=self.block_size, seed=self.seed, epoch=epoch, eps=self.eps)
+
+    def collate(
+        self,
+        input_ids: np.ndarray,
+        labels: np.ndarray,
+        lengths: np.ndarray,
+        example_ids: np.ndarray,
+        supervised: np.ndarray | None = None,
+    ) -> Batch:
+        """Arguments as `collate_flat`."""
+        documents = []
+        for start, length, example_id in zip(np.cumsum(lengths) - lengths, lengths, example_ids.tolist(), strict=True):
+            here = slice(start, start + length)
+            documents.append(self._copies(input_ids[here], labels[here], example_id))
+        ids, targets = (np.concatenate(arrays) for arrays in zip(*documents, strict=True))
+        batch = collate_flat(ids, targets, np.array([len(ids) for ids, _ in documents]), example_ids)
+        positions = [np.tile(np.arange(len(ids) // COPIES), COPIES) for ids, _ in documents]
+        batch["position_ids"] = torch.from_numpy(np.concatenate(positions))[None]
+        return batch
+
+    def filler(self) -> Batch:
+        """The micro-batch of a rank that has no examples left in a step."""
+        ids, labels = np.full(FILLER_TOKENS, self.mask_token_id), np.full(FILLER_TOKENS, IGNORED)
+        return self.collate(ids, labels, np.array([FILLER_TOKENS]), np.array([-1]))
+
+    def _copies(self, input_ids: np.ndarray, labels: np.ndarray, example_id: int) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids and labels of view 1, view 2 and the clean copy of a document, end to end."""
+        padding = -len(input_ids) % self.block_size
+        clean = np.pad(input_ids, (0, padding), constant_values=self.mask_token_id)
+        labels = np.pad(labels, (0, padding), constant_values=IGNORED)
+        labels[0] = IGNORED  # nothing comes before it
+        first = draw_block_masks(
+            len(clean), self.block_size, example_id, seed=self.seed, epoch=self.epoch, eps=self.eps
+        )
+        ids, targets = [], []
+        for masked in (first & (labels != IGNORED), ~first & (labels != IGNORED)):
+            ids.append(np.where(masked, self.mask_token_id, clean))
+            targets.append(np.where(masked, labels, IGNORED))
+        return np.concatenate([*ids, clean]), np.concatenate([*targets, np.full_like(labels, IGNORED)])
+
+
+def draw_block_masks(
+    length: int, block_size: int, example_id: int, *, seed: int, epoch: int, eps: float = 1e-3
+) -> np.ndarray:
+    """Which tokens view 1 masks, bool `[length]`: one level p per block, one coin per token."""
+    key = np.array([derive_key(_BLOCK, seed, epoch), example_id % 2**64], dtype=np.uint64)
+    generator = np.random.Generator(np.random.Philox(key=key))
+    levels = (1 - eps) * generator.random(length // block_size) + eps
+    return generator.random(length) < np.repeat(levels, block_size)
+
+
+# ---------------------------------------------------------------------------------------------------- attention
+
+
+def register(block_size: int) -> str:
+    """Make attention over views known to transformers under the name that is returned. Idempotent."""
+    name = f"packtrain_blocks_{block_size}"
+    AttentionInterface.register(name, partial(block_attention, block_size=block_size))
+    AttentionMaskInterface.register(name, _no_mask)
+    return name
+
+
+@lru_cache(maxsize=1024)
+def view_mask(length: int, block_size: int, device: torch.device | str = "cpu") -> Tensor:
+    """Who attends whom among the three copies of a document: bool `[3 length, 3 length]`, True attends."""
+    position = torch.arange(COPIES * length, device=device)
+    copy, block = position // length, position % length // block_size
+    clean = copy == COPIES - 1
+    own = (copy[:, None] == copy) & (block[:, None] == block)  # a view's block, both ways
+    before = clean & ~clean[:, None] & (block < block[:, None])  # view -> clean text of earlier blocks
+    causal = clean & clean[:, None] & (block <= block[:, None])  # clean -> clean, block by block
+    return own | before | causal
+
+
+def block_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    *,
+    block_size: int,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """transformers' attention function for batches of a `BlockCollator`: `[1, H, T, D]` -> `[1, T, H, Dv]`.
+
+    Raises:
+        ModelError: another batch, or a sliding window that the documents exceed.
+    """
+    if kwargs.get("cu_seq_lens_q") is None or attention_mask is not None:
+        fix = "for anything else set another attention, for example sdpa"
+        raise ModelError("block attention reads batches of a BlockCollator only", key="objective.name", fix=fix)
+    documents = documents_of(kwargs["cu_seq_lens_q"], bounds_from_cu_seq_lens)
+    window = kwargs.get("sliding_window")
+    if window is not None and documents.longest > COPIES * window:
+        what = f"the model has a window of {window}, which block attention doesn't apply"
+        fix = f"keep examples within {window} tokens"
+        raise ModelError(what, key="data.max_length", value=documents.longest // COPIES, fix=fix)
+    outputs = []
+    for start, stop in pairwise(documents.bounds):
+        pattern = Pattern(
+            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+            causal=False,
+            mask=view_mask((stop - start) // COPIES, block_size, query.device)[None, None],
+            softcap=softcap,
+            sinks=s_aux,
+            dropout=dropout,
+        )
+        one = (states[:, :, start:stop] for states in (query, key, value))
+        outputs.append(attend_one(*one, pattern).transpose(1, 2))  # [1, 3 L, H, Dv]
+    return torch.cat(outputs, dim=1), None
+
+
+def _no_mask(*args, **kwargs) -> None:
+    """The attention function knows the mask by itself."""
