@@ -38,9 +38,7 @@ def saved(tokenizer, tmp_path_factory):
     """A directory with a tiny model and its tokenizer."""
     directory = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
-    load_model(load_config(config=LLAMA, tokenizer=tokenizer), attn_implementation="sdpa").save_pretrained(
-        directory
-    )
+    load_model(load_config(config=LLAMA, tokenizer=tokenizer), attn_implementation="sdpa").save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
 
@@ -67,9 +65,7 @@ def test_same_seed_same_weights(tokenizer):
 
 
 def test_model_is_ready_to_train(tokenizer):
-    model = load_model(
-        load_config(config=LLAMA, tokenizer=tokenizer), attn_implementation=NAME, dtype="bfloat16"
-    )
+    model = load_model(load_config(config=LLAMA, tokenizer=tokenizer), attn_implementation=NAME, dtype="bfloat16")
     assert model.config._attn_implementation == NAME
     assert model.dtype == torch.bfloat16
 
@@ -287,11 +283,7 @@ def test_only_the_adapter_trains(saved):
 
 def test_all_linear_leaves_the_head_alone(saved):
     adapted = add_lora(_fresh(saved), {"r": 2, "target_modules": "all-linear"})
-    layers = {
-        name.split(".lora_")[0].rpartition(".")[2]
-        for name, _ in adapted.named_parameters()
-        if "lora_" in name
-    }
+    layers = {name.split(".lora_")[0].rpartition(".")[2] for name, _ in adapted.named_parameters() if "lora_" in name}
     assert layers == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 

@@ -12,9 +12,7 @@ from hypothesis import strategies as st
 
 from packtrain.modeling.tokenizer import SMALLEST_VOCABULARY, train_bpe
 
-CORPUS = [
-    f"Add {a} and {b}: {a} + {b} = {a + b}. So the answer is {a + b}." for a in range(40) for b in range(9)
-]
+CORPUS = [f"Add {a} and {b}: {a} + {b} = {a + b}. So the answer is {a + b}." for a in range(40) for b in range(9)]
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +27,7 @@ def test_any_text_comes_back_exactly(tokenizer, text):
     assert tokenizer.decode(ids) == text
 
 
-@pytest.mark.parametrize(
-    "text", ["3 . 5 , don 't", "  two  spaces ", "<|eos|> in text", "\u0000\ufeff", "日本語 ½ 🦆"]
-)
+@pytest.mark.parametrize("text", ["3 . 5 , don 't", "  two  spaces ", "<|eos|> in text", "\u0000\ufeff", "日本語 ½ 🦆"])
 def test_text_that_other_tokenizers_mend_comes_back_exactly(tokenizer, text):
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
@@ -62,9 +58,7 @@ def test_chat_template_marks_answers_and_their_end(tokenizer):
         {"role": "assistant", "content": "9"},
     ]
     text = tokenizer.apply_chat_template(messages, tokenize=False)
-    expected = (
-        "<|bos|><|system|>Be brief.<|user|>1 + 2?<|assistant|>3<|eos|><|user|>4 + 5?<|assistant|>9<|eos|>"
-    )
+    expected = "<|bos|><|system|>Be brief.<|user|>1 + 2?<|assistant|>3<|eos|><|user|>4 + 5?<|assistant|>9<|eos|>"
     assert text == expected
     encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
     pairs = zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)

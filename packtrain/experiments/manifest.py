@@ -1,0 +1,126 @@
+"""What an experiment's manifest says: what was asked, of which data, with which software, on which machine.
+
+It holds no path of this machine and no date: the report made from it is the same wherever and whenever it is made.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from packtrain.errors import PacktrainError
+from packtrain.experiments.experiment import Experiment, portable, with_settings
+from packtrain.experiments.recommend import recommend
+from packtrain.experiments.results import MANIFEST, read_manifest
+from packtrain.recipe import Recipe
+from packtrain.training.cached import find_cost, find_training_examples
+from packtrain.training.inputs import load_inputs
+from packtrain.training.summary import describe_machine, package_versions
+
+BARS = 36  # of the histogram of lengths
+
+
+def make_manifest(experiment: Experiment, path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """The manifest of an experiment, all but `about_data`."""
+    return {
+        "name": experiment.name,
+        "hash": experiment.hash,
+        "reference": experiment.reference,
+        "warmup_steps": experiment.warmup_steps,
+        "measure_steps": experiment.measure_steps,
+        "eval_every": experiment.eval_every,
+        "rounds": [{"seed": turn.seed, "learns": turn.learns} for turn in experiment.rounds],
+        "variants": [
+            {
+                "name": variant.name,
+                "trainer": variant.trainer,
+                "keeps_updates": variant.keeps_updates_of(experiment.of_reference),
+                "ends_with_reference": variant.ends_with(experiment.of_reference),
+                "recipe": portable(variant.recipe),
+            }
+            for variant in experiment.variants
+        ],
+        "command": _command(path, overrides),
+        "machine": describe_machine(),
+        "versions": package_versions(),
+        "git": _git(),
+    }
+
+
+def check_same(directory: Path, manifest: dict[str, Any]) -> None:
+    """Runs of different experiments, data, machines or versions don't belong into one report. Raises PacktrainError."""
+    if not (directory / MANIFEST).exists():
+        return
+    before = read_manifest(directory)
+    parts = {"hash": "another recipe", "data": "other data", "machine": "another machine", "versions": "other versions"}
+    for key, what in parts.items():
+        if before.get(key) != manifest[key]:
+            raise PacktrainError(
+                f"holds runs of {what}",
+                where=str(directory),
+                fix="choose another directory with --out, or delete this one to start afresh",
+            )
+
+
+def about_data(experiment: Experiment) -> dict[str, Any]:
+    """The lengths of the reference's examples, and what the recommendation makes of them.
+
+    Tokenises the data of every seed where that isn't done yet, so that no run's start-up has to.
+
+    Raises:
+        PacktrainError: the data can't be read, or no strategy can take them.
+    """
+    recipe = experiment.of_reference.recipe
+    lengths = [_lengths(with_settings(recipe, seed=seed)) for seed in dict.fromkeys(experiment.seeds)][0]
+    chosen = recommend(recipe, lengths, cost=find_cost(recipe))
+    return {
+        "data": _histogram(lengths, recipe),
+        "recommendation": {"strategy": chosen.strategy, "reasons": list(chosen.reasons)},
+    }
+
+
+def _lengths(recipe: Recipe) -> np.ndarray:
+    examples, _ = find_training_examples(recipe)
+    return np.asarray((examples or load_inputs(recipe).train).lengths)
+
+
+def _histogram(lengths: np.ndarray, recipe: Recipe) -> dict[str, Any]:
+    median, p99 = np.percentile(lengths, [50, 99]).tolist()
+    edges = np.unique(np.geomspace(lengths.min(), lengths.max() + 1, BARS + 1).round().astype(int))
+    return {
+        "examples": len(lengths),
+        "tokens": int(lengths.sum(dtype=np.int64)),
+        "median": median,
+        "p99": p99,
+        "max": int(lengths.max()),
+        "max_length": recipe.data.max_length,
+        "max_tokens": recipe.batching.max_tokens,
+        "edges": edges.tolist(),
+        "counts": np.histogram(lengths, edges)[0].tolist(),
+    }
+
+
+def _command(path: Path, overrides: Sequence[str]) -> str:
+    """The command line, with files by their names."""
+    shown = path.as_posix() if not path.is_absolute() else path.name
+    parts = ["packtrain", "compare", shown]
+    for override in overrides:
+        key, _, value = override.partition("=")
+        parts += ["--set", f"{key}={Path(value).name if '/' in value and Path(value).exists() else value}"]
+    return " ".join(parts)
+
+
+def _git() -> dict[str, Any]:
+    """The commit of packtrain's source, and whether the tree differs from it; empty outside a repository."""
+
+    def git(*args: str) -> str | None:
+        command = ["git", "-C", str(Path(__file__).parent), *args]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        return result.stdout.strip() if result.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    return {} if commit is None else {"commit": commit, "changed": bool(git("status", "--porcelain", "--", ".."))}

@@ -1,0 +1,256 @@
+"""The verdict in plain words, made of nothing but measured numbers.
+
+A sentence claims that something is faster only where the whole confidence interval says so, that losses are
+the same only with the largest difference beside it, and says nothing of what was not measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from packtrain.experiments.statistics import Ratio
+from packtrain.experiments.summary import Row, Summary, ratio_between
+
+SAME_CURVE = 1e-3  # relative: float32 in another order of summation stays far below, another set of examples far above
+FEW_ROUNDS = 3
+DEFAULT = "balanced"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sentence:
+    """`topic` is speed, loss, packing, peers, recommendation, failure or caution."""
+
+    topic: str
+    text: str
+
+
+def verdict(summary: Summary) -> list[Sentence]:
+    """Sentences in the order of their weight; the first one carries the headline."""
+    if not summary.measured:
+        return [
+            *_failures(summary),
+            Sentence(topic="caution", text="No variant was timed, so there is nothing to compare."),
+        ]
+    subject = headliner(summary)
+    sentences: list[Sentence] = []
+    if summary.reference.tokens_per_second is None:
+        text = f"The reference, {summary.reference.name}, was not timed, so there are no ratios to it."
+        sentences.append(Sentence(topic="caution", text=text))
+    elif subject is not None:
+        sentences += _headline(subject, summary)
+    sentences += _same_updates(summary)
+    if subject is not None:
+        sentences += _peers(subject, summary)
+    sentences += _packing(subject or summary.reference, summary)
+    sentences += _recommendation(summary)
+    return [*sentences, *_failures(summary), *_caution(summary)]
+
+
+def headliner(summary: Summary) -> Row | None:
+    """Packtrain's variant to speak of: the fastest that keeps the updates, or the default if not measurably slower."""
+    candidates = [
+        row
+        for row in summary.measured
+        if not row.is_peer and row.keeps_updates and row.name != summary.manifest["reference"]
+    ]
+    if not candidates:
+        return None
+    fastest = max(candidates, key=lambda row: row.tokens_per_second or 0)
+    default = next((row for row in candidates if row.strategy == DEFAULT), None)
+    if default is None or default is fastest:
+        return fastest
+    against = ratio_between(default, fastest, summary.manifest)
+    return fastest if against is None or against.below_one else default
+
+
+def _headline(subject: Row, summary: Summary) -> Iterator[Sentence]:
+    reference, speed = summary.reference, subject.speed
+    if speed is None:
+        return
+    name, other = subject.name, reference.name
+    if speed.low is None:
+        text = f"{name} ran at {speed.text()} the real tokens/s of {other} in the one round there is"
+    elif speed.above_one or speed.below_one:
+        text = f"{name} trains at {speed.text()} the real tokens/s of {other}"
+    else:
+        text = f"{name} is neither measurably faster nor slower than {other}: {speed.text()} its real tokens/s"
+    yield Sentence(topic="speed", text=text + _same_loss(subject, reference) + ".")
+
+
+def _same_loss(row: Row, reference: Row) -> str:
+    difference = row.loss_difference
+    if difference is None:
+        return ""
+    updates = min(len(row.learning_runs[0].updates), len(reference.learning_runs[0].updates))
+    if difference <= SAME_CURVE:
+        return (
+            f", at the same loss in every one of {updates:,} updates (largest relative difference {small(difference)})"
+        )
+    return f"; its training loss differs by up to {small(difference)} in one of {updates:,} updates"
+
+
+def _same_updates(summary: Summary) -> Iterator[Sentence]:
+    """Which variants that should lie on the reference's curve do."""
+    rows = [
+        row for row in summary.rows if row.name != summary.manifest["reference"] and row.loss_difference is not None
+    ]
+    same = [row for row in rows if (row.loss_difference or 0) <= SAME_CURVE]
+    if len(same) > 1:
+        worst = max(row.loss_difference or 0 for row in same)
+        norms = [row.norm_difference for row in same if row.norm_difference is not None]
+        norm = f", their gradient norms to {small(max(norms))}" if len(norms) == len(same) else ""
+        yield Sentence(
+            topic="loss",
+            text=f"The loss curves of {listed([row.name for row in same])} lie on that of {summary.reference.name}: in "
+            f"every update the training losses agree to {small(worst)} (relative){norm}.",
+        )
+    for row in rows:
+        if row not in same:
+            yield Sentence(
+                topic="loss",
+                text=f"{row.name} sees the same examples in the same updates, but its training loss departs from that "
+                f"of {summary.reference.name} by up to {small(row.loss_difference or 0)} (relative).",
+            )
+
+
+def _peers(subject: Row, summary: Summary) -> Iterator[Sentence]:
+    peers = [row for row in summary.measured if row.is_peer]
+    ratios = {row.name: ratio_between(subject, row, summary.manifest) for row in peers}
+    against = {name: ratio for name, ratio in ratios.items() if ratio is not None}
+    if not against:
+        return
+    closest = min(against, key=lambda name: against[name].estimate)
+    ratio = against[closest]
+    some_failed = " that ran" if any(row.is_peer and row.failure for row in summary.rows) else ""
+    everyone = f"every one of the {len(against)} other trainers{some_failed}" if len(against) > 1 else closest
+    if all(other.above_one for other in against.values()):
+        text = f"{subject.name} is ahead of {everyone} in real tokens/s"
+        text += (
+            f"; the closest is {closest}: {subject.name} is at {ratio.text()} its speed."
+            if len(against) > 1
+            else f": {ratio.text()}."
+        )
+    elif ratio.below_one:
+        text = f"{closest} is faster than {subject.name}: {ratio.inverse().text()} its real tokens/s."
+    elif ratio.low is None:
+        text = f"In the one round there is, {subject.name} ran at {ratio.text()} the real tokens/s of {closest}, the "
+        text += "closest other trainer."
+    else:
+        text = f"{subject.name} and {closest}, the closest other trainer, are not measurably apart: {ratio.text()}."
+    yield Sentence(topic="peers", text=text)
+
+
+def _packing(subject: Row, summary: Summary) -> Iterator[Sentence]:
+    """What packing over the whole epoch gains and changes: the fastest of ours and of the others; the table has all."""
+    packers = [row for row in summary.measured if not row.keeps_updates]
+    for kind in (False, True):
+        row = max(
+            (row for row in packers if row.is_peer is kind),
+            key=lambda row: row.tokens_per_second or 0,
+            default=None,
+        )
+        speed = row and ratio_between(row, subject, summary.manifest)
+        if row is None or speed is None:
+            continue
+        beside = [
+            f"{row.name} {_speed_beside(speed, subject.name)}",
+            *_updates_beside(row, summary.reference),
+        ]
+        yield Sentence(topic="packing", text=" and ".join(beside) + _loss_beside(row, summary) + ".")
+
+
+def _speed_beside(speed: Ratio, other: str) -> str:
+    if speed.low is None:
+        return f"ran at {speed.text()} the real tokens/s of {other}"
+    if speed.above_one:
+        return f"is faster than {other} ({speed.text()})"
+    if speed.below_one:
+        return f"is slower than {other} ({speed.text()})"
+    return f"is not measurably faster or slower than {other} ({speed.text()})"
+
+
+def _updates_beside(row: Row, reference: Row) -> Iterator[str]:
+    if row.updates is None or not reference.updates:
+        return
+    if row.updates == reference.updates:
+        yield f"makes the same number of updates ({row.updates:,}) of other examples"
+    elif row.updates < reference.updates:
+        yield f"makes {reference.updates / row.updates:.1f}x fewer updates ({row.updates:,} for {reference.updates:,})"
+    else:
+        yield f"makes {row.updates / reference.updates:.1f}x more updates ({row.updates:,} for {reference.updates:,})"
+
+
+def _loss_beside(row: Row, summary: Summary) -> str:
+    ratio, reference, axis = row.held_out_ratio, summary.reference, row.ends_with_reference
+    if ratio is None or axis is None or row.held_out is None or reference.held_out is None:
+        return ""
+    seeds = "" if ratio.rounds > 1 else ", one seed"
+    text = f"; after the same {axis} its held-out loss is {row.held_out:.4f} against {reference.held_out:.4f}"
+    text += f" ({signed(ratio.estimate - 1)}{seeds})"
+    equal = row.equal_updates
+    if equal is not None and axis == "examples" and row.updates != reference.updates:
+        text += f", after the same {equal.update:,} updates {equal.loss:.4f} against {equal.reference:.4f}"
+    dropped = (row.tokens_dropped or 0) - (reference.tokens_dropped or 0)
+    return text + (f"; it dropped {dropped:,} tokens" if dropped > 0 else "")
+
+
+def _recommendation(summary: Summary) -> Iterator[Sentence]:
+    recommended = summary.manifest.get("recommendation")
+    if not recommended:
+        return
+    strategy = recommended["strategy"]
+    rows = [row for row in summary.measured if not row.is_peer and row.keeps_updates]
+    chosen = next((row for row in rows if row.strategy == strategy), None)
+    start = f"From the lengths alone, `packtrain plan --recommend` picks {strategy}"
+    if chosen is None:
+        yield Sentence(topic="recommendation", text=f"{start}, which was not among the variants.")
+        return
+    faster = []
+    for row in rows:
+        ratio = ratio_between(row, chosen, summary.manifest) if row is not chosen else None
+        if ratio is not None and ratio.above_one:
+            faster.append((ratio, row.name))
+    if faster:
+        ratio, name = max(faster, key=lambda pair: pair[0].estimate)
+        yield Sentence(topic="recommendation", text=f"{start}: wrong here, {name} was faster ({ratio.text()}).")
+    elif chosen.rounds < FEW_ROUNDS:
+        yield Sentence(topic="recommendation", text=f"{start}; the rounds are too few to say whether that was right.")
+    else:
+        yield Sentence(
+            topic="recommendation",
+            text=f"{start}: right, no variant with the same updates was measurably faster.",
+        )
+
+
+def _failures(summary: Summary) -> Iterator[Sentence]:
+    for row in summary.rows:
+        if row.failure:
+            yield Sentence(topic="failure", text=f"{row.name} failed: {row.failure}")
+
+
+def _caution(summary: Summary) -> Iterator[Sentence]:
+    rounds = max(row.rounds for row in summary.measured)
+    if rounds == 1:
+        text = "There is one timed round, which gives no confidence intervals; `repeats: 3` or more does."
+        yield Sentence(topic="caution", text=text)
+    elif rounds < FEW_ROUNDS:
+        yield Sentence(
+            topic="caution",
+            text=f"With {rounds} timed rounds the intervals are wide; `repeats: 5` narrows them.",
+        )
+
+
+def listed(names: list[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def small(value: float) -> str:
+    """A relative difference: `2e-06` when tiny, else per cent."""
+    return "0" if value == 0 else f"{value:.0e}" if value < 1e-3 else f"{value:.1%}"
+
+
+def signed(value: float) -> str:
+    """`+13.9%`."""
+    return f"{value:+.1%}"

@@ -1,0 +1,274 @@
+"""The same recipe on every engine: losses side by side, and bytes per rank beside the formulas.
+
+    python -m packtrain.experiments.zero_table                    # from the repository's root; 20 minutes on two cores
+    python -m packtrain.experiments.zero_table --only losses
+    python -m packtrain.experiments.zero_table --ranks 2 --set model.config.num_hidden_layers=8
+
+Every run is started as a user starts it, `accelerate launch --config_file launch/...`, with the same seed, for 20
+updates in float32, in full and with LoRA. `results/zero/` gets `losses.csv` (every update of every run), `bytes.csv`
+(every kind of state on 1, 2 and 4 ranks) and `README.md` with both tables and the machine.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from packtrain.training.summary import describe_machine, package_versions
+
+UPDATES = 20
+BASE = {
+    "data.num_rows": 800,
+    "data.eval_size": 0,
+    "data.max_length": 768,
+    "data.overflow": "drop",
+    "batching.max_tokens": 1024,  # small, for several micro-batches per update
+    "training.eval_strategy": "no",
+    "training.max_steps": UPDATES,
+    "training.logging_steps": 1,
+    "training.save_steps": UPDATES,
+    "training.report_to": "none",
+}
+RECIPE = "recipes/quickstart.yaml"
+TRAINED = {"full": {}, "LoRA": {"lora": "{r: 8, lora_alpha: 16, target_modules: all-linear, init_lora_weights: false}"}}
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """How an engine is started: a file of launch/, or torchrun with overrides."""
+
+    name: str
+    launch: str | None = None
+    overrides: Mapping[str, Any] = ()
+    ranks: int = 2
+
+    def command(self, overrides: Mapping[str, Any]) -> list[str]:
+        sets = [f"{key}={value}" for key, value in (overrides | dict(self.overrides)).items()]
+        program = ["-m", "packtrain", "train", RECIPE, *(word for one in sets for word in ("--set", one))]
+        if self.launch:
+            launcher = ["-m", "accelerate.commands.launch", "--config_file", f"launch/{self.launch}.yaml"]
+            return [sys.executable, *launcher, "--num_processes", str(self.ranks), *program]
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.ranks}"]
+        return [sys.executable, *(launcher if self.ranks > 1 or self.overrides else []), *program]
+
+
+def runs(ranks: int, nvme: Path | None) -> list[Run]:
+    """The reference first. FSDP2 is among them where GPUs are: on CPU accelerate would run DDP under its name."""
+    import torch
+
+    x = f" x{ranks}"
+    found = [Run(name="single process", ranks=1), Run(name="DDP" + x, launch="ddp", ranks=ranks)]
+    if find_spec("deepspeed") is not None:
+        found += [
+            Run(name="ZeRO-0" + x, overrides={"deepspeed": "{zero_optimization: {stage: 0}}"}, ranks=ranks),
+            *(Run(name=f"ZeRO-{stage}" + x, launch=f"zero{stage}", ranks=ranks) for stage in (1, 2, 3)),
+            Run(name="ZeRO-3, CPU offload" + x, launch="zero3_offload_cpu", ranks=ranks),
+        ]
+        if nvme is not None:
+            config = json.loads(Path("launch/deepspeed/zero3_offload_nvme.json").read_text(encoding="utf-8"))
+            for section in ("offload_param", "offload_optimizer"):
+                config["zero_optimization"][section]["nvme_path"] = str(nvme)
+            path = nvme / "zero3_offload_nvme.json"
+            path.write_text(json.dumps(config), encoding="utf-8")
+            found.append(Run(name="ZeRO-3, NVMe offload" + x, overrides={"deepspeed": path}, ranks=ranks))
+    if torch.cuda.device_count() >= ranks:
+        found.append(Run(name="FSDP2" + x, launch="fsdp2", ranks=ranks))
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------- losses
+
+
+def losses(ranks: int, scratch: Path, extra: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """One row per run: the largest relative differences of loss and gradient norm to the single process, and the
+    largest difference of a weight of the saved model; the curves are in `curve`."""
+    rows = []
+    for trained, lora in TRAINED.items():
+        reference = None
+        for run in runs(ranks, _nvme(scratch)):
+            output = scratch / f"{trained} {run.name}".replace(",", "").replace(" ", "_")
+            overrides = BASE | lora | {"training.output_dir": output} | dict(one.split("=", 1) for one in extra)
+            _start(run.command(overrides), f"{trained}, {run.name}")
+            state = json.loads((output / f"checkpoint-{UPDATES}" / "trainer_state.json").read_text(encoding="utf-8"))
+            curve = [entry for entry in state["log_history"] if "loss" in entry]
+            assert len(curve) == UPDATES, f"{len(curve)} updates of {run.name}"
+            result = {"curve": curve, "weights": _weights(output / "model")}
+            reference = reference or result
+            rows.append(
+                {
+                    "trained": trained,
+                    "engine": run.name,
+                    "first loss": curve[0]["loss"],
+                    "last loss": curve[-1]["loss"],
+                    "loss differs by": _difference(curve, reference["curve"], "loss"),
+                    "norm differs by": _difference(curve, reference["curve"], "grad_norm"),
+                    "weights differ by": max(
+                        float((weight - reference["weights"][name]).abs().max())
+                        for name, weight in result["weights"].items()
+                    ),
+                    "curve": curve,
+                }
+            )
+    return rows
+
+
+def _nvme(scratch: Path) -> Path | None:
+    """A directory for NVMe offload, where DeepSpeed's async-io can be built."""
+    if find_spec("deepspeed") is None:
+        return None
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        return None
+    path = scratch / "nvme"
+    path.mkdir(exist_ok=True)
+    return path
+
+
+def _weights(directory: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    files = sorted(directory.glob("*.safetensors"))
+    assert files, f"no model in {directory}"
+    return {name: tensor.float() for file in files for name, tensor in load_file(file).items()}
+
+
+def _difference(curve: list[dict], reference: list[dict], key: str) -> float | None:
+    """Largest relative difference over the updates; None where an engine logs no such figure (ZeRO-0, the norm)."""
+    if any(key not in entry for entry in curve):
+        return None
+    return max(abs(a[key] - b[key]) / abs(b[key]) for a, b in zip(curve, reference, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------- bytes
+
+
+def state_rows(scratch: Path, worlds: Iterable[int] = (1, 2, 4)) -> list[dict[str, Any]]:
+    """What `zero_bytes` finds on each number of ranks."""
+    rows = []
+    for ranks in worlds:
+        path = scratch / f"bytes-{ranks}.json"
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        _start([*launcher, "-m", "packtrain.experiments.zero_bytes", str(path)], f"bytes on {ranks} ranks")
+        rows += json.loads(path.read_text(encoding="utf-8"))
+    return rows
+
+
+def _start(command: list[str], what: str) -> None:
+    """Run to the end, one thread per rank; the output is shown when it fails."""
+    print(f"{what} ...", flush=True)
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    if done.returncode:
+        print(done.stdout[-2000:], done.stderr[-4000:], sep="\n")
+        raise SystemExit(f"{what}: exit code {done.returncode}")
+
+
+# -------------------------------------------------------------------------------------------------------- results
+
+
+def write_losses(rows: list[dict[str, Any]], directory: Path) -> None:
+    fields = ["trained", "engine", "update", "loss", "grad_norm"]
+    with (directory / "losses.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(fields)
+        for row in rows:
+            for entry in row["curve"]:
+                writer.writerow([row["trained"], row["engine"], entry["step"], entry["loss"], entry.get("grad_norm")])
+
+
+def write_bytes(rows: list[dict[str, Any]], directory: Path) -> None:
+    with (directory / "bytes.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def loss_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    lines = ["| trained | engine | first loss | last loss | loss | gradient norm | weight |", "|---" * 7 + "|"]
+    for row in rows:
+        norm = "not logged" if row["norm differs by"] is None else f"{row['norm differs by']:.1e}"
+        lines.append(
+            f"| {row['trained']} | {row['engine']} | {row['first loss']:.6f} | {row['last loss']:.6f} "
+            f"| {row['loss differs by']:.1e} | {norm} | {row['weights differ by']:.1e} |"
+        )
+    return "\n".join(lines)
+
+
+def byte_table(rows: list[dict[str, Any]], *, dtype: str = "bf16", trained: str = "full") -> str:
+    """Markdown: measured / formula, per engine, kind and number of ranks."""
+    chosen = [row for row in rows if row["trained"] == trained and row["dtype"] in (dtype, _of_ddp(row, dtype))]
+    worlds = sorted({row["ranks"] for row in chosen})
+    head = " | ".join(f"{ranks} rank{'s' * (ranks > 1)}" for ranks in worlds)
+    lines = [f"| engine | kind | {head} |", "|---|---|" + "---:|" * len(worlds)]
+    for key in dict.fromkeys((row["engine"], row["kind"], row["moment"]) for row in chosen):
+        cells = {row["ranks"]: row for row in chosen if (row["engine"], row["kind"], row["moment"]) == key}
+        shown = [f"{cells[n]['measured']:,} / {cells[n]['formula']:,}" for n in worlds]
+        lines.append(f"| {key[0]} | {key[1]}, {key[2]} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
+def _of_ddp(row: Mapping[str, Any], dtype: str) -> str:
+    """DDP is measured with float32 weights, which is what its mixed precision keeps."""
+    return "float32" if row["engine"] == "ddp" else dtype
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Where the tables go.")] = Path("results/zero"),
+    only: Annotated[str, typer.Option(help="`losses` or `bytes`.")] = "",
+    ranks: Annotated[int, typer.Option(min=2, help="Of the runs whose losses are compared.")] = 2,
+    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE")] = None,
+) -> None:
+    """Run every engine, compare, and write the tables. Exit code 1 if a loss differs by more than 1e-4."""
+    out.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix="packtrain-zero-"))
+    worst, parts = 0.0, []
+    try:
+        if only != "bytes":
+            rows = losses(ranks, scratch, overrides or ())
+            write_losses(rows, out)
+            worst = max(row["loss differs by"] for row in rows)
+            parts.append(f"## Losses\n\n{LOSSES_TEXT.format(updates=UPDATES)}\n\n{loss_table(rows)}")
+        if only != "losses":
+            rows = state_rows(scratch)
+            write_bytes(rows, out)
+            for trained in TRAINED:
+                parts.append(f"## Bytes per rank, {trained}\n\n{BYTES_TEXT}\n\n{byte_table(rows, trained=trained)}")
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    about = {"machine": describe_machine(), "versions": package_versions()}
+    command = "python -m packtrain.experiments.zero_table" + (f" --only {only}" if only else "")
+    parts.append(f"## Where\n\n`{command}`\n\n```json\n{json.dumps(about, indent=1)}\n```")
+    text = "# The same recipe on every engine\n\n" + "\n\n".join(parts) + "\n"
+    (out / "README.md").write_text(text, encoding="utf-8")
+    print(text)
+    raise typer.Exit(int(worst > TOLERANCE))
+
+
+LOSSES_TEXT = (
+    "`recipes/quickstart.yaml` in float32, {updates} updates of 32 examples in micro-batches of at most 1,024 tokens, "
+    "every run started through `launch/` where it has a file. The last three columns are differences to the single "
+    "process: the largest relative one of the loss and of the gradient norm over all updates, and the largest "
+    "absolute one of a weight of the saved model."
+)
+BYTES_TEXT = (
+    "Measured / formula, in bytes, for a tiny Llama in bfloat16 (DDP: float32); `bytes.csv` has float32, too. ZeRO-2 "
+    "keeps the gradients of whole parameters: one on the border of two shards is on both ranks."
+)
+
+if __name__ == "__main__":
+    typer.run(main)

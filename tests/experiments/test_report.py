@@ -1,0 +1,143 @@
+"""The page: from stored files alone, the same bytes every time, readable by all."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from collections import Counter
+from html.parser import HTMLParser
+
+import pytest
+
+from packtrain.errors import PacktrainError
+from packtrain.experiments.report import read_summary, write_report
+from tests.experiments.synthetic_runs import make_manifest, make_run, store
+
+VARIANTS = [
+    ("pad_longest", "packtrain", True),
+    ("balanced", "packtrain", True),
+    ("bfd", "packtrain", False),
+    ("trl:padding", "trl:padding", True),
+    ("ffd", "packtrain", False),
+]
+DATA = {
+    "examples": 100, "tokens": 9000, "median": 60.0, "p99": 600.0, "max": 800, "max_length": 1024, "max_tokens": 4096,
+    "edges": [10, 50, 100, 801], "counts": [40, 50, 10],
+}  # fmt: skip
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    """An experiment of five variants, one of which failed with something that must not become markup."""
+    runs = []
+    for number, wobble in enumerate((1.0, 1.1, 0.95)):
+        learns = number == 0
+        runs += [
+            make_run("pad_longest", number, rate=100 * wobble, learns=learns),
+            make_run("balanced", number, rate=240 * wobble**1.05, learns=learns),
+            make_run("bfd", number, rate=250 * wobble, updates=4, loss_factor=1.1, learns=learns),
+            make_run("trl:padding", number, rate=90 * wobble, learns=learns),
+        ]
+    runs.append(make_run("ffd", 0, rate=1.0, failure="ValueError: <script>alert(1)</script>"))
+    directory = tmp_path / "compare_synthetic"
+    store(directory, make_manifest(VARIANTS, data=DATA), runs)
+    return directory
+
+
+class Page(HTMLParser):
+    """Tags, ids, and the text of table cells."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: Counter[str] = Counter()
+        self.ids: list[str] = []
+        self.references: list[str] = []
+        self.labels: list[str] = []
+        self.external: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        given = dict(attributes)
+        self.tags[tag] += 1
+        self.ids += [given["id"]] if "id" in given else []
+        for name in ("href", "xlink:href", "src"):
+            value = given.get(name)
+            if value is not None:
+                (self.references if value.startswith("#") else self.external).append(value)
+        if tag == "svg":
+            self.labels.append(given.get("aria-label") or "")
+
+
+def test_the_same_files_give_the_same_bytes(experiment):
+    first = write_report([experiment]).read_bytes()
+    for name in ("report.html", "summary.csv", "summary.md"):
+        (experiment / name).rename(experiment / f"{name}.first")
+    command = [sys.executable, "-m", "packtrain.experiments.report", str(experiment)]
+    subprocess.run(
+        command, check=True, env={"PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo", "PATH": ""}, capture_output=True
+    )
+    assert (experiment / "report.html").read_bytes() == first
+    for name in ("summary.csv", "summary.md"):
+        assert (experiment / name).read_bytes() == (experiment / f"{name}.first").read_bytes()
+
+
+def test_other_numbers_give_another_page(experiment):
+    """The control: the page does depend on the runs."""
+    before = write_report([experiment]).read_text()
+    run = experiment / "runs" / "00-balanced.jsonl"
+    run.write_text(run.read_text().replace('"real_tokens":1000', '"real_tokens":1100'))
+    assert write_report([experiment]).read_text() != before
+
+
+def test_the_page_is_self_contained_and_accessible(experiment):
+    text = write_report([experiment]).read_text()
+    page = Page(text)
+    assert not page.external and page.tags["script"] == page.tags["img"] == page.tags["link"] == 0
+    assert "@import" not in text and "http-equiv" not in text
+    assert len(page.ids) == len(set(page.ids))
+    assert {reference[1:] for reference in page.references} <= set(page.ids)
+    assert len(page.labels) >= 10 and all(len(label) > 20 for label in page.labels)
+    assert "prefers-color-scheme: dark" in text and "width=device-width" in text
+    assert "#0000" not in text  # every colour of a figure is the page's
+
+
+def test_the_page_says_what_happened(experiment):
+    text = write_report([experiment]).read_text()
+    assert "balanced trains at 2.4" in text
+    assert "failed: ValueError: &lt;script&gt;alert(1)&lt;/script&gt;" in text
+    assert "MFU" not in text  # the device's peak is not known, so the column is absent
+
+
+def test_the_csv_has_every_variant_in_full_precision(experiment):
+    write_report([experiment])
+    rows = {row["variant"]: row for row in csv.DictReader((experiment / "summary.csv").open())}
+    assert list(rows) == [name for name, _, _ in VARIANTS]
+    summary = read_summary(experiment)
+    assert float(rows["balanced"]["speed_estimate"]) == summary.row("balanced").speed.estimate
+    assert rows["ffd"]["failure"].startswith("ValueError") and rows["ffd"]["real_tokens_per_second"] == ""
+    assert float(rows["bfd"]["equal_updates_loss"]) == pytest.approx(4.6 * 1.1)
+
+
+def test_several_experiments_side_by_side(experiment, tmp_path):
+    other = tmp_path / "compare_other"
+    runs = [make_run(name, 0, rate=rate) for name, rate in (("pad_longest", 100.0), ("stream", 300.0))]
+    manifest = make_manifest([VARIANTS[0], ("stream", "packtrain", False)], rounds=1, name="other")
+    store(other, manifest, runs)
+    path = write_report([experiment, other])
+    assert path == tmp_path / "report.html"
+    text = path.read_text()
+    page = Page(text)
+    assert len(page.ids) == len(set(page.ids)) and {"e0", "e1"} <= set(page.ids)
+    assert "<td>3.00x</td>" in text.replace("</td><td>", "</td>\n<td>")
+    assert (other / "report.html").exists() and (other / "summary.md").exists()
+
+
+def test_an_experiment_without_runs_yet_has_a_page(tmp_path):
+    store(tmp_path, make_manifest(VARIANTS), [])
+    assert "nothing to compare" in write_report([tmp_path]).read_text()
+
+
+def test_a_directory_without_an_experiment_is_refused(tmp_path):
+    with pytest.raises(PacktrainError, match="holds no experiment"):
+        write_report([tmp_path])
