@@ -113,6 +113,9 @@ def train(
         str | None,
         typer.Option(metavar="[PATH]", help="Go on from a checkpoint; without PATH from the last one in output_dir."),
     ] = None,
+    launch: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Start through `accelerate launch` with launch/NAME.yaml.")
+    ] = None,
 ) -> None:
     """Train a recipe, and say what came of it.
 
@@ -120,6 +123,11 @@ def train(
     `accelerate launch`. The steps see the same examples whatever their number.
     """
     loaded = _load(recipe, overrides)
+    if launch is not None:
+        from packtrain.training.relaunch import relaunch
+
+        sets = [part for override in overrides or [] for part in ("--set", override)]
+        relaunch(launch, ["train", str(recipe), *sets, *(["--resume", resume] if resume else [])])
     from packtrain.training.run import train as run
 
     console = Console(quiet=RANK != 0)
@@ -156,6 +164,7 @@ def plan(
     lengths: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Plan for these lengths (.npy, integers), not for the data.")
     ] = None,
+    recommend: Annotated[bool, typer.Option("--recommend", help="Say which strategy to use, and why.")] = False,
 ) -> None:
     """Show the lengths of the examples and what strategies make of them, before anything is trained.
 
@@ -163,7 +172,7 @@ def plan(
     """
     from packtrain.cli_plan import show_plan
 
-    show_plan(_load(recipe, overrides), Console(), every=every, world_size=gpus, lengths_file=lengths)
+    show_plan(_load(recipe, overrides), Console(), every=every, recommend=recommend, world_size=gpus, lengths_file=lengths)
 
 
 @app.command()

@@ -32,6 +32,7 @@ def show_plan(
     console: Console,
     *,
     every: bool = False,
+    recommend: bool = False,
     world_size: int = 1,
     lengths_file: Path | None = None,
 ) -> None:
@@ -58,6 +59,11 @@ def show_plan(
             rows.append((name, error))
     lost = report.tokens_lost if report is not None else 0
     console.print(strategy_table(rows, own=own, world_size=world_size, data_lost=lost))
+    if recommend:
+        from packtrain.experiments.recommend import recommend as choose
+
+        for line in choose(recipe, lengths, world_size=world_size, cost=find_cost(recipe)).lines():
+            console.print(line, soft_wrap=True, highlight=False)
 
 
 def _lengths(recipe: Recipe, console: Console, file: Path | None) -> tuple[np.ndarray, DataReport | None]:

@@ -93,6 +93,7 @@ def test_ctrl_c_exits_with_130(tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background ignores it
     )
     writer = os.open(pipe, os.O_WRONLY)  # returns once the other side reads
     time.sleep(0.2)
@@ -375,3 +376,14 @@ def test_audit_exits_with_one_where_the_recipes_own_combination_leaks(tmp_path, 
     assert "leaks" in capsys.readouterr().out
     recipe.write_text(recipe.read_text().replace("attn_implementation: sdpa", "attn_implementation: auto"))
     assert run("audit", str(recipe), *quick) == 0  # control: packtrain_varlen repairs it
+
+
+def test_plan_recommends_a_strategy_with_reasons(capsys):
+    assert run("plan", str(QUICKSTART), *sets(SMALL), "--recommend") == 0
+    told = capsys.readouterr().out
+    assert "recommended: balanced" in told and "the examples of every update stay those of plain padding" in told
+
+
+def test_launch_names_a_file(capsys):
+    assert run("train", str(QUICKSTART), "--launch", "zero9") == 2
+    assert "did you mean zero" in capsys.readouterr().err

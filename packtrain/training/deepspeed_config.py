@@ -49,7 +49,7 @@ def deepspeed_config(
     world_size: int,
     gradient_accumulation_steps: int,
     use_cpu: bool,
-    env: Mapping[str, str] = os.environ,
+    env: Mapping[str, str] | None = None,
 ) -> dict[str, Any] | None:
     """The config for `TrainingArguments(deepspeed=...)`, checked and filled; None for a run without DeepSpeed.
 
@@ -62,6 +62,7 @@ def deepspeed_config(
     Raises:
         LaunchError: an unknown key, a contradiction, a file or a tool that isn't there.
     """
+    env = os.environ if env is None else env  # as it is now, not as it was at import
     config, where = _read(training.get("deepspeed"), env)
     if config is None:
         return None

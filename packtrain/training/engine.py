@@ -62,7 +62,7 @@ class Engine:
 
 
 def asked_engine(
-    args: TrainingArguments, config: Mapping[str, Any] | None, env: Mapping[str, str] = os.environ
+    args: TrainingArguments, config: Mapping[str, Any] | None, env: Mapping[str, str] | None = None
 ) -> Engine:
     """What the launcher, the recipe and the plan ask for.
 
@@ -70,18 +70,16 @@ def asked_engine(
         args: with the plan's `gradient_accumulation_steps`.
         config: of DeepSpeed, as `deepspeed_config` has checked it; None without.
     """
+    env = os.environ if env is None else env  # as it is now, not as it was at import
     world_size = asked_world_size(env)
     asks_for_deepspeed = config is not None or env.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
     asks_for_fsdp = bool(args.fsdp) or env.get("ACCELERATE_USE_FSDP", "").lower() == "true"
     name = "DeepSpeed" if asks_for_deepspeed else "FSDP" if asks_for_fsdp else _plain(world_size)
-    stage = None
-    if asks_for_deepspeed:  # without a config, accelerate makes one of its own settings
-        stage = (
-            int(env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2))
-            if config is None
-            else config["zero_optimization"].get("stage", 0)
-        )
-    devices = offload_devices(config) if config is not None else _devices_of_accelerate(env)
+    if config is not None:
+        stage, devices = config["zero_optimization"].get("stage", 0), offload_devices(config)
+    else:  # accelerate makes a config of its own settings
+        stage = int(env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2)) if asks_for_deepspeed else None
+        devices = _devices_of_accelerate(env)
     return Engine(
         name=name,
         world_size=world_size,

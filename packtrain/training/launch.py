@@ -12,12 +12,13 @@ from collections.abc import Mapping
 from packtrain.errors import LaunchError
 
 
-def asked_world_size(env: Mapping[str, str] = os.environ) -> int:
+def asked_world_size(env: Mapping[str, str] | None = None) -> int:
     """Ranks the launcher set up (`WORLD_SIZE`, 1 without a launcher).
 
     Raises:
         LaunchError: accelerate was asked for several processes and started one.
     """
+    env = os.environ if env is None else env  # as it is now, not as it was at import
     world_size = env.get("WORLD_SIZE")
     started_by_accelerate = "ACCELERATE_MIXED_PRECISION" in env
     if world_size is None and started_by_accelerate and "MASTER_PORT" in env and not _under_mpi(env):
@@ -29,7 +30,7 @@ def asked_world_size(env: Mapping[str, str] = os.environ) -> int:
     return int(world_size or 1)
 
 
-def check_processes(*, world_size: int, n_gpu: int, env: Mapping[str, str] = os.environ) -> None:
+def check_processes(*, world_size: int, n_gpu: int, env: Mapping[str, str] | None = None) -> None:
     """Compare the processes that run with those that were launched; `engine` does the same for the engine.
 
     Args:
@@ -39,6 +40,7 @@ def check_processes(*, world_size: int, n_gpu: int, env: Mapping[str, str] = os.
     Raises:
         LaunchError: on any difference.
     """
+    env = os.environ if env is None else env  # as it is now, not as it was at import
     asked = asked_world_size(env)
     if world_size != asked:
         raise LaunchError(f"{asked} processes were launched but {world_size} take part", fix="start it with torchrun")

@@ -45,7 +45,7 @@ def test_frozen_parameters_have_no_gradients_and_no_optimizer_states():
     lora = parameters(trained=(1000,), frozen=(P,))
     assert exact("ddp", 4, lora) == 16 * 1000 + 2 * P
     assert exact("zero2", 4, lora) == 2 * 1000 + 14 * 250 + 2 * P
-    assert exact("zero3", 4, lora) == 16 * 250 + 2 * P // 4
+    assert exact("zero3", 4, lora) == 18 * 250 + 2 * P // 4  # which leaves an adapter in float32
 
 
 def test_in_float32_deepspeed_keeps_a_second_copy_of_the_weights():

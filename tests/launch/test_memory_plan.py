@@ -1,0 +1,181 @@
+"""The plan of memory: its parts, its phases, and the whole against the peak that torch tracks."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from packtrain.cli_memory import show_memory
+from packtrain.modeling.attention import register
+from packtrain.modeling.loading import load_config, load_model
+from packtrain.objectives.causal import causal_lm_losses
+from packtrain.packing.collator import PackCollator
+from packtrain.packing.plan import make_plan
+from packtrain.recipe import load_recipe
+from packtrain.training.activations import activation_formula
+from packtrain.training.inputs import plan_training
+from packtrain.training.memory_plan import (
+    MemoryPlan,
+    MicroBatchSize,
+    ModelMemory,
+    describe_model,
+    largest_micro_batch,
+    parameters_of,
+    plan_memory,
+)
+from packtrain.training.memory_states import Line
+
+RECIPE = "recipes/quickstart.yaml"
+GIB = 2**30
+
+
+def line(what, size, **how):
+    return Line(what=what, bytes=size, **how)
+
+
+def test_phases_that_do_not_coincide_do_not_add_up():
+    lines = (line("parameters", 10), line("activations", 7), line("gradients in float32", 5, transient=True))
+    plan = MemoryPlan(engine="zero2", ranks=2, lines=lines)
+    assert plan.total() == 10 + 7
+    small = MemoryPlan(engine="zero2", ranks=2, lines=(*lines[:1], line("activations", 3), *lines[2:]))
+    assert small.total() == 10 + 5
+    assert MemoryPlan(engine="x", ranks=1, lines=(line("parameters", 4, where="host"),)).total("host") == 4
+
+
+def test_verdicts():
+    plan = MemoryPlan(engine="ddp", ranks=1, lines=(line("parameters", 86),))
+    assert [plan.verdict(memory) for memory in (200, 102, 101, 86, 85)] == [
+        "fits",
+        "fits",
+        "tight",
+        "tight",
+        "does not fit",
+    ]
+
+
+def test_the_largest_micro_batch_of_each_layout():
+    lengths = np.array([3, 5, 2, 4])
+    supervised = np.array([1, 5, 2, 3])
+    flat = make_plan(lengths, strategy="padding_free", examples_per_step=4, max_tokens=16)
+    assert largest_micro_batch(flat, supervised) == MicroBatchSize(tokens=14, supervised=11, rows=1, width=14)
+    padded = make_plan(lengths, strategy="pad_longest", examples_per_step=4, max_tokens=20)
+    assert largest_micro_batch(padded, supervised) == MicroBatchSize(tokens=20, supervised=11, rows=4, width=5)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_the_model_is_described_without_its_weights(lora):
+    overrides = ["lora={r: 4, target_modules: all-linear}", "model.dtype=bfloat16"] if lora else []
+    recipe = load_recipe(RECIPE, overrides)
+    model = describe_model(recipe)
+    config = load_config(config=recipe.model.config)
+    config.vocab_size = recipe.model.tokenizer_vocab_size
+    whole = load_model(config, attn_implementation="packtrain_varlen")
+    elements = sum(parameter.numel() for parameter in whole.parameters())
+    counted = model.parameters
+    assert sum(counted.frozen if lora else counted.trained) == elements
+    assert (counted.trained_itemsize, counted.frozen_itemsize) == (4, 2 if lora else 4)
+    assert model.vocabulary == recipe.model.tokenizer_vocab_size
+    assert model.activations.basis == "measured"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+def test_the_plan_is_near_the_peak_that_torch_tracks(dtype, checkpointing):
+    """Forward and backward of one real micro-batch: parameters, gradients, activations and logits, within 12%."""
+    tools = pytest.importorskip("torch.distributed._tools.mem_tracker")
+    register()
+    vocabulary = 8000
+    config = AutoConfig.for_model(
+        "llama", vocab_size=vocabulary, hidden_size=128, intermediate_size=352, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="packtrain_varlen").train()
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    documents = [torch.randint(3, vocabulary, (length,)).tolist() for length in (300, 200, 124, 400)]
+    rows = [{"input_ids": ids, "labels": [-100] * (len(ids) // 2) + ids[len(ids) // 2 :]} for ids in documents]
+    batch = PackCollator(layout="flat", pad_token_id=0)(rows)
+    tracker = tools.MemTracker()
+    tracker.track_external(model)
+    with tracker:
+        causal_lm_losses(model, batch).weighted_sum().backward()
+    (peak,) = (device["Total"] for device in tracker.get_tracker_snapshot("peak").values())
+
+    activations = activation_formula(config, itemsize=dtype.itemsize)
+    memory = ModelMemory(
+        parameters=parameters_of(model),
+        activations=activations,
+        activations_deepspeed=activations,
+        vocabulary=vocabulary,
+        heads=4,
+        layers=4,
+    )
+    supervised = int((batch["labels"] != -100).sum())
+    size = MicroBatchSize(tokens=1024, supervised=supervised, rows=1, width=1024)
+    half = dtype is torch.bfloat16
+    plan = plan_memory(memory, size, engine="zero1", ranks=1, half=half, checkpointing=checkpointing)
+    kinds = ("parameters", "gradients", "activations", "logits, kept", "logits, at work")
+    planned = sum(one.bytes for one in plan.lines if one.what in kinds)
+    assert planned == pytest.approx(peak, rel=0.12)
+
+
+def test_masks_and_eager_attention_are_counted():
+    activations = activation_formula(
+        {"model_type": "llama", "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    )
+    model = ModelMemory(
+        parameters=parameters_of(torch_model()),
+        activations=activations,
+        activations_deepspeed=activations,
+        vocabulary=16,
+        heads=2,
+        layers=2,
+    )
+    size = MicroBatchSize(tokens=12, supervised=3, rows=2, width=6)
+    how = dict(engine="ddp", ranks=1, half=False, checkpointing=False)
+    masks = {
+        name: [one.bytes for one in plan_memory(model, size, **how, **kind).lines if one.what == "attention mask"]
+        for name, kind in {"none": {}, "sdpa": {"masked": True}, "eager": {"eager": True}}.items()
+    }
+    assert masks == {"none": [], "sdpa": [2 * 36], "eager": [2 * 36 * (4 + 2 * 2 * 8)]}
+
+
+def torch_model():
+    config = AutoConfig.for_model(
+        "llama", vocab_size=16, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
+    )
+    return AutoModelForCausalLM.from_config(config)
+
+
+def test_a_person_reads_lines_totals_and_verdicts():
+    recipe = load_recipe(RECIPE, ["bf16=true"])
+    lengths = np.random.default_rng(0).integers(20, 800, 200)
+    plans = {
+        name: plan_training(
+            recipe.model_copy(update={"batching": recipe.batching.model_copy(update={"strategy": name})}),
+            lengths,
+            world_size=4,
+        )
+        for name in ("balanced", "pad_longest")
+    }
+    text = {}
+    for memory in (GIB, 4 * 2**20):
+        console = Console(file=io.StringIO(), width=200)
+        show_memory(recipe, plans, lengths // 2, console, memory=memory)
+        text[memory] = console.file.getvalue()
+    for words in (
+        "parameters (exact)",
+        "activations (measured)",
+        "host: peak",
+        "NVMe: peak",
+        "not counted",
+        "pad_longest",
+    ):
+        assert words in text[GIB]
+    assert "the simplest that fits: launch/ddp.yaml" in text[GIB] and "does not fit" not in text[GIB]
+    assert "does not fit" in text[4 * 2**20] and "the simplest" not in text[4 * 2**20]
