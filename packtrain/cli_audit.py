@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import yaml
 from rich.console import Console
 
 from packtrain.errors import ModelError
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from packtrain.modeling.audit import AuditReport, Finding
     from packtrain.recipe import Recipe
 
 
@@ -24,15 +26,19 @@ def show_audit(
     layouts: list[str] | None,
     device: str,
 ) -> bool:
-    """Audit a recipe, a Hub name, a local directory or a bare architecture name; False where the recipe's own
-    combination of model, layout and attention does not keep documents apart.
+    """Audit a model; False where a recipe's own combination of model, layout and attention does not keep documents apart.
+
+    Args:
+        target: a recipe, a Hub name, a local directory, an architecture (`llama`; a tiny random model of it), or the
+            fields of a config as in a recipe (`config: {model_type: llama, num_hidden_layers: 2}`).
+        implementations, layouts: None for all.
 
     Raises:
         RecipeError, ModelError: the target can't be read or built.
     """
     import torch
 
-    from packtrain.modeling.audit import audit_model, quick_check
+    from packtrain.modeling.audit import audit_model
     from packtrain.modeling.audit_probe import LAYOUTS
 
     if unknown := sorted(set(layouts or ()) - set(LAYOUTS)):
@@ -41,14 +47,18 @@ def show_audit(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     recipe = _recipe(target)
     model = (_of_recipe(recipe, device) if recipe else _of_name(target)).to(device)
+    if recipe and implementations is not None:
+        implementations = list(dict.fromkeys([*implementations, model.config._attn_implementation]))
+    if recipe and layouts is not None:
+        layouts = list(dict.fromkeys([*layouts, _layout(recipe)]))
     report = audit_model(model, implementations=implementations, layouts=layouts or tuple(LAYOUTS))
     for line in report.lines():
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     if recipe is None:
         return True
-    own = quick_check(model, _layout(recipe))
-    line = f"the recipe's own, {own.implementation} and {own.layout}: {own.what()}"
-    console.print(line, style="bold", soft_wrap=True)
+    own = _own(recipe, report, model.config._attn_implementation)
+    line = f"the recipe's own, {own.implementation} and {own.layout} ({own.mode}): {own.what()}"
+    console.print(line, style="bold", markup=False, soft_wrap=True)
     return own.safe
 
 
@@ -64,6 +74,16 @@ def _layout(recipe: Recipe) -> str:
     from packtrain.packing.strategies import resolve_strategy
 
     return resolve_strategy(recipe.batching.strategy).layout
+
+
+def _own(recipe: Recipe, report: AuditReport, implementation: str) -> Finding:
+    """What the recipe itself would run: the first finding that is not isolated, or that of its training."""
+    checkpoints = recipe.training.get("gradient_checkpointing") or recipe.training.get("activation_checkpointing")
+    modes = ["train", "eval", *(["checkpointing"] if checkpoints else []), *(["lora"] if recipe.lora else [])]
+    place = (implementation, _layout(recipe))
+    found = [f for f in report.findings if (f.implementation, f.layout) == place and f.mode in modes]
+    found.sort(key=lambda finding: modes.index(finding.mode))
+    return next((finding for finding in found if not finding.safe), found[0])
 
 
 def _of_recipe(recipe: Recipe, device: torch.device | str) -> PreTrainedModel:
@@ -82,12 +102,36 @@ def _of_recipe(recipe: Recipe, device: torch.device | str) -> PreTrainedModel:
 
 
 def _of_name(target: str) -> PreTrainedModel:
-    """A model by Hub name or directory, or a tiny random one of a bare architecture name (`llama`, `mamba2`)."""
+    """A model by Hub name or directory, of the fields of a config, or a tiny random one of an architecture."""
     from transformers import CONFIG_MAPPING
 
-    from packtrain.modeling.audit import tiny_model
-    from packtrain.modeling.loading import load_config, load_model
+    from packtrain.modeling.audit_models import model_class, tiny_model
+    from packtrain.modeling.hub_errors import explained
+    from packtrain.modeling.loading import load_config
+    from packtrain.recipe.values import did_you_mean
 
+    if target.startswith("config:"):
+        config = load_config(config=_fields(target))
+        return model_class(config).from_config(config).eval()
     if target in CONFIG_MAPPING and not Path(target).exists():
         return tiny_model(target)
-    return load_model(load_config(model_name_or_path=target), model_name_or_path=target, attn_implementation=None)
+    try:
+        config = load_config(model_name_or_path=target)
+    except ModelError as error:
+        near = did_you_mean(target, CONFIG_MAPPING)
+        fix = f"did you mean the architecture {near}? Or {error.fix}" if near else error.fix
+        raise ModelError(error.what, key="MODEL_OR_RECIPE", value=target, fix=fix) from error
+    with explained("MODEL_OR_RECIPE", target, None):
+        return model_class(config).from_pretrained(target, config=config)
+
+
+def _fields(target: str) -> dict:
+    """`config: {model_type: llama}` -> `{"model_type": "llama"}`."""
+    try:
+        fields = yaml.safe_load(target)["config"]
+    except yaml.YAMLError:
+        fields = None
+    if not isinstance(fields, dict):
+        fix = "for example 'config: {model_type: llama, num_hidden_layers: 2}'"
+        raise ModelError("is not a mapping of config fields", key="MODEL_OR_RECIPE", value=target, fix=fix)
+    return fields

@@ -1,11 +1,12 @@
 """Which architectures of the installed transformers keep documents apart: the audit, over all it can build.
 
-    python -m packtrain.experiments.audit_sweep                      # every decoder and encoder, ten minutes or so
+    python -m packtrain.experiments.audit_sweep                      # every decoder and encoder, half an hour
     python -m packtrain.experiments.audit_sweep llama bert mamba     # these
 
 Each architecture runs as a tiny random model in a process of its own with a time and a memory limit, so that one
-that crashes or hangs costs its own row only. Writes `results/audit/sweep.json` (every finding, one line per
-architecture; a finding is a list of `FIELDS`) and `results/audit/README.md` (the table).
+that crashes or hangs costs its own row only. Interrupted, the same command continues. Writes
+`results/audit/sweep.json` (every finding, one line per architecture; a finding is a list of `FIELDS`) and
+`results/audit/README.md` (the table).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import multiprocessing
 import resource
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -59,7 +61,8 @@ def kind(model: transformers.PreTrainedModel) -> str:
     parts = ["encoder" if type(model).__name__.endswith("ForMaskedLM") else "decoder"]
     names = {type(module).__name__.lower() for module in model.modules()}
     parts += ["MoE"] if any("expert" in name or "moe" in name for name in names) else []
-    parts += ["recurrent"] if recurrent_layers(model) else []
+    along_the_row = recurrent_layers(model)
+    parts += ["convolutional" if along_the_row == ["Conv1d"] else "recurrent"] if along_the_row else []
     return ", ".join(parts)
 
 
@@ -67,9 +70,10 @@ def rounded(value: object) -> object:
     return float(f"{value:.3g}") if isinstance(value, float) else value
 
 
-def child(architecture: str, pipe: Connection) -> None:
+def child(architecture: str, seconds: int, pipe: Connection) -> None:
     """What runs in the process of one architecture."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     try:
@@ -79,20 +83,25 @@ def child(architecture: str, pipe: Connection) -> None:
         pipe.send({"error": text.strip().splitlines()[0][:200]})
 
 
-def sweep(architectures: list[str], seconds: float) -> Iterator[tuple[str, dict]]:
-    """Every architecture with what its process said, or why it said nothing."""
+def sweep(architectures: list[str], seconds: int) -> Iterator[tuple[str, dict]]:
+    """Every architecture with what its process said, or why it said nothing.
+
+    The limit counts computing time, as a busy machine is no fault of an architecture; one that waits for ever is ended
+    after ten times as long.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["packtrain.modeling.audit", "packtrain.training.summary"])
     for architecture in architectures:
         ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=child, args=(architecture, theirs))
+        process = context.Process(target=child, args=(architecture, seconds, theirs))
         process.start()
         theirs.close()
         try:
-            result = ours.recv() if ours.poll(seconds) else {"error": f"no answer in {seconds:g} s"}
+            result = ours.recv() if ours.poll(10 * seconds) else {"error": f"no answer in {10 * seconds} s"}
         except EOFError:
             process.join(seconds)
-            result = {"error": f"the process died (exit code {process.exitcode})"}
+            died = {-signal.SIGXCPU: f"not done in {seconds} s", -signal.SIGKILL: f"not done in {seconds} s"}
+            result = {"error": died.get(process.exitcode, f"the process died (exit code {process.exitcode})")}
         process.kill()
         process.join()
         yield architecture, result
@@ -180,28 +189,44 @@ def markdown(header: dict, results: dict[str, dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("architectures", nargs="*", help="default: all with a causal or masked language model")
-    parser.add_argument("--seconds", type=float, default=120, help="limit for one architecture (default 120)")
+    parser.add_argument("--seconds", type=int, default=60, help="computing time of one architecture (default 60)")
     parser.add_argument("--output", type=Path, default=Path("results/audit"))
     arguments = parser.parse_args()
     everything = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) | set(MODEL_FOR_MASKED_LM_MAPPING_NAMES)
     architectures = arguments.architectures or sorted(everything)
     header = {
-        "fields": FIELDS,
+        "fields": list(FIELDS),
         "command": shlex.join(["python", "-m", "packtrain.experiments.audit_sweep", *sys.argv[1:]]),
         "machine": describe_machine(),
         "packages": package_versions(),
     }
-    results = {}
-    for number, (architecture, result) in enumerate(sweep(architectures, arguments.seconds), start=1):
+    results = stored(arguments.output, header)
+    missing = [architecture for architecture in architectures if architecture not in results]
+    for architecture, result in sweep(missing, arguments.seconds):
         results[architecture] = result
+        store(arguments.output, header, results)
         places = (("own", "positions", "eval"), (NAME, "flat", "train"))
         said = result["error"] if "error" in result else ", ".join(cell(result, *place) for place in places)
-        print(f"{number}/{len(architectures)} {architecture}: {said}", file=sys.stderr, flush=True)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    one_per_line = ",\n".join(f"{json.dumps(name)}: {json.dumps(result)}" for name, result in results.items())
-    text = f'{{"header": {json.dumps(header)},\n"architectures": {{\n{one_per_line}\n}}}}\n'
-    (arguments.output / "sweep.json").write_text(text, encoding="utf-8")
-    (arguments.output / "README.md").write_text(markdown(header, results), encoding="utf-8")
+        print(f"{len(results)}/{len(architectures)} {architecture}: {said}", file=sys.stderr, flush=True)
+
+
+def stored(directory: Path, header: dict) -> dict[str, dict]:
+    """What the same command has found before it was interrupted."""
+    path = directory / "sweep.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"header": None}
+    return before["architectures"] if before["header"] == header else {}
+
+
+def store(directory: Path, header: dict, results: dict[str, dict]) -> None:
+    """Both files, whole at any moment: an interrupted sweep loses one architecture, not all of them."""
+    results = dict(sorted(results.items()))
+    one_per_line = (f"{json.dumps(name)}:{json.dumps(found, separators=(',', ':'))}" for name, found in results.items())
+    text = '{"header":' + json.dumps(header) + ',\n"architectures":{\n' + ",\n".join(one_per_line) + "\n}}\n"
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, content in (("sweep.json", text), ("README.md", markdown(header, results))):
+        unfinished = directory / f"{name}.unfinished"
+        unfinished.write_text(content, encoding="utf-8")
+        unfinished.replace(directory / name)
 
 
 if __name__ == "__main__":

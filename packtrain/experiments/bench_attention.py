@@ -1,6 +1,6 @@
 """What the layout and the attention implementation cost: one training step, every way of laying it out.
 
-    python -m packtrain.experiments.bench_attention                # all models, about four minutes on two cores
+    python -m packtrain.experiments.bench_attention                # all models, some five minutes each on two cores
     python -m packtrain.experiments.bench_attention --rounds 1 --models llama-6.6M-8k
 
 The same documents (lengths drawn from the long-tailed lognormal of real fine-tuning data), the same model, the
@@ -33,7 +33,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from packtrain.modeling.attention import NAME, register
-from packtrain.modeling.attention_kernels import Documents, Pattern, attend
+from packtrain.modeling.attention_kernels import attend
+from packtrain.modeling.attention_pattern import Documents, Pattern
 from packtrain.objectives.causal import causal_lm_losses
 from packtrain.packing.collator import PackCollator
 from packtrain.packing.plan import make_plan

@@ -1,16 +1,17 @@
 """A padding-free encoder against a padded one: what ByteTransformer does in its own kernels, in transformers.
 
-    python -m packtrain.experiments.bench_encoder            # BERT-base, eight minutes or so on two cores
+    python -m packtrain.experiments.bench_encoder            # BERT-base, some four minutes on two cores
 
 Batches of 16 texts with lengths uniform in [0.2, 1] x the longest (60% of the padded tokens are real), the longest
 128, 256 and 512 tokens, random weights in float32. Padded with sdpa attention against one flat row with
 `packtrain_varlen`, forward (no gradients) and a training step (forward, cross-entropy at 15% of the tokens,
-backward), interleaved. Outputs of real tokens must be equal to 1e-5 and gradients to 1e-4, or it stops.
+backward), interleaved, for `--seconds` per length and at least two rounds. Outputs of real tokens must be equal to
+1e-5 and gradients to 1e-4, or it stops.
 
 ByteTransformer: Zhai et al., https://arxiv.org/abs/2210.03052. The limit is 1 / 0.6 = 1.67 for the linear layers, and
 more for attention, whose cost grows with the square of the length.
 
-Writes `results/attention/encoder.json` and `results/attention/encoder.md`.
+Writes `results/encoder/bench.json` and `results/encoder/README.md`.
 """
 
 from __future__ import annotations
@@ -63,8 +64,8 @@ def training_step(model: PreTrainedModel, batch: dict, tokens: Tensor) -> Tensor
     return torch.cat([w.grad.flatten() for w in model.parameters() if w.grad is not None])
 
 
-def bench(model: PreTrainedModel, longest: int, rounds: int) -> dict:
-    """Seconds of either way, and how far apart they are, for one longest length."""
+def bench(model: PreTrainedModel, longest: int, limit: float) -> dict:
+    """Seconds of either way, and how far apart they are, for one longest length; rounds until `limit` seconds are over."""
     rows = texts(longest)
     tokens = torch.from_numpy(np.concatenate([row["input_ids"] for row in rows]))
     batches = {}
@@ -73,7 +74,13 @@ def bench(model: PreTrainedModel, longest: int, rounds: int) -> dict:
         batches[way] = {name: value for name, value in batch.items() if name not in (*LABELS, "seq_idx")}
     seconds = {what: {way: [] for way in WAYS} for what in ("forward", "training step")}
     outputs, gradients = {}, {}
-    for round in range(rounds + 1):  # the first warms up
+    padded, flat = WAYS
+    with torch.no_grad():  # once, to warm up
+        for way, (_, attention) in WAYS.items():
+            model.set_attn_implementation(attention)
+            forward(model, batches[way])
+    end = time.perf_counter() + limit
+    while len(seconds["forward"][flat]) < 2 or time.perf_counter() < end:
         for way, (_, attention) in WAYS.items():
             model.set_attn_implementation(attention)
             began = time.perf_counter()
@@ -81,11 +88,9 @@ def bench(model: PreTrainedModel, longest: int, rounds: int) -> dict:
                 outputs[way] = forward(model, batches[way])
             between = time.perf_counter()
             gradients[way] = training_step(model, batches[way], tokens)
-            if round:
-                seconds["forward"][way].append(between - began)
-                seconds["training step"][way].append(time.perf_counter() - between)
-        print(f"longest {longest}: round {round} of {rounds} done", file=sys.stderr)
-    padded, flat = WAYS
+            seconds["forward"][way].append(between - began)
+            seconds["training step"][way].append(time.perf_counter() - between)
+        print(f"longest {longest}: round {len(seconds['forward'][flat])} done", file=sys.stderr)
     difference = (outputs[padded] - outputs[flat]).abs().max().item()
     gradient = ((gradients[padded] - gradients[flat]).norm() / gradients[padded].norm()).item()
     assert difference < 1e-5 and gradient < 1e-4, f"not the same: outputs {difference}, gradients {gradient}"
@@ -110,15 +115,16 @@ def markdown(result: dict) -> str:
         "",
         f"BERT-base ({result['parameters'] / 1e6:.0f}M random weights, float32), {TEXTS} texts per batch, lengths",
         f"uniform in [0.2, 1] x the longest: sdpa on the padded batch against `{NAME}` on one flat row. Real tokens",
-        f"per second, medians of {result['rounds']} interleaved rounds; outputs and gradients are the same.",
+        "per second, medians of interleaved rounds; outputs and gradients are the same.",
         "",
-        "| longest | real tokens | what | padded | flat | faster | outputs differ by |",
-        "|---|---|---|---|---|---|---|",
+        "| longest | real tokens | what | padded | flat | faster | rounds | outputs differ by |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for found in result["lengths"]:
         for what, rates in found["tokens_per_second"].items():
             cells = [str(found["longest"]), f"{found['real_share']:.0%}", what]
             cells += [f"{rates[padded]:,.0f}/s", f"{rates[flat]:,.0f}/s", f"**{found['faster'][what]:.2f}x**"]
+            cells.append(str(len(found["seconds"][what][padded])))
             lines.append(f"| {' | '.join(cells)} | {found['largest_output_difference']:.0e} |")
     lines += [
         "",
@@ -133,10 +139,10 @@ def markdown(result: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds (default 3)")
+    parser.add_argument("--seconds", type=float, default=50, help="for one length (default 50), at least two rounds")
     parser.add_argument("--layers", type=int, default=12, help="fewer for a quick look (default 12)")
     parser.add_argument("--longest", type=int, nargs="+", default=list(LONGEST))
-    parser.add_argument("--output", type=Path, default=Path("results/attention"))
+    parser.add_argument("--output", type=Path, default=Path("results/encoder"))
     arguments = parser.parse_args()
     register()
     torch.manual_seed(0)
@@ -147,13 +153,12 @@ def main() -> None:
         "machine": describe_machine(),
         "packages": package_versions(),
         "threads": torch.get_num_threads(),
-        "rounds": arguments.rounds,
         "parameters": sum(weight.numel() for weight in model.parameters()),
-        "lengths": [bench(model, longest, arguments.rounds) for longest in arguments.longest],
+        "lengths": [bench(model, longest, arguments.seconds) for longest in arguments.longest],
     }
     arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "encoder.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    (arguments.output / "encoder.md").write_text(markdown(result), encoding="utf-8")
+    (arguments.output / "bench.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (arguments.output / "README.md").write_text(markdown(result), encoding="utf-8")
     print(markdown(result))
 
 

@@ -28,17 +28,21 @@ The name has no "flash" in it: transformers takes such names for flash-attn itse
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from difflib import get_close_matches
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from packtrain.errors import ModelError
-from packtrain.modeling.attention_kernels import HALF, Documents, Pattern, attend, attend_dense, causal_mask
+from packtrain.modeling.attention_cuda import HALF
+from packtrain.modeling.attention_kernels import attend, attend_dense
+from packtrain.modeling.attention_mask import varlen_mask
+from packtrain.modeling.attention_pattern import Documents, Pattern, causal_mask
 
 NAME = "packtrain_varlen"
 
@@ -48,6 +52,16 @@ def register() -> str:
     AttentionInterface.register(NAME, varlen_attention_forward)
     AttentionMaskInterface.register(NAME, varlen_mask)
     return NAME
+
+
+def check_implementation(name: str) -> None:
+    """Raises ModelError for a name that nobody registered; "org/name" is a kernel from the Hub."""
+    register()
+    known = ["auto", "eager", *AttentionInterface().valid_keys()]
+    if name not in known and "/" not in name:
+        near = get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(known)}"
+        raise ModelError("no such attention implementation", key="model.attn_implementation", value=name, fix=hint)
 
 
 def choose_implementation(requested: str, layout: str, device: torch.device | str, dtype: torch.dtype) -> str | None:
@@ -62,16 +76,12 @@ def choose_implementation(requested: str, layout: str, device: torch.device | st
     Raises:
         ModelError: for a name nobody registered, or one that cannot train on this device or dtype.
     """
-    register()
     assert layout in ("flat", "padded"), layout
+    register()
     if requested == "auto":
         return NAME if layout == "flat" else None
+    check_implementation(requested)
     device_type, key = torch.device(device).type, "model.attn_implementation"
-    known = ["auto", "eager", *AttentionInterface().valid_keys()]
-    if requested not in known and "/" not in requested:  # "org/name" is a kernel from the Hub
-        near = get_close_matches(requested, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(known)}"
-        raise ModelError("no such attention implementation", key=key, value=requested, fix=hint)
     fix = "use auto"
     if requested.startswith("flash_attention") and (device_type != "cuda" or dtype not in HALF):
         what = f"flash-attn runs on CUDA in float16 or bfloat16, not on {device_type} in {dtype}"
@@ -79,74 +89,6 @@ def choose_implementation(requested: str, layout: str, device: torch.device | st
     if requested == "flex_attention" and device_type == "cpu":
         raise ModelError("flex attention has no backward pass on CPU", key=key, value=requested, fix=fix)
     return requested
-
-
-# ------------------------------------------------------------------------------------- the mask function
-
-
-def varlen_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int = 0,
-    kv_offset: int = 0,
-    mask_function: Callable = masking_utils.causal_mask_function,
-    attention_mask: Tensor | None = None,
-    allow_is_causal_skip: bool = True,
-    **kwargs,
-) -> Tensor | None:
-    """Mask for `varlen_attention_forward`: None for one row whose mask says no more than causality, window
-    and documents (all of which the attention function gets by other ways), else what sdpa would get.
-
-    Never None on account of a guess: a mask function that is not made of transformers' own causal, window
-    and document pieces goes to sdpa's mask builder, and so does anything with padding or several rows.
-    """
-    one_row = batch_size == 1 and attention_mask is None and q_length == kv_length
-    if one_row and isinstance(q_offset, int) and q_offset == kv_offset == 0:
-        pieces = mask_pieces(mask_function)
-        # Without documents, a caller that forbids the skip wants to see a mask (to join it with another).
-        if pieces <= CAUSAL | DOCUMENTS and (allow_is_causal_skip or pieces & DOCUMENTS):
-            return None
-    return masking_utils.sdpa_mask(
-        batch_size=batch_size,
-        q_length=q_length,
-        kv_length=kv_length,
-        q_offset=q_offset,
-        kv_offset=kv_offset,
-        mask_function=mask_function,
-        attention_mask=attention_mask,
-        allow_is_causal_skip=allow_is_causal_skip,
-        **kwargs,
-    )
-
-
-def mask_pieces(mask_function: Callable) -> frozenset:
-    """The code objects of the elementary functions that a mask function of transformers is put together from.
-
-    `create_causal_mask` hands over nested closures, for a packed batch with a window for example
-    `and_masks(same document, positions within the document(and_masks(window, causal)))`. What such a closure
-    computes is told exactly by which code it runs; anything unknown stays in the result as itself.
-    """
-    code = getattr(mask_function, "__code__", mask_function)
-    if code not in COMBINERS:
-        return frozenset([code])
-    cells = [cell.cell_contents for cell in mask_function.__closure__]
-    parts = [part for cell in cells for part in (cell if isinstance(cell, tuple) else (cell,))]
-    inner = frozenset().union(*(mask_pieces(part) for part in parts if callable(part)))
-    return inner if code == AND_CODE else inner | {code}
-
-
-def _code(factory_name: str, *arguments) -> frozenset:
-    """The code that a mask factory of transformers returns; empty where this version has no such factory."""
-    factory = getattr(masking_utils, factory_name, None)
-    return frozenset() if factory is None else frozenset([factory(*arguments).__code__])
-
-
-AND_CODE = masking_utils.and_masks().__code__
-REMAP = _code("remap_positions_for_packed_sequence", masking_utils.causal_mask_function, None)
-CAUSAL = frozenset([masking_utils.causal_mask_function.__code__]) | _code("sliding_window_overlay", 1)
-DOCUMENTS = _code("packed_sequence_mask_function", None) | REMAP
-COMBINERS = REMAP | {AND_CODE}
 
 
 # -------------------------------------------------------------------------------- the attention function
@@ -169,7 +111,7 @@ def varlen_attention_forward(
     """transformers' attention function for packed, padded and plain batches alike.
 
     Args:
-        query: `[B, H, T, D]`; key: `[B, Hkv, K, D]`; value: `[B, Hkv, K, Dv]`. Packed: B is 1, K is T.
+        query: `[B, H, T, D]`; key: `[B, Hkv, K, D]`; value: `[B, Hkv, K, Dv]`; K is T where documents are packed.
         attention_mask: `[B, 1 or H, T, K]`, bool or additive, or None.
         s_aux: `[H]`, the logit of each head's attention sink.
         kwargs: of these it reads `cu_seq_lens_q`, `cu_seq_lens_k` (int32 `[S + 1]`), `position_ids` and
@@ -238,7 +180,7 @@ def packed_pattern(
     if kwargs.get("output_attentions"):
         raise refusal("attention weights are never formed", "don't ask for output_attentions")
     if "sliding_window" in kwargs:
-        return Pattern(**{**vars(pattern), "window": kwargs["sliding_window"]})
+        return replace(pattern, window=kwargs["sliding_window"])
     window = unsaid_window(module)
     if window is not None and documents.longest > window:
         what = f"{type(module).__name__} has a window of {window} but does not pass it to its attention"

@@ -17,68 +17,22 @@ passes to an attention function is translated in `packtrain.modeling.attention`.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache, cached_property
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-HALF = (torch.float16, torch.bfloat16)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Documents:
-    """Where the documents of a row begin and end.
-
-    Attributes:
-        bounds: `S + 1` increasing token offsets, from 0 to T; no document is empty.
-        device: where the row is.
-    """
-
-    bounds: tuple[int, ...]
-    device: torch.device
-
-    @cached_property
-    def lengths(self) -> list[int]:
-        return [stop - start for start, stop in pairwise(self.bounds)]
-
-    @cached_property
-    def longest(self) -> int:
-        return max(self.lengths)
-
-    @cached_property
-    def cu_seq_lens(self) -> Tensor:
-        """`bounds` on the device, int32 `[S + 1]`."""
-        return torch.tensor(self.bounds, dtype=torch.int32, device=self.device)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pattern:
-    """Who attends whom, and how strongly, beyond query, key and value.
-
-    Attributes:
-        scaling: factor on the dot products.
-        causal, window: query i attends key j where `0 <= i - j < window` (causal) or `|i - j| < window`.
-            Not used where `mask` is given: a mask says everything, as in transformers' sdpa attention.
-        mask: `[1, 1 or H, T, T]`, bool (True attends) or float (added to the scores).
-        bias: `[1, 1 or H, 1 or T, T]`, added to the scores (T5's relative positions, ALiBi).
-        softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2).
-        sinks: `[H]`, the logit of a token that takes probability and gives nothing (gpt-oss).
-        dropout: probability with which an attention weight is dropped.
-    """
-
-    scaling: float
-    causal: bool = True
-    window: int | None = None
-    mask: Tensor | None = None
-    bias: Tensor | None = None
-    softcap: float | None = None
-    sinks: Tensor | None = None
-    dropout: float = 0.0
+from packtrain.modeling.attention_cuda import fused_kernel
+from packtrain.modeling.attention_pattern import (
+    Documents,
+    Pattern,
+    add_bias,
+    causal_mask,
+    pattern_mask,
+    repeat_heads,
+    restrict,
+)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, documents: Documents, pattern: Pattern) -> Tensor:
@@ -99,26 +53,6 @@ def attend(query: Tensor, key: Tensor, value: Tensor, documents: Documents, patt
     return kernel(query, key, value, documents, pattern)
 
 
-def fused_kernel(query: Tensor, value: Tensor, pattern: Pattern) -> Callable[..., Tensor] | None:
-    """The varlen kernel that can compute `pattern` on this device and dtype, or None."""
-    if query.device.type != "cuda" or query.dtype not in HALF or max(query.shape[-1], value.shape[-1]) > 256:
-        return None
-    if pattern.mask is not None or pattern.bias is not None or pattern.sinks is not None:
-        return None
-    if torch.version.hip is None and torch.cuda.get_device_capability(query.device) < (8, 0):
-        return None  # FlashAttention needs Ampere
-    if flash_attn_varlen() is not None:
-        return attend_flash_attn
-    parameters = torch_varlen_parameters()
-    if parameters and not pattern.dropout and pattern.softcap is None:
-        if pattern.window is None or "window_size" in parameters:
-            return attend_torch_varlen
-    return None
-
-
-# ---------------------------------------------------------------------------------------------- any device
-
-
 def attend_each(query: Tensor, key: Tensor, value: Tensor, documents: Documents, pattern: Pattern) -> Tensor:
     """One dense call per document. Splitting and joining once costs two copies forward and two backward;
     slicing in the loop would add a T-sized zero tensor to the backward pass per document."""
@@ -130,19 +64,6 @@ def attend_each(query: Tensor, key: Tensor, value: Tensor, documents: Documents,
         for (q, k, v), (start, stop) in zip(pieces, pairwise(documents.bounds), strict=True)
     ]
     return torch.cat(outputs, dim=1)  # [1, T, H, Dv]
-
-
-def restrict(pattern: Pattern, start: int, stop: int) -> Pattern:
-    """The pattern of the document at `start:stop`: diagonal blocks of mask and bias."""
-    if pattern.mask is None and pattern.bias is None:
-        return pattern
-    fields = dict(vars(pattern))
-    if pattern.mask is not None:
-        fields["mask"] = pattern.mask[..., start:stop, start:stop]
-    if pattern.bias is not None:
-        rows = slice(start, stop) if pattern.bias.shape[-2] > 1 else slice(None)
-        fields["bias"] = pattern.bias[..., rows, start:stop]
-    return Pattern(**fields)
 
 
 def attend_one(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern) -> Tensor:
@@ -218,131 +139,3 @@ def attend_dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
     if pattern.sinks is not None:
         weights = weights[..., :-1]
     return torch.matmul(F.dropout(weights, p=pattern.dropout, training=pattern.dropout > 0), value)
-
-
-def pattern_mask(length: int, pattern: Pattern, device: torch.device) -> Tensor | None:
-    """Bool `[L, L]` for a window shorter than the document, None where causality alone says it all."""
-    if pattern.window is None or length <= pattern.window:
-        return None
-    if pattern.causal:
-        return causal_mask(length, pattern.window, device)
-    return window_mask(length, pattern.window, device)
-
-
-def causal_mask(length: int, window: int | None, device: torch.device) -> Tensor:
-    """`mask[i, j] = 0 <= i - j < window`, bool `[L, L]`."""
-    mask = torch.ones(length, length, dtype=torch.bool, device=device).tril_()
-    return mask if window is None else mask.triu_(1 - window)
-
-
-def window_mask(length: int, window: int, device: torch.device) -> Tensor:
-    """`mask[i, j] = |i - j| < window`, bool `[L, L]`."""
-    mask = torch.ones(length, length, dtype=torch.bool, device=device)
-    return mask.tril_(window - 1).triu_(1 - window)
-
-
-def add_bias(mask: Tensor | None, bias: Tensor) -> Tensor:
-    """One additive mask from a mask (bool or additive, or None) and a bias."""
-    if mask is None:
-        return bias
-    if mask.dtype == torch.bool:
-        return torch.where(mask, bias, torch.finfo(bias.dtype).min)
-    return bias + mask
-
-
-def repeat_heads(states: Tensor, heads: int) -> Tensor:
-    """`[B, Hkv, L, D]` -> `[B, heads, L, D]`: each key/value head serves `heads / Hkv` query heads."""
-    batch, kv_heads, length, dim = states.shape
-    if kv_heads == heads:
-        return states
-    repeated = states[:, :, None].expand(batch, kv_heads, heads // kv_heads, length, dim)
-    return repeated.reshape(batch, heads, length, dim)
-
-
-# ---------------------------------------------------------------------------------------------- CUDA kernels
-
-
-@cache
-def flash_attn_varlen() -> Callable[..., Tensor] | None:
-    """`flash_attn.flash_attn_varlen_func`, or None where flash-attn is not installed."""
-    try:
-        from flash_attn import flash_attn_varlen_func
-    except ImportError:
-        return None
-    return flash_attn_varlen_func
-
-
-@cache
-def torch_varlen_parameters() -> frozenset[str]:
-    """Parameter names of torch's `varlen_attn`: `is_causal` in 2.10, `scale` and `window_size` since 2.11,
-    `enable_gqa` later. Empty where torch has no such function."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return frozenset()
-    return frozenset(inspect.signature(varlen_attn).parameters)
-
-
-def attend_flash_attn(query: Tensor, key: Tensor, value: Tensor, documents: Documents, pattern: Pattern):
-    """flash-attn's varlen kernel; arguments and result as `attend`."""
-    query, key, value, dim = rows_first(query, key, value)
-    output = flash_attn_varlen()(
-        query,
-        key,
-        value,
-        documents.cu_seq_lens,
-        documents.cu_seq_lens,
-        documents.longest,
-        documents.longest,
-        dropout_p=pattern.dropout,
-        softmax_scale=pattern.scaling,
-        causal=pattern.causal,
-        window_size=window_size(pattern, right_if_causal=-1),
-        softcap=pattern.softcap or 0.0,
-    )
-    return output[..., :dim].unsqueeze(0)
-
-
-def attend_torch_varlen(query: Tensor, key: Tensor, value: Tensor, documents: Documents, pattern: Pattern):
-    """torch's varlen kernel; arguments and result as `attend`."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    parameters, options = torch_varlen_parameters(), {}
-    if "enable_gqa" in parameters:
-        options["enable_gqa"] = query.shape[1] != key.shape[1]
-    else:
-        key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
-    query, key, value, dim = rows_first(query, key, value)
-    if "scale" in parameters:
-        options["scale"] = pattern.scaling
-    else:  # 2.10 divides by the root of the (padded) head size; undo that on the query
-        query = query * (pattern.scaling * query.shape[-1] ** 0.5)
-    if "window_size" in parameters:
-        options["window_size"] = window_size(pattern, right_if_causal=0)
-    else:
-        options["is_causal"] = pattern.causal
-    cu_seq_lens, longest = documents.cu_seq_lens, documents.longest
-    output = varlen_attn(query, key, value, cu_seq_lens, cu_seq_lens, longest, longest, **options)
-    return output[..., :dim].unsqueeze(0)
-
-
-def rows_first(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
-    """`[1, H, T, D]` -> contiguous `[T, H, D8]` as the kernels want it, and the width of the values.
-
-    The kernels need one head size for all three, a multiple of 8; zeros appended to query and key change no
-    dot product, and those appended to value are cut off the output again.
-    """
-    dim = value.shape[-1]
-    width = -(-max(query.shape[-1], dim) // 8) * 8
-    padded = (x[0].transpose(0, 1) for x in (query, key, value))
-    query, key, value = (F.pad(x, (0, width - x.shape[-1])).contiguous() for x in padded)
-    return query, key, value, dim
-
-
-def window_size(pattern: Pattern, *, right_if_causal: int) -> tuple[int, int]:
-    """FlashAttention's (left, right): tokens attended before and after, -1 for all of them. Causality is
-    `right = 0` to torch's kernel, and a flag of its own to flash-attn, which sets `right` itself."""
-    left = -1 if pattern.window is None else pattern.window - 1
-    if not pattern.causal:
-        return left, left
-    return left, right_if_causal if pattern.window is None else 0

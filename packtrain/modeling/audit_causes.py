@@ -21,9 +21,20 @@ from packtrain.modeling.audit_report import Finding
 
 RECURRENT = re.compile("Mamba|SSM|Ssm|Rwkv|LSTM|Recurrent|DeltaNet|ShortConv|Lightning|LinearAttention")
 
+WORKS_ON_MASKS = f"its layers work on the mask itself, which {NAME} does not build"
+REFUSALS = {  # how errors begin
+    "ImportError": "the kernel is not installed",
+    "ModuleNotFoundError": "the kernel is not installed",
+    "IndexError": "positions run past the end of the model's table",
+}
+
 
 def cause(finding: Finding, findings: Sequence[Finding], model: PreTrainedModel) -> str | None:
     """Why a finding is not isolated, or None where nothing shows it."""
+    if finding.verdict == "not supported":
+        if finding.implementation == NAME and finding.error.startswith("TypeError: 'NoneType'"):
+            return WORKS_ON_MASKS
+        return next((why for error, why in REFUSALS.items() if finding.error.startswith(error)), None)
     if finding.verdict not in ("leaks", "wrong"):
         return None
 
@@ -45,8 +56,10 @@ def cause(finding: Finding, findings: Sequence[Finding], model: PreTrainedModel)
         if "position_ids" not in inspect.signature(model.forward).parameters:
             return "the model does not take position_ids: positions run on from document to document"
         if finding.implementation == NAME and any(isolated(implementation=name) for name in ("sdpa", "eager")):
-            return f"its layers work on the mask itself, which {NAME} does not build"
+            return WORKS_ON_MASKS
         return None
+    if finding.implementation == NAME and finding.layout == "flat":
+        return "something beside its attention reaches over documents"
     masks = mask_builders(type(model))
     if finding.layout != "padded":
         if any("bidirectional" in name for name, _ in masks):

@@ -86,9 +86,11 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "luke": {"entity_vocab_size": 16, "entity_emb_size": 32},
     "mamba2": {"head_dim": 16},
     "ministral": {"head_dim": 8},
     "nemotron": {"num_key_value_heads": 2},
+    "perceiver": {"num_latents": 16, "d_latents": 32, "num_self_attends_per_block": 2, "num_self_attention_heads": 4},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"], "lru_width": 32},
     "rwkv": {"attention_hidden_size": 32},
 }

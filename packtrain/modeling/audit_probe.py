@@ -8,25 +8,20 @@ Documents are laid out in every way that batches come in, and then asked three q
 
     row 0   a a a a a a a a a b b b b b        flat: rows 0 and 1 one after the other, `[1, 28]`
     row 1   c c c d d d d d d d d d d d        rows: as drawn, `[2, 14]`       padded: four rows of 11
-
-Nothing of the model is left changed: attention implementation, mode, dropout and checkpointing are put back.
 """
 
 from __future__ import annotations
 
 import inspect
-import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
-from packtrain.errors import ModelError
-from packtrain.modeling.attention import NAME, register, varlen_attention_forward, varlen_mask
+from packtrain.modeling.audit_settings import base
 
 LENGTHS = (9, 5, 3, 11)  # two rows of 14; the longest are longer than the windows of tiny models
 PRECISION = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 4e-2}
@@ -54,12 +49,7 @@ def sample_documents(model: PreTrainedModel, lengths: tuple[int, ...] = LENGTHS,
     ordinary = torch.tensor([token for token in range(min(rows, 4096)) if token not in special])
     generator = torch.Generator().manual_seed(seed)
     picked = (torch.randint(len(ordinary), (length,), generator=generator) for length in lengths)
-    return [ordinary[choice].to(embedding.weight.device) for choice in picked]
-
-
-def base(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside an adapter."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    return [ordinary[choice].to(next(model.parameters()).device) for choice in picked]
 
 
 # ------------------------------------------------------------------------------------------------- layouts
@@ -196,130 +186,6 @@ def gradients(model: nn.Module, found: list[Tensor]) -> Tensor:
     return torch.cat([(torch.zeros_like(weight) if grad is None else grad).flatten() for grad, weight in pairs])
 
 
-def position_start(model: nn.Module, documents: list[Tensor]) -> int:
-    """The model's own first position: 0, or past the padding id (RoBERTa and kin), found by trying."""
-    padding = getattr(base(model).config.get_text_config(), "pad_token_id", None)
-    document = documents[0]
-    plain = alone(model, [document])[0]
-    for start in (0, (padding or 0) + 1):
-        batch = {"input_ids": document[None], "position_ids": restarting([document], start)[None]}
-        try:
-            found = outputs(model, Laid(batch=batch, places=[]))[0]
-        except (IndexError, RuntimeError):  # past the table
-            continue
-        if largest(found, plain) <= precision(model) * plain.abs().max().item():
-            return start
-    return 0
-
-
-def router_losses(model: nn.Module, documents: list[Tensor], start: int, pad: int) -> tuple[float, float] | None:
-    """The auxiliary loss of a mixture of experts on a padded batch, and with ten more columns of padding; None
-    for a model that has none."""
-    if getattr(base(model).config.get_text_config(), "router_aux_loss_coef", None) is None:
-        return None
-    found = []
-    with mode(model, train=True), torch.no_grad():
-        for extra in (0, 10):
-            batch = padded(documents, start, pad, extra=extra).batch
-            try:
-                found.append(model(**batch, labels=batch["input_ids"], output_router_logits=True).aux_loss.item())
-            except (AttributeError, TypeError):
-                return None
-    return found[0], found[1]
-
-
 def precision(model: nn.Module) -> float:
     """How far equal computations in another order may lie apart, relative to the largest output."""
     return PRECISION.get(next(model.parameters()).dtype, 4e-2)
-
-
-# ---------------------------------------------------------------------------------------- settings, put back
-
-
-class CountedAttention:
-    """`packtrain_varlen` under another name that counts how often a model calls it."""
-
-    name = f"{NAME}_counted"
-
-    def __init__(self) -> None:
-        self.calls = 0
-
-    def __call__(self, *args, **kwargs):
-        self.calls += 1
-        return varlen_attention_forward(*args, **kwargs)
-
-
-COUNTED = CountedAttention()
-
-
-def register_counted() -> None:
-    register()
-    AttentionInterface.register(COUNTED.name, COUNTED)
-    AttentionMaskInterface.register(COUNTED.name, varlen_mask)
-
-
-def switchable(model: nn.Module, implementation: str) -> bool:
-    """Whether the model can be told to use this implementation."""
-    try:
-        with using(model, implementation):
-            return True
-    except (ModelError, ValueError, ImportError):
-        return False
-
-
-def countable(model: nn.Module) -> str:
-    """The counted `packtrain_varlen`, or the plain one for a model that was loaded with it and cannot change."""
-    fixed = base(model).config._attn_implementation == NAME and not switchable(model, COUNTED.name)
-    return NAME if fixed else COUNTED.name
-
-
-def reference_implementation(model: nn.Module) -> str:
-    """What a single document is run with: the model's own attention, or one of transformers' where that is ours."""
-    own = base(model).config._attn_implementation
-    if own != NAME:
-        return own
-    return next((name for name in ("sdpa", "eager") if switchable(model, name)), own)
-
-
-@contextmanager
-def using(model: nn.Module, implementation: str | None) -> Iterator[None]:
-    """While open, the model uses this attention implementation. Raises ModelError where it cannot be told to."""
-    inner = base(model)
-    before = inner.config._attn_implementation
-    if implementation is None or implementation == before:
-        yield
-        return
-    try:
-        inner.set_attn_implementation(implementation)
-        if inner.config._attn_implementation != implementation:
-            raise ModelError(f"{type(inner).__name__} does not look its attention up by name")
-        yield
-    finally:
-        if inner.config._attn_implementation != before:
-            inner.set_attn_implementation(before)
-
-
-@contextmanager
-def mode(model: nn.Module, *, train: bool, checkpointing: bool = False) -> Iterator[None]:
-    """While open, the model is in this mode, with every dropout rate and router noise at zero."""
-    rates = [
-        (module, name, value)
-        for module in model.modules()
-        for name, value in vars(module).items()
-        if isinstance(value, float) and (re.search(r"drop|jitter", name) or isinstance(module, nn.Dropout))
-    ]
-    training = [(module, module.training) for module in model.modules()]
-    try:
-        for module, name, _ in rates:
-            setattr(module, name, 0.0)
-        model.train(train)
-        if checkpointing:
-            base(model).gradient_checkpointing_enable({"use_reentrant": False})
-        yield
-    finally:
-        if checkpointing:
-            base(model).gradient_checkpointing_disable()
-        for module, name, value in rates:
-            setattr(module, name, value)
-        for module, was in training:
-            module.training = was

@@ -10,6 +10,7 @@ from packtrain.errors import ModelError
 
 logger = logging.getLogger(__name__)
 ISOLATED, LEAKS, WRONG, REFUSED, UNCLEAR = "isolated", "leaks", "wrong", "not supported", "unclear"
+SHORT = {ISOLATED: "ok", LEAKS: "leaks", WRONG: "wrong", REFUSED: "refused", UNCLEAR: "unclear"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,18 +50,28 @@ class Finding:
 
     def what(self) -> str:
         """Verdict, amount and cause in words."""
-        if self.verdict == REFUSED:
-            return f"{REFUSED}: {self.error}"
-        if self.verdict == UNCLEAR:
-            return f"{UNCLEAR}: the outputs hardly depend on the context"
+        amount = ""
         if self.verdict == LEAKS:
-            pairs = [f"{i} sees {j}" for i, j in self.sees[:3]]
-            more = [f"{len(self.sees) - 3} more"] if len(self.sees) > 3 else []
-            amount = f"by up to {self.leak:.2g} ({', '.join(pairs + more)})"
-        else:
-            amount = f"within {max(self.difference, self.leak):.0e} of alone"
-        because = f"; {self.cause}" if self.cause else ""
-        return f"{self.verdict} {amount}{because}" + (f" [{self.checked}]" if self.checked else "")
+            amount = f" by up to {self.leak:.2g}"
+        elif self.verdict in (ISOLATED, WRONG):
+            amount = f" within {max(self.difference, self.leak):.0e} of alone"
+        return f"{self.verdict}{amount}{self.why()}" + (f" [{self.checked}]" if self.checked else "")
+
+    def why(self) -> str:
+        """Who sees whom, the refusal and the cause, as far as there are any."""
+        if self.verdict == REFUSED:
+            return f": {self.error}" + (f"; {self.cause}" if self.cause else "")
+        if self.verdict == UNCLEAR:
+            return ": the outputs hardly depend on the context"
+        pairs = [f"{i} sees {j}" for i, j in self.sees[:3]]
+        more = [f"{len(self.sees) - 3} more"] if len(self.sees) > 3 else []
+        seen = f" ({', '.join(pairs + more)})" if pairs else ""
+        return seen + (f"; {self.cause}" if self.cause else "")
+
+    def cell(self) -> str:
+        """Verdict and amount as an entry of a table."""
+        amounts = {LEAKS: self.leak, WRONG: self.difference}
+        return SHORT[self.verdict] + (f" {amounts[self.verdict]:.2g}" if self.verdict in amounts else "")
 
     def refuse(self, *, allow_contamination: bool = False) -> None:
         """Raises ModelError on a leak or a wrong result, unless that is allowed; then, and where the check could
@@ -118,15 +129,12 @@ class AuditReport:
         return asdict(self)
 
     def lines(self) -> Iterator[str]:
-        """The report for people."""
-        yield f"{self.model} ({self.architecture}, transformers {self.transformers})"
-        alike: dict[tuple, list[Finding]] = {}
-        for f in self.findings:
-            key = (f.implementation, f.layout, f.verdict, f.cause, f.error, tuple(f.sees))
-            alike.setdefault(key, []).append(f)
-        for (implementation, layout, *_), group in sorted(alike.items(), key=lambda item: item[0][:2]):
-            worst = max(group, key=lambda f: f.leak or 0.0)
-            yield f"  {implementation}, {layout} ({', '.join(f.mode for f in group)}): {worst.what()}"
+        """The report for people: a table of verdicts, what is behind those that are not `ok`, and what to do."""
+        calls = next((f.calls for f in self.findings if f.calls is not None), None)
+        called = "" if calls is None else f", calls the registered attention {calls} times per pass"
+        starts = f", positions start at {self.position_start}" if self.position_start else ""
+        yield f"{self.model} ({self.architecture}, transformers {self.transformers}{called}{starts})"
+        yield from self._table()
         reach: dict[tuple, list[PaddingEffect]] = {}
         for effect in self.padding:
             reach.setdefault((effect.side, effect.reaches), []).append(effect)
@@ -136,3 +144,35 @@ class AuditReport:
             verb = "reaches" if reaches else "does not reach"
             yield f"  {side} filler {verb} real tokens (by at most {largest:.1g}; {names})"
         yield from (f"  {line}" for line in self.notes + self.advice)
+
+    def _table(self) -> Iterator[str]:
+        modes = list(dict.fromkeys(f.mode for f in self.findings))
+        groups: dict[tuple[str, str], list[Finding]] = {}
+        for finding in self.findings:
+            groups.setdefault((finding.implementation, finding.layout), []).append(finding)
+        nowhere: dict[str, str] = {}  # implementations that this model or machine does not have at all, with the reason
+        for implementation, _ in groups:
+            whys = {(f.verdict, f.why()) for f in self.findings if f.implementation == implementation}
+            if [verdict for verdict, _ in whys] == [REFUSED]:
+                nowhere[implementation] = whys.pop()[1]
+        rows, reasons = [["", "", *modes]], {}
+        for (implementation, layout), found in groups.items():
+            if implementation in nowhere:
+                continue
+            cells = []
+            for finding in found:
+                why = finding.why()
+                number = reasons.setdefault((finding.verdict, why), len(reasons) + 1) if why else 0
+                cells.append(finding.cell() + (f" [{number}]" if number else ""))
+            rows.append([implementation, layout, *cells])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in rows if len(rows) > 1 else ():
+            yield "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        fine = [f for f in self.findings if f.safe]
+        if fine:
+            off = max(max(f.difference, f.leak) for f in fine)
+            yield f"  ok: within {off:.0e} of each document alone, where the largest output is {fine[0].scale:.2g}"
+        for (verdict, why), number in reasons.items():
+            yield f"  [{number}] {verdict}{why}"
+        for why in dict.fromkeys(nowhere.values()):
+            yield f"  {', '.join(name for name, other in nowhere.items() if other == why)}: {REFUSED}{why}"

@@ -27,6 +27,8 @@ from transformers import Trainer
 from packtrain.data.examples import Examples
 from packtrain.errors import PacktrainError
 from packtrain.modeling.attention import choose_implementation
+from packtrain.modeling.audit import quick_check
+from packtrain.modeling.positions import position_start
 from packtrain.objectives.logits import NOT_MODEL_INPUTS
 from packtrain.packing.collator import MicroBatches, PackCollator
 from packtrain.packing.cost import Cost
@@ -35,6 +37,7 @@ from packtrain.packing.scopes import StepScope
 from packtrain.packing.strategies import resolve_strategy
 from packtrain.training.loader import PlanLoader
 from packtrain.training.meters import Meter
+from packtrain.training.plugin_checks import refuse_contradictions, without_effect
 from packtrain.training.trainer import StepEnd
 
 logger = logging.getLogger(__name__)
@@ -48,6 +51,7 @@ def attach(
     strategy: str = "balanced",
     max_tokens: int | None = None,
     attn_implementation: str = "auto",
+    allow_contamination: bool = False,
 ) -> Trainer:
     """Give `trainer` packtrain's layout of its training batches; returns the same trainer.
 
@@ -62,42 +66,34 @@ def attach(
         max_tokens: most tokens in one micro-batch. By default a step-scope strategy keeps the trainer's
             `gradient_accumulation_steps`; with `max_tokens` it is raised until every micro-batch fits.
         attn_implementation: "auto" is `packtrain_varlen` for flat layouts.
+        allow_contamination: train even where the model lets documents of a batch see each other.
 
     Raises:
-        PacktrainError: something in the trainer contradicts the layout; says what to change.
+        PacktrainError: something in the trainer contradicts the layout, or documents of a batch see each other (the
+            model itself is asked); says what to change.
     """
     rule = resolve_strategy(strategy)
-    _refuse_contradictions(trainer, rule.scope, max_tokens)
+    refuse_contradictions(trainer, rule.scope, max_tokens)
     examples = Examples.from_dataset(trainer.train_dataset)
     plan = _plan(trainer, examples, strategy, max_tokens)
     changes = [f"{strategy} lays out its training batches"]
-
-    args = trainer.args
-    if plan.gradient_accumulation_steps != args.gradient_accumulation_steps:
-        changes.append(
-            f"gradient_accumulation_steps {args.gradient_accumulation_steps} -> {plan.gradient_accumulation_steps}"
-        )
-        args.gradient_accumulation_steps = plan.gradient_accumulation_steps
-    args.ignore_data_skip = True  # the plan starts at global_step by itself
-    if rule.scope == "epoch" and args.max_steps <= 0:
+    changes += _prepare_model(trainer, plan.layout, attn_implementation, allow_contamination)
+    args, ours = trainer.args, plan.gradient_accumulation_steps
+    if ours != args.gradient_accumulation_steps:
+        changes.append(f"gradient_accumulation_steps {args.gradient_accumulation_steps} -> {ours}")
+    if rule.scope == "epoch":
+        mean, theirs = len(examples) / plan.steps_in_epoch(0), _examples_per_step(trainer)
+        changes.append(f"updates see other examples: {mean:.1f} on average, where the trainer had {theirs}")
         args.max_steps = plan.total_steps
-
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    before = base.config._attn_implementation
-    chosen = choose_implementation(attn_implementation, plan.layout, args.device, _compute_dtype(trainer, base))
-    if chosen is not None and chosen != before:
-        base.set_attn_implementation(chosen)
-        changes.append(f"attn_implementation {before} -> {chosen}")
-    if base.config.use_cache:
-        base.config.use_cache = False
-        changes.append("use_cache True -> False")
+    args.gradient_accumulation_steps = ours
+    args.ignore_data_skip = True  # the plan starts at global_step by itself
 
     collator = PackCollator(
         layout=plan.layout,
-        pad_token_id=_pad_token_id(trainer, base),
+        pad_token_id=_pad_token_id(trainer),
         padded_to=rule.padded_to,
         max_length=int(examples.lengths.max()),
+        position_start=position_start(trainer.model),
     )
     loader = PlanLoader(
         plan=plan,
@@ -107,40 +103,37 @@ def attach(
         dataloader_kwargs={
             "num_workers": args.dataloader_num_workers,
             "pin_memory": args.dataloader_pin_memory and torch.cuda.is_available(),
+            "prefetch_factor": args.dataloader_prefetch_factor if args.dataloader_num_workers else None,
         },
     )
     trainer.get_train_dataloader = lambda: loader
     trainer.add_callback(StepEnd(plan, Meter()))
-    if rule.scope == "epoch":
-        ours, theirs = len(examples) / plan.steps_in_epoch(0), _examples_per_step(trainer)
-        changes.append(f"updates see other examples: {ours:.1f} on average, where the trainer had {theirs}")
+    for ignored in without_effect(trainer, plan.layout):
+        logger.warning("packtrain: %s", ignored)
     logger.warning("packtrain: %s", "; ".join(changes))
     return trainer
 
 
-def _refuse_contradictions(trainer: Trainer, scope: str, max_tokens: int | None) -> None:
-    args = trainer.args
-    if not isinstance(trainer, Trainer):
-        raise PacktrainError("is not a transformers.Trainer", key="trainer", value=type(trainer).__name__)
-    if getattr(args, "packing", False):
-        raise PacktrainError(
-            "the trainer has packed its examples already", key="packing", value=True, fix="build it with packing=False"
-        )
-    if not hasattr(trainer.train_dataset, "column_names") or not hasattr(trainer.train_dataset, "__len__"):
-        raise PacktrainError(
-            "packtrain needs a tokenised datasets.Dataset of known length",
-            key="train_dataset",
-            value=type(trainer.train_dataset).__name__,
-            fix="load it without streaming",
-        )
-    if args.dataloader_drop_last:
-        raise PacktrainError("packtrain drops no example", key="dataloader_drop_last", value=True, fix="leave it out")
-    if args.n_gpu > 1:
-        raise PacktrainError(
-            "DataParallel would split a flat batch", key="n_gpu", value=args.n_gpu, fix="start one process per GPU"
-        )
-    if scope == "epoch" and max_tokens is None:
-        raise PacktrainError("a strategy that packs the whole epoch needs the size of a pack", key="max_tokens")
+def _prepare_model(trainer: Trainer, layout: str, attn_implementation: str, allow_contamination: bool) -> list[str]:
+    """Set the model's attention and cache for batches of this layout, and ask it whether documents stay apart; what
+    was changed, in words."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    base, changes = _without_adapter(model), []
+    before = base.config._attn_implementation
+    chosen = choose_implementation(attn_implementation, layout, trainer.args.device, _compute_dtype(trainer, base))
+    if chosen is not None and chosen != before:
+        base.set_attn_implementation(chosen)
+        changes.append(f"attn_implementation {before} -> {chosen}")
+    if base.config.use_cache:
+        base.config.use_cache = False
+        changes.append("use_cache True -> False")
+    if not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):  # sharded weights run in the engine only
+        quick_check(model, layout).refuse(allow_contamination=allow_contamination)
+    return changes
+
+
+def _without_adapter(model: torch.nn.Module) -> transformers.PreTrainedModel:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 # The plan: the trainer's own order, packtrain's layout
@@ -240,9 +233,9 @@ class _ModelInputs(Dataset):
         return {key: value for key, value in batch.items() if key == "labels" or key not in NOT_MODEL_INPUTS}
 
 
-def _pad_token_id(trainer: Trainer, model: transformers.PreTrainedModel) -> int:
+def _pad_token_id(trainer: Trainer) -> int:
     """The tokenizer's, else the model's, else 0: it only fills, by position, and is never learnt."""
-    for owner in (trainer.processing_class, model.config):
+    for owner in (trainer.processing_class, trainer.accelerator.unwrap_model(trainer.model).config):
         if getattr(owner, "pad_token_id", None) is not None:
             return owner.pad_token_id
     return 0

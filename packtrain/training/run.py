@@ -17,7 +17,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from packtrain.errors import PacktrainError
 from packtrain.modeling.attention import choose_implementation
 from packtrain.modeling.audit import quick_check
-from packtrain.modeling.loading import add_lora, load_config, load_model
+from packtrain.modeling.loading import add_lora, count_parameters, load_config, load_model
+from packtrain.modeling.positions import position_start
 from packtrain.packing.collator import PackCollator
 from packtrain.packing.cost import Cost
 from packtrain.packing.plan import Plan
@@ -99,6 +100,7 @@ def build_trainer(
             padded_to=resolve_strategy(plan.strategy).padded_to,
             max_length=recipe.data.max_length,
             loss_weighting=recipe.objective.loss_weighting,
+            position_start=position_start(model),
         ),
         eval_examples=inputs.held_out,
         eval_plan=inputs.held_out
@@ -177,7 +179,7 @@ def _summarise(trainer: PackTrainer, recipe: Recipe, inputs: Inputs, model_dir: 
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     evaluations = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     peak, peak_of = peak_memory()
-    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    trained, frozen = count_parameters(trainer.accelerator.unwrap_model(trainer.model))
     return Summary(
         recipe=Path(recipe.sources.path).stem,
         strategy=recipe.batching.strategy,
@@ -200,7 +202,7 @@ def _summarise(trainer: PackTrainer, recipe: Recipe, inputs: Inputs, model_dir: 
         peak_memory=peak,
         peak_memory_of=peak_of,
         trainable_parameters=trained,
-        frozen_parameters=sum(p.numel() for p in trainer.model.parameters()) - trained,
+        frozen_parameters=frozen,
         attn_implementation=trainer.model.config._attn_implementation,
         data=inputs.train.report.to_dict(),
         machine=describe_machine(),

@@ -18,8 +18,8 @@ from packtrain.modeling.attention import (
     documents_of,
     register,
     varlen_attention_forward,
-    varlen_mask,
 )
+from packtrain.modeling.attention_mask import varlen_mask
 from tests.tiny import CONFIGS, tiny_model
 
 register()

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from packtrain.modeling import attention_kernels as kernels
-from packtrain.modeling.attention_kernels import Pattern, attend, causal_mask, fused_kernel, window_mask
+from packtrain.modeling import attention_cuda as kernels
+from packtrain.modeling.attention_cuda import fused_kernel
+from packtrain.modeling.attention_kernels import attend
+from packtrain.modeling.attention_pattern import Pattern, causal_mask, window_mask
 from tests.modeling.attention_reference import (
     Case,
     cases,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import replace
 
 import pytest
@@ -15,6 +16,7 @@ from packtrain.modeling.attention import NAME, register
 from packtrain.modeling.audit import LARGE, MODES, audit_model, quick_check
 from packtrain.modeling.audit_causes import mask_builders, recurrent_layers
 from packtrain.modeling.audit_models import tiny_model
+from packtrain.modeling.audit_padding import router_losses
 from packtrain.modeling.audit_report import Finding
 
 QUICK = {"modes": ("eval",), "padding": False}
@@ -108,7 +110,12 @@ def test_all_modes_of_one_model():
         trained = finding.mode not in ("eval", "cache") and finding.verdict != "not supported"
         assert (finding.gradient_difference is not None) == trained
     text = "\n".join(report.lines())
-    assert f"{NAME}, flat (eval, train, checkpointing, cache, lora): isolated" in text
+    assert "calls the registered attention 2 times per pass" in text
+    rows = [re.split(r"\s{2,}", line.strip()) for line in text.splitlines()]
+    assert ["eval", "train", "checkpointing", "cache", "lora", "prompt tuning"] in rows
+    assert [NAME, "flat", *["ok"] * 5, "refused [1]"] in rows
+    assert next(row for row in rows if row[:2] == ["sdpa", "flat"])[5] == "leaks 2.4 [2]"
+    assert "[2] leaks (1 sees 0, 2 sees 0, 2 sees 1, 3 more); the cache is on" in text
     assert f"flat batches are safe with {NAME} (attn_implementation: auto)" in text
     assert "keep use_cache=False (sdpa leak with it)" in text
 
@@ -150,17 +157,6 @@ def test_who_sees_whom_literally():
         matrix_of[layout] = finding.sees
     assert matrix_of["flat"] == EARLIER
     assert matrix_of["rows"] == [(1, 0), (3, 2)]
-
-
-def test_position_starts_are_found():
-    models = {name: tiny_model(name) for name in ("bert", "llama", "gpt2", "mamba")}
-    models |= {f"roberta, pad {pad}": tiny_model("roberta", pad_token_id=pad) for pad in (0, 1, 5)}
-    with torch.no_grad():
-        starts = {name: probe.position_start(m, probe.sample_documents(m)) for name, m in models.items()}
-    assert starts == {
-        **{"bert": 0, "llama": 0, "gpt2": 0, "mamba": 0},
-        **{"roberta, pad 0": 1, "roberta, pad 1": 2, "roberta, pad 5": 6},
-    }
 
 
 def test_documents_have_no_special_tokens_and_changes_change_every_token():
@@ -217,9 +213,9 @@ def test_router_losses_that_count_filler_are_told():
     """Mixtral hands its mask to the router's loss; without the mask, filler counts."""
     model = tiny_model("mixtral")
     documents = probe.sample_documents(model)
-    with_mask = probe.router_losses(model, documents, 0, 0)
+    with_mask = router_losses(model, documents, 0, 0)
     assert with_mask[0] == pytest.approx(with_mask[1], rel=1e-5)
-    assert probe.router_losses(tiny_model("llama"), documents, 0, 0) is None
+    assert router_losses(tiny_model("llama"), documents, 0, 0) is None
 
 
 # --------------------------------------------------------------------------------------------- the quick check
@@ -287,6 +283,22 @@ def test_nothing_of_the_model_or_the_world_is_changed():
     assert [module.p for module in model.modules() if isinstance(module, nn.Dropout)] == rates and 0.3 in rates
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     assert all(weight.grad is None for weight in model.parameters())
+
+
+def test_what_this_machine_lacks_is_one_line_and_a_misspelt_name_an_error():
+    report = audit_model(tiny_model("llama"), layouts=["flat"], **QUICK)
+    text = "\n".join(report.lines())
+    assert report.find("sdpa", "flat").safe and "ok: within" in text
+    if not torch.cuda.is_available():
+        assert "flash_attention_2, flash_attention_3, flash_attention_4: not supported: flash-attn runs on CUDA" in text
+        assert "flex_attention: not supported: flex attention has no backward pass on CPU" in text
+    with pytest.raises(ModelError, match="did you mean sdpa"):
+        audit_model(tiny_model("llama"), implementations=["sdpaa"], **QUICK)
+
+
+def test_an_encoder_with_prompt_tuning():
+    report = audit_model(tiny_model("bert"), implementations=["sdpa"], layouts=["padded"], padding=False)
+    assert report.find("sdpa", "padded", "prompt tuning").safe
 
 
 def test_a_model_that_cannot_run_says_so():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import re
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -10,26 +12,23 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    DataCollatorForLanguageModeling,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
 from trl import SFTConfig, SFTTrainer
 
 import packtrain
 from packtrain.errors import PacktrainError
+from packtrain.modeling import audit_models
 from packtrain.modeling.tokenizer import train_bpe
 from tests.tiny import random_documents, tiny_model
+from tests.training.attach_helpers import COMMON, pad
 from tests.training.helpers import long_tailed_lengths
 
-COMMON = dict(
-    use_cpu=True,
-    per_device_train_batch_size=4,
-    gradient_accumulation_steps=2,
-    num_train_epochs=2,
-    logging_steps=1,
-    learning_rate=1e-3,
-    report_to="none",
-    save_strategy="no",
-    disable_tqdm=True,
-)
 QUESTIONS = [
     "two and three",
     "what is four times nine, and why",
@@ -68,21 +67,6 @@ def assert_same(ours, theirs):
     np.testing.assert_allclose(ours[1], theirs[1], rtol=1e-3)
 
 
-def pad(features: list[dict]) -> dict[str, torch.Tensor]:
-    """What any user's padding collator does."""
-
-    def rows(key: str, fill: int) -> torch.Tensor:
-        return torch.nn.utils.rnn.pad_sequence(
-            [torch.tensor(feature[key]) for feature in features], batch_first=True, padding_value=fill
-        )
-
-    return {
-        "input_ids": rows("input_ids", 0),
-        "labels": rows("labels", -100),
-        "attention_mask": (rows("input_ids", -1) >= 0).long(),
-    }
-
-
 def stock_trainer(output_dir, documents, **changes) -> Trainer:
     args = TrainingArguments(output_dir=str(output_dir), **COMMON | changes)
     return Trainer(tiny_model("llama"), args, train_dataset=documents, data_collator=pad)
@@ -114,6 +98,85 @@ def test_sft_trainer_takes_the_same_steps(tmp_path, conversations, tokenizer, ch
     after = packtrain.attach(sft_trainer(tmp_path, conversations, tokenizer, **changes))
     assert_same(losses(after), losses(before))
     assert after.evaluate()["eval_loss"] == pytest.approx(before.evaluate()["eval_loss"], rel=1e-3)
+
+
+CHATML = (
+    "{% for m in messages %}<{{ m['role'] }}>{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] }}.{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("changes", [{}, {"assistant_only_loss": True}], ids=["everything", "assistant_only"])
+def test_sft_trainer_on_conversations(tmp_path, tokenizer, changes):
+    chats = datasets.Dataset.from_list(
+        [
+            {
+                "messages": [
+                    {"role": "user", "content": QUESTIONS[i % 4]},
+                    {"role": "assistant", "content": " ".join(QUESTIONS[: i % 3 + 1])},
+                    {"role": "user", "content": "again"},
+                    {"role": "assistant", "content": str(i)},
+                ]
+            }
+            for i in range(18)
+        ]
+    )
+    talking = copy.deepcopy(tokenizer)
+    talking.chat_template = CHATML
+    before = losses(sft_trainer(tmp_path, chats, talking, **changes))
+    after = losses(packtrain.attach(sft_trainer(tmp_path, chats, talking, **changes)))
+    assert_same(after, before)
+
+
+def test_a_decoder_that_counts_positions_from_two(tmp_path, documents):
+    """RoBERTa: packed positions must begin where the model's own do; control: from zero the losses are others."""
+
+    def trainer() -> Trainer:
+        model = audit_models.tiny_model("roberta", pad_token_id=1)
+        config = type(model.config)(**model.config.to_dict() | {"is_decoder": True})
+        torch.manual_seed(0)
+        args = TrainingArguments(output_dir=str(tmp_path), **COMMON)
+        model = AutoModelForCausalLM.from_config(config)
+        return Trainer(model, args, train_dataset=documents, data_collator=partial(pad, padding=1))
+
+    before, attached = losses(trainer()), packtrain.attach(trainer())
+    from_zero = packtrain.attach(trainer())
+    from_zero.get_train_dataloader().dataset.micro_batches.collator.position_start = 0
+    assert attached.get_train_dataloader().dataset.micro_batches.collator.position_start == 2
+    assert_same(losses(attached), before)
+    assert np.abs(losses(from_zero)[0] - before[0]).max() > 1e-3
+
+
+def test_a_model_whose_documents_see_each_other_is_refused(tmp_path, documents, caplog):
+    def trainer() -> Trainer:
+        args = TrainingArguments(output_dir=str(tmp_path), **COMMON)
+        return Trainer(audit_models.tiny_model("opt"), args, train_dataset=documents, data_collator=pad)
+
+    with pytest.raises(PacktrainError, match="don't keep to themselves"):
+        packtrain.attach(trainer(), attn_implementation="sdpa")
+    packtrain.attach(trainer(), attn_implementation="sdpa", allow_contamination=True)
+    assert "don't keep to themselves" in caplog.text
+    packtrain.attach(trainer())  # control: packtrain_varlen keeps them apart
+
+
+def test_what_has_no_effect_is_a_warning_and_what_changes_is_one_line(tmp_path, documents, caplog):
+    def told(**changes) -> list[str]:
+        caplog.clear()
+        trainer = stock_trainer(tmp_path, documents, **changes)
+        trainer.model.config.use_cache = True
+        packtrain.attach(trainer)
+        assert not trainer.model.config.use_cache
+        return [record.getMessage() for record in caplog.records if record.name == "packtrain.training.plugin"]
+
+    collator, changed = told()
+    assert "data_collator pad is asked for evaluation only" in collator
+    assert changed == (
+        "packtrain: balanced lays out its training batches; attn_implementation sdpa -> packtrain_varlen; "
+        "use_cache True -> False"
+    )
+    assert any("neftune_noise_alpha" in line for line in told(neftune_noise_alpha=5.0))
+    assert any("mean of micro-batches' means" in line for line in told(label_smoothing_factor=0.1))
+    assert any("dispatch_batches" in line for line in told(accelerator_config={"dispatch_batches": True}))
 
 
 def test_another_order_is_noticed(tmp_path, documents):
@@ -155,6 +218,8 @@ def test_packing_the_epoch_says_what_it_changes(tmp_path, documents, caplog):
     ("changes", "options", "message"),
     [
         ({"dataloader_drop_last": True}, {}, "drops no example"),
+        ({"auto_find_batch_size": True}, {}, "the plan of all batches is made once"),
+        ({"train_sampling_strategy": "group_by_length"}, {}, "orders examples itself"),
         ({}, {"strategy": "bfd"}, "needs the size of a pack"),
         ({}, {"strategy": "balancd"}, "did you mean 'balanced'"),
         ({}, {"max_tokens": 10}, "an example has .* tokens.*max_tokens|max_tokens.*an example has"),
@@ -164,6 +229,20 @@ def test_packing_the_epoch_says_what_it_changes(tmp_path, documents, caplog):
 def test_contradictions_are_refused(tmp_path, documents, changes, options, message):
     with pytest.raises(PacktrainError, match=message):
         packtrain.attach(stock_trainer(tmp_path, documents, **changes), **options)
+
+
+def test_a_second_attach_is_refused(tmp_path, documents):
+    with pytest.raises(PacktrainError, match="attach once"):
+        packtrain.attach(packtrain.attach(stock_trainer(tmp_path, documents)))
+
+
+def test_random_masks_are_refused(tmp_path, documents, tokenizer):
+    masking = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    masking.mlm = True  # which it refuses to be built with where the tokenizer has no mask token
+    args = TrainingArguments(output_dir=str(tmp_path), **COMMON)
+    trainer = Trainer(tiny_model("llama"), args, train_dataset=documents, data_collator=masking)
+    with pytest.raises(PacktrainError, match="masks tokens at random"):
+        packtrain.attach(trainer)
 
 
 def test_trl_packing_is_refused(tmp_path, conversations, tokenizer):

@@ -1,0 +1,183 @@
+"""What `packtrain.attach` does for a trainer that somebody already has: the same losses, in how many seconds?
+
+    python -m packtrain.experiments.bench_attach             # some six minutes on one core
+
+transformers' Trainer (with its own padding collator) and TRL's SFTTrainer train the same Llama on the same documents in
+the same order, as they are and attached, interleaved. Lengths are long-tailed, as in real fine-tuning data. Seconds
+are those from the end of one update to the end of the next, with everything a trainer does in between; the first update
+of every run warms up. The losses of all updates must agree to 1e-4, or it stops.
+
+Writes `results/attach/bench.json` and `results/attach/README.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DataCollatorForSeq2Seq,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from trl import SFTConfig, SFTTrainer
+
+from packtrain.experiments.bench_attention import LLAMA, ROW
+from packtrain.modeling.tokenizer import train_bpe
+from packtrain.training.plugin import attach
+from packtrain.training.summary import describe_machine, package_versions
+
+PER_DEVICE, ACCUMULATION, UPDATES = 8, 4, 4
+MEAN_LENGTH = 160
+COMMON = dict(
+    per_device_train_batch_size=PER_DEVICE,
+    gradient_accumulation_steps=ACCUMULATION,
+    max_steps=UPDATES,
+    logging_steps=1,
+    learning_rate=1e-3,
+    use_cpu=True,
+    bf16=False,
+    report_to="none",
+    save_strategy="no",
+    disable_tqdm=True,
+)
+
+
+def documents(mean: float, vocabulary: int) -> datasets.Dataset:
+    """Random documents for all updates, the first third of each a prompt; lengths lognormal (sigma 1.15)."""
+    generator = np.random.default_rng(1)
+    draws = generator.lognormal(0.0, 1.15, PER_DEVICE * ACCUMULATION * UPDATES)
+    rows = []
+    for length in np.clip(draws / draws.mean() * mean, 8, ROW).astype(int):
+        ids = generator.integers(8, vocabulary, length).tolist()
+        rows.append({"input_ids": ids, "labels": [-100] * (length // 3) + ids[length // 3 :]})
+    return datasets.Dataset.from_list(rows)
+
+
+def model(**changes) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**LLAMA | changes))
+
+
+def stock(data: datasets.Dataset, tokenizer: PreTrainedTokenizerFast, output_dir: str, **changes) -> Trainer:
+    args, collator = TrainingArguments(output_dir=output_dir, **COMMON), DataCollatorForSeq2Seq(tokenizer)
+    return Trainer(model(**changes), args, train_dataset=data, data_collator=collator, processing_class=tokenizer)
+
+
+def sft(data: datasets.Dataset, tokenizer: PreTrainedTokenizerFast, output_dir: str, **changes) -> SFTTrainer:
+    args = SFTConfig(output_dir=output_dir, max_length=None, gradient_checkpointing=False, **COMMON)
+    return SFTTrainer(model(**changes), args, train_dataset=data, processing_class=tokenizer)
+
+
+class Clock(TrainerCallback):
+    """When updates end."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.ends.append(time.perf_counter())
+
+
+def run(trainer: Trainer) -> tuple[list[float], list[float]]:
+    """Loss of every update, and seconds of all but the first."""
+    clock = Clock()
+    trainer.add_callback(clock)
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], np.diff(clock.ends).tolist()
+
+
+def compare(build: Callable[[], Trainer], rounds: int) -> dict:
+    """The trainer as it is and attached, in turns."""
+    ways: dict[str, Callable[[], Trainer]] = {"before": build, "attached": lambda: attach(build())}
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    losses: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        for way, made in ways.items():
+            losses[way], elapsed = run(made())
+            seconds[way] += elapsed
+    difference = max(abs(a / b - 1) for a, b in zip(losses["attached"], losses["before"], strict=True))
+    assert difference < 1e-4, f"the losses differ by {difference}"
+    medians = {way: statistics.median(times) for way, times in seconds.items()}
+    return {
+        "losses": losses,
+        "largest_relative_loss_difference": difference,
+        "seconds": seconds,
+        "seconds_per_update": medians,
+        "faster": medians["before"] / medians["attached"],
+    }
+
+
+def markdown(result: dict) -> str:
+    machine, packages, lengths = result["machine"], result["packages"], result["lengths"]
+    rows = [
+        f"| {name} | {found['seconds_per_update']['before']:.2f} | {found['seconds_per_update']['attached']:.2f} "
+        f"| **{found['faster']:.2f}x** | {found['largest_relative_loss_difference']:.0e} |"
+        for name, found in result["trainers"].items()
+    ]
+    lines = [
+        "# Trainers as they are, and attached",
+        "",
+        f"Llama of {result['parameters'] / 1e6:.1f}M parameters in float32, {PER_DEVICE} x {ACCUMULATION} documents per",
+        f"update, {lengths['mean']:.0f} tokens on average, {lengths['median']:.0f} in the median and at most",
+        f"{lengths['longest']}; medians of {result['rounds']} interleaved rounds of {UPDATES - 1} timed updates.",
+        "",
+        "| trainer | seconds per update | attached | faster | losses differ by |",
+        "|---|---|---|---|---|",
+        *rows,
+        "",
+        f"Machine: {machine['cpu']}, {machine['cores']} cores, {result['threads']} threads; torch {packages['torch']},",
+        f"transformers {packages['transformers']}, trl {packages['trl']}.",
+        "",
+        f"    {result['command']}",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=2, help="interleaved rounds (default 2)")
+    parser.add_argument("--output", type=Path, default=Path("results/attach"))
+    arguments = parser.parse_args()
+    data = documents(MEAN_LENGTH, LLAMA["vocab_size"])
+    lengths = [len(ids) for ids in data["input_ids"]]
+    tokenizer = train_bpe(["some words to train a tokenizer on"] * 10, vocab_size=300)
+    with tempfile.TemporaryDirectory() as directory:
+        builds = {"transformers.Trainer": stock, "trl.SFTTrainer": sft}
+        trainers = {
+            name: compare(lambda build=build: build(data, tokenizer, directory), arguments.rounds)
+            for name, build in builds.items()
+        }
+    result = {
+        "command": shlex.join(["python", "-m", "packtrain.experiments.bench_attach", *sys.argv[1:]]),
+        "machine": describe_machine(),
+        "packages": package_versions(),
+        "threads": torch.get_num_threads(),
+        "rounds": arguments.rounds,
+        "parameters": sum(weight.numel() for weight in model().parameters()),
+        "lengths": {"mean": np.mean(lengths), "median": np.median(lengths), "longest": max(lengths)},
+        "trainers": trainers,
+    }
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    (arguments.output / "bench.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (arguments.output / "README.md").write_text(markdown(result), encoding="utf-8")
+    print(markdown(result))
+
+
+if __name__ == "__main__":
+    main()

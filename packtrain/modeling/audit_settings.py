@@ -1,0 +1,130 @@
+"""How a model is set up for one experiment of the audit (attention, mode, no dropout), and put back afterwards."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import transformers
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from packtrain.errors import ModelError
+from packtrain.modeling.attention import NAME, register, varlen_attention_forward
+from packtrain.modeling.attention_mask import varlen_mask
+
+
+def base(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside an adapter."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+class CountedAttention:
+    """`packtrain_varlen` under another name that counts how often a model calls it."""
+
+    name = f"{NAME}_counted"
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, *args, **kwargs):
+        self.calls += 1
+        return varlen_attention_forward(*args, **kwargs)
+
+
+COUNTED = CountedAttention()
+
+
+def register_counted() -> None:
+    register()
+    AttentionInterface.register(COUNTED.name, COUNTED)
+    AttentionMaskInterface.register(COUNTED.name, varlen_mask)
+
+
+def switchable(model: nn.Module, implementation: str) -> bool:
+    """Whether the model can be told to use this implementation."""
+    try:
+        with using(model, implementation):
+            return True
+    except (ModelError, ValueError, ImportError):
+        return False
+
+
+def countable(model: nn.Module) -> str:
+    """The counted `packtrain_varlen`, or the plain one for a model that was loaded with it and cannot change."""
+    fixed = base(model).config._attn_implementation == NAME and not switchable(model, COUNTED.name)
+    return NAME if fixed else COUNTED.name
+
+
+def reference_implementation(model: nn.Module) -> str:
+    """What a single document is run with: the model's own attention, or one of transformers' where that is ours."""
+    own = base(model).config._attn_implementation
+    if own != NAME:
+        return own
+    return next((name for name in ("sdpa", "eager") if switchable(model, name)), own)
+
+
+@contextmanager
+def using(model: nn.Module, implementation: str | None) -> Iterator[None]:
+    """While open, the model uses this attention implementation. Raises ModelError where it cannot be told to."""
+    inner = base(model)
+    before = inner.config._attn_implementation
+    if implementation is None or implementation == before:
+        yield
+        return
+    try:
+        inner.set_attn_implementation(implementation)
+        if inner.config._attn_implementation != implementation:
+            raise ModelError(f"{type(inner).__name__} does not look its attention up by name")
+        yield
+    finally:
+        if inner.config._attn_implementation != before:
+            inner.set_attn_implementation(before)
+
+
+@contextmanager
+def in_mode(model: nn.Module, *, train: bool, checkpointing: bool = False) -> Iterator[None]:
+    """While open, the model is in this mode, with every dropout rate and router noise at zero."""
+    rates = [
+        (module, name, value)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, float) and (re.search(r"drop|jitter", name) or isinstance(module, nn.Dropout))
+    ]
+    training = [(module, module.training) for module in model.modules()]
+    try:
+        for module, name, _ in rates:
+            setattr(module, name, 0.0)
+        model.train(train)
+        if checkpointing:
+            switch_checkpointing(model, "enable", {"use_reentrant": False})
+        yield
+    finally:
+        if checkpointing:
+            switch_checkpointing(model, "disable")
+        for module, name, value in rates:
+            setattr(module, name, value)
+        for module, was in training:
+            module.training = was
+
+
+def switch_checkpointing(model: nn.Module, to: str, *options: dict) -> None:
+    """Enable or disable it by its new name (`activation_`, transformers 5.20) or the old one."""
+    inner = base(model)
+    name = f"activation_checkpointing_{to}"
+    getattr(inner, name if hasattr(inner, name) else f"gradient_checkpointing_{to}")(*options)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """While open, libraries don't warn: an audit tries what nobody should do, and says what came of it."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers.logging.set_verbosity(before)
