@@ -157,22 +157,72 @@ def next_commands(recipe: Path, overrides: Sequence[str], padded_dir: str) -> li
 
 @app.command()
 def plan(
-    recipe: RecipePath,
+    recipe: Annotated[
+        Path | None, typer.Argument(metavar="[RECIPE]", help="A YAML file; not needed with --lengths.")
+    ] = None,
     overrides: Overrides = None,
     every: Annotated[bool, typer.Option("--all", help="One row for every strategy, not only the recipe's.")] = False,
     gpus: Gpus = 1,
     lengths: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Plan for these lengths (.npy, integers), not for the data.")
     ] = None,
+    counts: Annotated[
+        bool,
+        typer.Option("--counts", help="Of --lengths FILE, the number of packs alone: one pass, hardly any memory."),
+    ] = False,
+    strategy: Annotated[str, typer.Option(metavar="NAME", help="Without a recipe: the strategy.")] = "balanced",
+    max_tokens: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Without a recipe: most tokens in a micro-batch.")
+    ] = 16384,
     recommend: Annotated[bool, typer.Option("--recommend", help="Say which strategy to use, and why.")] = False,
+    memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Of one device, `80GiB`: what a run needs of it, and does it fit."),
+    ] = None,
+    launch: Annotated[
+        str | None, typer.Option(metavar="NAME", help="With --memory: only the engine that launch/NAME.yaml starts.")
+    ] = None,
 ) -> None:
     """Show the lengths of the examples and what strategies make of them, before anything is trained.
 
     Rows are tokenised once and remembered; after that the answer takes a second and no GPU, torch or tokenizer.
+    Lengths may be a billion: `packtrain plan --lengths lengths.npy --max-tokens 8192 --counts`.
     """
-    from packtrain.cli_plan import show_plan
+    from packtrain.cli_memory import asked_memory
+    from packtrain.cli_plan import show_lengths, show_plan
 
-    show_plan(_load(recipe, overrides), Console(), every=every, recommend=recommend, world_size=gpus, lengths_file=lengths)
+    asked = asked_memory(memory, launch)
+    if recipe is None:
+        if lengths is None:
+            raise PacktrainError("nothing to plan for", key="plan", fix="name a recipe, or --lengths lengths.npy")
+        if overrides or recommend or asked:
+            what = "--set, --recommend and --memory need a recipe"
+            raise PacktrainError(what, key="plan", fix="name one, or leave them out")
+        show_lengths(
+            lengths,
+            Console(),
+            strategy=strategy,
+            max_tokens=max_tokens,
+            every=every,
+            world_size=gpus,
+            counts_only=counts,
+        )
+        return
+    if counts or strategy != "balanced" or max_tokens != 16384:
+        raise PacktrainError(
+            "--counts, --strategy and --max-tokens are for --lengths without a recipe",
+            key="plan",
+            fix="leave the recipe out, or write --set batching.strategy=NAME, --set batching.max_tokens=N",
+        )
+    show_plan(
+        _load(recipe, overrides),
+        Console(),
+        every=every,
+        recommend=recommend,
+        world_size=gpus,
+        lengths_file=lengths,
+        asked=asked,
+    )
 
 
 @app.command()

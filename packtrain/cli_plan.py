@@ -1,4 +1,4 @@
-"""`packtrain plan`: the histogram of lengths and a table of strategies."""
+"""`packtrain plan`: the histogram of lengths and a table of strategies, of a recipe or of a lengths file alone."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from packtrain.cli_memory import AskedMemory, show_memory
 from packtrain.data.report import DataReport
 from packtrain.errors import PlanError
+from packtrain.packing.counts import CountsReport, pack_counts
 from packtrain.packing.efficiency import SAMPLED_STEPS, PlanReport, describe
 from packtrain.packing.lengths import histogram, load_lengths
-from packtrain.packing.plan import Plan
+from packtrain.packing.plan import Plan, make_plan
 from packtrain.packing.strategies import STRATEGIES, resolve_strategy
 from packtrain.recipe import Recipe
 from packtrain.training.cached import find_cost, find_training_examples
@@ -35,13 +37,17 @@ def show_plan(
     recommend: bool = False,
     world_size: int = 1,
     lengths_file: Path | None = None,
+    asked: AskedMemory | None = None,
 ) -> None:
     """Prints the lengths of the recipe's examples and what its strategy, or every strategy, does with them.
+
+    Args:
+        asked: the memory of one device; what a run needs of it is printed, too.
 
     Raises:
         PacktrainError: bad data, or the recipe's own strategy cannot take them.
     """
-    lengths, report = _lengths(recipe, console, lengths_file)
+    lengths, supervised, report = _lengths(recipe, console, lengths_file)
     if report is not None:
         console.print("\n".join(report.lines()), soft_wrap=True, highlight=False)
     console.print(length_histogram(lengths, unicode=console.encoding.startswith("utf")))
@@ -49,9 +55,10 @@ def show_plan(
     own = recipe.batching.strategy
     names = dict.fromkeys([*STRATEGIES, own] if every else [own, REFERENCE])
     rows: list[tuple[str, PlanReport | PlanError]] = []
+    plans: dict[str, Plan] = {}
     for name in names:
         try:
-            plan = _plan(recipe, name, lengths, world_size)
+            plan = plans[name] = _plan(recipe, name, lengths, world_size)
             rows.append((name, describe(plan, sampled_steps=SAMPLED_STEPS // 4 if every else SAMPLED_STEPS)))
         except PlanError as error:
             if name == own:
@@ -64,16 +71,66 @@ def show_plan(
 
         for line in choose(recipe, lengths, world_size=world_size, cost=find_cost(recipe)).lines():
             console.print(line, soft_wrap=True, highlight=False)
+    if asked is not None:
+        show_memory(recipe, plans, supervised, console, memory=asked.size, engine=asked.engine)
 
 
-def _lengths(recipe: Recipe, console: Console, file: Path | None) -> tuple[np.ndarray, DataReport | None]:
+def show_lengths(
+    file: Path, console: Console, *, strategy: str, max_tokens: int, every: bool, world_size: int, counts_only: bool
+) -> None:
+    """What `show_plan` prints, for one epoch of a lengths file and no recipe.
+
+    Args:
+        counts_only: look at the histogram alone: packs and bounds of the packing strategies, in memory O(longest).
+
+    Raises:
+        PlanError: a file or capacity from which nothing can be planned.
+    """
+    with console.status(f"reading {file}"):
+        lengths = load_lengths(file)
+        counts = histogram(lengths)
+    console.print(counts_histogram(counts, unicode=console.encoding.startswith("utf")))
+    if counts_only:
+        with console.status("packing the histogram"):
+            reports = pack_counts(counts, max_tokens)
+        console.print(counts_table(reports, max_tokens))
+        return
+    rows: list[tuple[str, PlanReport | PlanError]] = []
+    for name in dict.fromkeys([*STRATEGIES, strategy] if every else [strategy, REFERENCE]):
+        with console.status(f"planning {len(lengths):,} examples with {name}"):
+            try:
+                plan = make_plan(lengths, strategy=name, max_tokens=max_tokens, world_size=world_size)
+                rows.append((name, describe(plan)))
+            except PlanError as error:
+                if name == strategy:
+                    raise
+                rows.append((name, error))
+    console.print(strategy_table(rows, own=strategy, world_size=world_size))
+
+
+def counts_table(reports: list[CountsReport], max_tokens: int) -> RenderableType:
+    """One row per packing strategy, with the proved gap."""
+    table = Table(title=f"Packs of {max_tokens:,} tokens", title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    table.add_column("strategy", no_wrap=True)
+    for column in ("packs", "no packing below", "gap", "filled"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for report in reports:
+        table.add_row(
+            report.strategy, f"{report.packs:,}", f"{report.bound:,}", f"{report.gap:.3%}", f"{report.filled:.3%}"
+        )
+    return table
+
+
+def _lengths(recipe: Recipe, console: Console, file: Path | None) -> tuple[np.ndarray, np.ndarray, DataReport | None]:
+    """Lengths, supervised tokens (all, where only lengths are known) and the report of the data."""
     if file is not None:
-        return load_lengths(file), None
+        lengths = load_lengths(file)
+        return lengths, lengths, None
     examples, why = find_training_examples(recipe)
     if examples is None:
         console.print(f"tokenising: {why}", style="dim", soft_wrap=True, highlight=False)
         examples = load_inputs(recipe).train
-    return examples.lengths, examples.report
+    return examples.lengths, examples.supervised, examples.report
 
 
 def _plan(recipe: Recipe, strategy: str, lengths: np.ndarray, world_size: int) -> Plan:
@@ -89,13 +146,17 @@ def _plan(recipe: Recipe, strategy: str, lengths: np.ndarray, world_size: int) -
 
 
 def length_histogram(lengths: np.ndarray, *, unicode: bool = True) -> RenderableType:
+    """As `counts_histogram`, of lengths int `[n]`."""
+    return counts_histogram(histogram(lengths), unicode=unicode)
+
+
+def counts_histogram(counts: np.ndarray, *, unicode: bool = True) -> RenderableType:
     """Bars over lengths (each range sqrt(2) or 2 times as wide as the one before), percentiles, totals.
 
     Args:
-        lengths: int `[n]`.
+        counts: int64 `[longest + 1]`, examples of each length.
         unicode: whether the terminal has block characters.
     """
-    counts = histogram(lengths)  # [longest + 1]
     total, tokens = int(counts.sum()), int((counts * np.arange(len(counts))).sum())
     if not total:
         return Text("no examples")
@@ -170,6 +231,11 @@ def strategy_table(
             notes[f"{name} cuts {report.examples_split:,} examples into pieces"] = None
         if report.sampled_updates < report.updates:
             notes[f"the last four columns are from {report.sampled_updates:,} updates, evenly spaced"] = None
+        if report.bound:
+            gap = report.packs / report.bound - 1
+            notes[f"{name}: {report.packs:,} packs, proved to be at most {gap:.2%} above the fewest possible"] = None
+        for note in report.notes:
+            notes[f"{name}: {note}"] = None
         low, mean, high = report.examples_per_update
         table.add_row(
             name + (" *" if changed else ""),

@@ -5,14 +5,15 @@ different length, equal numbers of tokens are not equal work (attention grows wi
 can be dearer than the average micro-batch. So the micro-batches of one micro-step are made equally dear, and the
 micro-steps need not be:
 
-    costs 9 8 3 3 2 2 2 1, two ranks, two micro-steps
+    costs 9 5 4 4 2 1 1, two ranks, two micro-steps
 
-                 equal everywhere, as far as it goes      level by level
-    micro-step 0     [9]   [8]                             [9]    [8 1]
-    micro-step 1     [3 3] [2 2 2 1]   slowest: 9 + 7      [3 3]  [2 2 2]     slowest: 9 + 6
+                 equal everywhere, as far as it goes        level by level
+    micro-step 0     [9]    [5 1]                            [9]  [5 4]
+    micro-step 1     [4 2]  [4 1]   slowest: 9 + 6           [4]  [2 1 1]    slowest: 9 + 4
 
 The levels are found first, from the longest documents down; then every document goes, longest first, to the micro-batch
-that is furthest below its level and has room for it. Which examples the step has is not touched.
+that is furthest below its level and has room for it; where there are few, they are moved and swapped as long as it helps
+(`exchange.py`). Which examples the step has is not touched.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import heapq
 import numpy as np
 
 from packtrain.packing.cost import Cost
+from packtrain.packing.exchange import exchange
 from packtrain.packing.histogram import best_fit_decreasing
 from packtrain.packing.lengths import histogram
 from packtrain.packing.packs import PatternPacks, sort_by_length
@@ -35,11 +37,12 @@ def balanced(lengths: np.ndarray, *, micro_steps: int, ranks: int, capacity: int
         to the cheapest, and the ranks' sums over the micro-steps level too. If the examples don't fit, the one
         array too many (or more) is for the caller to notice.
 
-        >>> parts = balanced(np.array([9, 8, 3, 3, 2, 2, 2, 1]), micro_steps=2, ranks=2, capacity=10, cost=Cost())
+        >>> parts = balanced(np.array([9, 5, 4, 4, 2, 1, 1]), micro_steps=2, ranks=2, capacity=10, cost=Cost())
         >>> [part.tolist() for part in parts]
-        [[0], [1, 7], [4, 5, 6], [2, 3]]
+        [[0], [1, 2], [3], [4, 5, 6]]
     """
-    number = micro_steps * ranks
+    if not len(lengths):
+        return [np.zeros(0, dtype=np.int64)] * (micro_steps * ranks)
     costs = cost(lengths)
     order = np.argsort(-lengths.astype(np.int64), kind="stable")  # costs grow with length: the dearest first
     for weights in (costs, costs / costs.mean() + lengths / lengths.mean(), lengths.astype(np.float64)):
@@ -48,8 +51,10 @@ def balanced(lengths: np.ndarray, *, micro_steps: int, ranks: int, capacity: int
         if parts is not None:
             break
     else:
-        parts = _pack(lengths, number, capacity)
-    return [parts[part] for part in into_micro_steps([costs[part].sum() for part in parts], ranks)]
+        parts = _pack(lengths, micro_steps * ranks, capacity)
+    if len(parts) == micro_steps * ranks:
+        parts = exchange(_in_micro_steps(parts, costs, ranks), lengths.astype(np.int64), costs, ranks, capacity)
+    return _in_micro_steps(parts, costs, ranks)
 
 
 def levels(descending: np.ndarray, micro_steps: int, ranks: int) -> np.ndarray:
@@ -91,6 +96,10 @@ def into_micro_steps(costs: list[float], ranks: int) -> list[int]:
     return order
 
 
+def _in_micro_steps(parts: list[np.ndarray], costs: np.ndarray, ranks: int) -> list[np.ndarray]:
+    return [parts[part] for part in into_micro_steps([costs[part].sum() for part in parts], ranks)]
+
+
 def _fill(lengths, weights, order, targets, capacity) -> list[np.ndarray] | None:
     """Each document, in this order, to the part furthest below its target among those with room; None if none has."""
     parts: list[list[int]] = [[] for _ in targets]
@@ -118,5 +127,7 @@ def _pack(lengths, number, capacity) -> list[np.ndarray]:
     """The tightest packs, when memory is the only concern left."""
     counts = histogram(lengths)
     patterns = best_fit_decreasing(counts, capacity)
-    packs = list(PatternPacks(patterns=patterns, counts=counts, by_length=sort_by_length(lengths, counts), key=0))
+    packs = list(
+        PatternPacks(patterns=patterns, counts=counts, by_length=sort_by_length(lengths, counts), key=0, bound=0)
+    )
     return packs + [np.zeros(0, dtype=np.int64)] * (number - len(packs))

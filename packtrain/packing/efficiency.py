@@ -8,12 +8,13 @@ A plan of more than `SAMPLED_STEPS` updates is described from that many, evenly 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
 from packtrain.packing.accumulation import micro_batch_tokens
-from packtrain.packing.plan import Plan
+from packtrain.packing.plan import MicroBatch, Plan
 
 SAMPLED_STEPS = 1000
 FILLER_TOKENS = 2  # what a filler micro-batch computes, see collator.py
@@ -38,9 +39,13 @@ class PlanReport:
         tokens_dropped: tokens that no update sees.
         examples_split: examples cut into pieces.
         largest_micro_batch: computed tokens.
+        packs: packs of the first epoch, and
+        bound: a proved lower bound on them; 0 where the strategy doesn't pack whole documents over the epoch.
         balance: mean over ranks of the modelled compute / what the slowest rank of each micro-step makes them wait for;
             1 is perfect. Costs by the plan's cost model.
-        token_balance: the same with tokens as the cost.
+        rank_balance: the same when ranks meet once per update (DDP), not in every micro-step (FSDP, ZeRO-3).
+        token_balance: as `balance`, with tokens as the cost.
+        notes: what a user should know before choosing this plan.
     """
 
     strategy: str
@@ -56,8 +61,12 @@ class PlanReport:
     tokens_dropped: int
     examples_split: int
     largest_micro_batch: int
+    packs: int
+    bound: int
     balance: float
+    rank_balance: float
     token_balance: float
+    notes: tuple[str, ...]
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -65,29 +74,27 @@ class PlanReport:
 
 def describe(plan: Plan, *, sampled_steps: int = SAMPLED_STEPS) -> PlanReport:
     """Look at the updates of a plan, or at `sampled_steps` of them spaced evenly."""
-    steps = np.unique(
-        np.linspace(0, plan.total_steps - 1, min(sampled_steps, plan.total_steps)).round().astype(np.int64)
-    )
-    scope = plan.scope
-    examples, tokens_of_update = [], []
+    number = min(sampled_steps, plan.total_steps)
+    steps = np.unique(np.linspace(0, plan.total_steps - 1, number).round().astype(np.int64))
+    strategy, width = plan.scope.strategy, getattr(plan.scope, "width", 0)
+    filler = width if strategy.padded_to == "max_length" else FILLER_TOKENS
+    examples, real = [], []  # of each update
     computed = split = largest = 0
-    busy = {"cost": 0.0, "tokens": 0.0}
-    waited = {"cost": 0.0, "tokens": 0.0}
+    balance, token_balance = _Balance(), _Balance()
     for step in steps.tolist():
         micro_batches = plan.layout_of(step)
         examples.append(len(plan.examples(step)))
-        split += sum(map(len, micro_batches)) - examples[-1]
+        split += sum(_first_pieces(part, plan.lengths) for part in micro_batches)
         lengths = [part.lengths for part in micro_batches]
-        tokens_of_update.append(sum(int(own.sum()) for own in lengths))
-        tokens = [micro_batch_tokens(own, scope.strategy, getattr(scope, "width", 0)) for own in lengths]
-        cost = [_micro_batch_cost(own, size, plan) for own, size in zip(lengths, tokens, strict=True)]
-        computed += sum(size or FILLER_TOKENS for size in tokens)
+        tokens = [micro_batch_tokens(own, strategy, width) for own in lengths]
+        real.append(sum(int(own.sum()) for own in lengths))
+        computed += sum(size or filler for size in tokens)
         largest = max(largest, *tokens)
-        for name, values in (("cost", cost), ("tokens", tokens)):
-            table = np.array(values, dtype=np.float64).reshape(-1, plan.world_size)  # [micro-steps, ranks]
-            busy[name] += table.sum() / plan.world_size
-            waited[name] += table.max(axis=1).sum()
-    real = sum(tokens_of_update)
+        costs = [_micro_batch_cost(own, size, plan) for own, size in zip(lengths, tokens, strict=True)]
+        balance.add(np.array(costs).reshape(-1, plan.world_size))
+        token_balance.add(np.array(tokens, dtype=np.float64).reshape(-1, plan.world_size))
+    packs = plan.scope.packs(0) if strategy.scope == "epoch" else []
+    spread = _mean_length_spread(np.array(real), np.array(examples), plan.lengths)
     return PlanReport(
         strategy=plan.strategy,
         updates=plan.total_steps,
@@ -96,15 +103,51 @@ def describe(plan: Plan, *, sampled_steps: int = SAMPLED_STEPS) -> PlanReport:
         sampled_updates=len(steps),
         examples_per_update=(min(examples), float(np.mean(examples)), max(examples)),
         examples_per_update_std=float(np.std(examples)),
-        mean_length_spread=_mean_length_spread(np.array(tokens_of_update), np.array(examples), plan.lengths),
-        filler_share=1 - real / computed,
-        tokens=real,
+        mean_length_spread=spread,
+        filler_share=1 - sum(real) / computed,
+        tokens=sum(real),
         tokens_dropped=0,
         examples_split=split,
         largest_micro_batch=largest,
-        balance=busy["cost"] / waited["cost"],
-        token_balance=busy["tokens"] / waited["tokens"],
+        packs=len(packs),
+        bound=getattr(packs, "bound", 0),
+        balance=balance.busy / balance.waited,
+        rank_balance=balance.busy / balance.waited_once,
+        token_balance=token_balance.busy / token_balance.waited,
+        notes=tuple(_notes(plan, spread)),
     )
+
+
+def _first_pieces(part: MicroBatch, lengths: np.ndarray) -> int:
+    """Examples of which a micro-batch holds the beginning and not the end; each cut example has one beginning."""
+    return int(np.count_nonzero((part.starts == 0) & (part.stops < lengths[part.example_ids])))
+
+
+def _notes(plan: Plan, spread: float) -> Iterator[str]:
+    if plan.scope.strategy.pack_order == "cost":
+        yield (
+            "ranks are level because an update's packs are alike, which changes the mix: the mean length of an update "
+            f"varies {spread:.1f} times as much as in a random one"
+        )
+    if plan.scope.strategy.scope == "epoch" and plan.scope.packs_per_step < plan.world_size:
+        packs, ranks = plan.scope.packs_per_step, plan.world_size
+        yield (
+            f"an update is {packs} pack{'s' * (packs > 1)} of {plan.scope.max_tokens} tokens, fewer than the {ranks} ranks: "
+            "the others idle; lower max_tokens or raise examples_per_step"
+        )
+
+
+class _Balance:
+    """Sums over updates of the mean rank's work, and of what the slowest ranks take."""
+
+    def __init__(self):
+        self.busy = self.waited = self.waited_once = 0.0
+
+    def add(self, table: np.ndarray) -> None:
+        """`table`: the work of an update, `[micro-steps, ranks]`."""
+        self.busy += float(table.mean(axis=1).sum())
+        self.waited += float(table.max(axis=1).sum())
+        self.waited_once += float(table.sum(axis=0).max())
 
 
 def _micro_batch_cost(lengths: np.ndarray, tokens: int, plan: Plan) -> float:

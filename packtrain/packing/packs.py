@@ -10,7 +10,7 @@ Two kinds, with the same three operations (`len`, `packs[number]`, `packs.take(n
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -118,12 +118,14 @@ class PatternPacks(Sequence):
         counts: int64 `[longest + 1]`, the histogram.
         by_length: `[n]` indices of the examples, sorted by length (see `sort_by_length`).
         key: 64-bit key of the shuffle within each length.
+        bound: no packing of these lengths has fewer packs than this.
     """
 
     patterns: Patterns
     counts: np.ndarray
     by_length: np.ndarray
     key: int
+    bound: int
 
     @cached_property
     def starts(self) -> np.ndarray:
@@ -131,6 +133,14 @@ class PatternPacks(Sequence):
 
     def __len__(self) -> int:
         return len(self.patterns)
+
+    def by_cost(self, cost: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """Numbers of all packs, the cheapest first; `cost` of lengths `[m]`."""
+        slots = np.append(cost(self.patterns.slot_length), 0.0)
+        costs = np.add.reduceat(slots, self.patterns.offsets[:-1]) if len(self) else np.zeros(0)
+        order = np.argsort(costs, kind="stable")
+        repeats = self.patterns.repeats
+        return ranges((self.patterns.ends - repeats)[order], repeats[order])
 
     def __getitem__(self, number):
         if isinstance(number, slice):

@@ -11,6 +11,7 @@ number is the whole state of the data, and a run resumes by asking for the next 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -108,6 +109,7 @@ def make_plan(
     world_size: int = 1,
     gradient_accumulation_steps: int | Literal["auto"] = "auto",
     tokens_per_step: int | None = None,
+    max_documents: int | None = None,
     num_epochs: float = 1.0,
     max_steps: int = -1,
     cost: Cost | None = None,
@@ -126,6 +128,7 @@ def make_plan(
         gradient_accumulation_steps: "auto" for the smallest with which every micro-batch of every step fits.
             Epoch scope: a number means updates of that many packs per rank.
         tokens_per_step: epoch scope only: updates of `ceil(tokens_per_step / max_tokens)` packs.
+        max_documents: epoch scope only: most documents in a pack.
         num_epochs: may be fractional.
         max_steps: updates of the run; overrides `num_epochs` when positive.
         cost: what a document costs, for the balance; None counts tokens.
@@ -136,7 +139,7 @@ def make_plan(
     lengths = check_lengths(lengths)
     rule = resolve_strategy(strategy)
     positive = {"examples_per_step": examples_per_step, "max_tokens": max_tokens, "world_size": world_size}
-    optional = {"max_length": max_length, "tokens_per_step": tokens_per_step}
+    optional = {"max_length": max_length, "tokens_per_step": tokens_per_step, "max_documents": max_documents}
     if gradient_accumulation_steps != "auto":
         positive["gradient_accumulation_steps"] = gradient_accumulation_steps
     for key, value in positive.items() | {item for item in optional.items() if item[1] is not None}:
@@ -151,6 +154,8 @@ def make_plan(
             value=tokens_per_step,
             fix="set examples_per_step, or choose a strategy that packs the whole epoch (bfd, optimal, ...)",
         )
+    if max_documents is not None and "max_documents" not in inspect.signature(rule.function).parameters:
+        raise PlanError(f"{strategy!r} has no limit on documents", key="max_documents", value=max_documents)
     longest = _check_examples(lengths, max_tokens, max_length, rule)
     width = (max_length or longest) if rule.padded_to == "max_length" else longest
     cost = cost or Cost()
@@ -172,6 +177,7 @@ def make_plan(
             packs_per_step = gradient_accumulation_steps * world_size
         else:
             packs_per_step = None  # from examples_per_step, once the packs are known
+        common["max_documents"] = max_documents
         scope = EpochScope.of(**common, packs_per_step=packs_per_step, examples_per_step=examples_per_step)
     epoch_starts, total_steps = _schedule(scope, num_epochs, max_steps)
 

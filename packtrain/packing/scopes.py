@@ -6,10 +6,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from packtrain.packing.balance import into_micro_steps
 from packtrain.packing.cost import Cost
 from packtrain.packing.packs import ListedPacks, PatternPacks
 from packtrain.packing.shuffle import derive_key, permute, shuffled
@@ -86,6 +88,7 @@ class EpochScope:
     seed: int
     max_tokens: int
     cost: Cost
+    max_documents: int | None
     packs_per_step: int
     held: dict[int, ListedPacks | PatternPacks] = field(default_factory=dict, repr=False)
     counts: dict[int, int] = field(default_factory=dict, repr=False)
@@ -108,7 +111,8 @@ class EpochScope:
                 lengths = self.lengths
                 if self.strategy.by_order:
                     lengths = lengths[self._order(epoch, np.arange(len(lengths)))]
-                packs = self.strategy.function(lengths, self.max_tokens, key)
+                limit = {"max_documents": self.max_documents} if self.max_documents else {}
+                packs = self.strategy.function(lengths, self.max_tokens, key, **limit)
             self.held.clear()
             self.held[epoch] = packs
             self.counts[epoch] = len(packs)
@@ -132,23 +136,26 @@ class EpochScope:
             MicroBatch(example_ids=pack[:, 0], starts=pack[:, 1], stops=pack[:, 2])
             for pack in np.split(items.astype(np.int64), offsets[1:-1])
         ]
-        # The dearest packs share a micro-step, so that the ranks are level in each.
-        packs.sort(key=lambda pack: -self.cost(pack.lengths).sum())
-        filler = MicroBatch(
-            example_ids=np.zeros(0, np.int64), starts=np.zeros(0, np.int64), stops=np.zeros(0, np.int64)
-        )
-        return packs + [filler] * (micro_steps * ranks - len(packs))
+        nothing = np.zeros(0, dtype=np.int64)
+        packs += [MicroBatch(example_ids=nothing, starts=nothing, stops=nothing)] * (micro_steps * ranks - len(packs))
+        return [packs[part] for part in into_micro_steps([self.cost(pack.lengths).sum() for pack in packs], ranks)]
 
     def identity(self) -> tuple:
-        return "epoch", self.name, self.seed, self.max_tokens, self.packs_per_step
+        identity = ("epoch", self.name, self.seed, self.max_tokens, self.max_documents, self.packs_per_step)
+        packs = self.packs(0)
+        if isinstance(packs, PatternPacks):  # a solver of another version may find other packs
+            identity += (hashlib.sha256(packs.patterns.slot_length.tobytes()).hexdigest(),)
+        return identity
 
     def _take(self, epoch: int, index: int) -> tuple[np.ndarray, np.ndarray]:
         """(items, offsets) of an update's packs; items are example ids `[m]`, or rows (id, start, stop)."""
         packs = self.packs(epoch)
-        start = index * self.packs_per_step
-        numbers = shuffled(
-            len(packs), seed=self.seed, epoch=epoch, purpose=PACKS, start=start, stop=start + self.packs_per_step
-        )
+        size, shuffle = self.packs_per_step, {"seed": self.seed, "epoch": epoch, "purpose": PACKS}
+        if self.strategy.pack_order == "cost":  # neighbours in cost, the updates shuffled
+            index = int(shuffled(self.steps_in_epoch(epoch), start=index, stop=index + 1, **shuffle)[0])
+            numbers = packs.by_cost(self.cost)[index * size : (index + 1) * size]
+        else:
+            numbers = shuffled(len(packs), start=index * size, stop=(index + 1) * size, **shuffle)
         items, offsets = packs.take(numbers)
         if self.strategy.by_order:
             items = items.copy()

@@ -11,7 +11,8 @@ Epoch scope, the packs of a whole epoch:
 
     function(lengths, capacity, key) -> a sequence of index arrays
 
-  Each index occurs exactly once and no pack exceeds `capacity` tokens. A strategy that splits examples returns rows
+  Each index occurs exactly once and no pack exceeds `capacity` tokens. A function that can keep packs to a number of
+  documents takes `max_documents` too. A strategy that splits examples returns rows
   (index, start, stop) instead. `key` is a 64-bit integer for seeded choices, another one in every epoch. The plan
   shuffles the order of the packs; with `by_order` the lengths arrive in the order of the epoch's shuffle.
 
@@ -31,9 +32,11 @@ import numpy as np
 
 from packtrain.errors import PlanError
 from packtrain.packing.balance import balanced
+from packtrain.packing.bounds import lower_bound
 from packtrain.packing.cost import Cost
 from packtrain.packing.histogram import best_fit_decreasing, first_fit_decreasing
 from packtrain.packing.lengths import histogram
+from packtrain.packing.optimal import near_optimal
 from packtrain.packing.packs import ListedPacks, PatternPacks, sort_by_length
 from packtrain.packing.shuffle import permute
 
@@ -51,6 +54,8 @@ class Strategy:
         padded_to: of a padded layout, the width of a micro-batch.
         splits: whether examples are cut.
         by_order: epoch scope; the packs depend on the order of the examples.
+        pack_order: epoch scope; "shuffled", or "cost": an update's packs are neighbours in cost. The ranks are then level
+            whatever the data, at the price of the mix: updates of long documents only, and of short ones only.
     """
 
     function: Callable
@@ -59,6 +64,7 @@ class Strategy:
     padded_to: Literal["max_length", "longest"] | None = None
     splits: bool = False
     by_order: bool = False
+    pack_order: Literal["shuffled", "cost"] = "shuffled"
 
 
 def equal_counts(lengths: np.ndarray, *, micro_steps: int, ranks: int, capacity: int, cost: Cost) -> list[np.ndarray]:
@@ -99,35 +105,49 @@ def sorted_groups(lengths: np.ndarray, *, micro_steps: int, ranks: int, capacity
     return parts + [order[:0]] * (groups - len(parts))
 
 
-def bfd(lengths: np.ndarray, capacity: int, key: int) -> PatternPacks:
+def bfd(lengths: np.ndarray, capacity: int, key: int, max_documents: int | None = None) -> PatternPacks:
     """Best-fit decreasing: the longest first, each into the fullest pack that still takes it."""
-    counts = histogram(lengths)
-    patterns = best_fit_decreasing(counts, capacity)
-    return PatternPacks(patterns=patterns, counts=counts, by_length=sort_by_length(lengths, counts), key=key)
+    return _pattern_packs(lengths, key, capacity, max_documents, best_fit_decreasing)
 
 
-def ffd(lengths: np.ndarray, capacity: int, key: int) -> PatternPacks:
+def ffd(lengths: np.ndarray, capacity: int, key: int, max_documents: int | None = None) -> PatternPacks:
     """First-fit decreasing: the longest first, each into the pack opened first that still takes it."""
+    return _pattern_packs(lengths, key, capacity, max_documents, first_fit_decreasing)
+
+
+def optimal(lengths: np.ndarray, capacity: int, key: int, max_documents: int | None = None) -> PatternPacks:
+    """Best-fit decreasing; where it leaves more than 0.1% to gain, column generation (see `optimal.py`)."""
+    return _pattern_packs(lengths, key, capacity, max_documents, near_optimal)
+
+
+def _pattern_packs(lengths, key, capacity, max_documents, algorithm) -> PatternPacks:
     counts = histogram(lengths)
-    patterns = first_fit_decreasing(counts, capacity)
-    return PatternPacks(patterns=patterns, counts=counts, by_length=sort_by_length(lengths, counts), key=key)
+    bound = lower_bound(counts, capacity, max_documents)
+    patterns = algorithm(counts, capacity, max_documents)
+    if isinstance(patterns, tuple):  # with a bound of its own
+        patterns, bound = patterns
+    return PatternPacks(
+        patterns=patterns, counts=counts, by_length=sort_by_length(lengths, counts), key=key, bound=bound
+    )
 
 
-def next_fit(lengths: np.ndarray, capacity: int, key: int) -> ListedPacks:
+def next_fit(lengths: np.ndarray, capacity: int, key: int, max_documents: int | None = None) -> ListedPacks:
     """Keeps the order: a pack takes neighbours until the next one doesn't fit.
 
     >>> next_fit(np.array([3, 3, 4, 6, 1]), 10, key=0)[:]
     [array([0, 1, 2]), array([3, 4])]
     """
     ends = np.cumsum(lengths, dtype=np.int64)
-    following = np.searchsorted(ends, ends - lengths + capacity, side="right").tolist()
-    offsets = [0]
+    following = np.searchsorted(ends, ends - lengths + capacity, side="right")
+    if max_documents:
+        following = np.minimum(following, np.arange(len(lengths)) + max_documents)
+    following, offsets = following.tolist(), [0]
     while offsets[-1] < len(lengths):
         offsets.append(following[offsets[-1]])
     return ListedPacks(items=np.arange(len(lengths)), offsets=np.array(offsets))
 
 
-def random(lengths: np.ndarray, capacity: int, key: int) -> ListedPacks:
+def random(lengths: np.ndarray, capacity: int, key: int, max_documents: int | None = None) -> ListedPacks:
     """In the given order, each example into one of `OPEN_PACKS` open packs chosen at random among those with room.
 
     When none has room, the fullest is closed and a new one opened. Loose packs with a random mix: what packing costs
@@ -137,7 +157,7 @@ def random(lengths: np.ndarray, capacity: int, key: int) -> ListedPacks:
     packs: list[list[int]] = []
     opened: list[list] = []  # [tokens left, pack]
     for index, (length, choice) in enumerate(zip(lengths.tolist(), choices, strict=True)):
-        roomy = [pack for pack in opened if pack[0] >= length]
+        roomy = [pack for pack in opened if pack[0] >= length and len(pack[1]) != max_documents]
         if not roomy:
             if len(opened) == OPEN_PACKS:
                 opened.remove(min(opened, key=lambda pack: pack[0]))
@@ -179,6 +199,8 @@ STRATEGIES: dict[str, Strategy] = {
     "balanced": Strategy(function=balanced, scope="step"),
     "bfd": Strategy(function=bfd),
     "ffd": Strategy(function=ffd),
+    "optimal": Strategy(function=optimal),
+    "global_balance": Strategy(function=bfd, pack_order="cost"),
     "next_fit": Strategy(function=next_fit, by_order=True),
     "random": Strategy(function=random, by_order=True),
     "wrapped": Strategy(function=wrapped, by_order=True, splits=True),

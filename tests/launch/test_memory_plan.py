@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from packtrain.cli_memory import show_memory
 from packtrain.modeling.attention import register
 from packtrain.modeling.loading import load_config, load_model
 from packtrain.objectives.causal import causal_lm_losses
@@ -18,7 +14,6 @@ from packtrain.packing.collator import PackCollator
 from packtrain.packing.plan import make_plan
 from packtrain.recipe import load_recipe
 from packtrain.training.activations import activation_formula
-from packtrain.training.inputs import plan_training
 from packtrain.training.memory_plan import (
     MemoryPlan,
     MicroBatchSize,
@@ -31,7 +26,6 @@ from packtrain.training.memory_plan import (
 from packtrain.training.memory_states import Line
 
 RECIPE = "recipes/quickstart.yaml"
-GIB = 2**30
 
 
 def line(what, size, **how):
@@ -150,32 +144,3 @@ def torch_model():
         "llama", vocab_size=16, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
     )
     return AutoModelForCausalLM.from_config(config)
-
-
-def test_a_person_reads_lines_totals_and_verdicts():
-    recipe = load_recipe(RECIPE, ["bf16=true"])
-    lengths = np.random.default_rng(0).integers(20, 800, 200)
-    plans = {
-        name: plan_training(
-            recipe.model_copy(update={"batching": recipe.batching.model_copy(update={"strategy": name})}),
-            lengths,
-            world_size=4,
-        )
-        for name in ("balanced", "pad_longest")
-    }
-    text = {}
-    for memory in (GIB, 4 * 2**20):
-        console = Console(file=io.StringIO(), width=200)
-        show_memory(recipe, plans, lengths // 2, console, memory=memory)
-        text[memory] = console.file.getvalue()
-    for words in (
-        "parameters (exact)",
-        "activations (measured)",
-        "host: peak",
-        "NVMe: peak",
-        "not counted",
-        "pad_longest",
-    ):
-        assert words in text[GIB]
-    assert "the simplest that fits: launch/ddp.yaml" in text[GIB] and "does not fit" not in text[GIB]
-    assert "does not fit" in text[4 * 2**20] and "the simplest" not in text[4 * 2**20]

@@ -49,6 +49,14 @@ def test_a_sample_of_the_steps_tells_the_same(name, sft_lengths):
     assert (whole.examples_split > 0) == STRATEGIES[name].splits
 
 
+def test_cuts_between_updates_are_counted():
+    """Two documents of 6 in packs of 8 and updates of one pack: the second begins in one update and ends in the next."""
+    for tokens_per_step in (8, 16):
+        report = describe(make_plan([6, 6], strategy="wrapped", max_tokens=8, tokens_per_step=tokens_per_step))
+        assert (report.updates, report.examples_split) == (16 // tokens_per_step, 1)
+    assert describe(make_plan([4, 4], strategy="wrapped", max_tokens=4, tokens_per_step=4)).examples_split == 0
+
+
 def test_mix_of_an_update():
     """Step scope is a random mix; best-fit decreasing over the epoch makes updates of long and of short examples."""
     lengths = np.clip(np.random.default_rng(1).lognormal(5, 1, 5000), 5, 2048).astype(np.int32)

@@ -1,0 +1,137 @@
+"""Packs from a stream: rows that come one by one, are not counted beforehand, and need not fit in memory.
+
+    stream = Stream(rows, capacity=8192, length_of=len)
+    for group in stream:                    # one pack per rank
+        compute(group[rank])                # rows of at most 8,192 tokens together
+    state = stream.state_dict()             # a few integers per waiting row; load_state_dict goes on from there
+
+At most `buffer` rows wait. A pack takes the oldest of them, then again and again the longest that still fits, so short
+rows fill the space that long ones leave and nobody waits for ever. Rows that found no place stay for the next pack. No
+row is read that came more than `window` rows after the oldest one waiting: that bounds how far the order can change.
+
+Every rank reads the same rows and packs them alike, and takes its own pack of every group. So no row is lost or repeated,
+all ranks have the same number of packs (the last group may hold empty ones), and the state is the same on all of them: a
+run may go on with another number of ranks. Packing costs microseconds per row; where reading is dear (rows are
+tokenised on the way), tokenise once and stream the result.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+from packtrain.errors import DataError, PlanError
+
+
+class Stream:
+    """Groups of `world_size` packs, each a list of (row number, row), until the rows end.
+
+    Args:
+        rows: can be iterated more than once and gives the same rows in the same order each time. If it has
+            `skip(n)`, as a `datasets.IterableDataset` has, resuming uses it.
+        capacity: most tokens in a pack.
+        length_of: tokens of a row.
+        buffer: most rows that wait.
+        window: a row leaves before the row that comes `window` places after it is read; at least `buffer`, None
+            for four times that.
+        max_documents: most rows in a pack.
+        world_size: packs in a group.
+
+    Raises:
+        PlanError: options that make no sense. DataError: while iterating, a row without tokens or longer than `capacity`.
+
+        >>> stream = Stream([6, 5, 4, 3], capacity=10, length_of=int, buffer=3, world_size=2)
+        >>> [[[row for _, row in pack] for pack in group] for group in stream]
+        [[[6, 4], [5, 3]]]
+    """
+
+    def __init__(
+        self,
+        rows: Iterable[Any],
+        *,
+        capacity: int,
+        length_of: Callable[[Any], int],
+        buffer: int = 1000,
+        window: int | None = None,
+        max_documents: int | None = None,
+        world_size: int = 1,
+    ):
+        window = 4 * buffer if window is None else window
+        limits = {"capacity": capacity, "buffer": buffer, "window": window, "world_size": world_size}
+        for key, value in (limits | ({} if max_documents is None else {"max_documents": max_documents})).items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise PlanError("must be a positive integer", key=key, value=value)
+        if window < buffer:
+            raise PlanError("must be at least `buffer`", key="window", value=window, fix=f"at least {buffer}, or None")
+        if iter(rows) is rows:
+            raise PlanError(
+                "the rows can be iterated only once, so no run could go on from a checkpoint",
+                key="rows",
+                fix="give an object whose __iter__ starts anew, for example a datasets.IterableDataset",
+            )
+        self.rows, self.capacity, self.length_of = rows, capacity, length_of
+        self.buffer, self.window, self.max_documents, self.world_size = buffer, window, max_documents, world_size
+        self._read, self._waiting = 0, []  # rows read so far; numbers of those among them that wait
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been given out, as of the last group: rows read, and the numbers of those that still wait."""
+        return {"rows_read": self._read, "waiting": list(self._waiting)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The next iteration continues where `state_dict` was taken."""
+        self._read, self._waiting = int(state["rows_read"]), [int(number) for number in state["waiting"]]
+
+    def __iter__(self) -> Iterator[list[list[tuple[int, Any]]]]:
+        source = self._resumed()
+        held = {number: (length, row) for number, length, row in islice(source, len(self._waiting))}  # oldest first
+        by_length = sorted((length, -number) for number, (length, _) in held.items())
+        ended = False
+        while True:
+            group = []
+            for _ in range(self.world_size):
+                while not ended and len(held) < self.buffer and self._read - next(iter(held), self._read) < self.window:
+                    number, length, row = next(source, (-1, 0, None))
+                    if ended := number < 0:
+                        break
+                    self._read = number + 1
+                    held[number] = (length, row)
+                    insort(by_length, (length, -number))
+                group.append([(number, held.pop(number)[1]) for number in self._choose(held, by_length)])
+            if not group[0]:
+                break
+            self._waiting = list(held)
+            yield group
+        self._read, self._waiting = 0, []  # the next iteration is the next epoch
+
+    def _choose(self, held: dict[int, tuple[int, Any]], by_length: list[tuple[int, int]]) -> list[int]:
+        """The rows of the next pack; they leave `by_length` (ascending; of equal rows the oldest last)."""
+        chosen: list[int] = []
+        left = self.capacity
+        oldest = next(iter(held), None)
+        place = -1 if oldest is None else bisect_left(by_length, (held[oldest][0], -oldest))
+        while place >= 0 and len(chosen) != self.max_documents:
+            length, number = by_length.pop(place)
+            chosen.append(-number)
+            left -= length
+            place = bisect_right(by_length, (left, 1)) - 1
+        return chosen
+
+    def _resumed(self) -> Iterator[tuple[int, int, Any]]:
+        """(number, length, row) of those that wait, and of all that were not read yet."""
+        first = min(self._waiting, default=self._read)
+        rows = self.rows.skip(first) if first and hasattr(self.rows, "skip") else islice(self.rows, first, None)
+        again = set(self._waiting)
+        for number, row in enumerate(rows, start=first):
+            if number >= self._read or number in again:
+                yield number, self._length(number, row), row
+
+    def _length(self, number: int, row: Any) -> int:
+        length = int(self.length_of(row))
+        if not 0 < length <= self.capacity:
+            what = "has no tokens" if length <= 0 else f"has {length} tokens, more than the capacity of {self.capacity}"
+            raise DataError(
+                what, where=f"row {number} of the stream", fix="drop, cut or split such rows before they come"
+            )
+        return length

@@ -1,0 +1,172 @@
+"""Streams: every row once over all ranks, bounded waiting, and a resume that continues exactly."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+
+from packtrain.errors import DataError, PlanError
+from packtrain.packing.collator import PackCollator
+from packtrain.packing.stream import Stream
+from packtrain.packing.stream_dataset import PackedStream
+
+streams = st.fixed_dictionaries(
+    {
+        "rows": st.lists(st.integers(1, 20), max_size=60),
+        "capacity": st.integers(20, 50),
+        "buffer": st.integers(1, 12),
+        "max_documents": st.sampled_from([None, 1, 3]),
+        "world_size": st.integers(1, 4),
+    }
+)
+
+
+def numbers(groups) -> list[list[list[int]]]:
+    return [[[number for number, _ in pack] for pack in group] for group in groups]
+
+
+@settings(max_examples=300, deadline=None)
+@given(streams)
+def test_every_row_once_within_capacity_and_as_many_packs_on_every_rank(options):
+    rows = options["rows"]
+    groups = list(Stream(length_of=int, **options))
+    seen = [pair for group in groups for pack in group for pair in pack]
+    assert sorted(seen) == list(enumerate(rows))
+    assert all(len(group) == options["world_size"] for group in groups)
+    for pack in (pack for group in groups for pack in group):
+        assert sum(row for _, row in pack) <= options["capacity"]
+        assert len(pack) <= (options["max_documents"] or len(rows))
+    empty = [not pack for group in groups for pack in group]
+    assert sum(empty) < options["world_size"] and sorted(empty) == empty
+
+
+@settings(max_examples=300, deadline=None)
+@given(streams, st.integers(0, 20), st.integers(1, 4), st.data())
+def test_resume_continues_exactly_also_on_other_ranks(options, more, ranks_after, data):
+    options["window"] = options["buffer"] + more
+    whole = numbers(Stream(length_of=int, **options))
+    stop = data.draw(st.integers(0, len(whole)))
+    first = Stream(length_of=int, **options)
+    iterator = iter(first)
+    before = numbers(next(iterator) for _ in range(stop))
+    state = json.loads(json.dumps(first.state_dict()))
+    assert len(state["waiting"]) <= options["buffer"]
+    second = Stream(length_of=int, **options)
+    second.load_state_dict(state)
+    if stop < len(whole) or state["waiting"] or state["rows_read"] < len(options["rows"]):
+        assert before + numbers(second) == whole
+    other = Stream(length_of=int, **options | {"world_size": ranks_after})
+    other.load_state_dict(state)
+    flat = [pack for group in numbers(other) for pack in group if pack]
+    assert flat == [pack for group in whole[stop:] for pack in group if pack]
+
+
+@settings(max_examples=200, deadline=None)
+@given(streams, st.integers(0, 10))
+def test_no_row_waits_longer_than_the_window(options, more):
+    """While a row waits, only the `window` rows from it on have been read; without a limit more would be."""
+    window = options["buffer"] + more
+    reads = []
+
+    class Rows(list):
+        def __iter__(self):
+            for number, row in enumerate(super().__iter__()):
+                reads.append(number)
+                yield row
+
+    options |= {"rows": Rows(options["rows"]), "world_size": 1}
+    for group in Stream(length_of=int, window=window, **options):
+        assert all(max(reads) < number + window for number, _ in group[0])
+
+
+def test_packs_are_nearly_full():
+    import numpy as np
+
+    lengths = np.clip(np.random.default_rng(0).lognormal(5.5, 0.9, 5000), 10, 2048).astype(int).tolist()
+    packs = [pack for group in Stream(lengths, capacity=2048, length_of=int) for pack in group]
+    fewest = -(-sum(lengths) // 2048)
+    assert len(packs) <= 1.01 * fewest
+    narrow = [pack for group in Stream(lengths, capacity=2048, length_of=int, buffer=4) for pack in group]
+    assert len(narrow) > 1.03 * fewest
+
+
+def test_by_hand():
+    """Oldest first (6), then the longest that fits (4); the 5 and the 3 follow."""
+    stream = Stream([6, 5, 4, 3], capacity=10, length_of=int, buffer=3)
+    iterator = iter(stream)
+    assert [row for _, row in next(iterator)[0]] == [6, 4]
+    assert stream.state_dict() == {"rows_read": 3, "waiting": [1]}
+    assert [row for _, row in next(iterator)[0]] == [5, 3]
+
+
+def test_empty_and_second_epoch():
+    assert list(Stream([], capacity=10, length_of=int)) == []
+    stream = Stream([3, 4], capacity=10, length_of=int)
+    assert numbers(stream) == numbers(stream) == [[[0, 1]]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(capacity=0), "capacity: must be a positive integer"),
+        (dict(buffer=0), "buffer: must be"),
+        (dict(max_documents=0), "max_documents: must be"),
+        (dict(window=3, buffer=4), "window: must be at least"),
+        (dict(rows=iter([1])), "iterated only once"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(PlanError, match=message):
+        Stream(**{"rows": [1], "capacity": 5, "length_of": int} | options)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"), [(6, "row 1 of the stream: has 6 tokens, more than"), (0, "has no tokens")]
+)
+def test_rows_that_cannot_be_packed_are_named(row, message):
+    with pytest.raises(DataError, match=message):
+        list(Stream([1, row], capacity=5, length_of=int))
+
+
+# ------------------------------------------------------------------------------------------------------ in torch
+
+ROWS = [{"input_ids": list(range(10 * i, 10 * i + 2 + i % 7)), "labels": None} for i in range(40)]
+
+
+def packed(rank=0, world_size=1):
+    return PackedStream(ROWS, PackCollator(), capacity=20, buffer=8, rank=rank, world_size=world_size)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_of_all_ranks_hold_every_row_once(workers):
+    loaders = [DataLoader(packed(rank, 3), batch_size=None, num_workers=workers) for rank in range(3)]
+    batches = [list(loader) for loader in loaders]
+    assert len({len(own) for own in batches}) == 1
+    ids = [i for own in batches for batch in own for i in batch["example_ids"].tolist()]
+    assert sorted(i for i in ids if i >= 0) == list(range(40))
+    tokens = torch.cat([b["input_ids"][0] for own in batches for b in own if b["example_ids"][0] >= 0])
+    assert sorted(tokens.tolist()) == sorted(t for row in ROWS for t in row["input_ids"])
+    if workers:
+        alone = [batch["example_ids"].tolist() for batch in packed(0, 3)]
+        assert [batch["example_ids"].tolist() for batch in batches[0]] == alone
+
+
+def test_a_dataset_resumes_with_skip():
+    """A streaming dataset skips by itself; the continuation is that of the whole."""
+    import datasets
+
+    rows = datasets.Dataset.from_list([{"input_ids": row["input_ids"]} for row in ROWS]).to_iterable_dataset()
+    whole = [batch["input_ids"].tolist() for batch in PackedStream(rows, PackCollator(), capacity=20, buffer=8)]
+    first = PackedStream(rows, PackCollator(), capacity=20, buffer=8)
+    iterator = iter(first)
+    head = [next(iterator)["input_ids"].tolist() for _ in range(3)]
+    second = PackedStream(rows, PackCollator(), capacity=20, buffer=8)
+    second.load_state_dict(first.state_dict())
+    assert head + [batch["input_ids"].tolist() for batch in second] == whole
+    with pytest.raises(PlanError, match="rank"):
+        packed(rank=3, world_size=3)
