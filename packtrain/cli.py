@@ -293,10 +293,18 @@ def compare(
 ) -> None:
     """Run variants of a recipe against each other, interleaved, each in a fresh process, and write a report.
 
+    A file with the section `rainbow_oracle:` runs that grid instead.
+
     Interrupted, the same command continues: finished runs are kept. A variant that fails is a row of the report.
     """
     from packtrain.experiments.compare import compare as run
 
+    if recipe.is_file() and "\nrainbow_oracle:" in "\n" + recipe.read_text(encoding="utf-8"):
+        from packtrain.experiments.oracle import run_recipe
+
+        directory = run_recipe(recipe, output_dir=out)
+        Console().print((directory / "oracle.md").read_text(), soft_wrap=True)
+        return
     run(recipe, overrides or [], output_dir=out, say=lambda line: Console().print(line, soft_wrap=True))
 
 
@@ -309,6 +317,54 @@ def report(
     from packtrain.experiments.report import write_report
 
     Console().print(f"report: {write_report(directories, out=out)}", soft_wrap=True)
+
+
+Numbers = Annotated[str, typer.Option(metavar="N,N,...")]
+
+
+@app.command()
+def sample(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    prompt: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Repeatable.")] = None,
+    length: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens of the canvas.")] = 128,
+    steps: Annotated[int | None, typer.Option(min=1, metavar="N", help="Default: one per token.")] = None,
+    block_length: Annotated[int | None, typer.Option(min=1, metavar="N", help="Default: the whole canvas.")] = None,
+    remasking: Annotated[str, typer.Option(help="low_confidence, random, margin or entropy.")] = "low_confidence",
+    temperature: Annotated[float, typer.Option(min=0)] = 0.0,
+    cfg_scale: Annotated[float, typer.Option(min=0)] = 0.0,
+    end_token_policy: Annotated[
+        str, typer.Option(help="none, suppress_logits, suppress_confidence or ban_pad.")
+    ] = "none",
+    seed: Annotated[int, typer.Option(help="Of temperature and random remasking.")] = 0,
+) -> None:
+    """Answer prompts with the diffusion model that a recipe has trained."""
+    from packtrain.experiments.rainbow_verbs import sample as run
+
+    loaded = _load(recipe, overrides)
+    options = dict(
+        block_length=block_length, remasking=remasking, temperature=temperature, cfg_scale=cfg_scale,
+        end_token_policy=end_token_policy,
+    )  # fmt: skip
+    prompts = prompt or [typer.prompt("prompt")]
+    for answer in run(loaded, prompts, length=length, steps=steps or length, seed=seed, **options):
+        print(answer)
+
+
+@app.command()
+def evaluate(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    lengths: Numbers = "64,128,256",
+    blocks: Numbers = "1",
+    prompts: Annotated[int, typer.Option(min=1, metavar="N", help="Held-out prompts to answer.")] = 64,
+) -> None:
+    """How answers of a trained diffusion model depend on the room they get: lengths, early stops, accuracy."""
+    from packtrain.experiments.rainbow_verbs import evaluate as run
+
+    loaded = _load(recipe, overrides)
+    whole = lambda text: [int(number) for number in text.split(",")]  # noqa: E731
+    print(run(loaded, lengths=whole(lengths), blocks=whole(blocks), prompts=prompts))
 
 
 def _load(path: Path, overrides: list[str] | None) -> Recipe:

@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from packtrain.errors import PacktrainError
-from packtrain.packing.collator import IGNORED, MicroBatches, PackCollator
+from packtrain.packing.collator import IGNORED, MicroBatches
 from packtrain.packing.cost import Cost
 from packtrain.packing.plan import MicroBatch, Plan
 from packtrain.packing.strategies import resolve_strategy
@@ -128,12 +128,11 @@ def show_batch(
         plan = _plan(recipe, inputs, world_size)
         chosen, head = _micro_batch(plan, step, rank, micro_batch)
     strategy = resolve_strategy(recipe.batching.strategy)
-    collator = PackCollator(
+    collator = inputs.chosen.collator(
         layout=strategy.layout,
         pad_token_id=inputs.tokenizer.pad_token_id,
         padded_to=strategy.padded_to,
         max_length=recipe.data.max_length,
-        loss_weighting=recipe.objective.loss_weighting,
     )
     print_batch(MicroBatches(inputs.train, collator)[chosen], inputs, console, head=head, texts=documents)
 

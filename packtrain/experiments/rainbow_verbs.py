@@ -26,7 +26,6 @@ from packtrain.experiments.rainbow_pictures import draw_lengths, draw_unmasking
 from packtrain.modeling.attention import NAME
 from packtrain.modeling.loading import load_config, load_model
 from packtrain.modeling.tail_tokens import TailTokens
-from packtrain.objectives.choose import choose_objective
 from packtrain.objectives.diffusion import make_bidirectional
 from packtrain.objectives.sampling import Samples, Sampling, generate
 from packtrain.recipe import Recipe
@@ -75,13 +74,7 @@ def load_trained(recipe: Recipe) -> Trained:
     inputs = load_inputs(recipe)
     pretrained = recipe.model.model_dump(include={"model_name_or_path", "revision", "trust_remote_code"})
     config = load_config(**pretrained, config=recipe.model.config, tokenizer=inputs.tokenizer)
-    chosen = choose_objective(
-        **recipe.objective.model_dump(),
-        tokenizer=inputs.tokenizer,
-        train=inputs.train,
-        held_out=inputs.held_out,
-        seed=recipe.training["seed"],
-    )
+    chosen = inputs.chosen
     attention = NAME if not recipe.model.trust_remote_code else "sdpa"
     if (directory / "adapter_config.json").exists():
         from peft import PeftModel

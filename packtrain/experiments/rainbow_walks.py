@@ -1,12 +1,12 @@
 """Walks: a toy language whose answers end where only writing them tells.
 
-    prompt    c2 b3               two places of a walk, one in its second wording, one in its third
-    answer    d1 g4 a2 END        next(b3) = d, next(d1) = g, next(g4) = a, and a is a last place
+    prompt    b 2 1 3 3 1 ...     a place, and a row of keys
+    answer    d3 g1 a2 END        next(b, 2) = d, next(d, 1) = g, next(g, 3) = a, and a is a last place
 
-Each place can be worded in B ways, all equally good, but each leads on to another place. So nobody can know from the
-prompt how long the answer will be: one has to write it, word by word. Given the word before, the next place is certain
-and its wording is not; and behind a last place the end is plain to see. That is the situation of a language model that
-answers a question, in two hundred words.
+Where a walk ends follows from the prompt, but one has to walk there: whoever looks ahead without writing the places
+between knows only how long walks tend to be. Each place can be worded in B ways, all equally good. So a reader of the
+words so far is certain of the next place, not of its wording, and sees plainly that a walk is over. That is the
+situation of a language model that answers a question step by step, in sixty words.
 """
 
 from __future__ import annotations
@@ -29,75 +29,69 @@ class Walks:
 
     Attributes:
         places, last_places: how many places there are, and how many of them end a walk.
+        keys: ways to step on from a place.
         wordings: B, words for each place.
-        longest: most words of an answer; longer ones are not used.
+        shortest, longest: places of an answer; every number between them is as likely.
         seed: of the map.
     """
 
-    places: int = 48
-    last_places: int = 8
-    wordings: int = 4
+    places: int = 10
+    last_places: int = 1
+    keys: int = 2
+    wordings: int = 3
+    shortest: int = 2
     longest: int = 15
     seed: int = 0
 
     @cached_property
     def next_place(self) -> np.ndarray:
-        """int64 `[places, wordings]`: every wording is a permutation, so all places stay equally likely."""
+        """int64 `[places, keys]`: every key is a permutation, so all places stay equally likely along a walk."""
         random = np.random.default_rng([self.seed, 0])
-        return np.stack([random.permutation(self.places) for _ in range(self.wordings)], axis=1)
+        return np.stack([random.permutation(self.places) for _ in range(self.keys)], axis=1)
+
+    @property
+    def first_key(self) -> int:
+        return FIRST_WORD + self.places * self.wordings
 
     @property
     def vocab_size(self) -> int:
-        """Filler, eos, mask, pads and words."""
-        return FIRST_WORD + self.places * self.wordings
+        """Filler, eos, mask, pads, words and keys; a prompt's place is its first word."""
+        return self.first_key + self.keys
 
-    @cached_property
-    def prompts(self) -> list[list[int]]:
-        """Every prompt there is: two words that are not last, the second following the first."""
-        pairs = [
-            (word, self.after(word) * self.wordings + wording)
-            for word in range((self.places - self.last_places) * self.wordings)
-            for wording in range(self.wordings)
-        ]
-        return [[FIRST_WORD + one, FIRST_WORD + other] for one, other in pairs if not self.is_last(other)]
+    def draw(self, count: int, *, seed: int) -> tuple[list[list[int]], list[list[int]]]:
+        """`count` prompts (tokens, `[1 + longest]`), and the places of their answers, `shortest` to `longest` of them."""
+        random = np.random.default_rng([self.seed, 1, seed])
+        prompts, answers = [], []
+        for length in random.integers(self.shortest, self.longest + 1, size=count).tolist():
+            keys, places = self._walk_back(length, random)
+            prompts.append([FIRST_WORD + places[0] * self.wordings, *(self.first_key + key for key in keys)])
+            answers.append(places[1:])
+        return prompts, answers
 
-    def draw(self, count: int, *, seed: int) -> list[list[int]]:
-        """`count` walks as words: two of prompt, and 1 to `longest` of answer."""
-        random, walks = np.random.default_rng([self.seed, 1, seed]), []
-        while len(walks) < count:
-            words = [int(random.integers((self.places - self.last_places) * self.wordings))]
-            while not self.is_last(words[-1]) and len(words) < 2 + self.longest:
-                words.append(self.after(words[-1]) * self.wordings + int(random.integers(self.wordings)))
-            if self.is_last(words[-1]) and len(words) > 2:
-                walks.append(words)
-        return walks
-
-    def after(self, word: int) -> int:
-        """The place that follows a word."""
-        return int(self.next_place[divmod(word, self.wordings)])
+    def _walk_back(self, length: int, random: np.random.Generator) -> tuple[list[int], list[int]]:
+        """Keys (`longest` of them) and the `length + 1` places of a walk, drawn from its end to its beginning."""
+        came_from = np.argsort(self.next_place, axis=0)  # [places, keys], the inverse permutations
+        while True:
+            keys = random.integers(self.keys, size=self.longest).tolist()
+            places = [int(random.integers(self.places - self.last_places, self.places))]
+            for key in reversed(keys[:length]):
+                places.insert(0, int(came_from[places[0], key]))
+            if not any(map(self.is_last, places[:-1])):
+                return keys, places
 
     def examples(self, count: int, *, seed: int) -> Examples:
-        """Prompts with answers, without any end."""
+        """Prompts with answers in a random wording, without any end."""
+        random = np.random.default_rng([self.seed, 2, seed])
         rows = []
-        for words in self.draw(count, seed=seed):
-            ids = [FIRST_WORD + word for word in words]
-            rows.append({"input_ids": ids, "labels": [-100, -100, *ids[2:]]})
+        for prompt, places in zip(*self.draw(count, seed=seed), strict=True):
+            words = FIRST_WORD + np.array(places) * self.wordings + random.integers(self.wordings, size=len(places))
+            rows.append({"input_ids": [*prompt, *words.tolist()], "labels": [-100] * len(prompt) + words.tolist()})
         return Examples.from_dataset(datasets.Dataset.from_list(rows))
 
-    def is_last(self, word: int) -> bool:
-        return word // self.wordings >= self.places - self.last_places
+    def is_last(self, place: int) -> bool:
+        return place >= self.places - self.last_places
 
-    def follow(self, prompt: list[int], tokens: list[int]) -> tuple[int, int | None]:
-        """How far `tokens` are a walk from `prompt`, and behind which token a last place ends it (None: nowhere)."""
-        word, right, ends = prompt[-1] - FIRST_WORD, 0, None
-        for number, token in enumerate(tokens):
-            if token < FIRST_WORD:
-                break
-            place = (token - FIRST_WORD) // self.wordings
-            if right == number and place == self.after(word):
-                right = number + 1
-            word = token - FIRST_WORD
-            if self.is_last(word):
-                ends = number + 1
-                break
-        return right, ends
+    def places_of(self, tokens: list[int]) -> list[int]:
+        """The place that each token is a word for; -1 for other tokens."""
+        words = [token - FIRST_WORD if FIRST_WORD <= token < self.first_key else -1 for token in tokens]
+        return [word // self.wordings if word >= 0 else -1 for word in words]

@@ -20,6 +20,7 @@ from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
@@ -168,6 +169,12 @@ def _unknown_fields(config: PreTrainedConfig, given: dict[str, Any]) -> Iterator
             yield name, type(config).__name__, did_you_mean(name, known)
 
 
+def _auto_class(config: PreTrainedConfig) -> type:
+    """AutoModelForCausalLM, unless the model's own code knows AutoModel only (Dream)."""
+    auto_map = getattr(config, "auto_map", None) or {}
+    return AutoModel if "AutoModel" in auto_map and "AutoModelForCausalLM" not in auto_map else AutoModelForCausalLM
+
+
 def load_model(
     config: PreTrainedConfig,
     *,
@@ -195,7 +202,7 @@ def load_model(
             dtype = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
             model = _from_scratch(config, dtype=dtype, attn_implementation=attn_implementation)
         else:
-            model, found = AutoModelForCausalLM.from_pretrained(
+            model, found = _auto_class(config).from_pretrained(
                 model_name_or_path,
                 config=config,
                 revision=revision,

@@ -1,7 +1,7 @@
 """The `objective:` section of a recipe -> what a run needs for it: examples, collator, loss, and a model made ready.
 
 chosen = choose_objective(**recipe.objective.model_dump(), tokenizer=tokenizer, train=train, held_out=None, seed=42)
-plan = make_plan(chosen.train.lengths, equal_lengths=chosen.equal_lengths, ...)
+plan = make_plan(chosen.train.lengths, equal_lengths=canvas == "batch_max", ...)
 lora = chosen.prepare(model, tokenizer) | lora
 PackTrainer(model, ..., train_examples=chosen.train, collator=chosen.collator(layout=..., pad_token_id=...),
             objective=chosen.objective)
@@ -38,7 +38,6 @@ class Chosen:
         train, held_out: the examples as the plan and the collator see them.
         collator: makes the collator from the layout's arguments (`layout`, `pad_token_id`, `padded_to`, `max_length`).
         prepare: `(model, tokenizer) -> LoRA fields`: changes the loaded model in place.
-        equal_lengths: all documents of a step are as long as its longest (canvas policy `batch_max`).
         tokens: eos, pads and mask; None for the causal objective.
     """
 
@@ -47,7 +46,6 @@ class Chosen:
     held_out: Examples | TailedExamples | None
     collator: Callable[..., PackCollator]
     prepare: Callable[[PreTrainedModel, PreTrainedTokenizerBase], dict[str, object]]
-    equal_lengths: bool = False
     tokens: TailTokens | None = None
 
 
@@ -110,7 +108,6 @@ def choose_objective(
         held_out=None if held_out is None else TailedExamples(held_out, tokens.tail, room, seed=seed),
         collator=partial(NoisingCollator, masking, tokens.tail, seed=seed),
         prepare=prepare,
-        equal_lengths=canvas == "batch_max",
         tokens=tokens,
     )
 

@@ -42,7 +42,14 @@ PARTS = {"content": CONTENT, "eos": EOS, "tail": TAIL}
 def masked_diffusion(masking: Masking) -> Objective:
     """The objective for batches of a `NoisingCollator` with the same `masking`."""
     denominator = count_documents if masking.norm == "sequence" else count_canvas
-    return Objective(losses=partial(masked_losses, shift=masking.shift), denominator=denominator)
+    return Objective(
+        losses=partial(masked_losses, shift=masking.shift),
+        denominator=denominator,
+        sums=lambda losses, batch: {
+            "loss": torch.stack([losses.weighted_sum().detach().double(), denominator(batch)]),
+            **{f"loss_{part}": pair for part, pair in sums_by_part(losses, batch).items()},
+        },
+    )
 
 
 def masked_losses(

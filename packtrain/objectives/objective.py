@@ -34,7 +34,10 @@ class Objective:
 
     losses: `(model, batch, *, head) -> TokenLosses`.
     denominator: `batch -> float64 scalar`.
+    sums: optional, `(TokenLosses, batch) -> {name: float64 [2]}`: figures of its own, each a numerator and a
+        denominator to be summed over micro-batches and ranks; logged as `name` and, held out, as `eval_name`.
     """
 
     losses: Callable[..., TokenLosses]
     denominator: Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
+    sums: Callable[[TokenLosses, Mapping[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None

@@ -19,27 +19,32 @@ BLOCK_EXAMPLES = 1 << 20  # examples looked at together
 
 
 def step_blocks(
-    lengths: np.ndarray, *, examples_per_step: int, seed: int, steps: int
+    lengths: np.ndarray, *, examples_per_step: int, seed: int, steps: int, equal_lengths: bool = False
 ) -> Iterator[tuple[int, np.ndarray]]:
     """(first step, matrix `[steps, examples]` of lengths), over the steps of a run; an epoch's short last step comes
     as a matrix of its own."""
     n, size = len(lengths), examples_per_step
     per_epoch = -(-n // size)
+
+    def matrix(ids: np.ndarray, width: int) -> np.ndarray:
+        rows = lengths[ids].reshape(-1, width)
+        return np.broadcast_to(rows.max(axis=1, keepdims=True), rows.shape) if equal_lengths else rows
+
     stride = max(1, BLOCK_EXAMPLES // size)
     for first in range(0, steps, per_epoch):
         whole = min(n // size, steps - first)
         for index in range(0, whole, stride):
             stop = min(index + stride, whole)
             ids = shuffled(n, seed=seed, epoch=first // per_epoch, start=index * size, stop=stop * size)
-            yield first + index, lengths[ids].reshape(-1, size)
+            yield first + index, matrix(ids, size)
         if whole < min(per_epoch, steps - first):
             ids = shuffled(n, seed=seed, epoch=first // per_epoch, start=whole * size)
-            yield first + whole, lengths[ids].reshape(1, -1)
+            yield first + whole, matrix(ids, len(ids))
 
 
 def smallest_accumulation(
     lengths: np.ndarray, strategy: Strategy, *, examples_per_step: int, seed: int, steps: int, ranks: int, capacity: int,
-    width: int, cost: Cost,
+    width: int, cost: Cost, equal_lengths: bool = False,
 ) -> int:  # fmt: skip
     """Micro-steps with which every micro-batch of every step holds at most `capacity` tokens.
 
@@ -54,7 +59,9 @@ def smallest_accumulation(
     micro_steps, settled = 1, False
     while not settled:
         settled = True
-        for _, matrix in step_blocks(lengths, examples_per_step=examples_per_step, seed=seed, steps=steps):
+        for _, matrix in step_blocks(
+            lengths, examples_per_step=examples_per_step, seed=seed, steps=steps, equal_lengths=equal_lengths
+        ):
             before = micro_steps
             while not (fit := fits(matrix, strategy, micro_steps, ranks, capacity, width, cost)).all():
                 matrix = matrix[~fit]
@@ -66,13 +73,15 @@ def smallest_accumulation(
 
 def first_misfit(
     lengths: np.ndarray, strategy: Strategy, micro_steps: int, *, examples_per_step: int, seed: int, steps: int, ranks: int,
-    capacity: int, width: int, cost: Cost,
+    capacity: int, width: int, cost: Cost, equal_lengths: bool = False,
 ) -> tuple[int, int] | None:  # fmt: skip
     """(step, micro-steps that it needs) of the first step that doesn't fit, or None."""
     rows = capacity // width
     if -(-min(examples_per_step, len(lengths)) // (micro_steps * ranks)) <= rows:
         return None
-    for first, matrix in step_blocks(lengths, examples_per_step=examples_per_step, seed=seed, steps=steps):
+    for first, matrix in step_blocks(
+        lengths, examples_per_step=examples_per_step, seed=seed, steps=steps, equal_lengths=equal_lengths
+    ):
         fit = fits(matrix, strategy, micro_steps, ranks, capacity, width, cost)
         if not fit.all():
             row = int(np.flatnonzero(~fit)[0])

@@ -204,6 +204,10 @@ class PackCollator:
             pad_token_id=self.pad_token_id, width=self.width, padding_side=self.padding_side, **options,
         )  # fmt: skip
 
+    def at_epoch(self, epoch: int) -> PackCollator:
+        """The collator of that epoch; this one draws nothing, so it is the same in all."""
+        return self
+
     def filler(self) -> Batch:
         """The micro-batch of a rank that has no examples left in a step: one document of padding, weight zero."""
         ids = np.full(FILLER_TOKENS, self.pad_token_id, dtype=np.int64)
@@ -219,6 +223,10 @@ class MicroBatches(Dataset):
 
     def __init__(self, examples: Any, collator: PackCollator):
         self.examples, self.collator = examples, collator
+
+    def at_epoch(self, epoch: int) -> MicroBatches:
+        """The same examples, collated as in that epoch (diffusion draws its masks from seed, epoch and example)."""
+        return MicroBatches(self.examples, self.collator.at_epoch(epoch))
 
     def __getitem__(self, micro_batch: MicroBatch) -> Batch:
         if not len(micro_batch):

@@ -113,6 +113,7 @@ def make_plan(
     num_epochs: float = 1.0,
     max_steps: int = -1,
     cost: Cost | None = None,
+    equal_lengths: bool = False,
 ) -> Plan:
     """Plan a run.
 
@@ -132,6 +133,8 @@ def make_plan(
         num_epochs: may be fractional.
         max_steps: updates of the run; overrides `num_epochs` when positive.
         cost: what a document costs, for the balance; None counts tokens.
+        equal_lengths: every document of an update is planned as long as the update's longest; who gathers it
+            fills it up (the tails of diffusion models). Step scope only.
 
     Raises:
         PlanError: what can't be planned, with the key and the fix.
@@ -156,6 +159,13 @@ def make_plan(
         )
     if max_documents is not None and "max_documents" not in inspect.signature(rule.function).parameters:
         raise PlanError(f"{strategy!r} has no limit on documents", key="max_documents", value=max_documents)
+    if rule.scope == "epoch" and equal_lengths:
+        raise PlanError(
+            f"{strategy!r} packs the whole epoch, so an update has no longest document to fill up to",
+            key="objective.canvas",
+            value="batch_max",
+            fix="choose another canvas policy, or a strategy that lays out steps (balanced, pad_longest, ...)",
+        )
     longest = _check_examples(lengths, max_tokens, max_length, rule)
     width = (max_length or longest) if rule.padded_to == "max_length" else longest
     cost = cost or Cost()
@@ -169,7 +179,7 @@ def make_plan(
     }
 
     if rule.scope == "step":
-        scope = StepScope(**common, examples_per_step=examples_per_step, width=width)
+        scope = StepScope(**common, examples_per_step=examples_per_step, width=width, equal_lengths=equal_lengths)
     else:
         if tokens_per_step is not None:
             packs_per_step = -(-tokens_per_step // max_tokens)
@@ -195,7 +205,7 @@ def make_plan(
     else:
         run = {
             "examples_per_step": examples_per_step, "seed": scope.seed, "steps": total_steps, "ranks": world_size,
-            "capacity": max_tokens, "width": width, "cost": cost,
+            "capacity": max_tokens, "width": width, "cost": cost, "equal_lengths": equal_lengths,
         }  # fmt: skip
         if gradient_accumulation_steps == "auto":
             gradient_accumulation_steps = smallest_accumulation(lengths, rule, **run)

@@ -43,7 +43,10 @@ class MicroBatch:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StepScope:
-    """An update is the next `examples_per_step` of the shuffle; `width` is the width of `pad_max`."""
+    """An update is the next `examples_per_step` of the shuffle; `width` is the width of `pad_max`.
+
+    With `equal_lengths` every document of an update is as long as its longest (see `make_plan`).
+    """
 
     lengths: np.ndarray
     strategy: Strategy
@@ -53,6 +56,7 @@ class StepScope:
     cost: Cost
     examples_per_step: int
     width: int
+    equal_lengths: bool = False
 
     def steps_in_epoch(self, epoch: int) -> int:
         return -(-len(self.lengths) // self.examples_per_step)
@@ -65,6 +69,8 @@ class StepScope:
     def micro_batches(self, epoch: int, index: int, micro_steps: int, ranks: int) -> list[MicroBatch]:
         ids = self.examples(epoch, index)
         lengths = np.asarray(self.lengths[ids], dtype=np.int64)
+        if self.equal_lengths:
+            lengths = np.full_like(lengths, lengths.max())
         parts = self.strategy.function(
             lengths, micro_steps=micro_steps, ranks=ranks, capacity=self.max_tokens, cost=self.cost
         )
@@ -75,7 +81,7 @@ class StepScope:
         ]
 
     def identity(self) -> tuple:
-        return "step", self.seed, self.examples_per_step
+        return "step", self.seed, self.examples_per_step, *(["equal lengths"] if self.equal_lengths else [])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

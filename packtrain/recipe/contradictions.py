@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from packtrain.recipe.sections import DEFAULTS
+
 # `training:` key -> (the one value it may have, why another can't be, what to do). Unset is always fine.
 _NEVER = object()
 _DECIDED_BY_US: dict[str, tuple[object, str, str]] = {
@@ -164,6 +166,48 @@ def _longest_example_fits(settings: Settings) -> Verdicts:
         yield "batching.max_tokens", f"is below `data.max_length` ({max_length}): an example may not fit", fix
 
 
+_OBJECTIVE_KEYS = {  # name -> the keys it looks at
+    "causal_lm": {"loss_weighting"},
+    "masked_diffusion": {
+        "weight", "norm", "shift", "mask_token", "tail", "pad_count", "pad_tokens", "canvas", "canvas_size",
+    },
+    "block_diffusion": {"mask_token", "block_size"},
+}  # fmt: skip
+
+
+def _objective_has_these_keys(settings: Settings) -> Verdicts:
+    name = settings["objective.name"]
+    for key, default in DEFAULTS.items():
+        section, _, leaf = key.partition(".")
+        if section == "objective" and leaf not in _OBJECTIVE_KEYS[name] | {"name"} and settings[key] != default:
+            yield key, f"has no effect on `{name}`", "leave it out, or choose another `objective.name`"
+
+
+def _tail_has_a_canvas(settings: Settings) -> Verdicts:
+    if settings["objective.name"] != "masked_diffusion":
+        return
+    tail, canvas, size = (settings[f"objective.{leaf}"] for leaf in ("tail", "canvas", "canvas_size"))
+    if (tail == "none") != (canvas is None):
+        fix = "choose `batch_max`, `fixed`, `multiple_of` or `sampled` for every tail but `none`"
+        yield "objective.canvas", f"does not go with the tail `{tail}`", fix
+    elif (size is None) != (canvas in (None, "batch_max")):
+        yield "objective.canvas_size", f"does not go with the canvas `{canvas}`", "give tokens to all but `batch_max`"
+    if settings["data.overflow"] in ("truncate", "split"):
+        fix = "drop long rows (`overflow: drop`), or raise `data.max_length`"
+        yield "data.overflow", "cuts answers, and an answer that was cut has no end to learn", fix
+
+
+def _remote_code_sees_no_filler(settings: Settings) -> Verdicts:
+    if not settings["model.trust_remote_code"] or settings["objective.name"] != "masked_diffusion":
+        return
+    if settings["objective.canvas"] != "batch_max" or settings["batching.strategy"] not in _WITHOUT_FILLER:
+        what = "lays out filler or several documents in a row, which models like LLaDA and Dream can't tell apart"
+        fix = f"use `objective.canvas: batch_max` with `batching.strategy: {_WITHOUT_FILLER[0]}`"
+        yield "batching.strategy", what, fix
+
+
+_WITHOUT_FILLER = ("group_by_length", "pad_longest")  # where all documents of an update are equally long
+
 _RULES = (
     _decided_by_us,
     _one_precision,
@@ -178,4 +222,7 @@ _RULES = (
     _evaluation_is_held_out,
     _evaluation_has_data,
     _longest_example_fits,
+    _objective_has_these_keys,
+    _tail_has_a_canvas,
+    _remote_code_sees_no_filler,
 )

@@ -72,8 +72,18 @@ class BatchingSection(_Section):
 class ObjectiveSection(_Section):
     """What is learnt."""
 
-    name: Literal["causal_lm"] = "causal_lm"
-    loss_weighting: Literal["token", "example"] = "token"
+    name: Literal["causal_lm", "masked_diffusion", "block_diffusion"] = "causal_lm"
+    loss_weighting: Literal["token", "example"] = "token"  # of causal_lm
+    weight: Literal["1/p", "none"] = "1/p"  # from here on of masked_diffusion; 1/p and sequence are LLaDA's
+    norm: Literal["sequence", "token"] = "sequence"
+    shift: Flag = False  # logits predict the next token (Dream)
+    mask_token: Text | None = None  # default: the tokenizer's own, or a new one; of block_diffusion too
+    tail: Literal["none", "eos", "single", "rainbow", "random"] = "none"
+    pad_count: Positive = 7  # K of rainbow and random
+    pad_tokens: list[Text] | None = None  # reserved tokens of the vocabulary; default: new ones
+    canvas: Literal["batch_max", "fixed", "multiple_of", "sampled"] | None = None  # room for answer, eos and tail
+    canvas_size: Positive | None = None  # tokens; of all but batch_max
+    block_size: Positive = 32  # of block_diffusion
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Recipe -> examples and plan: what `train`, `plan` and `show` have in common. Imports no torch."""
+"""Recipe -> examples, objective and plan: what `train`, `plan` and `show` have in common. Imports no torch by itself."""
 
 from __future__ import annotations
 
@@ -17,25 +17,37 @@ from packtrain.training.cached import tokenizer_key_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from packtrain.data.tails import TailedExamples
+    from packtrain.objectives.choose import Chosen
+
 FLAT_EVALUATION, PADDED_EVALUATION = "balanced", "group_by_length"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What a run reads: the tokenizer, its training examples, and held-out ones if the recipe has any."""
+    """What a run reads: the tokenizer, and the objective with the examples as it wants them."""
 
     tokenizer: PreTrainedTokenizerBase
-    train: Examples
-    held_out: Examples | None
+    chosen: Chosen
+
+    @property
+    def train(self) -> Examples | TailedExamples:
+        return self.chosen.train
+
+    @property
+    def held_out(self) -> Examples | TailedExamples | None:
+        """None if the recipe holds nothing out."""
+        return self.chosen.held_out
 
 
 def load_inputs(recipe: Recipe) -> Inputs:
-    """Read, tokenise (or find tokenised) and split the recipe's data.
+    """Read, tokenise (or find tokenised) and split the recipe's data, and make them what its objective learns from.
 
     Raises:
         DataError, ModelError: with file, row or key, and the fix.
     """
     from packtrain.modeling.loading import load_tokenizer
+    from packtrain.objectives.choose import choose_objective
 
     model, data, seed = recipe.model, recipe.data, recipe.training["seed"]
     rows = open_rows(data.path, name=data.name, split=data.split, num_rows=data.num_rows, seed=seed)
@@ -67,7 +79,15 @@ def load_inputs(recipe: Recipe) -> Inputs:
         held_out = build_examples(eval_rows, tokenizer, **options)
     elif data.eval_size:
         train, held_out = train.hold_out(data.eval_size, seed)
-    return Inputs(tokenizer=tokenizer, train=train, held_out=held_out)
+    chosen = choose_objective(
+        **recipe.objective.model_dump(), tokenizer=tokenizer, train=train, held_out=held_out, seed=seed
+    )
+    return Inputs(tokenizer=tokenizer, chosen=chosen)
+
+
+def equal_lengths(recipe: Recipe) -> bool:
+    """Whether tails make all documents of an update as long as its longest."""
+    return recipe.objective.canvas == "batch_max"
 
 
 def plan_training(recipe: Recipe, lengths: np.ndarray, *, world_size: int, cost: Cost | None = None) -> Plan:
@@ -86,6 +106,7 @@ def plan_training(recipe: Recipe, lengths: np.ndarray, *, world_size: int, cost:
         max_steps=training.get("max_steps", -1),
         world_size=world_size,
         cost=cost,
+        equal_lengths=equal_lengths(recipe),
     )
 
 
@@ -98,4 +119,5 @@ def plan_evaluation(recipe: Recipe, lengths: np.ndarray, *, layout: str, world_s
         max_tokens=recipe.batching.max_tokens,
         max_length=recipe.data.max_length,
         world_size=world_size,
+        equal_lengths=equal_lengths(recipe),
     )

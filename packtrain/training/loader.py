@@ -58,7 +58,7 @@ class PlanLoader:
         stop = min(start + self.plan.steps_in_epoch(epoch) - index, self.plan.total_steps)
         return iter(
             DataLoader(
-                self.dataset,
+                self.dataset.at_epoch(epoch),
                 sampler=PlanSampler(self.plan, rank=self.rank, start_step=start, stop_step=stop),
                 batch_size=None,
                 generator=torch.Generator(),  # its own, or starting an iterator would advance the model's dropout

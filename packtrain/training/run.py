@@ -19,7 +19,6 @@ from packtrain.modeling.attention import choose_implementation
 from packtrain.modeling.audit import quick_check
 from packtrain.modeling.loading import add_lora, count_parameters, load_config, load_model
 from packtrain.modeling.positions import position_start
-from packtrain.packing.collator import PackCollator
 from packtrain.packing.cost import Cost
 from packtrain.packing.plan import Plan
 from packtrain.packing.strategies import resolve_strategy
@@ -87,19 +86,20 @@ def build_trainer(
             recipe.model.attn_implementation, layout=plan.layout, device=args.device, dtype=_compute_dtype(args, recipe)
         ),
     )
+    trained_rows = inputs.chosen.prepare(model, inputs.tokenizer)
     if recipe.lora is not None:
-        model = add_lora(model, recipe.lora, gradient_checkpointing=_checkpoints_activations(args))
+        model = add_lora(model, trained_rows | recipe.lora, gradient_checkpointing=_checkpoints_activations(args))
     trainer = trainer_class(
         model,
         args,
         train_examples=inputs.train,
         plan=plan,
-        collator=PackCollator(
+        objective=inputs.chosen.objective,
+        collator=inputs.chosen.collator(
             layout=plan.layout,
             pad_token_id=inputs.tokenizer.pad_token_id,
             padded_to=resolve_strategy(plan.strategy).padded_to,
             max_length=recipe.data.max_length,
-            loss_weighting=recipe.objective.loss_weighting,
             position_start=position_start(model),
         ),
         eval_examples=inputs.held_out,
@@ -109,7 +109,8 @@ def build_trainer(
         callbacks=[RichProgress(console)],
     )
     trainer.remove_callback(PrinterCallback)
-    if not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):  # sharded weights run in the engine only
+    sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled  # such weights run in the engine only
+    if not sharded and recipe.objective.name != "block_diffusion":  # whose attention isolates and takes no other batch
         isolation = quick_check(model, plan.layout)
         isolation.refuse(allow_contamination=recipe.batching.allow_contamination)
         if console and trainer.is_world_process_zero():

@@ -77,6 +77,7 @@ class PackTrainer(Trainer):
             )
         self.plan, self.eval_plan, self.collator, self.objective = plan, eval_plan, collator, objective
         self.meter, self._logged_meter = Meter(), Meter()
+        self._sums: dict[str, torch.Tensor] = {}  # of the objective's own figures, since the last log
         super().__init__(
             model,
             args,
@@ -147,7 +148,10 @@ class PackTrainer(Trainer):
     ) -> torch.Tensor:
         """This micro-batch's share of the step's loss, times the ranks that the engine will average over."""
         assert num_items_in_batch is not None and not return_outputs
-        share = self.objective.losses(model, inputs, head=self._head).weighted_sum() / num_items_in_batch
+        losses = self.objective.losses(model, inputs, head=self._head)
+        if self.objective.sums is not None:
+            add_sums(self._sums, self.objective.sums(losses, inputs))
+        share = losses.weighted_sum() / num_items_in_batch
         return (share * self.accelerator.num_processes).float()
 
     # Evaluation
@@ -164,7 +168,7 @@ class PackTrainer(Trainer):
         """Held-out loss that does not depend on how the set was batched or dealt to ranks.
 
         `eval_loss` is the mean nll over supervised tokens, `eval_loss_per_example` the mean over examples of
-        their mean, `eval_tokens` the supervised tokens counted.
+        their mean, `eval_tokens` the supervised tokens counted. An objective's own `sums` come on top, or instead.
         """
         model = self.model_wrapped
         if model is self.model and not self.is_in_train:  # not prepared by train(): mixed precision still to be set up
@@ -172,9 +176,13 @@ class PackTrainer(Trainer):
         was_training = model.training
         model.eval()
         sums = torch.zeros(4, dtype=torch.float64, device=self.args.device)
+        own: dict[str, torch.Tensor] = {}
         for batch in dataloader:
             batch = self._prepare_inputs(batch)
-            sums += _evaluation_sums(self.objective.losses(model, batch, head=self._head), batch)
+            losses = self.objective.losses(model, batch, head=self._head)
+            sums += _evaluation_sums(losses, batch)
+            if self.objective.sums is not None:
+                add_sums(own, self.objective.sums(losses, batch))
         model.train(was_training)
         nll, tokens, example_nll, examples = self.accelerator.reduce(sums, reduction="sum").tolist()
         metrics = {
@@ -182,15 +190,19 @@ class PackTrainer(Trainer):
             f"{metric_key_prefix}_loss_per_example": example_nll / max(examples, 1),
             f"{metric_key_prefix}_tokens": int(tokens),
         }
+        own = {name: self.accelerator.reduce(own[name], reduction="sum") for name in sorted(own)}
+        metrics |= {f"{metric_key_prefix}_{name}": value for name, value in means_of(own).items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=int(examples))
 
     # Logs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Training logs gain this rank's real tokens/s and filler share since the last one."""
+        """Training logs gain this rank's real tokens/s, filler share and the objective's figures since the last one."""
         if "loss" in logs:
             logs |= self.meter.since(self._logged_meter)
             self._logged_meter = copy.copy(self.meter)
+            logs |= means_of(self._sums, skip=("loss",))
+            self._sums.clear()
         super().log(logs, start_time)
 
 
@@ -204,6 +216,18 @@ class StepEnd(TrainerCallback):
         self.meter.end_step()
         epoch, index = self.plan.locate(state.global_step - 1)
         state.epoch = epoch + (index + 1) / self.plan.steps_in_epoch(epoch)
+
+
+def add_sums(total: dict[str, torch.Tensor], more: dict[str, torch.Tensor]) -> None:
+    """Add to `total` in place: name -> float64 `[2]`, numerator and denominator."""
+    for name, pair in more.items():
+        total[name] = total[name] + pair if name in total else pair
+
+
+def means_of(sums: dict[str, torch.Tensor], skip: tuple[str, ...] = ()) -> dict[str, float]:
+    """Numerator / denominator of each sum that counted anything."""
+    pairs = {name: pair.tolist() for name, pair in sums.items() if name not in skip}
+    return {name: numerator / count for name, (numerator, count) in pairs.items() if count}
 
 
 def _evaluation_sums(losses: TokenLosses, batch: dict[str, Any]) -> torch.Tensor:

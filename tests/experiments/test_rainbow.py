@@ -5,43 +5,38 @@ from __future__ import annotations
 import json
 
 import numpy as np
-import pytest
 import torch
 
 from packtrain.experiments.rainbow import TAILS, Settings, run
 from packtrain.experiments.rainbow_evaluation import Verdict, markdown, measure
-from packtrain.experiments.rainbow_walks import EOS, FIRST_PAD, FIRST_WORD, Walks
+from packtrain.experiments.rainbow_walks import EOS, FIRST_PAD, Walks
 from packtrain.objectives.sampling import Samples
 
 
 def test_walks_follow_the_map_and_end_at_their_first_last_place():
-    walks = Walks(places=12, last_places=2)
-    drawn = walks.draw(3000, seed=0)
-    for words in drawn:
-        assert len(words) >= 3
-        for word, following in zip(words, words[1:], strict=False):
-            assert following // 4 == walks.next_place[word // 4, word % 4]
-        assert [walks.is_last(word) for word in words] == [False] * (len(words) - 1) + [True]
-    lengths = np.bincount([len(words) - 2 for words in drawn])
-    assert lengths[0] == 0 and len(lengths) <= 16
-    assert lengths[1] / 3000 == pytest.approx(1 / 6 / (1 - (5 / 6) ** 15), abs=0.03), (
-        "an even chance to end at each word"
-    )
-    assert len(Walks().prompts) > 256
+    walks = Walks()
+    prompts, answers = walks.draw(3000, seed=0)
+    for prompt, places in zip(prompts, answers, strict=True):
+        here = walks.places_of(prompt)[0]
+        for key, place in zip(prompt[1:], places, strict=False):
+            assert place == walks.next_place[here, key - walks.first_key]
+            here = place
+        assert [walks.is_last(place) for place in places] == [False] * (len(places) - 1) + [True]
+    lengths = np.bincount([len(places) for places in answers])
+    assert (lengths[:2] == 0).all() and np.allclose(lengths[2:] / 3000, 1 / 14, atol=0.02), "2 to 15, all as likely"
+    assert walks.draw(3000, seed=0)[0] == prompts and walks.draw(3000, seed=1)[0] != prompts
 
 
-def test_following_a_walk_literally():
-    """Four places in two wordings; place 3 is last."""
-    walks = Walks(places=4, last_places=1, wordings=2)
-    walks.__dict__["next_place"] = np.array([[1, 2], [2, 3], [3, 0], [0, 1]])
-    word = lambda place, wording: FIRST_WORD + place * 2 + wording  # noqa: E731
-    prompt, to_the_end = [word(0, 0)], [word(1, 0), word(2, 0), word(3, 1)]
-    assert walks.follow(prompt, to_the_end) == (3, 3)
-    assert walks.follow(prompt, [*to_the_end, word(0, 0)]) == (3, 3)
-    assert walks.follow(prompt, to_the_end[:2]) == (2, None)
-    assert walks.follow(prompt, [word(1, 0), EOS]) == (1, None)
-    assert walks.follow(prompt, [word(1, 1), word(3, 0)]) == (2, 2)
-    assert walks.follow(prompt, [word(2, 0), word(3, 0)]) == (0, 2), "it ends, but was no walk"
+def test_examples_are_the_walks_in_every_wording():
+    walks = Walks()
+    prompts, answers = walks.draw(400, seed=5)
+    examples, words = walks.examples(400, seed=5), set()
+    for i, (prompt, places) in enumerate(zip(prompts, answers, strict=True)):
+        ids, labels = examples[i]["input_ids"].tolist(), examples[i]["labels"].tolist()
+        assert ids[:16] == prompt and labels[:16] == [-100] * 16 and labels[16:] == ids[16:]
+        assert walks.places_of(ids[16:]) == places
+        words |= set(ids[16:])
+    assert len(words) == 3 * len({place for places in answers for place in places}), "every place in three wordings"
 
 
 def test_measuring_literally():
@@ -61,7 +56,7 @@ def test_measuring_literally():
 
 def test_a_run_is_stored_and_not_repeated(tmp_path):
     settings = Settings(
-        walks=Walks(places=12, last_places=2, longest=5), hidden_size=16, layers=1, rows=60, examples_per_step=8,
+        walks=Walks(longest=5), hidden_size=16, layers=1, rows=60, examples_per_step=8,
         base_steps=4, tune_steps=4, canvases=(8,), blocks=(1, 2), prompts=30,
     )  # fmt: skip
     where = dict(directory=tmp_path / "out", scratch=tmp_path / "base")

@@ -12,9 +12,10 @@ from packtrain.data.examples import Examples
 from packtrain.data.tails import CONTENT, EOS, PROMPT, TAIL, Canvas, Tail, TailedExamples
 from packtrain.errors import ModelError
 from packtrain.modeling.attention import NAME, register
+from packtrain.objectives.causal import CAUSAL_LM
 from packtrain.objectives.diffusion import make_bidirectional, masked_diffusion, sums_by_part
 from packtrain.objectives.noise import Masking, NoisingCollator, draw_masks
-from packtrain.packing.collator import MicroBatches
+from packtrain.packing.collator import MicroBatches, PackCollator
 from packtrain.packing.plan import MicroBatch
 from tests.tiny import CONFIGS, random_documents, tiny_model
 
@@ -212,6 +213,18 @@ def test_filler_is_nobodys_tail():
     padded = batch_of(examples, [0, 1], layout="padded", pad_token_id=PADS[0])
     on_filler = padded["attention_mask"] == 0
     assert on_filler.any() and not padded["parts"][on_filler].any() and not padded["loss_weights"][on_filler].any()
+
+
+def test_a_rainbow_may_fill_padded_causal_batches():
+    """There the fill is no tail: nobody attends it and nobody learns it, so the loss stays the same."""
+    model, rows = tiny_model("llama"), random_documents([9, 4, 14])
+    batch = PackCollator(layout="padded", pad_token_id=0)(rows)
+    filler = batch["attention_mask"] == 0
+    expected = CAUSAL_LM.losses(model, batch).nll
+    length = int(filler.sum())
+    batch["input_ids"][filler] = torch.from_numpy(TAIL_OF_THREE.tokens(length + 1)[1:])
+    assert set(batch["input_ids"][filler].tolist()) == set(PADS)
+    torch.testing.assert_close(CAUSAL_LM.losses(model, batch).nll, expected, atol=0, rtol=0)
 
 
 def test_parts_split_the_loss():

@@ -1,0 +1,113 @@
+"""Recipes with the diffusion objectives, from YAML to a trained, sampled model."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from packtrain.errors import PlanError, RecipeError
+from packtrain.experiments.rainbow_verbs import evaluate, sample
+from packtrain.packing.plan import make_plan
+from packtrain.recipe import load_recipe
+from packtrain.training.run import build_trainer, train
+
+QUIET = Console(quiet=True)
+RECIPE = """
+model:
+  config: {model_type: llama, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 1, num_attention_heads: 2,
+           num_key_value_heads: 2, tie_word_embeddings: false}
+  tokenizer_vocab_size: 300
+data: {path: packtrain:arithmetic, num_rows: 60, max_length: 128, overflow: drop, eval_size: 8}
+batching: {strategy: balanced, examples_per_step: 8, max_tokens: 2048}
+objective: {name: masked_diffusion, tail: rainbow, pad_count: 3, canvas: multiple_of, canvas_size: 16}
+training: {output_dir: OUT, learning_rate: 1e-3, max_steps: 12, logging_steps: 1, save_strategy: "no", report_to: none,
+           use_cpu: true}
+"""
+
+
+@pytest.fixture
+def recipe_path(tmp_path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.replace("OUT", str(tmp_path / "out")))
+    return path
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["lora={r: 4, target_modules: all-linear}", "batching.strategy=group_by_length", "objective.canvas=batch_max",
+         "objective.canvas_size=null"],
+        ["objective.tail=eos", "objective.norm=token", "objective.shift=true"],
+    ],
+    ids=["lora, batch_max, padded", "full, eos, Dream's"],
+)  # fmt: skip
+def test_train_sample_evaluate(recipe_path, overrides):
+    recipe = load_recipe(recipe_path, overrides)
+    summary = train(recipe, console=QUIET)
+    assert summary.filler_share == 0 and summary.updates == 12
+    assert len(sample(recipe, ["Mia has 3 coins.\n"], length=8)) == 1
+    table = evaluate(recipe, lengths=[64], blocks=[1, 4], prompts=2, steps=8)
+    assert table.count("\n") == 3 and (Path(summary.output_dir) / "evaluation/evaluation.json").exists()
+
+
+def test_the_parts_of_the_loss_are_logged_and_evaluated(recipe_path):
+    trainer, _ = build_trainer(load_recipe(recipe_path, ["training.max_steps=1"]), console=QUIET)
+    trainer.train()
+    logged = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert {"loss_content", "loss_eos", "loss_tail"} <= set(logged)
+    first, second = trainer.evaluate(), trainer.evaluate()
+    assert {"eval_loss_content", "eval_loss_eos", "eval_loss_tail"} <= set(first)
+    assert first["eval_loss"] == second["eval_loss"], "the noise of evaluation is always the same"
+
+
+def test_every_epoch_has_its_own_noise(recipe_path):
+    trainer, _ = build_trainer(load_recipe(recipe_path, ["training.max_steps=14"]), console=QUIET)
+    seen: list[dict[int, list[int]]] = []
+    for epoch in range(2):
+        loader = trainer.get_train_dataloader()
+        start = epoch * trainer.plan.steps_in_epoch(0)
+        loader.global_step = lambda start=start: start
+        seen.append({})
+        for batch in loader:
+            bounds = pairwise(batch["cu_seq_lens_q"].tolist())
+            for example, (start, stop) in zip(batch["example_ids"].tolist(), bounds, strict=True):
+                seen[-1][example] = batch["input_ids"][0, start:stop].tolist()
+    assert set(seen[0]) == set(seen[1])
+    assert sum(seen[0][i] != seen[1][i] for i in seen[0]) > len(seen[0]) // 2
+
+
+def test_block_diffusion_trains(recipe_path):
+    summary = train(load_recipe(recipe_path, ["objective={name: block_diffusion, block_size: 8}"]), console=QUIET)
+    assert summary.updates == 12 and summary.held_out_loss_after < summary.held_out_loss_before
+
+
+@pytest.mark.parametrize("strategy", ["balanced", "pad_longest", "group_by_length"])
+def test_all_documents_of_an_update_become_as_long_as_its_longest(strategy):
+    lengths = np.random.default_rng(0).integers(5, 60, size=103)
+    plan = make_plan(lengths, strategy=strategy, examples_per_step=10, max_tokens=130, num_epochs=2, equal_lengths=True)
+    for step in range(plan.total_steps):
+        longest = lengths[plan.examples(step)].max()
+        micro_batches = plan.micro_batches(step, 0)
+        assert all((batch.lengths == longest).all() and batch.lengths.sum() <= 130 for batch in micro_batches)
+        assert sorted(np.concatenate([b.example_ids for b in micro_batches])) == sorted(plan.examples(step))
+    with pytest.raises(PlanError, match="longest document"):
+        make_plan(lengths, strategy="bfd", max_tokens=130, equal_lengths=True)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["objective.canvas=null", "objective.canvas_size=null"], "does not go with the tail"),
+        (["objective.canvas=batch_max"], "canvas_size"),
+        (["data.overflow=truncate"], "cuts answers"),
+        (["objective.name=causal_lm"], "has no effect on `causal_lm`"),
+        (["objective.block_size=8"], "has no effect on `masked_diffusion`"),
+    ],
+)
+def test_contradictions(recipe_path, overrides, message):
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(recipe_path, overrides)
