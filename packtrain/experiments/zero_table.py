@@ -1,12 +1,12 @@
 """The same recipe on every engine: losses side by side, and bytes per rank beside the formulas.
 
-    python -m packtrain.experiments.zero_table                    # from the repository's root; 20 minutes on two cores
-    python -m packtrain.experiments.zero_table --only losses
-    python -m packtrain.experiments.zero_table --ranks 2 --set model.config.num_hidden_layers=8
+    python -m packtrain.experiments.zero_table losses       # from the repository's root; minutes on two cores
+    python -m packtrain.experiments.zero_table losses --ranks 4 --set model.config.num_hidden_layers=8
+    python -m packtrain.experiments.zero_table bytes
 
 Every run is started as a user starts it, `accelerate launch --config_file launch/...`, with the same seed, for 20
-updates in float32, in full and with LoRA. `results/zero/` gets `losses.csv` (every update of every run), `bytes.csv`
-(every kind of state on 1, 2 and 4 ranks) and `README.md` with both tables and the machine.
+updates in float32, in full and with LoRA. `results/zero/` gets a table for reading, `losses.md` and `bytes.md`, with
+the machine, and every figure in `losses.csv` (each update of each run) and `bytes.csv` (each kind of state).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-import shutil
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -30,11 +30,15 @@ from packtrain.training.summary import describe_machine, package_versions
 
 UPDATES = 20
 BASE = {
-    "data.num_rows": 800,
+    "model.config.hidden_size": 64,
+    "model.config.intermediate_size": 176,
+    "model.config.num_hidden_layers": 2,
+    "data.num_rows": 400,
     "data.eval_size": 0,
-    "data.max_length": 768,
+    "data.max_length": 512,
     "data.overflow": "drop",
-    "batching.max_tokens": 1024,  # small, for several micro-batches per update
+    "batching.examples_per_step": 16,
+    "batching.max_tokens": 512,  # small, for several micro-batches per update
     "training.eval_strategy": "no",
     "training.max_steps": UPDATES,
     "training.logging_steps": 1,
@@ -65,8 +69,11 @@ class Run:
         return [sys.executable, *(launcher if self.ranks > 1 or self.overrides else []), *program]
 
 
-def runs(ranks: int, nvme: Path | None) -> list[Run]:
-    """The reference first. FSDP2 is among them where GPUs are: on CPU accelerate would run DDP under its name."""
+def runs(ranks: int) -> list[Run]:
+    """The reference first. FSDP2 is among them where GPUs are: on CPU accelerate would run DDP under its name.
+
+    NVMe offload is not: of so small a model DeepSpeed puts nothing on the drive (`tests/launch` has it).
+    """
     import torch
 
     x = f" x{ranks}"
@@ -77,13 +84,6 @@ def runs(ranks: int, nvme: Path | None) -> list[Run]:
             *(Run(name=f"ZeRO-{stage}" + x, launch=f"zero{stage}", ranks=ranks) for stage in (1, 2, 3)),
             Run(name="ZeRO-3, CPU offload" + x, launch="zero3_offload_cpu", ranks=ranks),
         ]
-        if nvme is not None:
-            config = json.loads(Path("launch/deepspeed/zero3_offload_nvme.json").read_text(encoding="utf-8"))
-            for section in ("offload_param", "offload_optimizer"):
-                config["zero_optimization"][section]["nvme_path"] = str(nvme)
-            path = nvme / "zero3_offload_nvme.json"
-            path.write_text(json.dumps(config), encoding="utf-8")
-            found.append(Run(name="ZeRO-3, NVMe offload" + x, overrides={"deepspeed": path}, ranks=ranks))
     if torch.cuda.device_count() >= ranks:
         found.append(Run(name="FSDP2" + x, launch="fsdp2", ranks=ranks))
     return found
@@ -98,7 +98,7 @@ def losses(ranks: int, scratch: Path, extra: Sequence[str] = ()) -> list[dict[st
     rows = []
     for trained, lora in TRAINED.items():
         reference = None
-        for run in runs(ranks, _nvme(scratch)):
+        for run in runs(ranks):
             output = scratch / f"{trained} {run.name}".replace(",", "").replace(" ", "_")
             overrides = BASE | lora | {"training.output_dir": output} | dict(one.split("=", 1) for one in extra)
             _start(run.command(overrides), f"{trained}, {run.name}")
@@ -120,19 +120,6 @@ def losses(ranks: int, scratch: Path, extra: Sequence[str] = ()) -> list[dict[st
                 }
             )
     return rows
-
-
-def _nvme(scratch: Path) -> Path | None:
-    """A directory for NVMe offload, where DeepSpeed's async-io can be built."""
-    if find_spec("deepspeed") is None:
-        return None
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
-    if not AsyncIOBuilder().is_compatible(verbose=False):
-        return None
-    path = scratch / "nvme"
-    path.mkdir(exist_ok=True)
-    return path
 
 
 def _weights(directory: Path) -> dict[str, Any]:
@@ -230,43 +217,49 @@ def _of_ddp(row: Mapping[str, Any], dtype: str) -> str:
     return "float32" if row["engine"] == "ddp" else dtype
 
 
-def main(
-    out: Annotated[Path, typer.Option(help="Where the tables go.")] = Path("results/zero"),
-    only: Annotated[str, typer.Option(help="`losses` or `bytes`.")] = "",
-    ranks: Annotated[int, typer.Option(min=2, help="Of the runs whose losses are compared.")] = 2,
+app = typer.Typer(add_completion=False, help="Run every engine, compare, and write the tables.")
+Out = Annotated[Path, typer.Option(metavar="DIR", help="Where the table goes.")]
+
+
+@app.command("losses")
+def losses_command(
+    out: Out = Path("results/zero"),
+    ranks: Annotated[int, typer.Option(min=2)] = 2,
     overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE")] = None,
 ) -> None:
-    """Run every engine, compare, and write the tables. Exit code 1 if a loss differs by more than 1e-4."""
+    """Losses of every engine. Exit code 1 if one differs by more than 1e-4."""
+    with tempfile.TemporaryDirectory(prefix="packtrain-zero-") as scratch:
+        rows = losses(ranks, Path(scratch), overrides or ())
     out.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix="packtrain-zero-"))
-    worst, parts = 0.0, []
-    try:
-        if only != "bytes":
-            rows = losses(ranks, scratch, overrides or ())
-            write_losses(rows, out)
-            worst = max(row["loss differs by"] for row in rows)
-            parts.append(f"## Losses\n\n{LOSSES_TEXT.format(updates=UPDATES)}\n\n{loss_table(rows)}")
-        if only != "losses":
-            rows = state_rows(scratch)
-            write_bytes(rows, out)
-            for trained in TRAINED:
-                parts.append(f"## Bytes per rank, {trained}\n\n{BYTES_TEXT}\n\n{byte_table(rows, trained=trained)}")
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    about = {"machine": describe_machine(), "versions": package_versions()}
-    command = "python -m packtrain.experiments.zero_table" + (f" --only {only}" if only else "")
-    parts.append(f"## Where\n\n`{command}`\n\n```json\n{json.dumps(about, indent=1)}\n```")
-    text = "# The same recipe on every engine\n\n" + "\n\n".join(parts) + "\n"
-    (out / "README.md").write_text(text, encoding="utf-8")
+    write_losses(rows, out)
+    _write("losses", f"# The same recipe on every engine\n\n{LOSSES_TEXT}\n\n{loss_table(rows)}", out)
+    raise typer.Exit(int(max(row["loss differs by"] for row in rows) > TOLERANCE))
+
+
+@app.command("bytes")
+def bytes_command(out: Out = Path("results/zero")) -> None:
+    """Bytes of every kind of state on 1, 2 and 4 ranks, beside the formulas."""
+    with tempfile.TemporaryDirectory(prefix="packtrain-zero-") as scratch:
+        rows = state_rows(Path(scratch))
+    out.mkdir(parents=True, exist_ok=True)
+    write_bytes(rows, out)
+    tables = [f"## {trained}\n\n{byte_table(rows, trained=trained)}" for trained in TRAINED]
+    _write("bytes", "\n\n".join([f"# Bytes per rank\n\n{BYTES_TEXT}", *tables]), out)
+
+
+def _write(name: str, text: str, directory: Path) -> None:
+    """The table, the command and the machine, as `name.md`."""
+    command = shlex.join(["python", "-m", "packtrain.experiments.zero_table", *sys.argv[1:]])
+    about = json.dumps({"machine": describe_machine(), "versions": package_versions()}, indent=1)
+    (directory / f"{name}.md").write_text(f"{text}\n\n`{command}`\n\n```json\n{about}\n```\n", encoding="utf-8")
     print(text)
-    raise typer.Exit(int(worst > TOLERANCE))
 
 
 LOSSES_TEXT = (
-    "`recipes/quickstart.yaml` in float32, {updates} updates of 32 examples in micro-batches of at most 1,024 tokens, "
-    "every run started through `launch/` where it has a file. The last three columns are differences to the single "
-    "process: the largest relative one of the loss and of the gradient norm over all updates, and the largest "
-    "absolute one of a weight of the saved model."
+    f"A Llama of two layers on generated arithmetic in float32: {UPDATES} updates of 16 examples in micro-batches of at "
+    "most 512 tokens, every run started through `launch/` where it has a file. The last three columns are differences "
+    "to the single process: the largest relative one of the loss and of the gradient norm over all updates, and the "
+    "largest absolute one of a weight of the saved model."
 )
 BYTES_TEXT = (
     "Measured / formula, in bytes, for a tiny Llama in bfloat16 (DDP: float32); `bytes.csv` has float32, too. ZeRO-2 "
@@ -274,4 +267,4 @@ BYTES_TEXT = (
 )
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

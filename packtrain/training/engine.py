@@ -5,7 +5,7 @@ one micro-batch per update instead of four). So the same record is filled twice,
 recipe and the plan say and once from the engine that runs, and every field has to agree before the first step:
 
     engine       DeepSpeed ZeRO-2 on 2 ranks, bf16, 4 micro-batches per update, gradients clipped at 1.0
-    parameters   846,208 trained, 0 frozen
+    parameters   846,208 trained (bfloat16), 0 frozen
     per rank     parameters 1.6 MiB, master weights 1.6 MiB
 
 `engine.json` in the run's directory keeps it, with the bytes that every rank holds before and after the first update.
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import DistributedType, gather_object
 from rich.console import Console
+from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
 from packtrain.errors import LaunchError
@@ -132,6 +134,8 @@ def fit(trainer: PackTrainer, checkpoint: str | None = None, *, console: Console
     """
     if checkpoint is not None:
         prepare_resume(trainer, checkpoint)
+    if trainer.is_deepspeed_enabled:  # 0.19 calls what torch 2.13 has renamed, in every layer of every step
+        warnings.filterwarnings("ignore", message=r".torch\.distributed\.", category=FutureWarning)
     asked = asked_engine(trainer.args, trainer.args.deepspeed)
     trainer.add_callback(EngineReport(trainer, asked, resumed_from=checkpoint, console=console))
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -165,11 +169,15 @@ class EngineReport(TrainerCallback):
             raise LaunchError("the run is not what was asked for: " + "; ".join(found), fix=fix)
         if self.resumed_from is not None:
             mend_resumed_optimizer(self.trainer, self.resumed_from)
-        trained, frozen = count_parameters(self.trainer.accelerator.unwrap_model(self.trainer.model))
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        trained, frozen = count_parameters(model)
+        dtypes = _dtypes(model)
         self.record = {"engine": asdict(in_force), "trained_parameters": trained, "frozen_parameters": frozen}
-        self.record["bytes_per_rank_before"] = self._count()
+        self.record |= {"dtypes": dtypes, "bytes_per_rank_before": self._count()}
         self._say("engine", str(in_force))
-        self._say("parameters", f"{trained:,} trained, {frozen:,} frozen")
+        counts = {"trained": trained, "frozen": frozen}
+        words = (f"{n:,} {kind}" + (f" ({', '.join(dtypes[kind])})" if n else "") for kind, n in counts.items())
+        self._say("parameters", ", ".join(words))
         self._say("per rank", _in_words(self.record["bytes_per_rank_before"]))
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -189,6 +197,15 @@ class EngineReport(TrainerCallback):
     def _say(self, what: str, text: str) -> None:
         if self.trainer.is_world_process_zero():
             self.console.print(f"[bold]{what:<12}[/] {text}", highlight=False, soft_wrap=True)
+
+
+def _dtypes(model: nn.Module) -> dict[str, list[str]]:
+    """What forward and backward compute with: dtypes of trained and of frozen parameters."""
+    kinds = {"trained": True, "frozen": False}
+    return {
+        kind: sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad is trained})
+        for kind, trained in kinds.items()
+    }
 
 
 def _plain(world_size: int) -> str:

@@ -101,11 +101,12 @@ def _deepspeed(p: Parameters, engine: str, n: int, half: bool, accumulates: bool
         held = item * (flat + sum(p.frozen))
     whole_gradients = stage == 1 and accumulates  # ZeRO-1 shards them only after the last micro-batch
     gradients = item * (sum(p.trained) if whole_gradients else shard)
+    basis = ESTIMATED if where == NVME else EXACT  # what is below 1 MiB on a rank stays in memory
     lines = [
-        Line(what="parameters", bytes=held, where=where),
+        Line(what="parameters", bytes=held, where=where, basis=basis),
         Line(what="gradients", bytes=gradients, where=grads_at),
-        Line(what="master weights", bytes=4 * shard, where=where),
-        Line(what="optimizer states", bytes=8 * shard, where=where),
+        Line(what="master weights", bytes=4 * shard, where=where, basis=basis),
+        Line(what="optimizer states", bytes=8 * shard, where=where, basis=basis),
     ]
     if stage == 3:
         small = 10 * p.hidden_size  # the persistence threshold that `auto` stands for

@@ -6,6 +6,7 @@ to an accelerate config does as well. It is started on every visible GPU, or on 
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -55,3 +56,23 @@ def find_launch_file(name: str) -> Path:
     near = did_you_mean(name, known)
     fix = f"did you mean {near}?" if near else f"one of {', '.join(known)}" if known else "give a path"
     raise LaunchError("there is no such launch file", key="--launch", value=name, fix=fix)
+
+
+def engine_of(file: Path) -> str:
+    """What a launch file starts, as the plan of memory calls it: `ddp`, `zero2`, `zero3_offload_cpu`, `fsdp2` ...
+
+    Raises:
+        LaunchError: a DeepSpeed run without a config file.
+    """
+    config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    kind = config.get("distributed_type")
+    if kind != "DEEPSPEED":
+        return "fsdp2" if kind == "FSDP" else "ddp"
+    given = (config.get("deepspeed_config") or {}).get("deepspeed_config_file")
+    path = next((path for path in (Path(given or ""), file.parent.parent / (given or "")) if path.is_file()), None)
+    if path is None:
+        fix = "name it as deepspeed_config_file, as launch/zero2.yaml does"
+        raise LaunchError("has no DeepSpeed config", where=str(file), key="deepspeed_config", value=given, fix=fix)
+    zero = json.loads(path.read_text(encoding="utf-8"))["zero_optimization"]
+    devices = {(zero.get(name) or {}).get("device", "none") for name in ("offload_param", "offload_optimizer")}
+    return f"zero{zero['stage']}" + "".join(f"_offload_{device}" for device in sorted(devices - {"none"}))

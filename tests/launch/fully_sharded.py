@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
+from packtrain.modeling.attention import register
 from packtrain.objectives.causal import causal_lm_losses
 from packtrain.objectives.logits import output_head
 from packtrain.packing.collator import PackCollator
@@ -31,6 +32,7 @@ def train(model: torch.nn.Module, batches: list[dict]) -> list[float]:
 def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
+    register()
     collator = PackCollator(layout="flat", pad_token_id=0)
     batches = [collator(random_documents([9, 4, 17], seed=seed)) for seed in range(STEPS)]  # the same on both ranks
     expected = train(tiny_model("llama", attn_implementation="packtrain_varlen"), batches)

@@ -57,6 +57,11 @@ def run(directory: Path, config: str | None, ranks: int, *options: str) -> list[
     return [json.loads((directory / f"rank{rank}.json").read_text()) for rank in range(ranks)]
 
 
+def say(line: str) -> None:
+    """A measured figure, for whoever runs pytest with -s."""
+    print(f"\n  {line}", flush=True)
+
+
 def log(directory: Path) -> str:
     return (directory / "log.txt").read_text()
 

@@ -53,6 +53,7 @@ def test_a_run_stores_what_is_in_force(tmp_path):
     assert stored["engine"]["gradient_accumulation_steps"] == trainer.plan.gradient_accumulation_steps
     elements = sum(parameter.numel() for parameter in trainer.model.parameters())
     assert stored["trained_parameters"] == elements
+    assert stored["dtypes"] == {"trained": ["float32"], "frozen": []}
     before, after = stored["bytes_per_rank_before"][0], stored["bytes_per_rank_after"][0]
     assert before == {"parameters": 4 * elements, "gradients": 0, "master weights": 0, "optimizer states": 0}
     assert after == before | {"optimizer states": 8 * elements}

@@ -1,6 +1,8 @@
-"""Runs of several processes, started through launch/ as users start them: `pytest -m slow tests/launch`.
+"""Runs of several processes, started through launch/ as users start them.
 
-Ten minutes on two quiet cores. What needs DeepSpeed is skipped where it is not installed.
+    pytest -m slow -s tests/launch        # a quarter of an hour on two quiet cores; prints what it measured
+
+What needs DeepSpeed, libaio or network namespaces is skipped, with the reason, where they are not.
 """
 
 from __future__ import annotations
@@ -10,12 +12,13 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 
 from packtrain.experiments.zero_table import state_rows
-from tests.launch.helpers import LORA, RECIPE, ROOT, difference, log, needs_deepspeed, run, start, weights
+from tests.launch.helpers import LORA, RECIPE, ROOT, difference, log, needs_deepspeed, run, say, start, weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -36,10 +39,16 @@ def alone(tmp_path_factory):
 @pytest.mark.parametrize("trained", ["full", "lora"])
 @pytest.mark.parametrize("config", [*WITH_ZERO, pytest.param("zero3_offload_cpu", marks=needs_deepspeed)])
 def test_every_engine_trains_the_same(tmp_path, alone, config, trained):
-    """Losses, gradient norms and the saved model; ZeRO-3 with logits at supervised positions and varlen attention."""
+    """Losses, gradient norms and the saved model; ZeRO-3 with logits at supervised positions and varlen attention.
+
+    With LoRA the engines also recompute activations, which the one process does not.
+    """
     expected, expected_weights = alone[trained]
-    found = run(tmp_path, config, 2, *([LORA] if trained == "lora" else []))[0]
+    options = [LORA, "training.gradient_checkpointing=true"] if trained == "lora" else []
+    found = run(tmp_path, config, 2, *options)[0]
     assert found["attention"] == "packtrain_varlen"
+    relative = [abs(loss / expected["losses"][step] - 1) for step, loss in found["losses"].items()]
+    say(f"{config}, {trained}: losses differ from one process's by at most {max(relative):.1e}")
     for figure in ("losses", "norms"):
         np.testing.assert_allclose(list(found[figure].values()), list(expected[figure].values()), rtol=1e-4)
     assert difference(weights(tmp_path), expected_weights) < 1e-4
@@ -50,7 +59,9 @@ def test_a_killed_rank_ends_the_job_and_the_run_resumes(tmp_path, config):
     saving = ("training.save_strategy=steps", "training.save_steps=3", "training.max_steps=8")
     unbroken = run(tmp_path / "unbroken", config, 2, *saving)
     killed = start(tmp_path / "killed", config, 2, *saving, "die=1:6")
-    assert killed.wait(timeout=900) != 0
+    code = killed.wait(timeout=900)
+    ended_after = time.time() - (tmp_path / "killed/died").stat().st_mtime
+    assert code != 0
     message = log(tmp_path / "killed")
     assert "SIGKILL" in message or "exitcode  : -9" in message
     assert "rank      : 1" in message
@@ -62,6 +73,8 @@ def test_a_killed_rank_ends_the_job_and_the_run_resumes(tmp_path, config):
     for rank in range(2):
         assert all(unbroken[rank]["read"][step] == read for step, read in resumed[rank]["read"].items())
     largest = difference(weights(tmp_path / "resumed"), weights(tmp_path / "unbroken"))
+    say(f"{config}: the job ended {ended_after:.1f} s after rank 1 was killed, with exit code {code}")
+    say(f"{config}: resumed and unbroken weights differ by at most {largest:.1e}")
     assert largest == 0 if config == "ddp" else largest <= 1e-6
 
 
@@ -81,7 +94,9 @@ def test_resuming_on_other_numbers_of_ranks(tmp_path, config):
     losses = {int(step): loss for part in parts for step, loss in part["losses"].items()}
     expected = {int(step): loss for step, loss in whole["losses"].items()}
     assert losses.keys() == expected.keys()
-    np.testing.assert_allclose([losses[s] for s in sorted(losses)], [expected[s] for s in sorted(losses)], rtol=1e-5)
+    relative = [abs(losses[step] - expected[step]) / expected[step] for step in losses]
+    say(f"{config}: 2 -> 1 -> 4 ranks, {total} updates, losses differ from 2 ranks' by at most {max(relative):.1e}")
+    assert max(relative) < 1e-5
     for epoch in range(2):
         read = [i for part in parts for step, ids in part["read"].items() if part["epochs"][step] == epoch for i in ids]
         assert sorted(read) == list(range(whole["examples"]))
@@ -98,22 +113,35 @@ def test_shards_are_not_read_by_another_engine_or_stage(tmp_path):
 
 
 @needs_deepspeed
-def test_states_on_a_drive(tmp_path, alone):
-    """ZeRO-Infinity on plain disk: the same losses, and a resumed run ends where an unbroken one does."""
+def test_states_on_a_drive(tmp_path):
+    """ZeRO-Infinity on plain disk: the same losses; resuming, which DeepSpeed gets wrong, is refused.
+
+    The model is wider than the others': what is below 1 MiB on a rank DeepSpeed keeps in memory, whatever was asked.
+    """
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if shutil.which("g++") is None or not AsyncIOBuilder().is_compatible(verbose=False):
         pytest.skip("needs g++ and libaio's headers (Debian: libaio-dev)")
     drive = tmp_path / "drive"
     drive.mkdir()
+    wide = ("model.config.hidden_size=512", "model.config.intermediate_size=1408", "model.config.num_hidden_layers=1")
+    wide += ("training.learning_rate=3e-4", "training.max_steps=6")
     zero = f"{{stage: 3, offload_param: {{device: nvme, nvme_path: {drive}}}, "
     zero += f"offload_optimizer: {{device: nvme, nvme_path: {drive}}}}}"
-    config = f"training.deepspeed={{zero_optimization: {zero}}}"
-    found = run(tmp_path / "run", "ddp", 2, config)[0]
-    expected, expected_weights = alone["full"]
-    np.testing.assert_allclose(list(found["losses"].values()), list(expected["losses"].values()), rtol=1e-4)
-    assert difference(weights(tmp_path / "run"), expected_weights) < 1e-4
-    assert any(drive.rglob("*.swp"))
+    offloaded = (f"training.deepspeed={{zero_optimization: {zero}}}", "training.save_strategy=steps")
+    expected = run(tmp_path / "alone", None, 1, *wide)[0]["losses"]
+    found = run(tmp_path / "run", "ddp", 2, *wide, *offloaded, "training.save_steps=3")[0]["losses"]
+    relative = [abs(loss / expected[step] - 1) for step, loss in found.items()]
+    written = sum(file.stat().st_size for file in drive.rglob("*.swp"))
+    say(f"NVMe offload x2: losses differ from one process's by at most {max(relative):.1e}; {written:,} bytes on disk")
+    assert max(relative) < 1e-4
+    elements = sum(weight.numel() for weight in weights(tmp_path / "alone").values())
+    assert written > 12 * elements  # master weights and both moments at least
+    resume = f"resume={tmp_path / 'run/run/checkpoint-3'}"
+    for config, options in {"ddp": offloaded, "zero3": ()}.items():
+        refused = start(tmp_path / config, config, 2, *wide, *options, resume)
+        assert refused.wait() != 0
+        assert "states on NVMe can't be resumed" in log(tmp_path / config)
 
 
 @pytest.mark.parametrize("config", ["ddp", pytest.param("multi_node", marks=needs_deepspeed)])
@@ -134,6 +162,8 @@ def test_two_hosts_train_what_one_does(tmp_path, alone, config):
     assert done.returncode == 0, done.stderr[-4000:]
     expected, expected_weights = alone["full"]
     found = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    relative = [abs(loss / expected["losses"][step] - 1) for step, loss in found[0]["losses"].items()]
+    say(f"{config}: two hosts' losses differ from one process's by at most {max(relative):.1e}")
     np.testing.assert_allclose(list(found[0]["losses"].values()), list(expected["losses"].values()), rtol=1e-5)
     assert difference(weights(tmp_path), expected_weights) < 1e-4
     for step, ids in expected["read"].items():

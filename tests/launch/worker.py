@@ -25,11 +25,12 @@ from packtrain.training.run import build_trainer
 class Leave(TrainerCallback):
     """Stop after an update, or be killed at the beginning of one."""
 
-    def __init__(self, stop: int | None, die: tuple[int, int] | None):
-        self.stop, self.die = stop, die
+    def __init__(self, stop: int | None, die: tuple[int, int] | None, out: Path):
+        self.stop, self.die, self.out = stop, die, out
 
     def on_step_begin(self, args, state, control, **kwargs):
         if self.die == (args.process_index, state.global_step + 1):
+            (self.out / "died").touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -43,7 +44,7 @@ def main(recipe: str, out: str, *words: str) -> None:
     resume, stop, die = (options.pop(name, None) for name in ("resume", "stop", "die"))
     trainer, _ = build_trainer(load_recipe(recipe, [f"{key}={value}" for key, value in options.items()]))
     rank, at = (int(part) for part in die.split(":")) if die else (None, None)
-    trainer.add_callback(Leave(int(stop) if stop else None, (rank, at) if die else None))
+    trainer.add_callback(Leave(int(stop) if stop else None, (rank, at) if die else None, Path(out)))
     read: dict[int, list[int]] = {}
     fetch = trainer.get_batch_samples
 
