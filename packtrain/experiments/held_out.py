@@ -9,21 +9,21 @@ import torch
 from transformers import TrainerCallback
 
 from packtrain.experiments.results import HeldOut, RunWriter
-from packtrain.objectives.causal import causal_lm_losses
+from packtrain.objectives.objective import Objective
 from packtrain.training.loader import PlanLoader
 from packtrain.training.trainer import document_of
 
 
 @torch.no_grad()
-def held_out_loss(model: torch.nn.Module, loader: PlanLoader, *, update: int) -> HeldOut:
-    """Evaluate `model` on the batches of `loader`; dropout is off meanwhile."""
+def held_out_loss(model: torch.nn.Module, loader: PlanLoader, objective: Objective, *, update: int) -> HeldOut:
+    """Evaluate `model` on the batches of `loader`; dropout is off meanwhile. No token has a weight here."""
     device = next(model.parameters()).device
     sums = torch.zeros(4, dtype=torch.float64)  # nll, tokens, means of examples, examples
     was_training = model.training
     model.eval()
     for batch in loader:
         batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
-        losses = causal_lm_losses(model, batch)
+        losses = objective.losses(model, batch)
         documents = document_of(batch).flatten()[losses.index]  # [N]
         nll = torch.bincount(documents, weights=losses.nll.double())  # [S]
         tokens = torch.bincount(documents)  # [S]
@@ -38,13 +38,13 @@ def held_out_loss(model: torch.nn.Module, loader: PlanLoader, *, update: int) ->
 class EvaluateHeldOut(TrainerCallback):
     """Before the first update, every `every` updates, and after the last."""
 
-    def __init__(self, *, loader: PlanLoader, writer: RunWriter, every: int | None):
-        self.loader, self.writer, self.every = loader, writer, every
+    def __init__(self, *, loader: PlanLoader, objective: Objective, writer: RunWriter, every: int | None):
+        self.loader, self.objective, self.writer, self.every = loader, objective, writer, every
         self.evaluated = -1
 
     def _evaluate(self, model: torch.nn.Module, update: int) -> None:
         if update != self.evaluated:
-            self.writer.write(held_out_loss(model, self.loader, update=update))
+            self.writer.write(held_out_loss(model, self.loader, self.objective, update=update))
             self.evaluated = update
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):

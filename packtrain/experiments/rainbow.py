@@ -3,8 +3,8 @@
     python -m packtrain.experiments.rainbow --seeds 0 1 2
 
 The task is `rainbow_walks`. A tiny bidirectional Llama first learns to walk from answers without tails; each tail then
-tunes a copy of it. Results go to `results/rainbow/trained/`, one file per seed and tail as soon as it is done; what is
-there already is not trained again.
+tunes a copy of it. Results go to `results/rainbow/trained/`, one file per seed and tail as soon as it is done, and a
+table with a picture at the end; what is there already is not trained again.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import copy
 import hashlib
 import json
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -23,7 +24,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from packtrain.data.tails import Canvas, Tail, TailedExamples
-from packtrain.experiments.rainbow_evaluation import Measured, Verdict, measure
+from packtrain.experiments.rainbow_evaluation import Measured, Verdict, markdown, measure
+from packtrain.experiments.rainbow_pictures import draw_lengths
 from packtrain.experiments.rainbow_walks import EOS, FILLER, FIRST_PAD, FIRST_WORD, MASK, PADS, Walks
 from packtrain.modeling.attention import register
 from packtrain.objectives.diffusion import make_bidirectional, masked_diffusion, sums_by_part
@@ -31,6 +33,7 @@ from packtrain.objectives.noise import Masking, NoisingCollator
 from packtrain.objectives.sampling import Samples, Sampling, generate
 from packtrain.packing.collator import MicroBatches
 from packtrain.packing.plan import make_plan
+from packtrain.training.summary import describe_machine
 
 MASKING = Masking(mask_token_id=MASK)
 ALL_PADS = tuple(range(FIRST_PAD, FIRST_PAD + PADS))
@@ -193,13 +196,48 @@ def run(settings: Settings, *, seeds: Sequence[int], directory: Path, scratch: P
             path.write_text(json.dumps(result, indent=1) + "\n")
 
 
+def report(directory: Path) -> str:
+    """Means over seeds of everything in `directory/runs`, as `README.md` and `lengths.png`; returns the text."""
+    results = [json.loads(path.read_text()) for path in sorted((directory / "runs").glob("*.json"))]
+    rows: list[tuple[str, Measured]] = []
+    for name in (name for name in TAILS if any(result["tail"] == name for result in results)):
+        for measured in zip(*(result["measured"] for result in results if result["tail"] == name), strict=True):
+            means = {key: sum(row[key] for row in measured) / len(measured) for key in measured[0]}
+            whole = {key: measured[0][key] for key in ("canvas", "blocks")} | {
+                "answers": sum(r["answers"] for r in measured)
+            }
+            rows.append((name, Measured(**means | whole)))
+    seeds = sorted({result["seed"] for result in results})
+    settings = results[0]["settings"]
+    walks = settings["walks"]
+    text = "\n\n".join([
+        "# Tails, trained",
+        f"Walks of {walks['shortest']} to {walks['longest']} places, all lengths as likely, every place worded in "
+        f"{walks['wordings']} equally good ways (`packtrain/experiments/rainbow_walks.py`). A Llama of {settings['layers']} "
+        f"layers and width {settings['hidden_size']}, bidirectional, {settings['base_steps']:,} updates without tails, then "
+        f"{settings['tune_steps']:,} with each; canvases up to {settings['largest_canvas']} sampled in training. "
+        f"{settings['prompts']} prompts, one token a step, the surest first; means over seeds {seeds}.",
+        markdown(rows, label="tail"),
+        "![lengths and early stops against the allocated length, one block](lengths.png)",
+        "`python -m packtrain.experiments.rainbow`, " + describe_machine()["cpu"] + ".",
+    ])  # fmt: skip
+    (directory / "README.md").write_text(text + "\n")
+    draw_lengths(
+        {name: [row for own, row in rows if own == name and row.blocks == 1] for name, _ in rows},
+        directory / "lengths.png",
+    )
+    return text
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output-dir", type=Path, default=Path("results/rainbow/trained"))
-    parser.add_argument("--scratch", type=Path, default=Path("/tmp/packtrain-rainbow"), help="for base models")
+    scratch = Path(tempfile.gettempdir(), "packtrain-rainbow")
+    parser.add_argument("--scratch", type=Path, default=scratch, help="for base models")
     options = parser.parse_args(arguments)
     run(Settings(), seeds=options.seeds, directory=options.output_dir, scratch=options.scratch)
+    print(report(options.output_dir))
 
 
 if __name__ == "__main__":

@@ -102,7 +102,9 @@ def _train(job: Job, recipe: Recipe, writer: RunWriter, began: float) -> End:
         trainer.add_callback(StopAfter(job.updates))
     elif inputs.held_out is not None:
         loader = packtrain.get_eval_dataloader()
-        trainer.add_callback(EvaluateHeldOut(loader=loader, writer=writer, every=job.eval_every))
+        trainer.add_callback(
+            EvaluateHeldOut(loader=loader, objective=packtrain.objective, writer=writer, every=job.eval_every)
+        )
     reset_peak()
     trainer.train()
     if recorder.first_began is None:

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import torch
 
-from packtrain.experiments.rainbow import TAILS, Settings, run
+from packtrain.experiments.rainbow import TAILS, Settings, report, run
 from packtrain.experiments.rainbow_evaluation import Verdict, markdown, measure
 from packtrain.experiments.rainbow_walks import EOS, FIRST_PAD, Walks
 from packtrain.objectives.sampling import Samples
@@ -64,6 +64,7 @@ def test_a_run_is_stored_and_not_repeated(tmp_path):
     paths = sorted((tmp_path / "out/runs").glob("*.json"))
     assert len(paths) == len(TAILS)
     before = {path: path.read_text() for path in paths}
+    assert report(tmp_path / "out").count("| rainbow K=7 | 8 |") == 2, "one line for each number of blocks"
     result = json.loads(before[paths[0]])
     assert [row["blocks"] for row in result["measured"]] == [1, 2] and result["measured"][0]["answers"] == 30
     assert result["curve"][-1]["step"] == 4 and result["curve"][-1]["content"] > 0
