@@ -1,4 +1,4 @@
-"""The command line: `packtrain train | plan | show | audit | compare | report`.
+"""The command line: `packtrain train | plan | show | audit | compare | report | sample | evaluate`.
 
     packtrain train recipes/quickstart.yaml
     packtrain audit gpt_oss
@@ -18,7 +18,7 @@ import shlex
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -26,10 +26,9 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from packtrain import __version__
+from packtrain.cli_diffusion import evaluate, sample
+from packtrain.cli_options import Gpus, Overrides, RecipePath, load_checked
 from packtrain.errors import PacktrainError
-
-if TYPE_CHECKING:
-    from packtrain.recipe import Recipe
 
 RANK = int(os.environ.get("RANK", "0"))
 LAST = "last"  # the value of a bare --resume
@@ -77,18 +76,6 @@ app = typer.Typer(
     help="Packing and padding for LLM fine-tuning: a step is a set of examples, a strategy only lays them out.",
 )
 
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file; see recipes/.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="Override a key of the recipe, as `section.key=value` or `key=value`; repeatable. "
-        "The value is YAML: `lora.r=8`, `lora.target_modules=[q_proj, v_proj]`, `lora=null`.",
-    ),
-]
-Gpus = Annotated[int, typer.Option(min=1, metavar="N", help="Devices (ranks) to plan for.")]
-
 
 def _version(asked: bool) -> None:
     if asked:
@@ -122,7 +109,7 @@ def train(
     Runs on any number of processes: `torchrun --nproc_per_node 2 -m packtrain train RECIPE`, or
     `accelerate launch`. The steps see the same examples whatever their number.
     """
-    loaded = _load(recipe, overrides)
+    loaded = load_checked(recipe, overrides)
     if launch is not None:
         from packtrain.training.relaunch import relaunch
 
@@ -215,7 +202,7 @@ def plan(
             fix="leave the recipe out, or write --set batching.strategy=NAME, --set batching.max_tokens=N",
         )
     show_plan(
-        _load(recipe, overrides),
+        load_checked(recipe, overrides),
         Console(),
         every=every,
         recommend=recommend,
@@ -245,7 +232,7 @@ def show(
     from packtrain.cli_show import show_batch
 
     show_batch(
-        _load(recipe, overrides),
+        load_checked(recipe, overrides),
         Console(),
         step=step,
         rank=rank,
@@ -259,7 +246,10 @@ def show(
 @app.command()
 def audit(
     target: Annotated[
-        str, typer.Argument(metavar="MODEL_OR_RECIPE", help="A recipe, Hub name, directory, or architecture (`llama`).")
+        str,
+        typer.Argument(
+            metavar="MODEL_OR_RECIPE", help="A recipe, Hub name, directory, architecture (`llama`), or `config: {...}`."
+        ),
     ],
     implementations: Annotated[
         str, typer.Option("--attn-implementation", metavar="NAMES", help="`all`, or some, for example `sdpa,eager`.")
@@ -293,9 +283,8 @@ def compare(
 ) -> None:
     """Run variants of a recipe against each other, interleaved, each in a fresh process, and write a report.
 
-    A file with the section `rainbow_oracle:` runs that grid instead.
-
     Interrupted, the same command continues: finished runs are kept. A variant that fails is a row of the report.
+    A file with the section `rainbow_oracle:` runs that grid instead.
     """
     from packtrain.experiments.compare import compare as run
 
@@ -319,62 +308,8 @@ def report(
     Console().print(f"report: {write_report(directories, out=out)}", soft_wrap=True)
 
 
-Numbers = Annotated[str, typer.Option(metavar="N,N,...")]
-
-
-@app.command()
-def sample(
-    recipe: RecipePath,
-    overrides: Overrides = None,
-    prompt: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Repeatable.")] = None,
-    length: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens of the canvas.")] = 128,
-    steps: Annotated[int | None, typer.Option(min=1, metavar="N", help="Default: one per token.")] = None,
-    block_length: Annotated[int | None, typer.Option(min=1, metavar="N", help="Default: the whole canvas.")] = None,
-    remasking: Annotated[str, typer.Option(help="low_confidence, random, margin or entropy.")] = "low_confidence",
-    temperature: Annotated[float, typer.Option(min=0)] = 0.0,
-    cfg_scale: Annotated[float, typer.Option(min=0)] = 0.0,
-    end_token_policy: Annotated[
-        str, typer.Option(help="none, suppress_logits, suppress_confidence or ban_pad.")
-    ] = "none",
-    seed: Annotated[int, typer.Option(help="Of temperature and random remasking.")] = 0,
-) -> None:
-    """Answer prompts with the diffusion model that a recipe has trained."""
-    from packtrain.experiments.rainbow_verbs import sample as run
-
-    loaded = _load(recipe, overrides)
-    options = dict(
-        block_length=block_length, remasking=remasking, temperature=temperature, cfg_scale=cfg_scale,
-        end_token_policy=end_token_policy,
-    )  # fmt: skip
-    prompts = prompt or [typer.prompt("prompt")]
-    for answer in run(loaded, prompts, length=length, steps=steps or length, seed=seed, **options):
-        print(answer)
-
-
-@app.command()
-def evaluate(
-    recipe: RecipePath,
-    overrides: Overrides = None,
-    lengths: Numbers = "64,128,256",
-    blocks: Numbers = "1",
-    prompts: Annotated[int, typer.Option(min=1, metavar="N", help="Held-out prompts to answer.")] = 64,
-) -> None:
-    """How answers of a trained diffusion model depend on the room they get: lengths, early stops, accuracy."""
-    from packtrain.experiments.rainbow_verbs import evaluate as run
-
-    loaded = _load(recipe, overrides)
-    whole = lambda text: [int(number) for number in text.split(",")]  # noqa: E731
-    print(run(loaded, lengths=whole(lengths), blocks=whole(blocks), prompts=prompts))
-
-
-def _load(path: Path, overrides: list[str] | None) -> Recipe:
-    """The checked recipe, with a strategy that exists."""
-    from packtrain.packing.strategies import resolve_strategy
-    from packtrain.recipe import load_recipe
-
-    recipe = load_recipe(path, overrides or [])
-    resolve_strategy(recipe.batching.strategy)
-    return recipe
+app.command()(sample)
+app.command()(evaluate)
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from packtrain.cli import main
 from packtrain.errors import PlanError, RecipeError
 from packtrain.experiments.rainbow_verbs import evaluate, sample
 from packtrain.packing.plan import make_plan
@@ -111,3 +112,18 @@ def test_all_documents_of_an_update_become_as_long_as_its_longest(strategy):
 def test_contradictions(recipe_path, overrides, message):
     with pytest.raises(RecipeError, match=message):
         load_recipe(recipe_path, overrides)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evaluate", "--lengths", "64,x"], "is not a list of numbers"),
+        (["evaluate", "--lengths", "64"], "there is no model yet"),
+        (["sample", "--prompt", "1 + 1"], "there is no model yet"),
+    ],
+)
+def test_what_the_verbs_refuse(recipe_path, capsys, arguments, message):
+    verb, *options = arguments
+    with pytest.raises(SystemExit) as end:
+        main([verb, str(recipe_path), *options])
+    assert end.value.code == 2 and message in capsys.readouterr().err
