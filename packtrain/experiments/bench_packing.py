@@ -2,91 +2,184 @@
 
     python -m packtrain.experiments.bench_packing                       # writes results/packing/; a few minutes
     python -m packtrain.experiments.bench_packing --only sft_100k --only data_path
+    python -m packtrain.experiments.bench_packing --only billion        # a 2 GB temporary file, 6 GiB of memory
 
-All packers get the same lengths, in one process on one core, the best of a few repeats. A peer that isn't installed is left
-out. Balance is that of updates of eight packs per rank under the cost model of a 7B Llama, over the epoch's shuffle of
-packs; `balanced` draws its updates from the shuffle of examples. TRL's packer is given a table of tokens, as it takes no
-lengths; making the table isn't timed.
+With `--only`, results that are there already are kept. All packers get the same lengths, in one process, the best of a
+few repeats; those that take a list get one, and making it isn't timed. A peer that isn't installed is left out. TRL's
+packer is given a table of tokens (as it takes no lengths), all in one batch: its default of 1,000 rows packs worse.
+Balance is that of updates of eight packs per rank under the cost model of a 7B Llama, over the epoch's shuffle of packs;
+`balanced` draws its updates from the shuffle of examples.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
+import importlib.util
 import json
-import os
 import platform
+import resource
+import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from packtrain.packing.bounds import lower_bound
+from packtrain.experiments.bench_packing_page import markdown
 from packtrain.packing.cost import Cost
+from packtrain.packing.counts import pack_counts
 from packtrain.packing.efficiency import describe
-from packtrain.packing.lengths import histogram
-from packtrain.packing.optimal import near_optimal
-from packtrain.packing.plan import make_plan
+from packtrain.packing.histogram import best_fit_decreasing
+from packtrain.packing.lengths import histogram, load_lengths
+from packtrain.packing.packs import PatternPacks, sort_by_length
+from packtrain.packing.plan import Plan, make_plan
 from packtrain.packing.strategies import STRATEGIES
+from packtrain.training.summary import describe_machine
 
 LLAMA_7B = dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
 OURS = ("bfd", "ffd", "optimal", "next_fit")
+COMPILED = "packtrain bfd, compiled"
 SMALL = 200_000  # examples up to which loops over every example take part
+STEPS = 20  # updates looked at for the balance
 COMMAND = "python -m packtrain.experiments.bench_packing"
+BILLION = 1_000_000_000
+PACKAGES = ("numpy", "scipy", "numba", "trl", "transformers", "datasets", "lightbinpack", "seqpacker")
 
 
-def data_sets() -> dict[str, tuple[Callable[[], np.ndarray], int]]:
-    """Name -> (lengths, capacity)."""
+def lognormal(mean: float, sigma: float, number: int, longest: int, seed: int = 0) -> np.ndarray:
+    draws = np.random.default_rng(seed).lognormal(mean, sigma, number)
+    return np.clip(draws, 10, longest).astype(np.int32)
 
-    def lognormal(mean, sigma, number, longest):
-        return lambda: np.clip(np.random.default_rng(0).lognormal(mean, sigma, number), 10, longest).astype(np.int32)
 
-    def uniform(low, high):
-        return lambda: np.random.default_rng(0).integers(int(low * 2048), int(high * 2048) + 1, 100_000, dtype=np.int32)
+def uniform(low: float, high: float) -> np.ndarray:
+    return np.random.default_rng(0).integers(int(low * 2048), int(high * 2048) + 1, 100_000, dtype=np.int32)
 
-    return {
-        "sft_100k": (lognormal(5.5, 0.9, 100_000, 2048), 2048),
-        "sft_1m": (lognormal(5.5, 0.9, 1_000_000, 2048), 2048),
-        "long_1m": (lognormal(7.0, 1.5, 1_000_000, 32_768), 32_768),
-        "uniform_15_55": (uniform(0.15, 0.55), 2048),
-        "uniform_26_50": (uniform(0.26, 0.5), 2048),
-    }
+
+PACKING: dict[str, tuple[Callable[[], np.ndarray], int]] = {  # lengths, capacity
+    "sft_100k": (partial(lognormal, 5.5, 0.9, 100_000, 2048), 2048),
+    "sft_1m": (partial(lognormal, 5.5, 0.9, 1_000_000, 2048), 2048),
+    "long_1m": (partial(lognormal, 7.0, 1.5, 1_000_000, 32_768), 32_768),
+    "uniform_15_55": (partial(uniform, 0.15, 0.55), 2048),
+    "uniform_26_50": (partial(uniform, 0.26, 0.5), 2048),
+}
+BALANCE: dict[str, tuple[Callable[[], np.ndarray], int]] = {
+    "long_32k": (partial(lognormal, 7.0, 1.5, SMALL, 32_768), 32_768),
+    "sft_8k_upto_2k": (partial(lognormal, 5.5, 0.9, SMALL, 2048), 8192),
+    "sft_8k_upto_4k": (partial(lognormal, 5.5, 0.9, SMALL, 4096), 8192),
+    "sft_8k_upto_8k": (partial(lognormal, 5.5, 0.9, SMALL, 8192), 8192),
+}
 
 
 def bench_packers(name: str, lengths: np.ndarray, capacity: int) -> list[dict]:
-    """One row per packer: seconds, packs, gap to the best bound known."""
-    counts = histogram(lengths)
-    bound = max(lower_bound(counts, capacity), near_optimal(counts, capacity)[1])
-    packers = {f"packtrain {own}": lambda own=own: STRATEGIES[own].function(lengths, capacity, 0) for own in OURS}
-    packers |= _peers(lengths, capacity)
-    rows = []
-    for packer, pack in packers.items():
+    """One row per packer: seconds, packs, gap to the bound that `optimal` proves; of ours, the seconds that it takes
+    to write down every pack's ids, too, which the others have done."""
+    packers = {f"packtrain {own}": partial(STRATEGIES[own].function, lengths, capacity, 0) for own in OURS}
+    if importlib.util.find_spec("numba"):
+        packers[COMPILED] = partial(_compiled, lengths, capacity)
+        packers[COMPILED]()  # loads numba
+    rows, bound = [], 0
+    for packer, pack in (packers | _peers(lengths, capacity)).items():
         repeats = 1 if packer in ("TRL bfd", "packtrain optimal") else 3
         seconds, packs = min((_timed(pack) for _ in range(repeats)), key=lambda pair: pair[0])
-        row = {"data": name, "packer": packer, "seconds": seconds, "packs": len(packs), "gap": len(packs) / bound - 1}
+        row = {"data": name, "packer": packer, "seconds": seconds, "packs": len(packs)}
+        if isinstance(packs, PatternPacks):
+            bound = max(bound, packs.bound)
+            row["listing_seconds"] = _timed(lambda packs=packs: packs.take(np.arange(len(packs))))[0]
         rows.append(row)
-    return rows
+    return [row | {"gap": row["packs"] / bound - 1} for row in rows]
+
+
+def _compiled(lengths: np.ndarray, capacity: int) -> PatternPacks:
+    counts = histogram(lengths)
+    patterns = best_fit_decreasing(counts, capacity, compiled=True)
+    return PatternPacks(patterns=patterns, counts=counts, by_length=sort_by_length(lengths, counts), key=0, bound=0)
 
 
 def bench_balance(name: str, lengths: np.ndarray, capacity: int) -> list[dict]:
     """One row per strategy and number of ranks: balance in tokens, attention and modelled time, and the updates' mix."""
-    lengths, rows = lengths[:SMALL], []
+    rows = []
     per_pack = 0.8 * capacity / lengths.mean()  # micro-batches four fifths full leave room to be level
     for ranks in (8, 64):
         for strategy in ("padding_free", "balanced", "next_fit", "bfd", "optimal", "global_balance"):
             size = {"examples_per_step": max(1, int(per_pack * ranks * 8))}
             if STRATEGIES[strategy].scope == "epoch":
                 size = {"tokens_per_step": capacity * ranks * 8}
-            plan = {cost: make_plan(lengths, strategy=strategy, max_tokens=capacity, world_size=ranks, cost=cost, **size)
-                    for cost in (Cost.of_config(LLAMA_7B), Cost(linear=1e-9, quadratic=1.0))}  # fmt: skip
-            whole, attention = (describe(one, sampled_steps=20) for one in plan.values())
+            cost = Cost.of_config(LLAMA_7B)
+            plan = make_plan(lengths, strategy=strategy, max_tokens=capacity, world_size=ranks, cost=cost, **size)
+            found = describe(plan, sampled_steps=STEPS)
             rows.append({
-                "data": name, "strategy": strategy, "ranks": ranks, "accumulation": whole.gradient_accumulation_steps,
-                "tokens": whole.token_balance, "attention": attention.balance, "efficiency": whole.balance,
-                "efficiency_ddp": whole.rank_balance, "examples_per_update": whole.examples_per_update,
-                "spread": whole.mean_length_spread, "dropped": whole.tokens_dropped,
+                "data": name, "strategy": strategy, "ranks": ranks, "accumulation": found.gradient_accumulation_steps,
+                "tokens": found.token_balance, "attention": _attention_balance(plan), "efficiency": found.balance,
+                "possible": _possible(plan),
+                "efficiency_ddp": found.rank_balance, "examples_per_update": found.examples_per_update,
+                "spread": found.mean_length_spread, "dropped": found.tokens_dropped,
             })  # fmt: skip
     return rows
+
+
+def _steps(plan: Plan) -> list[int]:
+    return np.unique(np.linspace(0, plan.total_steps - 1, STEPS).round().astype(np.int64)).tolist()
+
+
+def _attention_balance(plan: Plan) -> float:
+    """Mean / largest sum of squared lengths in each micro-step, over updates spaced evenly."""
+    tables = [np.array([np.square(part.lengths, dtype=np.float64).sum() for part in plan.layout_of(step)])
+              for step in _steps(plan)]  # fmt: skip
+    table = np.concatenate(tables).reshape(-1, plan.world_size)
+    return float(table.mean(axis=1).sum() / table.max(axis=1).sum())
+
+
+def _possible(plan: Plan) -> float:
+    """An efficiency that no layout of the same updates exceeds.
+
+    The micro-step with the dearest document lasts as long as that at least. Its ranks hold `max_tokens` each, so their
+    work is at most that of the longest documents that fit into as many tokens together; the rest takes its mean.
+    """
+    busy = needed = 0.0
+    for step in _steps(plan):
+        lengths = np.sort(plan.lengths[plan.examples(step)])[::-1].astype(np.float64)
+        costs, ranks = plan.scope.cost(lengths), plan.world_size
+        longest = np.searchsorted(np.cumsum(lengths), ranks * plan.scope.max_tokens) + 1
+        first = max(costs[0], costs.sum() / ranks / plan.gradient_accumulation_steps)
+        busy += costs.sum() / ranks
+        needed += first + max(0.0, costs.sum() - min(costs[:longest].sum(), ranks * first)) / ranks
+    return float(busy / needed)
+
+
+def bench_scale(number: int = BILLION, world_size: int = 64) -> dict:
+    """Plan many lengths from a memory-mapped file; seconds of each stage and the process's peak memory after it.
+
+    The peak holds the pages of the file that were read, which the system may take back.
+    """
+    found: dict = {"examples": number, "world_size": world_size, "seconds": {}, "peak_gib": {}}
+
+    def stage(name: str, function: Callable):
+        found["seconds"][name], result = _timed(function)
+        found["peak_gib"][name] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
+        print(name, f"{found['seconds'][name]:.2f} s, {found['peak_gib'][name]:.2f} GiB", flush=True)
+        return result
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "lengths.npy"
+        stage("write the file", lambda: _write_lengths(path, number))
+        lengths = stage("map and check", lambda: load_lengths(path))
+        counts = stage("histogram", lambda: histogram(lengths))
+        reports = stage("counts only: bfd, ffd, optimal", lambda: pack_counts(counts, 2048))
+        size = {"max_tokens": 2048, "tokens_per_step": 2048 * 4 * world_size, "world_size": world_size}
+        plan = stage("plan bfd", lambda: make_plan(lengths, strategy="bfd", **size))
+        steps = np.linspace(0, plan.total_steps - 1, 100).astype(np.int64).tolist()
+        stage("one rank's part of 100 updates", lambda: [plan.micro_batches(step, world_size // 2) for step in steps])
+        found |= {"packs": reports[0].packs, "gap": reports[0].gap, "updates": plan.total_steps}
+    return found
+
+
+def _write_lengths(path: Path, number: int, chunk: int = 1 << 24) -> None:
+    out = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint16, shape=(number,))
+    for seed, start in enumerate(range(0, number, chunk)):
+        out[start : start + chunk] = lognormal(5.5, 0.9, min(chunk, number - start), 2048, seed)
+        out.flush()
 
 
 def bench_data_path() -> dict:
@@ -127,16 +220,17 @@ def bench_data_path() -> dict:
 def _peers(lengths: np.ndarray, capacity: int) -> dict[str, Callable]:
     """The other packers that are installed, each as a function without arguments that returns packs."""
     found: dict[str, Callable] = {}
+    listed = lengths.tolist()
     try:
         import lightbinpack
 
-        found["LightBinPack obfd"] = lambda: lightbinpack.obfd(lengths.tolist(), capacity)
+        found["LightBinPack obfd"] = lambda: lightbinpack.obfd(listed, capacity)
     except (ImportError, OSError):
         pass
     try:
         import seqpacker
 
-        found["seqpacker obfd"] = lambda: seqpacker.pack_sequences(lengths.tolist(), capacity, strategy="obfd").packs
+        found["seqpacker obfd"] = lambda: seqpacker.pack_sequences(listed, capacity, strategy="obfd").packs
     except (ImportError, OSError):
         pass
     if len(lengths) <= SMALL or capacity <= 2048:
@@ -152,79 +246,54 @@ def _peers(lengths: np.ndarray, capacity: int) -> dict[str, Callable]:
     return found
 
 
+def _versions() -> dict[str, str]:
+    installed = (name for name in PACKAGES if importlib.util.find_spec(name))
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in installed}
+
+
 def _timed(function: Callable) -> tuple[float, object]:
     start = time.perf_counter()
     result = function()
     return time.perf_counter() - start, result
 
 
-def markdown(found: dict) -> str:
-    """The tables of results/packing/README.md."""
-    lines = ["# Packing", "", f"`{found['command']}` on {found['machine']}.", ""]
-    if found["packers"]:
-        lines += ["| data | packer | ms | packs | above the bound |", "|---|---|---:|---:|---:|"]
-        lines += [f"| {r['data']} | {r['packer']} | {r['seconds'] * 1e3:,.1f} | {r['packs']:,} | {r['gap']:.3%} |"
-                  for r in found["packers"]]  # fmt: skip
-    if found["balance"]:
-        lines += [
-            "",
-            "Balance (mean rank / slowest rank of each micro-step; 1 is perfect) and the mix of an update: the spread of",
-            "its mean length over that of a random update.",
-            "",
-            "| data | strategy | ranks | tokens | attention | modelled step | examples per update | spread | dropped |",
-            "|---|---|---:|---:|---:|---:|---:|---:|---:|",
-        ]
-        lines += [
-            f"| {r['data']} | {r['strategy']} | {r['ranks']} | {r['tokens']:.3f} | {r['attention']:.3f} | "
-            f"{r['efficiency']:.4f} | {'{:,} / {:,.0f} / {:,}'.format(*r['examples_per_update'])} | {r['spread']:.2f} | "
-            f"{r['dropped']} |" for r in found["balance"]
-        ]  # fmt: skip
-    if path := found["data_path"]:
-        lines += [
-            "",
-            f"Fetch and collate {path['documents']} documents ({path['tokens']:,.0f} tokens): {path['fetch_us']:,.0f} us; "
-            f"row by row with DataCollatorWithFlattening {path['flattening_us']:,.0f} us: {path['fetch_ratio']:.1f}x.",
-            "",
-            f"Plan of 100,000 rows: {path['plan_s'] * 1e3:,.0f} ms; trl.pack_dataset {path['trl_s']:,.2f} s: "
-            f"{path['plan_ratio']:.0f}x.",
-        ]
-    return "\n".join(lines) + "\n"
-
-
-def machine() -> str:
-    """CPU model and cores."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{models[0] if models else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-
-
 def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", action="append", choices=[*data_sets(), "data_path", "none"], help="repeatable")
-    parser.add_argument(
-        "--lengths", type=Path, help="a further data set: lengths in a .npy file, capacity 2048 (name: own)"
-    )
+    choices = [*PACKING, *BALANCE, "data_path", "billion", "none"]
+    parser.add_argument("--only", action="append", choices=choices, help="repeatable; default: all but billion")
+    parser.add_argument("--lengths", type=Path, help="a further set of lengths, a .npy file; capacity 2048")
     parser.add_argument("--out", type=Path, default=Path("results/packing"))
     options = parser.parse_args(args)
-    only = options.only or [*data_sets(), "data_path"]
-    chosen = {name: (make(), capacity) for name, (make, capacity) in data_sets().items() if name in only}
-    if options.lengths:
-        from packtrain.packing.lengths import load_lengths
+    only = options.only or [*PACKING, *BALANCE, "data_path"]
 
-        chosen["own"] = (np.asarray(load_lengths(options.lengths)), 2048)
-    found: dict = {"command": COMMAND, "machine": machine(), "packers": [], "balance": [], "data_path": None}
-    for name, (lengths, capacity) in chosen.items():
-        print(name, flush=True)
-        found["packers"] += bench_packers(name, lengths, capacity)
-        if name in ("sft_100k", "long_1m"):
-            found["balance"] += bench_balance(name, lengths, capacity if capacity > 8192 else 8192)
-    if "data_path" in only:
-        found["data_path"] = bench_data_path()
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "packing.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    (options.out / "README.md").write_text(markdown(found), encoding="utf-8")
+    found: dict[str, dict] = {"packers": {}, "balance": {}}
+    if (options.out / "bench.json").exists():
+        found = json.loads((options.out / "bench.json").read_text(encoding="utf-8"))
+    words = [COMMAND, *(f"--only {name}" for name in options.only or [])]
+    words += [f"--lengths {options.lengths.name}"] if options.lengths else []
+    ran = {"command": " ".join(words), "machine": describe_machine(), "packages": _versions()}
+    packing = {name: PACKING[name] for name in PACKING if name in only}
+    if options.lengths:
+        packing[options.lengths.stem] = (lambda: np.asarray(load_lengths(options.lengths)), 2048)
+    for section, sets, bench in (("packers", packing, bench_packers), ("balance", BALANCE, bench_balance)):
+        for name in sets:
+            if name in only or sets is packing:
+                print(name, flush=True)
+                make, capacity = sets[name]
+                found[section][name] = {"rows": bench(name, make(), capacity)} | ran
+                _write(found, options.out)
+    for name, bench in (("data_path", bench_data_path), ("billion", bench_scale)):
+        if name in only:
+            print(name, flush=True)
+            found[name] = bench() | ran
+    _write(found, options.out)
     print(markdown(found))
+
+
+def _write(found: dict, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "bench.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(markdown(found), encoding="utf-8")
 
 
 if __name__ == "__main__":

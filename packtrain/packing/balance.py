@@ -41,8 +41,8 @@ def balanced(lengths: np.ndarray, *, micro_steps: int, ranks: int, capacity: int
         >>> [part.tolist() for part in parts]
         [[0], [1, 2], [3], [4, 5, 6]]
     """
-    if not len(lengths):
-        return [np.zeros(0, dtype=np.int64)] * (micro_steps * ranks)
+    if not np.any(lengths):  # no documents, or none with a token
+        return np.array_split(np.arange(len(lengths)), micro_steps * ranks)
     costs = cost(lengths)
     order = np.argsort(-lengths.astype(np.int64), kind="stable")  # costs grow with length: the dearest first
     for weights in (costs, costs / costs.mean() + lengths / lengths.mean(), lengths.astype(np.float64)):

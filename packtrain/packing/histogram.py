@@ -12,26 +12,46 @@ Background: Johnson, "Near-optimal bin packing algorithms" (1973): at most 11/9 
 
 from __future__ import annotations
 
+import importlib.util
+
 import numpy as np
 
 from packtrain.packing.packs import Patterns
 
+MANY_LENGTHS = 8192  # distinct, from which the compiled loop is worth loading
 
-def best_fit_decreasing(counts: np.ndarray, capacity: int, max_documents: int | None = None) -> Patterns:
+
+def best_fit_decreasing(
+    counts: np.ndarray, capacity: int, max_documents: int | None = None, *, compiled: bool | None = None
+) -> Patterns:
     """Pack a histogram by best-fit decreasing: each document into the fullest pack that still takes it.
 
     Args:
         counts: int64 `[longest + 1]`, documents of each length; `longest <= capacity`.
         capacity: tokens in a pack.
         max_documents: most documents in a pack; None for no limit.
+        compiled: whether numba runs the loop, with the same answer; None for where it is installed and there are
+            distinct lengths enough that loading it (half a second) pays.
     """
+    lengths = np.flatnonzero(counts)[::-1]
     limit = max_documents or int(counts.sum())
+    if compiled is None:
+        compiled = len(lengths) >= MANY_LENGTHS and importlib.util.find_spec("numba") is not None
+    if compiled:
+        from packtrain.packing.fast import place
+    else:
+        place = _place
+    return _patterns(*place(lengths, counts[lengths], capacity, limit))
+
+
+def _place(lengths: np.ndarray, numbers: np.ndarray, capacity: int, limit: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of a `_Tree`, int64 `[N, 5]`, and the final runs (node, offset, packs, documents), `[M, 4]`."""
     tree = _Tree()
     open_runs: list[list[tuple[int, int, int, int]]] = [[] for _ in range(capacity + 1)]  # by tokens left
     closed: list[tuple[int, int, int, int]] = []  # runs at the document limit
     occupied = 0  # bit r is set when open_runs[r] is not empty
-    for length in np.flatnonzero(counts)[::-1].tolist():
-        left, rank = int(counts[length]), 0
+    for length, left in zip(lengths.tolist(), numbers.tolist(), strict=True):
+        rank = 0
         while left:
             fitting = occupied >> length
             if not fitting:  # open as many packs as these documents need, as a fresh run with no node above it
@@ -64,7 +84,7 @@ def best_fit_decreasing(counts: np.ndarray, capacity: int, max_documents: int | 
                 else:
                     open_runs[room].append(run)
                     occupied |= 1 << room
-    return tree.patterns(closed + [run for runs in open_runs for run in runs])
+    return tree.rows, closed + [run for runs in open_runs for run in runs]
 
 
 def first_fit_decreasing(counts: np.ndarray, capacity: int, max_documents: int | None = None) -> Patterns:
@@ -113,7 +133,7 @@ def first_fit_decreasing(counts: np.ndarray, capacity: int, max_documents: int |
             done &= (runs[:, 3] == limit) | (counts[0] == 0)
         finished += runs[done, :4].tolist()
         runs = runs[~done]
-    return tree.patterns(finished + runs[:, :4].tolist())
+    return _patterns(tree.rows, finished + runs[:, :4].tolist())
 
 
 class _Tree:
@@ -127,17 +147,18 @@ class _Tree:
         self.rows.append((parent, offset, length, number, first))
         return len(self.rows) - 1
 
-    def patterns(self, runs: list[tuple[int, int, int, int]]) -> Patterns:
-        """Walk from every final run (node, offset, packs, documents) up to the root, all runs at once."""
-        rows = np.array(self.rows, dtype=np.int64).reshape(-1, 5)
-        node, offset, repeats, _ = np.array(runs, dtype=np.int64).reshape(-1, 4).T
-        pattern, levels = np.arange(len(node)), []
-        while len(node):
-            parent, parent_offset, length, number, first = rows[node].T
-            levels.append((pattern, length, number, first + offset * number))
-            up = parent >= 0
-            node, offset, pattern = parent[up], (offset + parent_offset)[up], pattern[up]
-        columns = (
-            [np.concatenate(column) for column in zip(*levels, strict=True)] if levels else [np.zeros(0, np.int64)] * 4
-        )
-        return Patterns.of_entries(repeats, *columns)
+
+def _patterns(rows, runs) -> Patterns:
+    """Walk from every final run (node, offset, packs, documents) up to the root, all runs at once."""
+    rows = np.array(rows, dtype=np.int64).reshape(-1, 5)
+    node, offset, repeats, _ = np.array(runs, dtype=np.int64).reshape(-1, 4).T
+    pattern, levels = np.arange(len(node)), []
+    while len(node):
+        parent, parent_offset, length, number, first = rows[node].T
+        levels.append((pattern, length, number, first + offset * number))
+        up = parent >= 0
+        node, offset, pattern = parent[up], (offset + parent_offset)[up], pattern[up]
+    columns = (
+        [np.concatenate(column) for column in zip(*levels, strict=True)] if levels else [np.zeros(0, np.int64)] * 4
+    )
+    return Patterns.of_entries(repeats, *columns)

@@ -15,4 +15,6 @@ MODULES = [f"packtrain.packing.{module.name}" for module in pkgutil.iter_modules
 
 @pytest.mark.parametrize("name", MODULES)
 def test_docstrings(name):
+    if name == "packtrain.packing.fast":
+        pytest.importorskip("numba", reason="the compiled loop needs numba (packtrain[fast])")
     assert doctest.testmod(importlib.import_module(name)).failed == 0

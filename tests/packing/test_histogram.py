@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from packtrain.packing.histogram import best_fit_decreasing, first_fit_decreasing
+from packtrain.packing.histogram import MANY_LENGTHS, best_fit_decreasing, first_fit_decreasing
 from packtrain.packing.lengths import histogram
 from packtrain.packing.packs import ListedPacks, PatternPacks, sort_by_length
 
@@ -61,6 +61,35 @@ def test_document_limit(problem, max_documents, algorithm):
     packs = packs_of(lengths, capacity, algorithm, max_documents)
     assert sorted(i for pack in packs for i in pack) == list(range(len(lengths)))
     assert all(len(pack) <= max_documents and np.take(lengths, pack).sum() <= capacity for pack in packs)
+
+
+@settings(max_examples=500, deadline=None)
+@given(problems, st.sampled_from([None, 1, 2, 3, 7]))
+def test_the_compiled_loop_gives_the_same_patterns(problem, max_documents):
+    pytest.importorskip("numba", reason="the compiled loop needs numba (packtrain[fast])")
+    lengths, capacity = problem
+    plain, compiled = (
+        best_fit_decreasing(histogram(np.array(lengths, dtype=np.int64)), capacity, max_documents, compiled=compiled)
+        for compiled in (False, True)
+    )
+    for name in ("repeats", "offsets", "slot_length", "slot_first", "slot_stride"):
+        assert np.array_equal(getattr(plain, name), getattr(compiled, name)), name
+
+
+@pytest.mark.parametrize("capacity", [2048, 32_768])
+def test_the_compiled_loop_on_many_runs(capacity):
+    """More runs than its tables hold at first, and more than one word of bits."""
+    pytest.importorskip("numba", reason="the compiled loop needs numba (packtrain[fast])")
+    lengths = np.random.default_rng(0).integers(1, capacity // 2, 50_000)
+    plain, compiled = (best_fit_decreasing(histogram(lengths), capacity, compiled=flag) for flag in (False, True))
+    assert len(plain.repeats) > 500 and np.array_equal(plain.slot_first, compiled.slot_first)
+    assert np.array_equal(plain.slot_length, compiled.slot_length) and np.array_equal(plain.repeats, compiled.repeats)
+
+
+def test_many_lengths_give_the_same_with_and_without_numba():
+    counts = np.ones(MANY_LENGTHS + 2, dtype=np.int64)
+    plain, chosen = (best_fit_decreasing(counts, MANY_LENGTHS + 1, compiled=flag) for flag in (False, None))
+    assert np.array_equal(plain.slot_length, chosen.slot_length) and np.array_equal(plain.slot_first, chosen.slot_first)
 
 
 def test_by_hand():

@@ -170,3 +170,34 @@ def test_a_dataset_resumes_with_skip():
     assert head + [batch["input_ids"].tolist() for batch in second] == whole
     with pytest.raises(PlanError, match="rank"):
         packed(rank=3, world_size=3)
+
+
+def test_a_stock_trainer_takes_the_packs_as_they_are(tmp_path):
+    """The example of the module's docstring: one epoch, every row in one step, and a second one when steps are left."""
+    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+    class StreamTrainer(Trainer):
+        def get_train_dataloader(self):
+            return DataLoader(self.train_dataset, batch_size=None)
+
+        def training_step(self, model, inputs, *args, **kwargs):
+            seen.append(inputs["example_ids"].tolist())
+            losses.append(super().training_step(model, inputs, *args, **kwargs).item())
+            return torch.tensor(losses[-1])
+
+    torch.manual_seed(0)
+    seen, losses, packs = [], [], packed()
+    epoch = [batch["example_ids"].tolist() for batch in packed()]
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    arguments = TrainingArguments(
+        output_dir=tmp_path, max_steps=len(epoch) + 2, ignore_data_skip=True, learning_rate=1e-2,
+        use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    StreamTrainer(LlamaForCausalLM(config), arguments, train_dataset=packs).train()
+    assert seen == epoch + epoch[:2]
+    assert sorted(i for batch in epoch for i in batch) == list(range(len(ROWS)))
+    assert all(0 < loss < 20 for loss in losses)
+    assert losses[len(epoch)] < losses[0]  # the same pack, an epoch later
+    assert packs.state_dict()["rows_read"] > 0
