@@ -111,8 +111,11 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[
         str | None,
-        typer.Option(metavar="[PATH]", help="Go on from a checkpoint; without PATH from the last one in output_dir."),
+        typer.Option(metavar="[PATH]", help="Go on from a checkpoint; without PATH from the newest good one."),
     ] = None,
+    allow_changes: Annotated[
+        bool, typer.Option("--allow-changes", help="Resume although harmless keys of the recipe have changed.")
+    ] = False,
     launch: Annotated[
         str | None, typer.Option(metavar="NAME", help="Start through `accelerate launch` with launch/NAME.yaml.")
     ] = None,
@@ -127,11 +130,13 @@ def train(
         from packtrain.training.relaunch import relaunch
 
         sets = [part for override in overrides or [] for part in ("--set", override)]
-        relaunch(launch, ["train", str(recipe), *sets, *(["--resume", resume] if resume else [])])
+        more = [*(["--resume", resume] if resume else []), *(["--allow-changes"] if allow_changes else [])]
+        relaunch(launch, ["train", str(recipe), *sets, *more])
     from packtrain.training.run import train as run
 
     console = Console(quiet=RANK != 0)
-    summary = run(loaded, resume=True if resume == LAST else resume or False, console=console)
+    resume_from = True if resume == LAST else resume or False
+    summary = run(loaded, resume=resume_from, allow_changes=allow_changes, console=console)
     console.print(summary.table())
     console.print("\nTry next:")
     padded = f"{loaded.training['output_dir']}-padded"

@@ -69,6 +69,10 @@ class LaunchError(PacktrainError):
     """The run in force (world size, engine, device) is not the run that was asked for."""
 
 
+class CheckpointError(PacktrainError):
+    """A checkpoint that can't be written, is damaged, or is of another run."""
+
+
 def shorten(value: object, limit: int = 120) -> str:
     """`repr(value)`, cut to `limit` characters."""
     text = repr(value)

@@ -131,6 +131,7 @@ def fit(trainer: PackTrainer, checkpoint: str | None = None, *, console: Console
 
     Raises:
         LaunchError: the engine is not what was asked for, or can't read the checkpoint.
+        CheckpointError: a checkpoint could not be saved.
     """
     if checkpoint is not None:
         prepare_resume(trainer, checkpoint)
@@ -138,7 +139,12 @@ def fit(trainer: PackTrainer, checkpoint: str | None = None, *, console: Console
         warnings.filterwarnings("ignore", message=r".torch\.distributed\.", category=FutureWarning)
     asked = asked_engine(trainer.args, trainer.args.deepspeed)
     trainer.add_callback(EngineReport(trainer, asked, resumed_from=checkpoint, console=console))
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except Exception as error:
+        if (failure := trainer.checkpoints.failed(error)) is not None:
+            raise failure from error
+        raise
 
 
 def leave(trainer: PackTrainer) -> None:

@@ -1,6 +1,6 @@
 """PackTrainer: transformers' Trainer, fed from a plan.
 
-Five public methods of Trainer are overridden and nothing else changes, so every TrainingArguments field,
+Six public methods of Trainer are overridden and nothing else changes, so every TrainingArguments field,
 callback, logger and engine (DDP, DeepSpeed, FSDP) behaves as users know it:
 
     get_train_dataloader / get_eval_dataloader   micro-batches from the plan, from `global_step` on
@@ -8,6 +8,7 @@ callback, logger and engine (DDP, DeepSpeed, FSDP) behaves as users know it:
     get_batch_samples                            the denominator of the loss, summed over the whole step and all ranks
     compute_loss                                 this micro-batch's share of the step's loss
     evaluation_loop                              sums over tokens and over examples, divided once at the end
+    save_model                                   a checkpoint begins with an empty, marked directory
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +31,8 @@ from packtrain.objectives.logits import output_head
 from packtrain.objectives.objective import Objective, TokenLosses
 from packtrain.packing.collator import MicroBatches, PackCollator
 from packtrain.packing.plan import Plan
+from packtrain.recipe import Recipe
+from packtrain.training.checkpoint import Checkpoints
 from packtrain.training.loader import PlanLoader
 from packtrain.training.meters import Meter
 
@@ -44,6 +48,7 @@ class PackTrainer(Trainer):
         collator: lays a micro-batch out in memory; its layout must be the plan's.
         objective: what is learnt.
         eval_examples: held-out examples, with `eval_plan` (one epoch over them) beside it.
+        recipe: what the run was asked for, kept in its checkpoints.
         trainer_kwargs: `callbacks`, `processing_class`, `optimizers` ... as Trainer has them.
     """
 
@@ -60,6 +65,7 @@ class PackTrainer(Trainer):
         objective: Objective = CAUSAL_LM,
         eval_examples: Examples | None = None,
         eval_plan: Plan | None = None,
+        recipe: Recipe | None = None,
         **trainer_kwargs: Any,
     ):
         if args.gradient_accumulation_steps != plan.gradient_accumulation_steps:
@@ -78,6 +84,8 @@ class PackTrainer(Trainer):
         self.plan, self.eval_plan, self.collator, self.objective = plan, eval_plan, collator, objective
         self.meter, self._logged_meter = Meter(), Meter()
         self._sums: dict[str, torch.Tensor] = {}  # of the objective's own figures, since the last log
+        keep, args = args.save_total_limit, copy.copy(args)
+        args.save_total_limit = None  # Trainer would remove the last good checkpoint before the new one is complete
         super().__init__(
             model,
             args,
@@ -88,7 +96,9 @@ class PackTrainer(Trainer):
         )
         self.model_accepts_loss_kwargs = True  # releases before `loss_is_scaled_for_ga` read this instead
         self._head = output_head(self.accelerator.unwrap_model(self.model))
+        self.checkpoints = Checkpoints(self, recipe, keep)
         self.add_callback(StepEnd(plan, self.meter))
+        self.add_callback(self.checkpoints)
 
     # Data
 
@@ -193,6 +203,13 @@ class PackTrainer(Trainer):
         own = {name: self.accelerator.reduce(own[name], reduction="sum") for name in sorted(own)}
         metrics |= {f"{metric_key_prefix}_{name}": value for name, value in means_of(own).items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=int(examples))
+
+    # Checkpoints
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if _internal_call and output_dir is not None:  # the first thing that Trainer does for a checkpoint
+            self.checkpoints.begin(Path(output_dir))
+        super().save_model(output_dir, _internal_call)
 
     # Logs
 
