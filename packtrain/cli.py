@@ -7,8 +7,9 @@
     packtrain show recipes/sft.yaml --step 3
     torchrun --nproc_per_node 2 -m packtrain train recipes/sft.yaml
 
-What a user can mend is printed without a traceback, with exit code 2; Ctrl-C exits with 130. Heavy libraries
-are imported by the verb that needs them, so that help and errors come at once.
+What a user can mend is printed without a traceback, with exit code 2; Ctrl-C exits with 130. A training run that is
+told to stop saves a checkpoint and exits with 75; a second signal ends it at once. Heavy libraries are imported by the
+verb that needs them, so that help and errors come at once.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from packtrain import __version__
-from packtrain.errors import PacktrainError
+from packtrain.errors import PacktrainError, Stopped
 
 if TYPE_CHECKING:
     from packtrain.recipe import Recipe
@@ -46,10 +47,11 @@ class Verbs(TyperGroup):
             return super().invoke(ctx)
         except PacktrainError as error:
             rank = f" (rank {RANK})" if RANK else ""
-            message = Text.assemble((f"error{rank}: ", "bold red"), str(error))
+            head = "stopped" if isinstance(error, Stopped) else "error"
+            message = Text.assemble((f"{head}{rank}: ", "bold red"), str(error))
             message.highlight_regex(r"(?m)^\s+fix: ", "bold green")
             Console(stderr=True).print(message, soft_wrap=True)
-            raise typer.Exit(2) from None
+            raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
 
@@ -383,5 +385,5 @@ def _load(path: Path, overrides: list[str] | None) -> Recipe:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Entry point; exits with 0, 2 (what the user gave is wrong) or 130 (interrupted)."""
+    """Entry point; exits with 0, 2 (what the user gave is wrong), 75 (stopped, resumable) or 130 (interrupted)."""
     app(args=args, prog_name="packtrain")

@@ -22,6 +22,8 @@ class PacktrainError(ValueError):
         fix: what the user can do.
     """
 
+    exit_code = 2  # of the command line
+
     def __init__(
         self,
         what: str,
@@ -71,6 +73,12 @@ class LaunchError(PacktrainError):
 
 class CheckpointError(PacktrainError):
     """A checkpoint that can't be written, is damaged, or is of another run."""
+
+
+class Stopped(PacktrainError):
+    """A run that was told to stop, and has saved a checkpoint to go on from."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h
 
 
 def shorten(value: object, limit: int = 120) -> str:

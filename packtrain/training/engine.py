@@ -32,6 +32,7 @@ from packtrain.training.deepspeed_config import offload_devices
 from packtrain.training.launch import asked_world_size
 from packtrain.training.resharding import mend_resumed_optimizer, prepare_resume
 from packtrain.training.state_bytes import state_bytes
+from packtrain.training.stops import StopOnSignal
 
 if TYPE_CHECKING:
     from packtrain.training.trainer import PackTrainer
@@ -132,6 +133,7 @@ def fit(trainer: PackTrainer, checkpoint: str | None = None, *, console: Console
     Raises:
         LaunchError: the engine is not what was asked for, or can't read the checkpoint.
         CheckpointError: a checkpoint could not be saved.
+        Stopped: a signal has ended the run early.
     """
     if checkpoint is not None:
         prepare_resume(trainer, checkpoint)
@@ -139,12 +141,18 @@ def fit(trainer: PackTrainer, checkpoint: str | None = None, *, console: Console
         warnings.filterwarnings("ignore", message=r".torch\.distributed\.", category=FutureWarning)
     asked = asked_engine(trainer.args, trainer.args.deepspeed)
     trainer.add_callback(EngineReport(trainer, asked, resumed_from=checkpoint, console=console))
+    stop = StopOnSignal(trainer)
+    trainer.add_callback(stop)
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with stop.listening():
+            trainer.train(resume_from_checkpoint=checkpoint)
     except Exception as error:
         if (failure := trainer.checkpoints.failed(error)) is not None:
             raise failure from error
         raise
+    if (stopped := stop.early()) is not None:
+        leave(trainer)
+        raise stopped
 
 
 def leave(trainer: PackTrainer) -> None:
