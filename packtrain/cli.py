@@ -240,7 +240,7 @@ def show(
     rank: Annotated[int, typer.Option(min=0, metavar="R", help="Of which rank.")] = 0,
     micro_batch: Annotated[int, typer.Option(min=0, metavar="M", help="Which of its micro-batches.")] = 0,
     examples: Annotated[
-        str | None, typer.Option(metavar="IDS", help="These examples instead, for example `3,17`.")
+        str | None, typer.Option(metavar="IDS", help="These examples instead: `3,17`, or a run's nonfinite.jsonl.")
     ] = None,
     documents: Annotated[int, typer.Option(min=0, metavar="N", help="Texts to print.")] = 8,
     gpus: Gpus = 1,

@@ -75,6 +75,10 @@ class CheckpointError(PacktrainError):
     """A checkpoint that can't be written, is damaged, or is of another run."""
 
 
+class NonFiniteError(PacktrainError):
+    """A loss or gradient that is NaN or infinite; raised before the weights have seen it."""
+
+
 class Stopped(PacktrainError):
     """A run that was told to stop, and has saved a checkpoint to go on from."""
 

@@ -67,6 +67,8 @@ class BatchingSection(_Section):
     max_tokens: Positive = 16384  # of one micro-batch
     tokens_per_step: Positive | None = None  # for strategies that pack the whole epoch
     allow_contamination: Flag = False  # train although documents of a batch see each other
+    on_nonfinite: Literal["stop", "skip"] = "stop"  # an update whose loss or gradient is NaN or infinite
+    max_skipped_updates: Positive = 10  # after which `skip` stops too
 
 
 class ObjectiveSection(_Section):

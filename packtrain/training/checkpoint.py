@@ -82,6 +82,7 @@ class Checkpoints(TrainerCallback):
         self.trainer.accelerator.wait_for_everyone()  # until every rank has written its files
         if args.should_save:
             about = {"step": state.global_step, "sealed_at": time.time_ns(), "world_size": args.world_size}
+            about |= {"skipped_updates": self.trainer.finite.skipped}
             seal(directory, about | self.facts | {"versions": package_versions()})
             self._remove_old(directory, best=state.best_model_checkpoint)
         self.trainer.accelerator.wait_for_everyone()

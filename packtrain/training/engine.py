@@ -31,6 +31,7 @@ from packtrain.modeling.loading import count_parameters
 from packtrain.training.deepspeed_config import offload_devices
 from packtrain.training.launch import asked_world_size
 from packtrain.training.resharding import mend_resumed_optimizer, prepare_resume
+from packtrain.training.sealing import is_sealed, read_manifest
 from packtrain.training.state_bytes import state_bytes
 from packtrain.training.stops import StopOnSignal
 
@@ -137,6 +138,8 @@ def fit(trainer: PackTrainer, checkpoint: str | None = None, *, console: Console
     """
     if checkpoint is not None:
         prepare_resume(trainer, checkpoint)
+        if is_sealed(Path(checkpoint)):
+            trainer.finite.skipped = read_manifest(Path(checkpoint)).get("skipped_updates", 0)
     if trainer.is_deepspeed_enabled:  # 0.19 calls what torch 2.13 has renamed, in every layer of every step
         warnings.filterwarnings("ignore", message=r".torch\.distributed\.", category=FutureWarning)
     asked = asked_engine(trainer.args, trainer.args.deepspeed)

@@ -1,12 +1,13 @@
 """PackTrainer: transformers' Trainer, fed from a plan.
 
-Six public methods of Trainer are overridden and nothing else changes, so every TrainingArguments field,
+Seven public methods of Trainer are overridden and nothing else changes, so every TrainingArguments field,
 callback, logger and engine (DDP, DeepSpeed, FSDP) behaves as users know it:
 
     get_train_dataloader / get_eval_dataloader   micro-batches from the plan, from `global_step` on
     set_initial_training_values                  the plan knows how many updates a run has
     get_batch_samples                            the denominator of the loss, summed over the whole step and all ranks
     compute_loss                                 this micro-batch's share of the step's loss
+    training_step                                no update from a loss or gradient that is not finite
     evaluation_loop                              sums over tokens and over examples, divided once at the end
     save_model                                   a checkpoint begins with an empty, marked directory
 """
@@ -17,7 +18,7 @@ import copy
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.utils.data import DataLoader
@@ -35,6 +36,7 @@ from packtrain.recipe import Recipe
 from packtrain.training.checkpoint import Checkpoints
 from packtrain.training.loader import PlanLoader
 from packtrain.training.meters import Meter
+from packtrain.training.nonfinite import FiniteUpdates
 
 
 class PackTrainer(Trainer):
@@ -49,6 +51,7 @@ class PackTrainer(Trainer):
         objective: what is learnt.
         eval_examples: held-out examples, with `eval_plan` (one epoch over them) beside it.
         recipe: what the run was asked for, kept in its checkpoints.
+        on_nonfinite, max_skipped_updates: what becomes of an update whose loss or gradient is not finite.
         trainer_kwargs: `callbacks`, `processing_class`, `optimizers` ... as Trainer has them.
     """
 
@@ -66,6 +69,8 @@ class PackTrainer(Trainer):
         eval_examples: Examples | None = None,
         eval_plan: Plan | None = None,
         recipe: Recipe | None = None,
+        on_nonfinite: Literal["stop", "skip"] = "stop",
+        max_skipped_updates: int = 10,
         **trainer_kwargs: Any,
     ):
         if args.gradient_accumulation_steps != plan.gradient_accumulation_steps:
@@ -96,6 +101,7 @@ class PackTrainer(Trainer):
         )
         self.model_accepts_loss_kwargs = True  # releases before `loss_is_scaled_for_ga` read this instead
         self._head = output_head(self.accelerator.unwrap_model(self.model))
+        self.finite = FiniteUpdates(self, on_nonfinite, max_skipped_updates)
         self.checkpoints = Checkpoints(self, recipe, keep)
         self.add_callback(StepEnd(plan, self.meter))
         self.add_callback(self.checkpoints)
@@ -162,7 +168,15 @@ class PackTrainer(Trainer):
         if self.objective.sums is not None:
             add_sums(self._sums, self.objective.sums(losses, inputs))
         share = losses.weighted_sum() / num_items_in_batch
-        return (share * self.accelerator.num_processes).float()
+        loss = (share * self.accelerator.num_processes).float()
+        self.finite.saw(loss, inputs["example_ids"])
+        return loss
+
+    def training_step(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(model, *args, **kwargs)
+        if self.accelerator.sync_gradients:  # the update's last micro-batch
+            self.finite.check(model)
+        return loss
 
     # Evaluation
 
