@@ -57,6 +57,7 @@ class DataSection(_Section):
     eval_split: Text | None = None
     eval_size: Amount = 0  # held out from `path`: rows, or a share below 1
     num_proc: Positive | None = None
+    worker_timeout: Positive = 300  # seconds to wait for a batch of a data worker
 
 
 class BatchingSection(_Section):

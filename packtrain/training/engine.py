@@ -30,6 +30,7 @@ from packtrain.errors import LaunchError
 from packtrain.modeling.loading import count_parameters
 from packtrain.training.deepspeed_config import offload_devices
 from packtrain.training.launch import asked_world_size
+from packtrain.training.loader import worker_failure
 from packtrain.training.resharding import mend_resumed_optimizer, prepare_resume
 from packtrain.training.sealing import is_sealed, read_manifest
 from packtrain.training.state_bytes import state_bytes
@@ -134,6 +135,7 @@ def fit(trainer: PackTrainer, checkpoint: str | None = None, *, console: Console
     Raises:
         LaunchError: the engine is not what was asked for, or can't read the checkpoint.
         CheckpointError: a checkpoint could not be saved.
+        DataError: a data worker was killed, or hangs.
         Stopped: a signal has ended the run early.
     """
     if checkpoint is not None:
@@ -150,7 +152,8 @@ def fit(trainer: PackTrainer, checkpoint: str | None = None, *, console: Console
         with stop.listening():
             trainer.train(resume_from_checkpoint=checkpoint)
     except Exception as error:
-        if (failure := trainer.checkpoints.failed(error)) is not None:
+        unsaved = trainer.checkpoints.failed(error)
+        if (failure := worker_failure(error) or unsaved) is not None:
             raise failure from error
         raise
     if (stopped := stop.early()) is not None:

@@ -111,6 +111,7 @@ def build_trainer(
         recipe=recipe,
         on_nonfinite=recipe.batching.on_nonfinite,
         max_skipped_updates=recipe.batching.max_skipped_updates,
+        worker_timeout=recipe.data.worker_timeout,
         eval_examples=inputs.held_out,
         eval_plan=inputs.held_out
         and plan_evaluation(recipe, inputs.held_out.lengths, layout=plan.layout, world_size=world_size),

@@ -34,7 +34,7 @@ from packtrain.packing.collator import MicroBatches, PackCollator
 from packtrain.packing.plan import Plan
 from packtrain.recipe import Recipe
 from packtrain.training.checkpoint import Checkpoints
-from packtrain.training.loader import PlanLoader
+from packtrain.training.loader import PlanLoader, leave_signals_to_the_run
 from packtrain.training.meters import Meter
 from packtrain.training.nonfinite import FiniteUpdates
 
@@ -52,6 +52,7 @@ class PackTrainer(Trainer):
         eval_examples: held-out examples, with `eval_plan` (one epoch over them) beside it.
         recipe: what the run was asked for, kept in its checkpoints.
         on_nonfinite, max_skipped_updates: what becomes of an update whose loss or gradient is not finite.
+        worker_timeout: seconds to wait for a batch of a data worker.
         trainer_kwargs: `callbacks`, `processing_class`, `optimizers` ... as Trainer has them.
     """
 
@@ -71,6 +72,7 @@ class PackTrainer(Trainer):
         recipe: Recipe | None = None,
         on_nonfinite: Literal["stop", "skip"] = "stop",
         max_skipped_updates: int = 10,
+        worker_timeout: int = 300,
         **trainer_kwargs: Any,
     ):
         if args.gradient_accumulation_steps != plan.gradient_accumulation_steps:
@@ -87,6 +89,7 @@ class PackTrainer(Trainer):
                 fix="leave it out, or evaluate the saved model with your own loop",
             )
         self.plan, self.eval_plan, self.collator, self.objective = plan, eval_plan, collator, objective
+        self.worker_timeout = worker_timeout
         self.meter, self._logged_meter = Meter(), Meter()
         self._sums: dict[str, torch.Tensor] = {}  # of the objective's own figures, since the last log
         keep, args = args.save_total_limit, copy.copy(args)
@@ -130,6 +133,8 @@ class PackTrainer(Trainer):
                 "num_workers": workers,
                 "pin_memory": args.dataloader_pin_memory and torch.cuda.is_available(),
                 "prefetch_factor": args.dataloader_prefetch_factor if workers else None,
+                "timeout": self.worker_timeout if workers else 0,
+                "worker_init_fn": leave_signals_to_the_run,
             },
         )
 

@@ -66,6 +66,7 @@ def make_trainer(
     use_cpu: bool = True,
     on_nonfinite: str = "stop",
     max_skipped_updates: int = 10,
+    worker_timeout: int = 300,
     **training,
 ) -> PackTrainer:
     """A PackTrainer over random documents; keyword arguments beyond the named ones are TrainingArguments."""
@@ -106,6 +107,7 @@ def make_trainer(
         plan=plan,
         on_nonfinite=on_nonfinite,
         max_skipped_updates=max_skipped_updates,
+        worker_timeout=worker_timeout,
         collator=collator
         or PackCollator(
             layout=plan.layout,
