@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import threading
 from collections.abc import Callable, Iterator
 
 import torch
@@ -84,10 +85,22 @@ def worker_failure(error: Exception) -> DataError | None:
     words = str(error)
     if not isinstance(error, RuntimeError) or not words.startswith("DataLoader"):
         return None
-    for process in multiprocessing.active_children():  # one that hangs would keep the run from ending
-        process.kill()
+    _kill_workers()
     key, fix = "data.worker_timeout", "look for rows or a drive that hang; raise it if a batch may take so long"
     if "timed out" not in words:
         key = "training.dataloader_num_workers"
         fix = "workers are mostly killed for want of memory: take fewer, or 0 to load in the run's own process"
     return DataError(f"a data worker gave out: {words.splitlines()[0]}", key=key, fix=fix)
+
+
+def _kill_workers() -> None:
+    """One that hangs would keep the run from ending. Meanwhile torch must not raise for every child that dies."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if in_main_thread else None
+    try:
+        for process in multiprocessing.active_children():
+            process.kill()
+            process.join()
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGCHLD, before)

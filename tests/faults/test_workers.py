@@ -53,12 +53,15 @@ def trainer_with(output_dir, stumble, **settings):
 
 
 @pytest.mark.parametrize(
-    ("stumble", "message"),
-    [(hang, "gave out: .*timed out after 2 seconds"), (die, "gave out: .*(killed by signal|exited unexpectedly)")],
+    ("stumble", "seconds", "message"),
+    [
+        (hang, 2, "gave out: .*timed out after 2 seconds"),
+        (die, 60, "gave out: .*(killed by signal|exited unexpectedly)"),
+    ],
 )
-def test_a_worker_that_hangs_or_dies_ends_the_run(tmp_path, stumble, message):
+def test_a_worker_that_hangs_or_dies_ends_the_run(tmp_path, stumble, seconds, message):
     with pytest.raises(DataError, match=message):
-        fit(trainer_with(tmp_path, stumble, worker_timeout=2))
+        fit(trainer_with(tmp_path, stumble, worker_timeout=seconds))
     deadline = time.monotonic() + 30
     while multiprocessing.active_children() and time.monotonic() < deadline:
         time.sleep(0.05)
