@@ -7,8 +7,9 @@
     packtrain show recipes/sft.yaml --step 3
     torchrun --nproc_per_node 2 -m packtrain train recipes/sft.yaml
 
-What a user can mend is printed without a traceback, with exit code 2; Ctrl-C exits with 130. Heavy libraries
-are imported by the verb that needs them, so that help and errors come at once.
+What a user can mend is printed without a traceback, with exit code 2; Ctrl-C exits with 130. A training run that is
+told to stop saves a checkpoint and exits with 75; a second signal ends it at once. Heavy libraries are imported by the
+verb that needs them, so that help and errors come at once.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typer.core import TyperGroup
 from packtrain import __version__
 from packtrain.cli_diffusion import evaluate, sample
 from packtrain.cli_options import Gpus, Overrides, RecipePath, load_checked
-from packtrain.errors import PacktrainError
+from packtrain.errors import PacktrainError, Stopped
 
 RANK = int(os.environ.get("RANK", "0"))
 LAST = "last"  # the value of a bare --resume
@@ -45,10 +46,11 @@ class Verbs(TyperGroup):
             return super().invoke(ctx)
         except PacktrainError as error:
             rank = f" (rank {RANK})" if RANK else ""
-            message = Text.assemble((f"error{rank}: ", "bold red"), str(error))
+            head = "stopped" if isinstance(error, Stopped) else "error"
+            message = Text.assemble((f"{head}{rank}: ", "bold red"), str(error))
             message.highlight_regex(r"(?m)^\s+fix: ", "bold green")
             Console(stderr=True).print(message, soft_wrap=True)
-            raise typer.Exit(2) from None
+            raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
 
@@ -98,8 +100,11 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[
         str | None,
-        typer.Option(metavar="[PATH]", help="Go on from a checkpoint; without PATH from the last one in output_dir."),
+        typer.Option(metavar="[PATH]", help="Go on from a checkpoint; without PATH from the newest good one."),
     ] = None,
+    allow_changes: Annotated[
+        bool, typer.Option("--allow-changes", help="Resume although harmless keys of the recipe have changed.")
+    ] = False,
     launch: Annotated[
         str | None, typer.Option(metavar="NAME", help="Start through `accelerate launch` with launch/NAME.yaml.")
     ] = None,
@@ -114,11 +119,13 @@ def train(
         from packtrain.training.relaunch import relaunch
 
         sets = [part for override in overrides or [] for part in ("--set", override)]
-        relaunch(launch, ["train", str(recipe), *sets, *(["--resume", resume] if resume else [])])
+        more = [*(["--resume", resume] if resume else []), *(["--allow-changes"] if allow_changes else [])]
+        relaunch(launch, ["train", str(recipe), *sets, *more])
     from packtrain.training.run import train as run
 
     console = Console(quiet=RANK != 0)
-    summary = run(loaded, resume=True if resume == LAST else resume or False, console=console)
+    resume_from = True if resume == LAST else resume or False
+    summary = run(loaded, resume=resume_from, allow_changes=allow_changes, console=console)
     console.print(summary.table())
     console.print("\nTry next:")
     padded = f"{loaded.training['output_dir']}-padded"
@@ -220,7 +227,7 @@ def show(
     rank: Annotated[int, typer.Option(min=0, metavar="R", help="Of which rank.")] = 0,
     micro_batch: Annotated[int, typer.Option(min=0, metavar="M", help="Which of its micro-batches.")] = 0,
     examples: Annotated[
-        str | None, typer.Option(metavar="IDS", help="These examples instead, for example `3,17`.")
+        str | None, typer.Option(metavar="IDS", help="These examples instead: `3,17`, or a run's nonfinite.jsonl.")
     ] = None,
     documents: Annotated[int, typer.Option(min=0, metavar="N", help="Texts to print.")] = 8,
     gpus: Gpus = 1,
@@ -313,5 +320,5 @@ app.command()(evaluate)
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Entry point; exits with 0, 2 (what the user gave is wrong) or 130 (interrupted)."""
+    """Entry point; exits with 0, 2 (what the user gave is wrong), 75 (stopped, resumable) or 130 (interrupted)."""
     app(args=args, prog_name="packtrain")

@@ -8,10 +8,12 @@ Question: what is 3 + 4?          (prompt: read, not learnt)
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import groupby, pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -198,8 +200,18 @@ def _micro_batch(plan: Plan, step: int, rank: int, number: int) -> tuple[MicroBa
     return plan.micro_batches(step, rank)[number], place
 
 
+def _last_examples(path: Path) -> str:
+    try:
+        return ",".join(map(str, json.loads(path.read_text(encoding="utf-8").splitlines()[-1])["example_ids"]))
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        fix = "name the nonfinite.jsonl of a run, or give numbers separated by commas"
+        raise PacktrainError(f"names no examples: {error}", key="--examples", value=str(path), fix=fix) from None
+
+
 def _example_ids(text: str, count: int) -> np.ndarray:
-    """`3,17` -> int64 `[3, 17]`."""
+    """`3,17` -> int64 `[3, 17]`; of a `nonfinite.jsonl`, the examples of its last update."""
+    if text.endswith(".jsonl"):
+        text = _last_examples(Path(text))
     words = re.split(r"[,\s]+", text.strip())
     if not all(word.isdecimal() and int(word) < count for word in words):
         fix = f"give numbers from 0 to {count - 1}, separated by commas"

@@ -22,6 +22,8 @@ class PacktrainError(ValueError):
         fix: what the user can do.
     """
 
+    exit_code = 2  # of the command line
+
     def __init__(
         self,
         what: str,
@@ -67,6 +69,20 @@ class ModelError(PacktrainError):
 
 class LaunchError(PacktrainError):
     """The run in force (world size, engine, device) is not the run that was asked for."""
+
+
+class CheckpointError(PacktrainError):
+    """A checkpoint that can't be written, is damaged, or is of another run."""
+
+
+class NonFiniteError(PacktrainError):
+    """A loss or gradient that is NaN or infinite; raised before the weights have seen it."""
+
+
+class Stopped(PacktrainError):
+    """A run that was told to stop, and has saved a checkpoint to go on from."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h
 
 
 def shorten(value: object, limit: int = 120) -> str:

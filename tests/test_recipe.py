@@ -176,6 +176,12 @@ BAD: dict[str, tuple[str, list[str], list[str]]] = {
         [],
         ["recipe.yaml:6: batching.max_tokens: is given twice (got 8192)", "recipe.yaml:5"],
     ),
+    "output_dir leads out": (
+        GOOD,
+        ["training.output_dir=runs/../../x"],
+        ["training.output_dir: leads out", "without `..`"],
+    ),
+    "run_name bears a line": (GOOD, ['training.run_name="a\\nb"'], ["training.run_name: leads out"]),
     "section twice": (GOOD + "data: {path: other}\n", [], ["data: is given twice", "recipe.yaml:2"]),
     "unknown section": (GOOD + "bathcing: {}\n", [], ["bathcing: is not a section", "did you mean `batching`?"]),
     "key at the top": (

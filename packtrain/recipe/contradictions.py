@@ -74,6 +74,13 @@ def _decided_by_us(settings: Settings) -> Verdicts:
             yield key, f"cannot be set: {why}" if allowed is _NEVER else f"must stay {allowed}: {why}", fix
 
 
+def _names_are_plain(settings: Settings) -> Verdicts:
+    for key in ("training.output_dir", "training.run_name"):
+        name = settings.get(key)
+        if isinstance(name, str) and (not name.isprintable() or ".." in re.split(r"[/\\]", name)):
+            yield key, "leads out of where it stands, or can't be printed", "write a plain path without `..`"
+
+
 def _one_precision(settings: Settings) -> Verdicts:
     if settings.get("training.bf16") and settings.get("training.fp16"):
         yield "training.fp16", "contradicts `training.bf16`", "keep one of them"
@@ -210,6 +217,7 @@ _WITHOUT_FILLER = ("group_by_length", "pad_longest")  # where all documents of a
 
 _RULES = (
     _decided_by_us,
+    _names_are_plain,
     _one_precision,
     _some_training,
     _one_model,

@@ -57,6 +57,7 @@ class DataSection(_Section):
     eval_split: Text | None = None
     eval_size: Amount = 0  # held out from `path`: rows, or a share below 1
     num_proc: Positive | None = None
+    worker_timeout: Positive = 300  # seconds to wait for a batch of a data worker
 
 
 class BatchingSection(_Section):
@@ -67,6 +68,8 @@ class BatchingSection(_Section):
     max_tokens: Positive = 16384  # of one micro-batch
     tokens_per_step: Positive | None = None  # for strategies that pack the whole epoch
     allow_contamination: Flag = False  # train although documents of a batch see each other
+    on_nonfinite: Literal["stop", "skip"] = "stop"  # an update whose loss or gradient is NaN or infinite
+    max_skipped_updates: Positive = 10  # after which `skip` stops too
 
 
 class ObjectiveSection(_Section):

@@ -30,8 +30,11 @@ from packtrain.errors import LaunchError
 from packtrain.modeling.loading import count_parameters
 from packtrain.training.deepspeed_config import offload_devices
 from packtrain.training.launch import asked_world_size
+from packtrain.training.loader import worker_failure
 from packtrain.training.resharding import mend_resumed_optimizer, prepare_resume
+from packtrain.training.sealing import is_sealed, read_manifest
 from packtrain.training.state_bytes import state_bytes
+from packtrain.training.stops import StopOnSignal
 
 if TYPE_CHECKING:
     from packtrain.training.trainer import PackTrainer
@@ -131,14 +134,31 @@ def fit(trainer: PackTrainer, checkpoint: str | None = None, *, console: Console
 
     Raises:
         LaunchError: the engine is not what was asked for, or can't read the checkpoint.
+        CheckpointError: a checkpoint could not be saved.
+        DataError: a data worker was killed, or hangs.
+        Stopped: a signal has ended the run early.
     """
     if checkpoint is not None:
         prepare_resume(trainer, checkpoint)
+        if is_sealed(Path(checkpoint)):
+            trainer.finite.skipped = read_manifest(Path(checkpoint)).get("skipped_updates", 0)
     if trainer.is_deepspeed_enabled:  # 0.19 calls what torch 2.13 has renamed, in every layer of every step
         warnings.filterwarnings("ignore", message=r".torch\.distributed\.", category=FutureWarning)
     asked = asked_engine(trainer.args, trainer.args.deepspeed)
     trainer.add_callback(EngineReport(trainer, asked, resumed_from=checkpoint, console=console))
-    trainer.train(resume_from_checkpoint=checkpoint)
+    stop = StopOnSignal(trainer)
+    trainer.add_callback(stop)
+    try:
+        with stop.listening():
+            trainer.train(resume_from_checkpoint=checkpoint)
+    except Exception as error:
+        unsaved = trainer.checkpoints.failed(error)
+        if (failure := worker_failure(error) or unsaved) is not None:
+            raise failure from error
+        raise
+    if (stopped := stop.early()) is not None:
+        leave(trainer)
+        raise stopped
 
 
 def leave(trainer: PackTrainer) -> None:

@@ -10,15 +10,21 @@ unbroken one read the same batches with nothing replayed and nothing skipped:
 
 It is deliberately not passed through `accelerator.prepare`: the plan already deals micro-batches to ranks,
 and accelerate's own sharding loses samples when batches vary in size.
+
+A worker process that is killed or hangs ends the run with a DataError; see `worker_failure`.
 """
 
 from __future__ import annotations
 
+import multiprocessing
+import signal
+import threading
 from collections.abc import Callable, Iterator
 
 import torch
 from torch.utils.data import DataLoader
 
+from packtrain.errors import DataError
 from packtrain.packing.collator import MicroBatches
 from packtrain.packing.plan import Plan
 from packtrain.packing.sampler import PlanSampler
@@ -65,3 +71,36 @@ class PlanLoader:
                 **self.dataloader_kwargs,
             )
         )
+
+
+def leave_signals_to_the_run(worker: int) -> None:
+    """For workers: a signal to the whole group asks the run to stop, and it needs its workers until it has."""
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def worker_failure(error: Exception) -> DataError | None:
+    """What to say where torch found a worker dead (in any step of the run) or waited for it in vain; ends the others."""
+    words = str(error)
+    if not isinstance(error, RuntimeError) or not words.startswith("DataLoader"):
+        return None
+    _kill_workers()
+    key, fix = "data.worker_timeout", "look for rows or a drive that hang; raise it if a batch may take so long"
+    if "timed out" not in words:
+        key = "training.dataloader_num_workers"
+        fix = "workers are mostly killed for want of memory: take fewer, or 0 to load in the run's own process"
+    return DataError(f"a data worker gave out: {words.splitlines()[0]}", key=key, fix=fix)
+
+
+def _kill_workers() -> None:
+    """One that hangs would keep the run from ending. Meanwhile torch must not raise for every child that dies."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if in_main_thread else None
+    try:
+        for process in multiprocessing.active_children():
+            process.kill()
+            process.join()
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGCHLD, before)

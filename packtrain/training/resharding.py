@@ -113,7 +113,8 @@ def mend_resumed_optimizer(trainer: PackTrainer, checkpoint: str | Path) -> None
         for state in optimizer.state.values():
             if isinstance(state.get("step"), torch.Tensor):
                 state["step"] = state["step"].clone()  # one counter each
-    expected = trainer.state.global_step - getattr(engine, "skipped_steps", 0)  # float16 skips updates that overflow
+    skipped = trainer.finite.skipped + getattr(engine, "skipped_steps", 0)  # the latter in float16, on overflow
+    expected = trainer.state.global_step - skipped
     found = {int(state["step"]) for state in optimizer.state.values() if "step" in state}
     if found - {expected}:
         what = f"the optimizer has done {', '.join(map(str, sorted(found)))} updates, the run {expected}"

@@ -6,13 +6,13 @@ torchrun --nproc_per_node 2 -m packtrain train recipes/quickstart.yaml
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import torch
 import yaml
 from rich.console import Console
 from transformers import PrinterCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from packtrain.errors import PacktrainError
 from packtrain.modeling.attention import choose_implementation
@@ -23,6 +23,8 @@ from packtrain.packing.cost import Cost
 from packtrain.packing.plan import Plan
 from packtrain.packing.strategies import resolve_strategy
 from packtrain.recipe import Recipe
+from packtrain.training.changes import redacted
+from packtrain.training.checkpoint import choose_checkpoint
 from packtrain.training.deepspeed_config import deepspeed_config
 from packtrain.training.engine import fit, leave
 from packtrain.training.inputs import Inputs, load_inputs, plan_evaluation, plan_training
@@ -33,25 +35,29 @@ from packtrain.training.summary import Summary, describe_machine, package_versio
 from packtrain.training.trainer import PackTrainer
 
 
-def train(recipe: Recipe, *, resume: str | bool = False, console: Console | None = None) -> Summary:
+def train(
+    recipe: Recipe, *, resume: str | bool = False, allow_changes: bool = False, console: Console | None = None
+) -> Summary:
     """Train a recipe and return what was measured.
 
     Args:
         recipe: a checked recipe.
-        resume: a checkpoint directory, or True for the last one in `output_dir`.
+        resume: a checkpoint directory, or True for the newest good one in `output_dir`.
+        allow_changes: resume although harmless keys of the recipe have changed.
         console: where progress goes; rank 0's standard output by default.
 
     Raises:
         PacktrainError: bad data, a plan that does not fit, a model that cannot, a launch that is not what was asked.
     """
     console = console or Console()
+    output_dir = _output_dir(recipe)
     trainer, inputs = build_trainer(recipe, console=console)
-    output_dir = Path(trainer.args.output_dir)
+    say = lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True)  # noqa: E731
+    checkpoint = choose_checkpoint(trainer, resume, allow_changes=allow_changes, say=say)
     if trainer.is_world_process_zero():
-        output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False))
+        (output_dir / "recipe.yaml").write_text(yaml.safe_dump(redacted(recipe.to_dict()), sort_keys=False))
     reset_peak()
-    fit(trainer, _checkpoint(resume, output_dir), console=console)
+    fit(trainer, checkpoint, console=console)
     after = trainer.evaluate() if inputs.held_out else {}
     model_dir = output_dir / "model"
     trainer.model.config.use_cache = True  # Trainer turns it off for training; whoever generates wants it on
@@ -102,6 +108,10 @@ def build_trainer(
             max_length=recipe.data.max_length,
             position_start=position_start(model),
         ),
+        recipe=recipe,
+        on_nonfinite=recipe.batching.on_nonfinite,
+        max_skipped_updates=recipe.batching.max_skipped_updates,
+        worker_timeout=recipe.data.worker_timeout,
         eval_examples=inputs.held_out,
         eval_plan=inputs.held_out
         and plan_evaluation(recipe, inputs.held_out.lengths, layout=plan.layout, world_size=world_size),
@@ -151,21 +161,16 @@ def _checkpoints_activations(args: TrainingArguments) -> bool:
     return bool(getattr(args, "activation_checkpointing", False) or args.gradient_checkpointing)
 
 
-def _checkpoint(resume: str | bool, output_dir: Path) -> str | None:
-    """The checkpoint directory to resume from, None to start afresh."""
-    if not isinstance(resume, bool):
-        return str(resume)
-    if not resume:
-        return None
-    found = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
-    if found is None:
-        raise PacktrainError(
-            "there is no checkpoint to resume from",
-            key="training.output_dir",
-            value=str(output_dir),
-            fix="name a checkpoint directory, or start without --resume",
-        )
-    return found
+def _output_dir(recipe: Recipe) -> Path:
+    """The run's directory, made, before anything is loaded for it."""
+    path = Path(recipe.training["output_dir"])
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            return path
+    except OSError as error:
+        what, fix = f"nothing can be written there: {error.strerror}", "choose a directory on a drive with room"
+        raise PacktrainError(what, key="training.output_dir", value=str(path), fix=fix) from None
 
 
 def _summarise(trainer: PackTrainer, recipe: Recipe, inputs: Inputs, model_dir: Path, after: float | None) -> Summary:

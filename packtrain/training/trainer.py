@@ -1,13 +1,15 @@
 """PackTrainer: transformers' Trainer, fed from a plan.
 
-Five public methods of Trainer are overridden and nothing else changes, so every TrainingArguments field,
+Seven public methods of Trainer are overridden and nothing else changes, so every TrainingArguments field,
 callback, logger and engine (DDP, DeepSpeed, FSDP) behaves as users know it:
 
     get_train_dataloader / get_eval_dataloader   micro-batches from the plan, from `global_step` on
     set_initial_training_values                  the plan knows how many updates a run has
     get_batch_samples                            the denominator of the loss, summed over the whole step and all ranks
     compute_loss                                 this micro-batch's share of the step's loss
+    training_step                                no update from a loss or gradient that is not finite
     evaluation_loop                              sums over tokens and over examples, divided once at the end
+    save_model                                   a checkpoint begins with an empty, marked directory
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch.utils.data import DataLoader
@@ -29,8 +32,11 @@ from packtrain.objectives.logits import output_head
 from packtrain.objectives.objective import Objective, TokenLosses
 from packtrain.packing.collator import MicroBatches, PackCollator
 from packtrain.packing.plan import Plan
-from packtrain.training.loader import PlanLoader
+from packtrain.recipe import Recipe
+from packtrain.training.checkpoint import Checkpoints
+from packtrain.training.loader import PlanLoader, leave_signals_to_the_run
 from packtrain.training.meters import Meter
+from packtrain.training.nonfinite import FiniteUpdates
 
 
 class PackTrainer(Trainer):
@@ -44,6 +50,9 @@ class PackTrainer(Trainer):
         collator: lays a micro-batch out in memory; its layout must be the plan's.
         objective: what is learnt.
         eval_examples: held-out examples, with `eval_plan` (one epoch over them) beside it.
+        recipe: what the run was asked for, kept in its checkpoints.
+        on_nonfinite, max_skipped_updates: what becomes of an update whose loss or gradient is not finite.
+        worker_timeout: seconds to wait for a batch of a data worker.
         trainer_kwargs: `callbacks`, `processing_class`, `optimizers` ... as Trainer has them.
     """
 
@@ -60,6 +69,10 @@ class PackTrainer(Trainer):
         objective: Objective = CAUSAL_LM,
         eval_examples: Examples | None = None,
         eval_plan: Plan | None = None,
+        recipe: Recipe | None = None,
+        on_nonfinite: Literal["stop", "skip"] = "stop",
+        max_skipped_updates: int = 10,
+        worker_timeout: int = 300,
         **trainer_kwargs: Any,
     ):
         if args.gradient_accumulation_steps != plan.gradient_accumulation_steps:
@@ -76,8 +89,11 @@ class PackTrainer(Trainer):
                 fix="leave it out, or evaluate the saved model with your own loop",
             )
         self.plan, self.eval_plan, self.collator, self.objective = plan, eval_plan, collator, objective
+        self.worker_timeout = worker_timeout
         self.meter, self._logged_meter = Meter(), Meter()
         self._sums: dict[str, torch.Tensor] = {}  # of the objective's own figures, since the last log
+        keep, args = args.save_total_limit, copy.copy(args)
+        args.save_total_limit = None  # Trainer would remove the last good checkpoint before the new one is complete
         super().__init__(
             model,
             args,
@@ -88,7 +104,10 @@ class PackTrainer(Trainer):
         )
         self.model_accepts_loss_kwargs = True  # releases before `loss_is_scaled_for_ga` read this instead
         self._head = output_head(self.accelerator.unwrap_model(self.model))
+        self.finite = FiniteUpdates(self, on_nonfinite, max_skipped_updates)
+        self.checkpoints = Checkpoints(self, recipe, keep)
         self.add_callback(StepEnd(plan, self.meter))
+        self.add_callback(self.checkpoints)
 
     # Data
 
@@ -114,6 +133,8 @@ class PackTrainer(Trainer):
                 "num_workers": workers,
                 "pin_memory": args.dataloader_pin_memory and torch.cuda.is_available(),
                 "prefetch_factor": args.dataloader_prefetch_factor if workers else None,
+                "timeout": self.worker_timeout if workers else 0,
+                "worker_init_fn": leave_signals_to_the_run,
             },
         )
 
@@ -152,7 +173,15 @@ class PackTrainer(Trainer):
         if self.objective.sums is not None:
             add_sums(self._sums, self.objective.sums(losses, inputs))
         share = losses.weighted_sum() / num_items_in_batch
-        return (share * self.accelerator.num_processes).float()
+        loss = (share * self.accelerator.num_processes).float()
+        self.finite.saw(loss, inputs["example_ids"])
+        return loss
+
+    def training_step(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(model, *args, **kwargs)
+        if self.accelerator.sync_gradients:  # the update's last micro-batch
+            self.finite.check(model)
+        return loss
 
     # Evaluation
 
@@ -193,6 +222,13 @@ class PackTrainer(Trainer):
         own = {name: self.accelerator.reduce(own[name], reduction="sum") for name in sorted(own)}
         metrics |= {f"{metric_key_prefix}_{name}": value for name, value in means_of(own).items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=int(examples))
+
+    # Checkpoints
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if _internal_call and output_dir is not None:  # the first thing that Trainer does for a checkpoint
+            self.checkpoints.begin(Path(output_dir))
+        super().save_model(output_dir, _internal_call)
 
     # Logs
 

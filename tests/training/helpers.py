@@ -64,6 +64,9 @@ def make_trainer(
     num_epochs: float = 2.0,
     model_changes: dict | None = None,
     use_cpu: bool = True,
+    on_nonfinite: str = "stop",
+    max_skipped_updates: int = 10,
+    worker_timeout: int = 300,
     **training,
 ) -> PackTrainer:
     """A PackTrainer over random documents; keyword arguments beyond the named ones are TrainingArguments."""
@@ -102,6 +105,9 @@ def make_trainer(
         args,
         train_examples=examples,
         plan=plan,
+        on_nonfinite=on_nonfinite,
+        max_skipped_updates=max_skipped_updates,
+        worker_timeout=worker_timeout,
         collator=collator
         or PackCollator(
             layout=plan.layout,

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from packtrain.errors import ModelError, PacktrainError
 from packtrain.recipe import load_recipe
 from packtrain.training.run import train
+from packtrain.training.sealing import read_manifest, verify
 
 RECIPE = """
 model:
@@ -111,7 +112,7 @@ def test_killed_and_resumed_ends_with_the_weights_of_an_unbroken_run(tmp_path, r
     recipe_file.write_text(recipe_file.read_text().replace(str(tmp_path / "run"), str(tmp_path / "killed")))
     process = subprocess.Popen(command(recipe_file), env=environment(), stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 200
-    while not (tmp_path / "killed/checkpoint-8/trainer_state.json").exists() and time.monotonic() < deadline:
+    while not (tmp_path / "killed/checkpoint-8/packtrain_manifest.json").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -136,3 +137,6 @@ def test_two_processes_train_the_recipe_as_one_does(tmp_path, recipe_file):
     assert both["world_size"] == 2 and both["real_tokens"] == alone.real_tokens
     assert both["train_loss_last"] == pytest.approx(alone.train_loss_last, rel=1e-5)
     assert both["held_out_loss_after"] == pytest.approx(alone.held_out_loss_after, rel=1e-5)
+    manifest = read_manifest(tmp_path / "run/checkpoint-20")
+    assert manifest["world_size"] == 2 and {"rng_state_0.pth", "rng_state_1.pth"} <= manifest["files"].keys()
+    verify(tmp_path / "run/checkpoint-20", manifest)

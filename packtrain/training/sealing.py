@@ -1,0 +1,152 @@
+"""A directory and its manifest: which files it has, their sizes and SHA-256, and what they are of. Files only, no torch.
+
+    checkpoint-40/
+        model.safetensors  optimizer.pt  ...
+        packtrain_manifest.json      written last, by an atomic rename, after everything else is on the drive
+
+So a directory without a manifest is unfinished, whenever the process was killed, and one whose bytes have changed
+since is found out. The manifest bears a hash of itself. It proves integrity, not authorship: whoever can write the
+directory can write its manifest too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from packtrain.errors import CheckpointError
+
+MANIFEST = "packtrain_manifest.json"
+UNFINISHED = ".packtrain_unfinished"  # marks a directory of ours that is being written or removed
+_OF_OURS = {MANIFEST, f"{MANIFEST}.new", UNFINISHED}
+_FORMAT = 1
+_THREADS = 8  # hashing leaves Python's lock alone
+
+
+def begin(directory: Path) -> None:
+    """Make `directory` and mark it as unfinished."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / UNFINISHED).touch()
+
+
+def seal(directory: Path, facts: Mapping[str, Any]) -> None:
+    """Hash every file of `directory`, see all of it onto the drive, and write its manifest with `facts`.
+
+    Raises:
+        OSError: a full drive, say; the directory stays without a manifest.
+    """
+    paths = sorted(_files(directory))
+    with ThreadPoolExecutor(_THREADS) as threads:
+        digests = threads.map(_hash_and_sync, paths)
+        files = {
+            path.relative_to(directory).as_posix(): {"size": path.stat().st_size, "sha256": digest}
+            for path, digest in zip(paths, digests, strict=True)
+        }
+    for folder, _, _ in os.walk(directory):
+        _sync(Path(folder))
+    manifest = {"format": _FORMAT, **facts, "files": files}
+    aside = directory / f"{MANIFEST}.new"
+    aside.write_text(json.dumps(manifest | {"sha256": _self_hash(manifest)}, indent=1) + "\n", encoding="utf-8")
+    _sync(aside)
+    aside.rename(directory / MANIFEST)
+    (directory / UNFINISHED).unlink(missing_ok=True)
+    _sync(directory)
+    _sync(directory.parent)
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of a finished directory; its files are not looked at.
+
+    Raises:
+        CheckpointError: there is none, or it has changed.
+    """
+    path = directory / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        told = manifest.pop("sha256")
+        assert isinstance(manifest["files"], dict) and told == _self_hash(manifest)
+    except FileNotFoundError:
+        raise CheckpointError("is unfinished: it has no manifest", where=str(directory), key=MANIFEST) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, AssertionError):
+        raise CheckpointError("has a damaged manifest", where=str(directory), key=MANIFEST) from None
+    if manifest.get("format") != _FORMAT:
+        what = "was written by another release of packtrain"
+        raise CheckpointError(what, where=str(directory), key="format", value=manifest.get("format"))
+    return manifest
+
+
+def verify(directory: Path, manifest: Mapping[str, Any]) -> None:
+    """Compare every file that `manifest` names with what it says; further files are not looked at.
+
+    Raises:
+        CheckpointError: names each file that is missing, truncated or changed.
+    """
+    with ThreadPoolExecutor(_THREADS) as threads:
+        faults = threads.map(lambda item: _fault(directory, *item), manifest["files"].items())
+        found = [fault for fault in faults if fault]
+    if found:
+        raise CheckpointError("is damaged: " + "; ".join(found), where=str(directory))
+
+
+def is_sealed(directory: Path) -> bool:
+    """Whether it bears a manifest that can be read, and is no link."""
+    try:
+        return not directory.is_symlink() and bool(read_manifest(directory))
+    except CheckpointError:
+        return False
+
+
+def _fault(directory: Path, name: str, told: Mapping[str, Any]) -> str | None:
+    path = directory / name
+    if Path(name).is_absolute() or ".." in Path(name).parts or path.is_symlink():
+        return f"{name} leads out of it"
+    try:
+        size = path.stat().st_size
+        if size != told["size"]:
+            return f"{name} has {size:,} bytes, was written with {told['size']:,}"
+        if _hash(path) != told["sha256"]:
+            return f"{name} has changed since it was written (SHA-256)"
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except OSError as error:
+        return f"{name} can't be read ({error.strerror})"
+    return None
+
+
+def _files(directory: Path) -> Iterator[Path]:
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            path = Path(folder, name)
+            if path.parent == directory and name in _OF_OURS:
+                continue
+            if path.is_symlink():
+                raise CheckpointError("is a link and would not be checked", where=str(path))
+            yield path
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hash_and_sync(path: Path) -> str:
+    _sync(path)
+    return _hash(path)
+
+
+def _sync(path: Path) -> None:
+    """See a file or a directory onto the drive."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _self_hash(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,74 @@
+"""A run that is told to stop finishes its update, saves once, and exits with 75 (EX_TEMPFAIL: try again).
+
+SIGTERM (a preempted job), SIGINT (Ctrl-C) and SIGUSR1 (`#SBATCH --signal=USR1@120`) all mean the same, and it is
+enough that one rank hears it. A second signal exits at once, with 128 + its number: 130 for Ctrl-C. Outside of
+training the signals do what they always do. torchrun and accelerate turn the 75 of their ranks into a 1.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import TrainerCallback
+
+from packtrain.errors import Stopped
+
+if TYPE_CHECKING:
+    from packtrain.training.trainer import PackTrainer
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
+
+
+class StopOnSignal(TrainerCallback):
+    """See the module's docstring. `agreed` is the signal that ended the run, the same on all ranks."""
+
+    def __init__(self, trainer: PackTrainer):
+        self.trainer = trainer
+        self.heard: int = 0
+        self.agreed: int = 0
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """The handlers are ours within; nothing in a thread, where Python allows no handlers."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._hear) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _hear(self, number: int, frame: object) -> None:
+        if self.heard:
+            os._exit(128 + number)
+        self.heard = number
+        name = signal.Signals(number).name
+        os.write(2, f"{name}: stopping after this update, with a checkpoint; once more stops at once\n".encode())
+
+    def on_step_end(self, args, state, control, **kwargs):
+        heard = torch.tensor([self.heard], device=args.device)
+        self.agreed = int(self.trainer.accelerator.gather(heard).max()) if args.world_size > 1 else self.heard
+        if self.agreed and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.agreed:  # saved at the end of the update
+            control.should_save = control.should_evaluate = False
+
+    def early(self) -> Stopped | None:
+        """After training: what to raise if a signal has ended it before its last update."""
+        state = self.trainer.state
+        if not self.agreed or state.global_step >= state.max_steps:
+            return None
+        checkpoint = Path(self.trainer.args.output_dir, f"checkpoint-{state.global_step}")
+        what = f"stopped by {signal.Signals(self.agreed).name} after step {state.global_step} of {state.max_steps}"
+        return Stopped(what, where=str(checkpoint), fix="go on with --resume")

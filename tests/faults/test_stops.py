@@ -1,0 +1,108 @@
+"""Told to stop, a run saves once, exits with 75, and goes on as if nothing had been.
+
+pytest -m slow tests/faults/test_stops.py       # twenty random moments, and a signal that one of two ranks hears
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from packtrain.training.sealing import is_sealed
+from tests.faults.runs import STEPS, log_of, run, same, start, wait_for, weights, write_recipe
+
+NO_SAVES = ("--set", "training.save_strategy=no")
+
+
+def training(recipe: Path) -> bool:
+    """Whether training has begun; the line is printed before the first update."""
+    return recipe.with_name("log.txt").exists() and "per rank" in log_of(recipe)
+
+
+def checkpoints(recipe: Path) -> list[Path]:
+    return sorted((recipe.parent / "run").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_saves_once_and_the_run_goes_on_bitwise(tmp_path, unbroken, name):
+    recipe = write_recipe(tmp_path)
+    process = start(recipe, *NO_SAVES)
+    wait_for(process, lambda: training(recipe))
+    os.kill(process.pid, getattr(signal, name))
+    process.join()
+    assert process.exitcode == 75, log_of(recipe)
+    (saved,) = checkpoints(recipe)
+    step = int(saved.name.removeprefix("checkpoint-"))
+    assert is_sealed(saved) and 1 <= step < STEPS
+    said = log_of(recipe)
+    assert f"stopped by {name} after step {step} of {STEPS}" in said and "go on with --resume" in said
+    assert "Traceback" not in said and not (tmp_path / "run/model").exists()
+    assert run(recipe, *NO_SAVES, "--resume") == 0, log_of(recipe)
+    assert same(weights(tmp_path / "run"), weights(unbroken))
+
+
+def test_the_second_signal_exits_at_once(tmp_path):
+    recipe = write_recipe(tmp_path)
+    process = start(recipe, *NO_SAVES)
+    wait_for(process, lambda: training(recipe))
+    for number in (signal.SIGSTOP, signal.SIGINT, signal.SIGTERM, signal.SIGCONT):  # both at once, the lower one first
+        os.kill(process.pid, number)
+    process.join()
+    assert process.exitcode == 128 + signal.SIGTERM, log_of(recipe)
+    assert not any(is_sealed(path) for path in checkpoints(recipe))
+
+
+def test_epoch_saves_do_not_save_a_second_time(tmp_path):
+    recipe = write_recipe(tmp_path)
+    words = ("--set", "training.save_strategy=epoch")
+    process = start(recipe, *words)
+    wait_for(process, lambda: training(recipe))
+    os.kill(process.pid, signal.SIGTERM)
+    process.join()
+    assert process.exitcode == 75, log_of(recipe)
+    assert not list((tmp_path / "run").glob("*.previous")) and all(is_sealed(path) for path in checkpoints(recipe))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_stopped_at_twenty_random_moments(tmp_path, unbroken):
+    draw = random.Random(0)
+    stopped = 0
+    for number in range(20):
+        recipe = write_recipe(tmp_path / str(number))
+        process = start(recipe)
+        wait_for(process, lambda recipe=recipe: training(recipe))
+        time.sleep(draw.uniform(0, 0.5))
+        os.kill(process.pid, signal.SIGTERM)
+        process.join()
+        assert process.exitcode in (75, 0), log_of(recipe)  # 0: it was done already
+        stopped += process.exitcode == 75
+        assert process.exitcode == 0 or run(recipe, "--resume") == 0, log_of(recipe)
+        assert same(weights(recipe.parent / "run"), weights(unbroken))
+    print(f"\n  20 of 20 runs end with the unbroken run's weights, bitwise; {stopped} were stopped on the way")
+    assert stopped >= 10
+
+
+@pytest.mark.slow
+def test_it_is_enough_that_one_rank_hears_it(tmp_path):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [sys.executable, *launcher, "-m", "tests.faults.one_rank_hears", str(tmp_path)],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in range(2):
+        assert "SIGTERM after step 3" in (tmp_path / f"rank{rank}.txt").read_text()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+    assert is_sealed(tmp_path / "checkpoint-3")

@@ -1,0 +1,80 @@
+"""A data worker that is killed, or hangs, ends the run with an error that says so; its work is not lost silently."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+import torch
+
+from packtrain.errors import DataError
+from packtrain.packing.collator import PackCollator
+from packtrain.training.engine import fit
+from tests.training.helpers import make_trainer
+
+
+class Stumbling(PackCollator):
+    """In a worker process, does something else at one example."""
+
+    def __init__(self, stumble):
+        super().__init__()
+        self.stumble, self.home = stumble, os.getpid()
+
+    def collate(self, input_ids, labels, lengths, example_ids, supervised=None):
+        if 17 in example_ids and os.getpid() != self.home:
+            self.stumble()
+        return super().collate(input_ids, labels, lengths, example_ids, supervised)
+
+
+def hang() -> None:
+    time.sleep(600)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def be_asked_to_stop() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)  # as a scheduler does, to every process of a job
+
+
+def trainer_with(output_dir, stumble, **settings):
+    return make_trainer(
+        output_dir,
+        strategy="balanced",
+        collator=Stumbling(stumble),
+        num_epochs=1.0,
+        dataloader_num_workers=1,
+        **settings,
+    )
+
+
+@pytest.mark.parametrize(
+    ("stumble", "seconds", "message"),
+    [
+        (hang, 2, "gave out: .*timed out after 2 seconds"),
+        (die, 60, "gave out: .*(killed by signal|exited unexpectedly)"),
+    ],
+)
+def test_a_worker_that_hangs_or_dies_ends_the_run(tmp_path, stumble, seconds, message):
+    with pytest.raises(DataError, match=message):
+        fit(trainer_with(tmp_path, stumble, worker_timeout=seconds))
+    deadline = time.monotonic() + 30
+    while multiprocessing.active_children() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not multiprocessing.active_children()
+
+
+def test_workers_leave_signals_to_the_run_and_change_nothing(tmp_path):
+    """Control: with a worker that goes on, the weights are those of a run without workers."""
+    runs = [
+        trainer_with(tmp_path / "one", be_asked_to_stop),
+        make_trainer(tmp_path / "two", strategy="balanced", num_epochs=1.0),
+    ]
+    for trainer in runs:
+        fit(trainer)
+    one, two = (dict(trainer.model.named_parameters()) for trainer in runs)
+    assert all(torch.equal(value, two[name]) for name, value in one.items())

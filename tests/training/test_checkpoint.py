@@ -1,0 +1,109 @@
+"""Which checkpoints stay, what stands in their way, and what is kept out of their manifests."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import TrainerCallback
+
+from packtrain.errors import CheckpointError
+from packtrain.training.changes import HIDDEN, redacted
+from packtrain.training.sealing import MANIFEST, UNFINISHED, begin, is_sealed, read_manifest, seal, verify
+from tests.training.helpers import make_trainer
+
+
+def saving(output_dir, **training):
+    return make_trainer(output_dir, strategy="balanced", **{"save_strategy": "steps", "save_steps": 1} | training)
+
+
+def names(directory) -> set[str]:
+    return {path.name for path in directory.iterdir() if path.name.startswith("checkpoint-")}
+
+
+class BeforeTheSeal(TrainerCallback):
+    """What is sealed when Trainer is done with its own files, and ours has not begun."""
+
+    def __init__(self):
+        self.seen: list[set[str]] = []
+
+    def on_save(self, args, state, control, **kwargs):
+        self.seen.append({path.name for path in sorted(args.output_dir_path.iterdir()) if is_sealed(path)})
+
+
+def test_the_last_good_checkpoint_stays_until_the_new_one_is_sealed(tmp_path):
+    trainer = saving(tmp_path, max_steps=4, save_total_limit=1)
+    before = BeforeTheSeal()
+    trainer.args.output_dir_path = tmp_path
+    trainer.callback_handler.callbacks.insert(0, before)
+    trainer.train()
+    assert before.seen == [set(), {"checkpoint-1"}, {"checkpoint-2"}, {"checkpoint-3"}]
+    assert names(tmp_path) == {"checkpoint-4"}
+
+
+def test_rotation_removes_nothing_that_is_not_ours_and_follows_no_link(tmp_path):
+    elsewhere = tmp_path / "elsewhere/checkpoint-1"
+    begin(elsewhere)
+    (elsewhere / "weights").write_text("dear")
+    seal(elsewhere, {"step": 1, "sealed_at": 0})
+    run = tmp_path / "run"
+    (run / "checkpoint-900").mkdir(parents=True)
+    (run / "checkpoint-900/mine.txt").write_text("of the user")
+    (run / "checkpoint-800").symlink_to(elsewhere, target_is_directory=True)
+    abandoned = run / "checkpoint-700"
+    begin(abandoned)
+    saving(run, max_steps=4, save_total_limit=2).train()
+    assert names(run) == {"checkpoint-3", "checkpoint-4", "checkpoint-800", "checkpoint-900"}
+    verify(elsewhere, read_manifest(elsewhere))
+    assert (run / "checkpoint-900/mine.txt").exists()
+
+
+def test_the_best_checkpoint_stays(tmp_path):
+    trainer = saving(tmp_path, max_steps=4, save_total_limit=1)
+
+    class Best(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            state.best_model_checkpoint = str(tmp_path / "checkpoint-2")
+
+    trainer.add_callback(Best())
+    trainer.train()
+    assert names(tmp_path) == {"checkpoint-2", "checkpoint-4"}
+
+
+def test_what_stands_in_the_place_of_a_checkpoint_is_moved_aside(tmp_path):
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1/mine.txt").write_text("of the user")
+    begin(tmp_path / "checkpoint-2")
+    (tmp_path / "checkpoint-2/rng_state_7.pth").write_text("of a run that was killed")
+    saving(tmp_path, max_steps=2).train()
+    (foreign,) = tmp_path.glob("checkpoint-1.foreign-*")
+    assert (foreign / "mine.txt").read_text() == "of the user"
+    assert not (tmp_path / "checkpoint-2/rng_state_7.pth").exists()
+    assert all(is_sealed(tmp_path / f"checkpoint-{step}") for step in (1, 2))
+
+
+def test_a_manifest_says_what_it_is_of(tmp_path):
+    trainer = saving(tmp_path, max_steps=2)
+    trainer.train()
+    manifest = read_manifest(tmp_path / "checkpoint-2")
+    assert manifest["step"] == 2 and manifest["world_size"] == 1 and manifest["plan_hash"] == trainer.plan.hash
+    assert "torch" in manifest["versions"]
+    files = {path.name for path in (tmp_path / "checkpoint-2").iterdir()}
+    assert manifest["files"].keys() == files - {MANIFEST} and UNFINISHED not in files
+
+
+def test_a_link_is_not_sealed(tmp_path):
+    begin(tmp_path / "checkpoint-1")
+    (tmp_path / "checkpoint-1/model.safetensors").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="is a link"):
+        seal(tmp_path / "checkpoint-1", {"step": 1, "sealed_at": 0})
+
+
+def test_secrets_stay_out():
+    tree = {
+        "training": {"hub_token": "hf_secret", "push_to_hub_token": "hf_secret", "hub_model_id": "me/model"},
+        "data": {"path": "https://me:hf_secret@host/rows.jsonl"},
+        "model": {"config": {"api_key": "hf_secret", "pad_token": "<pad>", "max_tokens": 3}},
+    }
+    assert "hf_secret" not in str(redacted(tree))
+    assert redacted(tree)["data"]["path"] == f"https://{HIDDEN}@host/rows.jsonl"
+    assert redacted(tree)["model"]["config"] == {"api_key": HIDDEN, "pad_token": "<pad>", "max_tokens": 3}
+    assert redacted(tree)["training"]["hub_model_id"] == "me/model"
