@@ -228,6 +228,9 @@ class _ModelInputs(Dataset):
     def __init__(self, micro_batches: MicroBatches):
         self.micro_batches = micro_batches
 
+    def at_epoch(self, epoch: int) -> _ModelInputs:
+        return _ModelInputs(self.micro_batches.at_epoch(epoch))
+
     def __getitem__(self, micro_batch: MicroBatch) -> dict[str, Any]:
         batch = self.micro_batches[micro_batch]
         return {key: value for key, value in batch.items() if key == "labels" or key not in NOT_MODEL_INPUTS}
