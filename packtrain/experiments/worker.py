@@ -140,7 +140,7 @@ def over_ranks(recipe: Recipe, plan: Plan) -> list[dict[str, Any]] | None:
 
 def reason_of(error: BaseException) -> str:
     """One line that says what went wrong."""
-    text = " ".join(str(error).split()).replace(f"{Path.cwd()}/", "")
+    text = " ".join(str(error).split()).replace(f"{Path.cwd()}/", "").replace(f"{tempfile.gettempdir()}/", "")
     return f"{type(error).__name__}: {text}"[:300]
 
 

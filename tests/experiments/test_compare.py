@@ -46,7 +46,7 @@ def test_a_comparison_from_recipe_to_report(tmp_path):
     assert rows["balanced"].filler_share == 0 < rows["pad_longest"].filler_share
     assert rows["balanced"].held_out == pytest.approx(rows["pad_longest"].held_out, rel=1e-4)
     assert rows["balanced"].equal_updates is not None and rows["pad_longest"].memory_of in ("process", "device")
-    assert rows["nan"].failure.startswith("RunFailed: the loss is")
+    assert rows["nan"].failure.startswith("NonFiniteError: update 1") and "is not finite" in rows["nan"].failure
     assert rows["impossible"].failure.startswith("PlanError: ")
     assert rows["killed"].failure == "killed by SIGKILL"
     assert sum(sentence.topic == "failure" for sentence in verdict(summary)) == 3
