@@ -69,10 +69,11 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         told = manifest.pop("sha256")
-        assert isinstance(manifest["files"], dict) and told == _self_hash(manifest)
+        if not isinstance(manifest["files"], dict) or told != _self_hash(manifest):
+            raise ValueError("not what was written")
     except FileNotFoundError:
         raise CheckpointError("is unfinished: it has no manifest", where=str(directory), key=MANIFEST) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, AssertionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError("has a damaged manifest", where=str(directory), key=MANIFEST) from None
     if manifest.get("format") != _FORMAT:
         what = "was written by another release of packtrain"
