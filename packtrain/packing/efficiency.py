@@ -126,8 +126,8 @@ def _first_pieces(part: MicroBatch, lengths: np.ndarray) -> int:
 def _notes(plan: Plan, spread: float) -> Iterator[str]:
     if plan.scope.strategy.pack_order == "cost":
         yield (
-            "ranks are level because packs of an update are alike: its mean length varies "
-            f"{spread:.1f} times as much as a random one's"
+            "ranks are level, but the mix of an update is not a shuffle's: "
+            f"its mean length varies {spread:.1f} times as much"
         )
     if plan.scope.strategy.scope == "epoch" and plan.scope.packs_per_step < plan.world_size:
         packs, ranks = plan.scope.packs_per_step, plan.world_size
