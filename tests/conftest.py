@@ -20,6 +20,14 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def one_environment():
+    """`datasets`, mapping in several processes, leaves a copy in the place of `os.environ`; rich reads the original."""
+    environment = os.environ
+    yield
+    os.environ = environment
+
+
 @pytest.fixture(scope="session")
 def gsm8k() -> Path:
     """GSM8K's training rows, where they are at hand."""
