@@ -6,6 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -21,11 +22,9 @@ def one_thread():
 
 
 @pytest.fixture(autouse=True)
-def one_environment():
+def one_environment(monkeypatch):
     """`datasets`, mapping in several processes, leaves a copy in the place of `os.environ`; rich reads the original."""
-    environment = os.environ
-    yield
-    os.environ = environment
+    monkeypatch.setattr(os, "environ", os.environ)  # put back after the test
 
 
 @pytest.fixture(scope="session")
@@ -36,3 +35,10 @@ def gsm8k() -> Path:
     if not path.exists():
         pytest.skip("GSM8K is not at hand; set PACKTRAIN_GSM8K to its train.jsonl")
     return path
+
+
+@pytest.fixture
+def sft_lengths() -> np.ndarray:
+    """2,000 lengths like those of instruction data: lognormal, median ~90, longest 1,024."""
+    draws = np.random.default_rng(0).lognormal(4.5, 0.9, 2000)
+    return np.clip(draws, 5, 1024).astype(np.int32)

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from packtrain.cli import main
-from packtrain.cli_plan import show_lengths
+from packtrain.cli.show_plan import show_lengths
 
 
 @pytest.fixture

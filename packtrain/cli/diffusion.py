@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from packtrain.cli_options import Overrides, RecipePath, load_checked
+from packtrain.cli.options import Overrides, RecipePath, load_checked
 from packtrain.errors import PacktrainError
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,6 +10,9 @@ import typer
 
 if TYPE_CHECKING:
     from packtrain.recipe import Recipe
+
+RANK = int(os.environ.get("RANK", "0"))
+LAST = "last"  # the value of a bare --resume
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file; see recipes/.")]
 Overrides = Annotated[

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from packtrain.cli_audit import show_audit
+from packtrain.cli.show_audit import show_audit
 from packtrain.errors import ModelError
 from packtrain.modeling.attention import NAME
 from packtrain.modeling.audit_models import tiny_model

@@ -15,14 +15,15 @@ import pytest
 import torch
 from rich.console import Console
 
-from packtrain.cli import fill_bare_resume, main, next_commands
-from packtrain.cli_plan import length_histogram
-from packtrain.cli_show import FILLER, PROMPT, SUPERVISED, documents_of, text_of
+from packtrain.cli import fill_bare_resume, main
+from packtrain.cli.recipes import next_commands
+from packtrain.cli.show_batch import FILLER, PROMPT, SUPERVISED, documents_of, text_of
+from packtrain.cli.show_plan import length_histogram
 from packtrain.modeling.tokenizer import train_bpe
 from packtrain.packing.collator import collate_flat, collate_padded
 from tests.test_recipe import BAD, GOOD, write
 
-QUICKSTART = Path(__file__).parents[1] / "recipes/quickstart.yaml"
+QUICKSTART = Path(__file__).parents[2] / "recipes/quickstart.yaml"
 SMALL = ["data.num_rows=120", "data.eval_size=20", "examples_per_step=16"]
 
 

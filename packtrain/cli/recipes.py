@@ -1,100 +1,20 @@
-"""The command line: `packtrain train | plan | show | audit | compare | report | sample | evaluate`.
-
-    packtrain train recipes/quickstart.yaml
-    packtrain audit gpt_oss
-    packtrain compare recipes/compare/quickstart.yaml
-    packtrain plan recipes/sft.yaml --all
-    packtrain show recipes/sft.yaml --step 3
-    torchrun --nproc_per_node 2 -m packtrain train recipes/sft.yaml
-
-What a user can mend is printed without a traceback, with exit code 2; Ctrl-C exits with 130. A training run that is
-told to stop saves a checkpoint and exits with 75; a second signal ends it at once. Heavy libraries are imported by the
-verb that needs them, so that help and errors come at once.
-"""
+"""`packtrain train`, `plan` and `show`: what is done with a recipe."""
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Sequence
-from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.text import Text
-from typer.core import TyperGroup
 
-from packtrain import __version__
-from packtrain.cli_diffusion import evaluate, sample
-from packtrain.cli_options import Gpus, Overrides, RecipePath, load_checked
-from packtrain.errors import PacktrainError, Stopped
-
-RANK = int(os.environ.get("RANK", "0"))
-LAST = "last"  # the value of a bare --resume
+from packtrain.cli.options import LAST, RANK, Gpus, Overrides, RecipePath, load_checked
+from packtrain.errors import PacktrainError
 
 
-class Verbs(TyperGroup):
-    """The group of verbs, with packtrain's exit codes and a `--resume` that may stand alone."""
-
-    def parse_args(self, ctx, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, fill_bare_resume(args))
-
-    def invoke(self, ctx):
-        try:
-            return super().invoke(ctx)
-        except PacktrainError as error:
-            rank = f" (rank {RANK})" if RANK else ""
-            head = "stopped" if isinstance(error, Stopped) else "error"
-            message = Text.assemble((f"{head}{rank}: ", "bold red"), str(error))
-            message.highlight_regex(r"(?m)^\s+fix: ", "bold green")
-            Console(stderr=True).print(message, soft_wrap=True)
-            raise typer.Exit(error.exit_code) from None
-        except KeyboardInterrupt:
-            raise typer.Exit(130) from None
-
-
-def fill_bare_resume(args: Sequence[str]) -> list[str]:
-    """`--resume` at the end or before another option gets the value `last`; options can't have optional values.
-
-    >>> fill_bare_resume(["train", "r.yaml", "--resume", "--set", "a=1"])
-    ['train', 'r.yaml', '--resume', 'last', '--set', 'a=1']
-    """
-    filled = []
-    for word, following in zip_longest(args, args[1:], fillvalue="-"):
-        filled.append(word)
-        if word == "--resume" and following.startswith("-"):
-            filled.append(LAST)
-    return filled
-
-
-app = typer.Typer(
-    cls=Verbs,
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
-    help="Packing and padding for LLM fine-tuning: a step is a set of examples, a strategy only lays them out.",
-)
-
-
-def _version(asked: bool) -> None:
-    if asked:
-        print(f"packtrain {__version__}")
-        raise typer.Exit()
-
-
-@app.callback()
-def _options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
-    ] = False,
-) -> None:
-    pass
-
-
-@app.command()
 def train(
     recipe: RecipePath,
     overrides: Overrides = None,
@@ -149,7 +69,6 @@ def next_commands(recipe: Path, overrides: Sequence[str], padded_dir: str) -> li
     ]
 
 
-@app.command()
 def plan(
     recipe: Annotated[
         Path | None, typer.Argument(metavar="[RECIPE]", help="A YAML file; not needed with --lengths.")
@@ -182,8 +101,8 @@ def plan(
     Rows are tokenised once and remembered; after that the answer takes a second and no GPU, torch or tokenizer.
     Lengths may be a billion: `packtrain plan --lengths lengths.npy --max-tokens 8192 --counts`.
     """
-    from packtrain.cli_memory import asked_memory
-    from packtrain.cli_plan import show_lengths, show_plan
+    from packtrain.cli.show_memory import asked_memory
+    from packtrain.cli.show_plan import show_lengths, show_plan
 
     asked = asked_memory(memory, launch)
     if recipe is None:
@@ -219,7 +138,6 @@ def plan(
     )
 
 
-@app.command()
 def show(
     recipe: RecipePath,
     overrides: Overrides = None,
@@ -236,7 +154,7 @@ def show(
 
     What is supervised, what is prompt and what is filler have different colours.
     """
-    from packtrain.cli_show import show_batch
+    from packtrain.cli.show_batch import show_batch
 
     show_batch(
         load_checked(recipe, overrides),
@@ -248,77 +166,3 @@ def show(
         documents=documents,
         world_size=gpus,
     )
-
-
-@app.command()
-def audit(
-    target: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL_OR_RECIPE", help="A recipe, Hub name, directory, architecture (`llama`), or `config: {...}`."
-        ),
-    ],
-    implementations: Annotated[
-        str, typer.Option("--attn-implementation", metavar="NAMES", help="`all`, or some, for example `sdpa,eager`.")
-    ] = "all",
-    layouts: Annotated[
-        str, typer.Option("--layout", metavar="NAMES", help="`all`, or some, for example `flat,padded`.")
-    ] = "all",
-    device: Annotated[str, typer.Option(help="Where to run it: auto, cpu, cuda.")] = "auto",
-) -> None:
-    """Ask a model itself whether documents of a batch see each other, for every attention, layout and mode.
-
-    Exits with 1 where a recipe's own combination of model, layout and attention leaks.
-    """
-    from packtrain.cli_audit import show_audit
-
-    safe = show_audit(
-        target,
-        Console(),
-        implementations=None if implementations == "all" else implementations.split(","),
-        layouts=None if layouts == "all" else layouts.split(","),
-        device=device,
-    )
-    raise typer.Exit(0 if safe else 1)
-
-
-@app.command()
-def compare(
-    recipe: RecipePath,
-    overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Default: results/compare_NAME.")] = None,
-) -> None:
-    """Run variants of a recipe against each other, interleaved, each in a fresh process, and write a report.
-
-    Interrupted, the same command continues: finished runs are kept. A variant that fails is a row of the report.
-    A file with the section `rainbow_oracle:` runs that grid instead.
-    """
-    from packtrain.experiments.compare import compare as run
-
-    if recipe.is_file() and "\nrainbow_oracle:" in "\n" + recipe.read_text(encoding="utf-8"):
-        from packtrain.experiments.oracle import run_recipe
-
-        directory = run_recipe(recipe, output_dir=out)
-        Console().print((directory / "oracle.md").read_text(), soft_wrap=True)
-        return
-    run(recipe, overrides or [], output_dir=out, say=lambda line: Console().print(line, soft_wrap=True))
-
-
-@app.command()
-def report(
-    directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Directories of `packtrain compare`.")],
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Where the page goes.")] = None,
-) -> None:
-    """Rebuild the report of one comparison, or lay several side by side, from stored files alone."""
-    from packtrain.experiments.report import write_report
-
-    Console().print(f"report: {write_report(directories, out=out)}", soft_wrap=True)
-
-
-app.command()(sample)
-app.command()(evaluate)
-
-
-def main(args: Sequence[str] | None = None) -> None:
-    """Entry point; exits with 0, 2 (what the user gave is wrong), 75 (stopped, resumable) or 130 (interrupted)."""
-    app(args=args, prog_name="packtrain")

@@ -11,7 +11,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from packtrain.cli_memory import AskedMemory, show_memory
+from packtrain.cli.show_memory import AskedMemory, show_memory
 from packtrain.data.report import DataReport
 from packtrain.errors import PlanError
 from packtrain.packing.counts import CountsReport, pack_counts

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from packtrain.cli import main
-from packtrain.cli_memory import show_memory
+from packtrain.cli.show_memory import show_memory
 from packtrain.recipe import load_recipe
 from packtrain.training.inputs import plan_training
 from packtrain.training.memory_states import ENGINES

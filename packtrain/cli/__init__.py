@@ -1,0 +1,99 @@
+"""The command line: `packtrain train | plan | show | audit | compare | report | sample | evaluate`.
+
+    packtrain train recipes/quickstart.yaml
+    packtrain audit gpt_oss
+    packtrain compare recipes/compare/quickstart.yaml
+    packtrain plan recipes/sft.yaml --all
+    packtrain show recipes/sft.yaml --step 3
+    torchrun --nproc_per_node 2 -m packtrain train recipes/sft.yaml
+
+What a user can mend is printed without a traceback, with exit code 2; Ctrl-C exits with 130. A training run that is
+told to stop saves a checkpoint and exits with 75; a second signal ends it at once. Heavy libraries are imported by the
+verb that needs them, so that help and errors come at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import zip_longest
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+from typer.core import TyperGroup
+
+from packtrain import __version__
+from packtrain.cli.diffusion import evaluate, sample
+from packtrain.cli.experiments import audit, compare, report
+from packtrain.cli.options import LAST, RANK
+from packtrain.cli.recipes import plan, show, train
+from packtrain.errors import PacktrainError, Stopped
+
+
+class Verbs(TyperGroup):
+    """The group of verbs, with packtrain's exit codes and a `--resume` that may stand alone."""
+
+    def parse_args(self, ctx, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, fill_bare_resume(args))
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except PacktrainError as error:
+            rank = f" (rank {RANK})" if RANK else ""
+            head = "stopped" if isinstance(error, Stopped) else "error"
+            message = Text.assemble((f"{head}{rank}: ", "bold red"), str(error))
+            message.highlight_regex(r"(?m)^\s+fix: ", "bold green")
+            Console(stderr=True).print(message, soft_wrap=True)
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+
+
+def fill_bare_resume(args: Sequence[str]) -> list[str]:
+    """`--resume` at the end or before another option gets the value `last`; options can't have optional values.
+
+    >>> fill_bare_resume(["train", "r.yaml", "--resume", "--set", "a=1"])
+    ['train', 'r.yaml', '--resume', 'last', '--set', 'a=1']
+    """
+    filled = []
+    for word, following in zip_longest(args, args[1:], fillvalue="-"):
+        filled.append(word)
+        if word == "--resume" and following.startswith("-"):
+            filled.append(LAST)
+    return filled
+
+
+app = typer.Typer(
+    cls=Verbs,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Packing and padding for LLM fine-tuning: a step is a set of examples, a strategy only lays them out.",
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"packtrain {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+for verb in (train, plan, show, audit, compare, report, sample, evaluate):
+    app.command()(verb)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point; exits with 0, 2 (what the user gave is wrong), 75 (stopped, resumable) or 130 (interrupted)."""
+    app(args=args, prog_name="packtrain")
