@@ -186,7 +186,7 @@ def _edges(shortest: int, longest: int) -> list[int]:
     """Range bounds from `shortest` to above `longest`, growing by a constant factor.
 
     >>> _edges(5, 100)
-    [5, 6, 8, 12, 16, 23, 32, 46, 64, 91, 101]
+    [5, 6, 8, 11, 16, 23, 32, 45, 64, 91, 101]
     """
     for factor in (2**0.5, 2.0, 4.0):
         grid = [round(factor**power) for power in range(1, 64) if factor**power < 2**40]

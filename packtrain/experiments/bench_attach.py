@@ -39,7 +39,7 @@ from trl import SFTConfig, SFTTrainer
 from packtrain.experiments.bench_attention import LLAMA, ROW
 from packtrain.modeling.tokenizer import train_bpe
 from packtrain.training.plugin import attach
-from packtrain.training.summary import describe_machine, package_versions
+from packtrain.training.summary import describe_machine, name_machine, package_versions
 
 PER_DEVICE, ACCUMULATION, UPDATES = 8, 4, 4
 MEAN_LENGTH = 160
@@ -140,7 +140,7 @@ def markdown(result: dict) -> str:
         "|---|---|---|---|---|",
         *rows,
         "",
-        f"Machine: {machine['cpu']}, {machine['cores']} cores, {result['threads']} threads; torch {packages['torch']},",
+        f"Machine: {name_machine(machine, result['threads'])}; torch {packages['torch']},",
         f"transformers {packages['transformers']}, trl {packages['trl']}.",
         "",
         f"    {result['command']}",

@@ -38,7 +38,7 @@ from packtrain.modeling.attention_pattern import Documents, Pattern
 from packtrain.objectives.causal import causal_lm_losses
 from packtrain.packing.collator import PackCollator
 from packtrain.packing.plan import make_plan
-from packtrain.training.summary import describe_machine, package_versions
+from packtrain.training.summary import describe_machine, name_machine, package_versions
 
 ROW = 2048  # tokens: the width of pad_max and of packed rows
 LLAMA = dict(model_type="llama", vocab_size=4096, hidden_size=256, intermediate_size=640, num_hidden_layers=6)
@@ -241,7 +241,7 @@ def markdown(result: dict) -> str:
         "|" + "---|" * len(alone["slower"]),
         "| " + " | ".join(f"{value:.1f}" for value in alone["slower"].values()) + " |",
         "",
-        f"Machine: {machine['cpu']}, {machine['cores']} cores, {result['threads']} threads; torch {packages['torch']},",
+        f"Machine: {name_machine(machine, result['threads'])}; torch {packages['torch']},",
         f"transformers {packages['transformers']}.",
         "",
         f"    {result['command']}",

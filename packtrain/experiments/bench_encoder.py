@@ -32,7 +32,7 @@ from transformers import AutoModel, BertConfig, PreTrainedModel
 
 from packtrain.modeling.attention import NAME, register
 from packtrain.packing.collator import PackCollator
-from packtrain.training.summary import describe_machine, package_versions
+from packtrain.training.summary import describe_machine, name_machine, package_versions
 
 TEXTS, LONGEST = 16, (128, 256, 512)
 WAYS = {"padded, sdpa": ("padded", "sdpa"), f"flat, {NAME}": ("flat", NAME)}
@@ -128,7 +128,7 @@ def markdown(result: dict) -> str:
             lines.append(f"| {' | '.join(cells)} | {found['largest_output_difference']:.0e} |")
     lines += [
         "",
-        f"Machine: {machine['cpu']}, {machine['cores']} cores, {result['threads']} threads; torch {packages['torch']},",
+        f"Machine: {name_machine(machine, result['threads'])}; torch {packages['torch']},",
         f"transformers {packages['transformers']}.",
         "",
         f"    {result['command']}",

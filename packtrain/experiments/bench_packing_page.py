@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from packtrain.training.summary import name_machine
+
 
 def markdown(found: dict) -> str:
     """results/packing/README.md from the contents of bench.json."""
@@ -96,5 +98,5 @@ def _commands(found: dict) -> Iterator[str]:
         machine, packages = part["machine"], part["packages"]
         yield f"    {command}"
         yield ""
-        yield f"on {machine['cpu']}, {machine['cores']} cores; {', '.join(f'{name} {packages[name]}' for name in packages)}."
+        yield f"on {name_machine(machine)}; {', '.join(f'{name} {packages[name]}' for name in packages)}."
         yield ""

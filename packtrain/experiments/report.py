@@ -25,6 +25,7 @@ from packtrain.experiments.results import PICTURED_RANKS, read_manifest, read_ru
 from packtrain.experiments.summary import Row, Summary, summarise
 from packtrain.experiments.tables import columns, csv_text, markdown
 from packtrain.experiments.verdict import verdict
+from packtrain.training.summary import name_machine
 
 REPORT = "report.html"
 GROUPS = (
@@ -152,9 +153,7 @@ def facts(summary: Summary) -> list[str]:
     result.append(
         f"{batching['examples_per_step']:,} examples per update, {batching['max_tokens']:,} tokens per micro-batch"
     )
-    machine = manifest["machine"]
-    devices = ", ".join(machine.get("devices", [])) or f"{machine['cpu']}, {machine['cores']} cores"
-    return [*result, devices]
+    return [*result, name_machine(manifest["machine"])]
 
 
 def method(summary: Summary) -> list[str]:

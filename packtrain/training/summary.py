@@ -106,6 +106,17 @@ def describe_machine() -> dict:
     return machine
 
 
+def name_machine(machine: dict, threads: int | None = None) -> str:
+    """What `describe_machine` found, in a few words: the devices, or the processor and its cores.
+
+    >>> name_machine({"cpu": "AMD EPYC", "cores": 2}, threads=1)
+    'AMD EPYC, 2 cores, 1 thread'
+    """
+    words = machine.get("devices") or [machine["cpu"]]
+    counts = {"thread": threads} if machine.get("devices") else {"core": machine["cores"], "thread": threads}
+    return ", ".join([*words, *(f"{n} {name}{'s' * (n != 1)}" for name, n in counts.items() if n)])
+
+
 def package_versions() -> dict[str, str]:
     """Versions of the packages a result depends on, Python included."""
     found = {"python": platform.python_version()}
