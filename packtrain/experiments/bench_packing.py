@@ -8,7 +8,7 @@ With `--only`, results that are there already are kept. All packers get the same
 few repeats; those that take a list get one, and making it isn't timed. A peer that isn't installed is left out. TRL's
 packer is given a table of tokens (as it takes no lengths), all in one batch: its default of 1,000 rows packs worse.
 Balance is that of updates of eight packs per rank under the cost model of a 7B Llama, over the epoch's shuffle of packs;
-`balanced` draws its updates from the shuffle of examples.
+`balanced` draws its updates from the shuffle of examples, as many as fill eight micro-batches per rank to three quarters.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ LLAMA_7B = dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
 OURS = ("bfd", "ffd", "optimal", "next_fit")
 COMPILED = "packtrain bfd, compiled"
 SMALL = 200_000  # examples up to which loops over every example take part
+ACCUMULATION = 8  # micro-batches of a rank in an update
 STEPS = 20  # updates looked at for the balance
 COMMAND = "python -m packtrain.experiments.bench_packing"
 BILLION = 1_000_000_000
@@ -100,12 +101,14 @@ def _compiled(lengths: np.ndarray, capacity: int) -> PatternPacks:
 def bench_balance(name: str, lengths: np.ndarray, capacity: int) -> list[dict]:
     """One row per strategy and number of ranks: balance in tokens, attention and modelled time, and the updates' mix."""
     rows = []
-    per_pack = 0.8 * capacity / lengths.mean()  # micro-batches four fifths full leave room to be level
+    per_pack = 0.75 * capacity / lengths.mean()  # micro-batches three quarters full leave room to be level
     for ranks in (8, 64):
         for strategy in ("padding_free", "balanced", "next_fit", "bfd", "optimal", "global_balance"):
-            size = {"examples_per_step": max(1, int(per_pack * ranks * 8))}
+            size = {"examples_per_step": max(1, int(per_pack * ranks * ACCUMULATION))}
+            if strategy == "balanced":
+                size["gradient_accumulation_steps"] = ACCUMULATION
             if STRATEGIES[strategy].scope == "epoch":
-                size = {"tokens_per_step": capacity * ranks * 8}
+                size = {"tokens_per_step": capacity * ranks * ACCUMULATION}
             cost = Cost.of_config(LLAMA_7B)
             plan = make_plan(lengths, strategy=strategy, max_tokens=capacity, world_size=ranks, cost=cost, **size)
             found = describe(plan, sampled_steps=STEPS)
