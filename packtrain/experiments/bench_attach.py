@@ -13,10 +13,7 @@ Writes `results/attach/bench.json` and `results/attach/README.md`.
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -37,9 +34,9 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from packtrain.experiments.bench_attention import LLAMA, ROW
+from packtrain.experiments.bench_page import origin, origin_lines, store
 from packtrain.modeling.tokenizer import train_bpe
 from packtrain.training.plugin import attach
-from packtrain.training.summary import describe_machine, name_machine, package_versions
 
 PER_DEVICE, ACCUMULATION, UPDATES = 8, 4, 4
 MEAN_LENGTH = 160
@@ -123,7 +120,7 @@ def compare(build: Callable[[], Trainer], rounds: int) -> dict:
 
 
 def markdown(result: dict) -> str:
-    machine, packages, lengths = result["machine"], result["packages"], result["lengths"]
+    lengths = result["lengths"]
     rows = [
         f"| {name} | {found['seconds_per_update']['before']:.2f} | {found['seconds_per_update']['attached']:.2f} "
         f"| **{found['faster']:.2f}x** | {found['largest_relative_loss_difference']:.0e} |"
@@ -139,12 +136,7 @@ def markdown(result: dict) -> str:
         "| trainer | seconds per update | attached | faster | losses differ by |",
         "|---|---|---|---|---|",
         *rows,
-        "",
-        f"Machine: {name_machine(machine, result['threads'])}; torch {packages['torch']},",
-        f"transformers {packages['transformers']}, trl {packages['trl']}.",
-        "",
-        f"    {result['command']}",
-        "",
+        *origin_lines(result, "torch", "transformers", "trl"),
     ]
     return "\n".join(lines)
 
@@ -163,20 +155,13 @@ def main() -> None:
             name: compare(lambda build=build: build(data, tokenizer, directory), arguments.rounds)
             for name, build in builds.items()
         }
-    result = {
-        "command": shlex.join(["python", "-m", "packtrain.experiments.bench_attach", *sys.argv[1:]]),
-        "machine": describe_machine(),
-        "packages": package_versions(),
-        "threads": torch.get_num_threads(),
+    result = origin("bench_attach") | {
         "rounds": arguments.rounds,
         "parameters": sum(weight.numel() for weight in model().parameters()),
         "lengths": {"mean": np.mean(lengths), "median": np.median(lengths), "longest": max(lengths)},
         "trainers": trainers,
     }
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "bench.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    (arguments.output / "README.md").write_text(markdown(result), encoding="utf-8")
-    print(markdown(result))
+    store(arguments.output, result, markdown(result))
 
 
 if __name__ == "__main__":

@@ -15,9 +15,7 @@ Writes `results/attention/bench.json` and `results/attention/README.md`.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import shlex
 import statistics
 import sys
 import time
@@ -32,13 +30,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from packtrain.experiments.bench_page import origin, origin_lines, store
 from packtrain.modeling.attention import NAME, register
 from packtrain.modeling.attention_kernels import attend
 from packtrain.modeling.attention_pattern import Documents, Pattern
 from packtrain.objectives.causal import causal_lm_losses
 from packtrain.packing.collator import PackCollator
 from packtrain.packing.plan import make_plan
-from packtrain.training.summary import describe_machine, name_machine, package_versions
 
 ROW = 2048  # tokens: the width of pad_max and of packed rows
 LLAMA = dict(model_type="llama", vocab_size=4096, hidden_size=256, intermediate_size=640, num_hidden_layers=6)
@@ -211,7 +209,6 @@ def bench_attention(rounds: int, tokens: int = 8192, documents: int = 47, heads:
 def markdown(result: dict) -> str:
     """The tables for people."""
     steps, alone = result["steps"], result["attention_alone"]
-    machine, packages = result["machine"], result["packages"]
     head = [
         f"{name} ({step['parameters'] / 1e6:.1f}M, {step['documents']['tokens']} tokens)"
         for name, step in steps.items()
@@ -240,12 +237,7 @@ def markdown(result: dict) -> str:
         "| " + " | ".join(alone["slower"]) + " |",
         "|" + "---|" * len(alone["slower"]),
         "| " + " | ".join(f"{value:.1f}" for value in alone["slower"].values()) + " |",
-        "",
-        f"Machine: {name_machine(machine, result['threads'])}; torch {packages['torch']},",
-        f"transformers {packages['transformers']}.",
-        "",
-        f"    {result['command']}",
-        "",
+        *origin_lines(result, "torch", "transformers"),
     ]
     return "\n".join(lines)
 
@@ -257,21 +249,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("results/attention"))
     arguments = parser.parse_args()
     register()
-    result = {
-        "command": shlex.join(["python", "-m", "packtrain.experiments.bench_attention", *sys.argv[1:]]),
-        "machine": describe_machine(),
-        "packages": package_versions(),
-        "threads": torch.get_num_threads(),
+    result = origin("bench_attention") | {
         "load_before": os.getloadavg()[0],
         "rounds": arguments.rounds,
         "ways": [asdict(way) for way in WAYS],
         "attention_alone": bench_attention(arguments.rounds),
         "steps": {case: bench_steps(case, arguments.rounds) for case in arguments.models},
     }
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "bench.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    (arguments.output / "README.md").write_text(markdown(result), encoding="utf-8")
-    print(markdown(result))
+    store(arguments.output, result, markdown(result))
 
 
 if __name__ == "__main__":

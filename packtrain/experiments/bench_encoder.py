@@ -17,8 +17,6 @@ Writes `results/encoder/bench.json` and `results/encoder/README.md`.
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
 import statistics
 import sys
 import time
@@ -30,9 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModel, BertConfig, PreTrainedModel
 
+from packtrain.experiments.bench_page import origin, origin_lines, store
 from packtrain.modeling.attention import NAME, register
 from packtrain.packing.collator import PackCollator
-from packtrain.training.summary import describe_machine, name_machine, package_versions
 
 TEXTS, LONGEST = 16, (128, 256, 512)
 WAYS = {"padded, sdpa": ("padded", "sdpa"), f"flat, {NAME}": ("flat", NAME)}
@@ -108,7 +106,6 @@ def bench(model: PreTrainedModel, longest: int, limit: float) -> dict:
 
 
 def markdown(result: dict) -> str:
-    machine, packages = result["machine"], result["packages"]
     padded, flat = WAYS
     lines = [
         "# Padding-free BERT",
@@ -127,12 +124,7 @@ def markdown(result: dict) -> str:
             cells.append(str(len(found["seconds"][what][padded])))
             lines.append(f"| {' | '.join(cells)} | {found['largest_output_difference']:.0e} |")
     lines += [
-        "",
-        f"Machine: {name_machine(machine, result['threads'])}; torch {packages['torch']},",
-        f"transformers {packages['transformers']}.",
-        "",
-        f"    {result['command']}",
-        "",
+        *origin_lines(result, "torch", "transformers"),
     ]
     return "\n".join(lines)
 
@@ -148,18 +140,11 @@ def main() -> None:
     torch.manual_seed(0)
     config = BertConfig(num_hidden_layers=arguments.layers, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     model = AutoModel.from_config(config, add_pooling_layer=False).train()
-    result = {
-        "command": shlex.join(["python", "-m", "packtrain.experiments.bench_encoder", *sys.argv[1:]]),
-        "machine": describe_machine(),
-        "packages": package_versions(),
-        "threads": torch.get_num_threads(),
+    result = origin("bench_encoder") | {
         "parameters": sum(weight.numel() for weight in model.parameters()),
         "lengths": [bench(model, longest, arguments.seconds) for longest in arguments.longest],
     }
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "bench.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    (arguments.output / "README.md").write_text(markdown(result), encoding="utf-8")
-    print(markdown(result))
+    store(arguments.output, result, markdown(result))
 
 
 if __name__ == "__main__":

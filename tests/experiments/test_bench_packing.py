@@ -7,7 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from packtrain.experiments.bench_packing import bench_balance, bench_packers, bench_scale, main
+from packtrain.experiments.bench_balance import bench_balance
+from packtrain.experiments.bench_packing import bench_packers, bench_scale, main
 
 
 @pytest.fixture
