@@ -1,8 +1,9 @@
 """packtrain: a training step is a set of examples, a strategy only decides how they lie in memory.
 
-packtrain.attach(trainer)         packtrain's layouts inside a transformers.Trainer or trl.SFTTrainer
-packtrain.PackCollator(...)       a data collator for a stock Trainer
-packtrain.load_recipe(path)       the recipe of `packtrain train`
+packtrain.attach(trainer)          packtrain's layouts inside a transformers.Trainer or trl.SFTTrainer
+packtrain.PackCollator(...)        a data collator for a stock Trainer
+packtrain.PackedStream(rows, ...)  packs of an iterable dataset, for any loop
+packtrain.load_recipe(path)        the recipe of `packtrain train`
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ _WHERE = {  # looked up on first use, so that importing packtrain imports no tor
     "attach": "packtrain.training.plugin",
     "PackTrainer": "packtrain.training.trainer",
     "PackCollator": "packtrain.packing.collator",
+    "PackedStream": "packtrain.packing.stream_dataset",
     "make_plan": "packtrain.packing.plan",
     "load_recipe": "packtrain.recipe",
 }

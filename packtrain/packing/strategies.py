@@ -219,7 +219,8 @@ def resolve_strategy(name: str) -> Strategy:
             key="batching.strategy",
             value=name,
             fix=(f"did you mean {close[0]!r}? " if close else "")
-            + f"Known: {', '.join(STRATEGIES)}; or my_package.my_module:function",
+            + f"Known: {', '.join(STRATEGIES)}; or my_package.my_module:function; "
+            "for rows that can't be counted, packtrain.PackedStream in your own trainer",
         )
     try:
         found = getattr(importlib.import_module(module), attribute)

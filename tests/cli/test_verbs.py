@@ -74,7 +74,9 @@ def test_every_verb_fails_alike_in_a_process_of_its_own(tmp_path, verb):
 
 def test_unknown_strategies_are_found_before_any_data_is_read(tmp_path, capsys):
     assert run("train", str(write(tmp_path, GOOD)), "--set", "strategy=balancd") == 2
-    assert "batching.strategy: there is no such strategy (got 'balancd')" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "batching.strategy: there is no such strategy (got 'balancd')" in printed
+    assert "did you mean 'balanced'?" in printed and "packtrain.PackedStream" in printed
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
+from packtrain import PackedStream
 from packtrain.errors import DataError, PlanError
 from packtrain.packing.collator import PackCollator
 from packtrain.packing.stream import Stream
-from packtrain.packing.stream_dataset import PackedStream
 
 streams = st.fixed_dictionaries(
     {
