@@ -39,7 +39,7 @@ def show_audit(
     import torch
 
     from packtrain.modeling.audit import audit_model
-    from packtrain.modeling.audit_probe import LAYOUTS
+    from packtrain.modeling.audit.probe import LAYOUTS
 
     if unknown := sorted(set(layouts or ()) - set(LAYOUTS)):
         raise ModelError("is not a layout", key="--layout", value=unknown[0], fix=f"some of {', '.join(LAYOUTS)}")
@@ -105,7 +105,7 @@ def _of_name(target: str) -> PreTrainedModel:
     """A model by Hub name or directory, of the fields of a config, or a tiny random one of an architecture."""
     from transformers import CONFIG_MAPPING
 
-    from packtrain.modeling.audit_models import model_class, tiny_model
+    from packtrain.modeling.audit.models import model_class, tiny_model
     from packtrain.modeling.hub_errors import explained
     from packtrain.modeling.loading import load_config
     from packtrain.recipe.values import did_you_mean

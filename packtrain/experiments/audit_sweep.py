@@ -30,7 +30,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from packtrain.errors import PacktrainError
 from packtrain.modeling.attention import NAME
 from packtrain.modeling.audit import audit_model, tiny_model
-from packtrain.modeling.audit_causes import recurrent_layers
+from packtrain.modeling.audit.causes import recurrent_layers
 from packtrain.training.summary import describe_machine, package_versions
 
 MEMORY_LIMIT = 6 << 30  # bytes of address space for one architecture

@@ -32,8 +32,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from packtrain.experiments.bench_page import origin, origin_lines, store
 from packtrain.modeling.attention import NAME, register
-from packtrain.modeling.attention_kernels import attend
-from packtrain.modeling.attention_pattern import Documents, Pattern
+from packtrain.modeling.attention.kernels import attend
+from packtrain.modeling.attention.pattern import Documents, Pattern
 from packtrain.objectives.causal import causal_lm_losses
 from packtrain.packing.collator import PackCollator
 from packtrain.packing.plan import make_plan

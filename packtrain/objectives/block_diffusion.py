@@ -32,8 +32,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from packtrain.errors import ModelError, PlanError
 from packtrain.modeling.attention import bounds_from_cu_seq_lens, documents_of
-from packtrain.modeling.attention_kernels import attend_one
-from packtrain.modeling.attention_pattern import Pattern
+from packtrain.modeling.attention.kernels import attend_one
+from packtrain.modeling.attention.pattern import Pattern
 from packtrain.objectives.causal import CAUSAL_LM
 from packtrain.packing.collator import FILLER_TOKENS, IGNORED, Batch, PackCollator, collate_flat
 from packtrain.packing.shuffle import derive_key

@@ -11,7 +11,7 @@ from rich.console import Console
 from packtrain.cli.show_audit import show_audit
 from packtrain.errors import ModelError
 from packtrain.modeling.attention import NAME
-from packtrain.modeling.audit_models import tiny_model
+from packtrain.modeling.audit.models import tiny_model
 
 RECIPE = """
 model: {{config: {{model_type: llama, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2,

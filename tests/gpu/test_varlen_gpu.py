@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from packtrain.modeling.attention import NAME, register
-from packtrain.modeling.attention_cuda import fused_kernel
-from packtrain.modeling.attention_kernels import attend, attend_each
-from packtrain.modeling.attention_pattern import Documents, Pattern
+from packtrain.modeling.attention.cuda import fused_kernel
+from packtrain.modeling.attention.kernels import attend, attend_each
+from packtrain.modeling.attention.pattern import Documents, Pattern
 from tests.modeling.attention_reference import Case, cases, documents, errors, random_inputs, random_lengths
 from tests.tiny import tiny_model
 

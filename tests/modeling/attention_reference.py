@@ -12,8 +12,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from packtrain.modeling.attention_kernels import attend
-from packtrain.modeling.attention_pattern import Documents, Pattern
+from packtrain.modeling.attention.kernels import attend
+from packtrain.modeling.attention.pattern import Documents, Pattern
 
 
 @dataclass(frozen=True, kw_only=True)

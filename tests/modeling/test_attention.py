@@ -19,7 +19,7 @@ from packtrain.modeling.attention import (
     register,
     varlen_attention_forward,
 )
-from packtrain.modeling.attention_mask import varlen_mask
+from packtrain.modeling.attention.mask import varlen_mask
 from tests.tiny import CONFIGS, tiny_model
 
 register()

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from packtrain.modeling import attention_cuda as kernels
-from packtrain.modeling.attention_cuda import fused_kernel
-from packtrain.modeling.attention_kernels import attend
-from packtrain.modeling.attention_pattern import Pattern, causal_mask, window_mask
+from packtrain.modeling.attention import cuda as kernels
+from packtrain.modeling.attention.cuda import fused_kernel
+from packtrain.modeling.attention.kernels import attend
+from packtrain.modeling.attention.pattern import Pattern, causal_mask, window_mask
 from tests.modeling.attention_reference import (
     Case,
     cases,

@@ -11,13 +11,12 @@ import torch
 from torch import nn
 
 from packtrain.errors import ModelError
-from packtrain.modeling import audit_probe as probe
 from packtrain.modeling.attention import NAME, register
-from packtrain.modeling.audit import LARGE, MODES, audit_model, quick_check
-from packtrain.modeling.audit_causes import mask_builders, recurrent_layers
-from packtrain.modeling.audit_models import tiny_model
-from packtrain.modeling.audit_padding import router_losses
-from packtrain.modeling.audit_report import Finding
+from packtrain.modeling.audit import LARGE, MODES, audit_model, probe, quick_check
+from packtrain.modeling.audit.causes import mask_builders, recurrent_layers
+from packtrain.modeling.audit.models import tiny_model
+from packtrain.modeling.audit.padding import router_losses
+from packtrain.modeling.audit.report import Finding
 
 QUICK = {"modes": ("eval",), "padding": False}
 EARLIER = [(i, j) for i in range(4) for j in range(i)]

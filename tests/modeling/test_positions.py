@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from packtrain.modeling.audit_models import tiny_model
+from packtrain.modeling.audit.models import tiny_model
 from packtrain.modeling.positions import position_start
 
 

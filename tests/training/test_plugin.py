@@ -23,7 +23,7 @@ from trl import SFTConfig, SFTTrainer
 
 import packtrain
 from packtrain.errors import PacktrainError
-from packtrain.modeling import audit_models
+from packtrain.modeling.audit.models import tiny_model as audited_model
 from packtrain.modeling.tokenizer import train_bpe
 from tests.tiny import random_documents, tiny_model
 from tests.training.attach_helpers import COMMON, pad
@@ -132,7 +132,7 @@ def test_a_decoder_that_counts_positions_from_two(tmp_path, documents):
     """RoBERTa: packed positions must begin where the model's own do; control: from zero the losses are others."""
 
     def trainer() -> Trainer:
-        model = audit_models.tiny_model("roberta", pad_token_id=1)
+        model = audited_model("roberta", pad_token_id=1)
         config = type(model.config)(**model.config.to_dict() | {"is_decoder": True})
         torch.manual_seed(0)
         args = TrainingArguments(output_dir=str(tmp_path), **COMMON)
@@ -150,7 +150,7 @@ def test_a_decoder_that_counts_positions_from_two(tmp_path, documents):
 def test_a_model_whose_documents_see_each_other_is_refused(tmp_path, documents, caplog):
     def trainer() -> Trainer:
         args = TrainingArguments(output_dir=str(tmp_path), **COMMON)
-        return Trainer(audit_models.tiny_model("opt"), args, train_dataset=documents, data_collator=pad)
+        return Trainer(audited_model("opt"), args, train_dataset=documents, data_collator=pad)
 
     with pytest.raises(PacktrainError, match="don't keep to themselves"):
         packtrain.attach(trainer(), attn_implementation="sdpa")

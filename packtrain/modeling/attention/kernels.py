@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from packtrain.modeling.attention_cuda import fused_kernel
-from packtrain.modeling.attention_pattern import (
+from packtrain.modeling.attention.cuda import fused_kernel
+from packtrain.modeling.attention.pattern import (
     Documents,
     Pattern,
     add_bias,

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from packtrain.errors import ModelError
-from packtrain.modeling import audit_probe as probe
-from packtrain.modeling.audit_settings import base, in_mode, reference_implementation, using
+from packtrain.modeling.audit import probe
+from packtrain.modeling.audit.settings import base, in_mode, reference_implementation, using
 from packtrain.modeling.positions import position_start
 
 

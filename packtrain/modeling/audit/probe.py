@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from packtrain.modeling.audit_settings import base
+from packtrain.modeling.audit.settings import base
 
 LENGTHS = (9, 5, 3, 11)  # two rows of 14; the longest are longer than the windows of tiny models
 PRECISION = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 4e-2}

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from packtrain.modeling.attention import NAME
-from packtrain.modeling.audit_report import Finding
+from packtrain.modeling.audit.report import Finding
 
 RECURRENT = re.compile("Mamba|SSM|Ssm|Rwkv|LSTM|Recurrent|DeltaNet|ShortConv|Lightning|LinearAttention")
 

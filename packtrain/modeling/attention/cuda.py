@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from packtrain.modeling.attention_pattern import Documents, Pattern, repeat_heads
+from packtrain.modeling.attention.pattern import Documents, Pattern, repeat_heads
 
 HALF = (torch.float16, torch.bfloat16)
 

@@ -14,7 +14,7 @@ For every attention implementation, layout and mode, one of
 - **unclear**: the outputs barely depend on the context at all, so that a leak could not be seen.
 
 Numbers are the largest absolute differences of logits. A difference counts when it exceeds what rounding of the
-model's dtype explains; `packtrain.modeling.audit_probe` has the experiments themselves.
+model's dtype explains; `packtrain.modeling.audit.probe` has the experiments themselves.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from packtrain.modeling import audit_probe as probe
 from packtrain.modeling.attention import NAME, check_implementation, choose_implementation
-from packtrain.modeling.audit_causes import advice, cause
-from packtrain.modeling.audit_models import tiny_model
-from packtrain.modeling.audit_padding import notes, padding_effects
-from packtrain.modeling.audit_report import ISOLATED, LEAKS, REFUSED, UNCLEAR, WRONG, AuditReport, Finding
-from packtrain.modeling.audit_settings import COUNTED, base, countable, in_mode, quietly, register_counted, using
-from packtrain.modeling.audit_subject import Subject, short
+from packtrain.modeling.audit import probe
+from packtrain.modeling.audit.causes import advice, cause
+from packtrain.modeling.audit.models import tiny_model
+from packtrain.modeling.audit.padding import notes, padding_effects
+from packtrain.modeling.audit.report import ISOLATED, LEAKS, REFUSED, UNCLEAR, WRONG, AuditReport, Finding
+from packtrain.modeling.audit.settings import COUNTED, base, countable, in_mode, quietly, register_counted, using
+from packtrain.modeling.audit.subject import Subject, short
 
 __all__ = ["AuditReport", "Finding", "audit_model", "quick_check", "tiny_model"]
 
@@ -63,7 +63,7 @@ def audit_model(
     """Try every combination on `model`, as it is: its weights, its dtype, its device.
 
     Args:
-        layouts: keys of `audit_probe.LAYOUTS`.
+        layouts: keys of `probe.LAYOUTS`.
         implementations: names for `attn_implementation`; None for packtrain_varlen, what transformers picks for the
             model by itself, and all that it has built in.
         modes: keys of `MODES`. Adapters are tried on a copy, and left out for models above `LARGE` weights.

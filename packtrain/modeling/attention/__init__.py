@@ -39,10 +39,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from packtrain.errors import ModelError
-from packtrain.modeling.attention_cuda import HALF
-from packtrain.modeling.attention_kernels import attend, attend_dense
-from packtrain.modeling.attention_mask import varlen_mask
-from packtrain.modeling.attention_pattern import Documents, Pattern, causal_mask
+from packtrain.modeling.attention.cuda import HALF
+from packtrain.modeling.attention.kernels import attend, attend_dense
+from packtrain.modeling.attention.mask import varlen_mask
+from packtrain.modeling.attention.pattern import Documents, Pattern, causal_mask
 
 NAME = "packtrain_varlen"
 

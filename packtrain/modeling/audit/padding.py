@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from packtrain.modeling import audit_probe as probe
-from packtrain.modeling.audit_report import PaddingEffect
-from packtrain.modeling.audit_settings import base, in_mode, using
-from packtrain.modeling.audit_subject import Subject
+from packtrain.modeling.audit import probe
+from packtrain.modeling.audit.report import PaddingEffect
+from packtrain.modeling.audit.settings import base, in_mode, using
+from packtrain.modeling.audit.subject import Subject
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from packtrain.errors import ModelError
 from packtrain.modeling.attention import NAME, register, varlen_attention_forward
-from packtrain.modeling.attention_mask import varlen_mask
+from packtrain.modeling.attention.mask import varlen_mask
 
 
 def base(model: nn.Module) -> PreTrainedModel:
