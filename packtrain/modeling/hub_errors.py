@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pickle import UnpicklingError
 
 from huggingface_hub import errors as hub
 
@@ -17,6 +18,9 @@ def explained(key: str, name: str, revision: str | None = None) -> Iterator[None
         yield
     except ModelError:
         raise
+    except UnpicklingError as error:
+        what, fix = "has weights in a pickle that would run code when it is read", "name a model with safetensors"
+        raise ModelError(what, key=key, value=name, fix=fix) from error
     except (OSError, ValueError, ImportError, KeyError) as error:
         what, fix = _explain(error, name, revision)
         raise ModelError(what, key=key, value=name, fix=fix) from error

@@ -14,6 +14,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from transformers import TrainerCallback
 from packtrain.errors import CheckpointError, PacktrainError
 from packtrain.recipe import Recipe
 from packtrain.training.changes import changes, redacted
+from packtrain.training.resharding import added_later
 from packtrain.training.sealing import MANIFEST, UNFINISHED, begin, is_sealed, read_manifest, seal, verify
 from packtrain.training.summary import package_versions
 
@@ -57,6 +59,8 @@ class Checkpoints(TrainerCallback):
     def __init__(self, trainer: PackTrainer, recipe: Recipe | None, keep: int | None):
         self.trainer, self.recipe, self.keep = trainer, recipe, keep
         self.saving: Path | None = None  # the directory that is being written
+        self.chosen: Path | None = None  # by `choose_checkpoint`: verified, so it may be read
+        self.reading = ExitStack()  # what holds until a checkpoint is read
         self._facts: dict[str, Any] | None = None
 
     @property
@@ -65,6 +69,21 @@ class Checkpoints(TrainerCallback):
         if self._facts is None:
             self._facts = facts_of(self.trainer, self.recipe)
         return self._facts
+
+    def admit(self, resume: str | bool) -> str:
+        """The checkpoint to read, on every rank: what `choose_checkpoint` has chosen, or would choose.
+
+        Harmless changes of the recipe are accepted here; the command line asks before it comes so far.
+
+        Raises:
+            CheckpointError: it is damaged, not ours, or of another run.
+        """
+        if resume is True or Path(resume) != self.chosen:
+            resume = choose_checkpoint(self.trainer, resume, allow_changes=True, say=logger.warning)
+        return str(resume)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.reading.close()
 
     def begin(self, directory: Path) -> None:
         """Before Trainer's first file: an empty, marked directory; what stands there already is moved aside."""
@@ -139,6 +158,7 @@ def choose_checkpoint(
     broadcast_object_list(answer)
     if isinstance(answer[0], PacktrainError):
         raise answer[0]
+    trainer.checkpoints.chosen = Path(answer[0])
     return answer[0]
 
 
@@ -158,7 +178,7 @@ def find_last_checkpoint(output_dir: Path, say: Say = print) -> tuple[Path, dict
             say(passed[-1])
     for path, manifest in _sealed_in(output_dir):
         try:
-            verify(path, manifest)
+            verify(path, manifest, later=added_later(path))
             return path, manifest
         except CheckpointError as error:
             passed.append(f"{path.name} passed over: {error.what}")
@@ -177,7 +197,7 @@ def _choose(trainer: PackTrainer, resume: str | bool, allow_changes: bool, say: 
     else:
         path = Path(resume)
         manifest = read_manifest(path)
-        verify(path, manifest)
+        verify(path, manifest, later=added_later(path))
     found = changes(manifest, trainer.checkpoints.facts)
     if found:
         lines = "".join(f"\n    {change}" for change in found)

@@ -32,7 +32,7 @@ from packtrain.training.deepspeed_config import offload_devices
 from packtrain.training.launch import asked_world_size
 from packtrain.training.loader import worker_failure
 from packtrain.training.resharding import mend_resumed_optimizer, prepare_resume
-from packtrain.training.sealing import is_sealed, read_manifest
+from packtrain.training.sealing import read_manifest
 from packtrain.training.state_bytes import state_bytes
 from packtrain.training.stops import StopOnSignal
 
@@ -134,14 +134,14 @@ def fit(trainer: PackTrainer, checkpoint: str | None = None, *, console: Console
 
     Raises:
         LaunchError: the engine is not what was asked for, or can't read the checkpoint.
-        CheckpointError: a checkpoint could not be saved.
+        CheckpointError: `checkpoint` is damaged, not ours or of another run, or one could not be saved.
         DataError: a data worker was killed, or hangs.
         Stopped: a signal has ended the run early.
     """
     if checkpoint is not None:
+        checkpoint = trainer.checkpoints.admit(checkpoint)
         prepare_resume(trainer, checkpoint)
-        if is_sealed(Path(checkpoint)):
-            trainer.finite.skipped = read_manifest(Path(checkpoint)).get("skipped_updates", 0)
+        trainer.finite.skipped = read_manifest(Path(checkpoint)).get("skipped_updates", 0)
     if trainer.is_deepspeed_enabled:  # 0.19 calls what torch 2.13 has renamed, in every layer of every step
         warnings.filterwarnings("ignore", message=r".torch\.distributed\.", category=FutureWarning)
     asked = asked_engine(trainer.args, trainer.args.deepspeed)

@@ -62,15 +62,22 @@ class PlanLoader:
         start = self.global_step()
         epoch, index = self.plan.locate(start)
         stop = min(start + self.plan.steps_in_epoch(epoch) - index, self.plan.total_steps)
-        return iter(
-            DataLoader(
-                self.dataset.at_epoch(epoch),
-                sampler=PlanSampler(self.plan, rank=self.rank, start_step=start, stop_step=stop),
-                batch_size=None,
-                generator=torch.Generator(),  # its own, or starting an iterator would advance the model's dropout
-                **self.dataloader_kwargs,
-            )
+        batches = DataLoader(
+            self.dataset.at_epoch(epoch),
+            sampler=PlanSampler(self.plan, rank=self.rank, start_step=start, stop_step=stop),
+            batch_size=None,
+            generator=torch.Generator(),  # its own, or starting an iterator would advance the model's dropout
+            **self.dataloader_kwargs,
         )
+        try:
+            yield from batches
+        except (ConnectionError, EOFError) as error:
+            if "Caught" in str(error):  # by a worker that is alive, in the data
+                raise
+            raise RuntimeError(f"{_DIED} while its batch was on the way ({error})") from error
+
+
+_DIED = "DataLoader worker was killed"
 
 
 def leave_signals_to_the_run(worker: int) -> None:

@@ -5,8 +5,8 @@ per rank. Where the number differs they are first converted to its universal for
 `deepspeed.checkpoint.ds_to_universal`), which the engine then cuts anew:
 
     checkpoint-40/global_step40/               two shards, as saved
-    checkpoint-40/global_step40_universal/     made here once, beside them
-    checkpoint-40/latest_universal             written last: the conversion is complete
+    checkpoint-40/global_step40_universal/     made here once, beside them, with a manifest of its own
+    checkpoint-40/latest_universal             its name, for DeepSpeed
 
 Loading it under ZeRO-3, deepspeed 0.19 gives all parameter groups one shared step counter, which Adam then advances
 once per group (9 after 3 + 3 updates with two groups), and the hyperparameters of the first group (weight decay on
@@ -18,6 +18,7 @@ later), so that is refused.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import subprocess
 import sys
@@ -28,8 +29,10 @@ import torch
 from accelerate.utils import DistributedType
 from transformers.trainer import TRAINER_STATE_NAME
 
-from packtrain.errors import LaunchError
+from packtrain.errors import CheckpointError, LaunchError
 from packtrain.training.deepspeed_config import offload_devices
+from packtrain.training.restricted import restricted_unpickling
+from packtrain.training.sealing import MANIFEST, begin, read_manifest, seal, verify
 
 if TYPE_CHECKING:
     from packtrain.training.trainer import PackTrainer
@@ -70,7 +73,7 @@ def prepare_resume(trainer: PackTrainer, checkpoint: str | Path) -> None:
     if stage == 0 or ranks == trainer.args.world_size:
         return
     with trainer.accelerator.main_process_first():
-        if trainer.is_world_process_zero() and not (checkpoint / LATEST_UNIVERSAL).exists():
+        if trainer.is_world_process_zero() and not _is_converted(shards):
             _to_universal(shards)
     config.setdefault("checkpoint", {})["load_universal"] = True
 
@@ -82,19 +85,50 @@ def _stages(shards: Path) -> tuple[int, ...]:
     return (3,) if any(shards.glob(PARAMETER_SHARDS)) else (1, 2)
 
 
+def added_later(checkpoint: Path) -> set[str]:
+    """What a conversion has added to a sealed checkpoint: names at its top."""
+    latest = checkpoint / LATEST
+    return (
+        {LATEST_UNIVERSAL, _universal_of(checkpoint / latest.read_text().strip()).name} if latest.is_file() else set()
+    )
+
+
+def _universal_of(shards: Path) -> Path:
+    return shards.with_name(f"{shards.name}_universal")
+
+
+def _is_converted(shards: Path) -> bool:
+    """Whether its universal form is there, whole, made of these shards, and what DeepSpeed would read."""
+    target, latest = _universal_of(shards), shards.with_name(LATEST_UNIVERSAL)
+    try:
+        manifest = read_manifest(target)
+        verify(target, manifest)
+        return manifest["of"] == _digest_of(shards) and latest.read_text(encoding="utf-8") == target.name
+    except (CheckpointError, OSError, KeyError, UnicodeDecodeError):
+        return False
+
+
+def _digest_of(shards: Path) -> str:
+    """Of the manifest that the shards are named in."""
+    return hashlib.sha256((shards.parent / MANIFEST).read_bytes()).hexdigest()
+
+
 def _to_universal(shards: Path) -> None:
     """`global_step40` -> `global_step40_universal`, in a process of its own without device and process group."""
-    target = shards.with_name(f"{shards.name}_universal")
+    target = _universal_of(shards)
     shutil.rmtree(target, ignore_errors=True)  # of a conversion that was interrupted
-    module = "deepspeed.checkpoint.ds_to_universal"
+    begin(target)
     folders = ["--input_folder", str(shards), "--output_folder", str(target)]
     done = subprocess.run(
-        [sys.executable, "-m", module, *folders, "--inject_missing_state"], capture_output=True, text=True
+        [sys.executable, "-m", "packtrain.training.restricted", *folders, "--inject_missing_state"],
+        capture_output=True,
+        text=True,
     )
     if done.returncode:
         last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
         what = f"could not be redistributed: {''.join(last)}"
         raise LaunchError(what, where=str(shards), fix="resume on the number of ranks that wrote it")
+    seal(target, {"of": _digest_of(shards)})
 
 
 def mend_resumed_optimizer(trainer: PackTrainer, checkpoint: str | Path) -> None:
@@ -125,7 +159,8 @@ def _restore_groups(optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
     """Give every parameter group its own hyperparameters back."""
     tag = (checkpoint / LATEST_UNIVERSAL).read_text(encoding="utf-8").strip()
     path = checkpoint / tag / "zero" / "optimizer_state.pt"
-    saved: list[dict[str, Any]] = torch.load(path, map_location="cpu", weights_only=False)["param_groups"]
+    with restricted_unpickling():
+        saved: list[dict[str, Any]] = torch.load(path, map_location="cpu", weights_only=True)["param_groups"]
     assert len(saved) == len(optimizer.param_groups), f"{len(saved)} groups in {path}"
     for group, own in zip(optimizer.param_groups, saved, strict=True):
         group.update({key: value for key, value in own.items() if key != "params"})

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,16 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         if not isinstance(manifest["files"], dict) or told != _self_hash(manifest):
             raise ValueError("not what was written")
     except FileNotFoundError:
-        raise CheckpointError("is unfinished: it has no manifest", where=str(directory), key=MANIFEST) from None
+        ours = (directory / UNFINISHED).exists()
+        what = (
+            "is unfinished: it has no manifest"
+            if ours
+            else "has no manifest: packtrain did not write it, or it is lost"
+        )
+        fix = (
+            "start from its weights instead (model.model_name_or_path); engines' files may run code when they are read"
+        )
+        raise CheckpointError(what, where=str(directory), key=MANIFEST, fix=None if ours else fix) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError("has a damaged manifest", where=str(directory), key=MANIFEST) from None
     if manifest.get("format") != _FORMAT:
@@ -81,15 +90,21 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return manifest
 
 
-def verify(directory: Path, manifest: Mapping[str, Any]) -> None:
-    """Compare every file that `manifest` names with what it says; further files are not looked at.
+def verify(directory: Path, manifest: Mapping[str, Any], *, later: Collection[str] = ()) -> None:
+    """Compare every file with what `manifest` says, and let no further file stand beside them.
+
+    Args:
+        later: names at the top of `directory`, of files and directories that came after the manifest.
 
     Raises:
-        CheckpointError: names each file that is missing, truncated or changed.
+        CheckpointError: names each file that is missing, truncated, changed or added.
     """
     with ThreadPoolExecutor(_THREADS) as threads:
         faults = threads.map(lambda item: _fault(directory, *item), manifest["files"].items())
         found = [fault for fault in faults if fault]
+    names = (path.relative_to(directory) for path in _files(directory, links=True))
+    added = (name for name in names if name.as_posix() not in manifest["files"] and name.parts[0] not in later)
+    found += [f"{name} was added to it (move it elsewhere)" for name in sorted(added)]
     if found:
         raise CheckpointError("is damaged: " + "; ".join(found), where=str(directory))
 
@@ -119,13 +134,14 @@ def _fault(directory: Path, name: str, told: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _files(directory: Path) -> Iterator[Path]:
-    for folder, _, names in os.walk(directory):
-        for name in names:
+def _files(directory: Path, *, links: bool = False) -> Iterator[Path]:
+    """All but our own. Raises CheckpointError at a link, unless `links` are wanted, too."""
+    for folder, folders, names in os.walk(directory):
+        for name in (*names, *(name for name in folders if Path(folder, name).is_symlink())):
             path = Path(folder, name)
             if path.parent == directory and name in _OF_OURS:
                 continue
-            if path.is_symlink():
+            if path.is_symlink() and not links:
                 raise CheckpointError("is a link and would not be checked", where=str(path))
             yield path
 

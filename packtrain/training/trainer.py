@@ -1,6 +1,6 @@
 """PackTrainer: transformers' Trainer, fed from a plan.
 
-Seven public methods of Trainer are overridden and nothing else changes, so every TrainingArguments field,
+Eight public methods of Trainer are overridden and nothing else changes, so every TrainingArguments field,
 callback, logger and engine (DDP, DeepSpeed, FSDP) behaves as users know it:
 
     get_train_dataloader / get_eval_dataloader   micro-batches from the plan, from `global_step` on
@@ -9,6 +9,7 @@ callback, logger and engine (DDP, DeepSpeed, FSDP) behaves as users know it:
     compute_loss                                 this micro-batch's share of the step's loss
     training_step                                no update from a loss or gradient that is not finite
     evaluation_loop                              sums over tokens and over examples, divided once at the end
+    train                                        nothing of a checkpoint is read before it is verified, no pickle runs
     save_model                                   a checkpoint begins with an empty, marked directory
 """
 
@@ -18,12 +19,13 @@ import copy
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from packtrain.data.examples import Examples
 from packtrain.errors import PacktrainError
@@ -37,6 +39,7 @@ from packtrain.training.checkpoint import Checkpoints
 from packtrain.training.loader import PlanLoader, leave_signals_to_the_run
 from packtrain.training.meters import Meter
 from packtrain.training.nonfinite import FiniteUpdates
+from packtrain.training.restricted import restricted_unpickling, runs_code
 
 
 class PackTrainer(Trainer):
@@ -224,6 +227,22 @@ class PackTrainer(Trainer):
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=int(examples))
 
     # Checkpoints
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """As Trainer's; True is the newest checkpoint that holds.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged, not ours, or of another run.
+        """
+        if not resume_from_checkpoint:
+            return super().train(**kwargs)
+        checkpoint = self.checkpoints.admit(resume_from_checkpoint)
+        with self.checkpoints.reading as reading:
+            reading.enter_context(restricted_unpickling())
+            try:
+                return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+            except UnpicklingError as error:
+                raise runs_code(error, checkpoint) from error
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if _internal_call and output_dir is not None:  # the first thing that Trainer does for a checkpoint
