@@ -6,7 +6,7 @@
 
 With `--only`, results that are there already are kept. All packers get the same lengths, in one process, the best of a
 few repeats; those that take a list get one, and making it isn't timed. A peer that isn't installed is left out. TRL's
-packer is given a table of tokens (as it takes no lengths), all in one batch: its default of 1,000 rows packs worse.
+packer is given rows of nulls (as it takes no lengths), all in one batch: its default of 1,000 rows packs worse.
 Balance is that of updates of eight packs per rank under the cost model of a 7B Llama, over the epoch's shuffle of packs;
 `balanced` draws its updates from the shuffle of examples, as many as fill eight micro-batches per rank to three quarters.
 """
@@ -174,7 +174,7 @@ def _peers(lengths: np.ndarray, capacity: int) -> dict[str, Callable]:
         from trl.data_utils import pack_dataset  # noqa: F401  (its loop works on a table of tokens)
 
         offsets = pa.array(np.append(0, np.cumsum(lengths, dtype=np.int64)))
-        tokens = pa.array(np.zeros(int(lengths.sum()), dtype=np.int8))
+        tokens = pa.nulls(int(lengths.sum()))  # there are none to copy
         table = datasets.Dataset(pa.table({"input_ids": pa.LargeListArray.from_arrays(offsets, tokens)}))
         options = {"map_kwargs": {"batch_size": len(lengths), "keep_in_memory": True, "load_from_cache_file": False}}
         found["TRL bfd"] = lambda: pack_dataset(table, capacity, "bfd", **options)

@@ -33,7 +33,7 @@ def _packers(rows: list[dict]) -> Iterator[str]:
     yield "One epoch into packs. *Above the bound*: over the fewest packs that `optimal` proves possible. *Ids*: ours"
     yield "answers with patterns, from which an update's packs are computed; writing all ids down takes this much more."
     yield "With numba installed `bfd` is compiled from 8,192 distinct lengths on (long_1m); the row *compiled* always is."
-    yield "TRL's time is that of `pack_dataset`, which also copies the tokens (one byte each here) into the packs."
+    yield "TRL's time is that of `pack_dataset`, on rows whose tokens are nulls, so that it has none to copy."
     yield "gsm8k: the `lengths.npy` that `packtrain plan recipes/gsm8k_local.yaml` leaves in the cache."
     yield ""
     yield "| data | packer | ms | ids, ms | packs | above the bound |"
