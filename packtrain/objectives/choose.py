@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from packtrain.data.examples import Examples
 from packtrain.data.tails import Canvas, TailedExamples
+from packtrain.data.views import ViewedExamples
 from packtrain.errors import PacktrainError
 from packtrain.modeling.tail_tokens import TailTokens, find_tail_tokens, make_rows, trained_rows
 from packtrain.objectives import block_diffusion
@@ -42,8 +43,8 @@ class Chosen:
     """
 
     objective: Objective
-    train: Examples | TailedExamples
-    held_out: Examples | TailedExamples | None
+    train: Examples | TailedExamples | ViewedExamples
+    held_out: Examples | TailedExamples | ViewedExamples | None
     collator: Callable[..., PackCollator]
     prepare: Callable[[PreTrainedModel, PreTrainedTokenizerBase], dict[str, object]]
     tokens: TailTokens | None = None
@@ -113,6 +114,8 @@ def choose_objective(
 
 
 def _blocks(tokens: TailTokens, train: Examples, held_out: Examples | None, *, block_size: int, seed: int) -> Chosen:
+    views = partial(ViewedExamples, fill_token_id=tokens.mask_token_id, block_size=block_size)
+
     def collator(*, layout: str, **_: object) -> block_diffusion.BlockCollator:
         return block_diffusion.BlockCollator(tokens.mask_token_id, block_size=block_size, seed=seed, layout=layout)
 
@@ -123,8 +126,8 @@ def _blocks(tokens: TailTokens, train: Examples, held_out: Examples | None, *, b
 
     return Chosen(
         objective=block_diffusion.BLOCK_DIFFUSION,
-        train=train,
-        held_out=held_out,
+        train=views(train),
+        held_out=None if held_out is None else views(held_out),
         collator=collator,
         prepare=prepare,
         tokens=tokens,

@@ -14,6 +14,7 @@ from packtrain.errors import PlanError, RecipeError
 from packtrain.experiments.rainbow_verbs import evaluate, sample
 from packtrain.packing.plan import make_plan
 from packtrain.recipe import load_recipe
+from packtrain.training.inputs import load_inputs, plan_training
 from packtrain.training.run import build_trainer, train
 
 QUIET = Console(quiet=True)
@@ -86,6 +87,29 @@ def test_block_diffusion_trains(recipe_path):
     assert summary.updates == 12 and summary.held_out_loss_after < summary.held_out_loss_before
 
 
+@pytest.mark.parametrize("strategy", ["balanced", "padding_free", "bfd"])
+def test_capacity_counts_the_views_of_block_diffusion(recipe_path, strategy):
+    batching = f"batching={{strategy: {strategy}, examples_per_step: 8, max_tokens: 600}}"
+    recipe = load_recipe(recipe_path, ["objective={name: block_diffusion, block_size: 8}", batching])
+    inputs = load_inputs(recipe)
+    plain, collator = inputs.train.examples, inputs.chosen.collator(layout="flat")
+
+    def largest(lengths: np.ndarray) -> int:
+        plan = plan_training(recipe, lengths, world_size=1)
+        parts = [part for step in range(plan.steps_in_epoch(0)) for part in plan.micro_batches(step, 0)]
+        rows = [[plain[i] | {"example_id": i} for i in part.example_ids.tolist()] for part in parts]
+        return max(collator(own)["input_ids"].numel() for own in rows)
+
+    assert largest(inputs.train.lengths) <= 600
+    assert largest(plain.lengths) > 600, "control: planned by what was read"
+
+
+def test_an_example_whose_views_exceed_the_capacity_is_refused(recipe_path):
+    overrides = ["objective={name: block_diffusion, block_size: 8}", "batching.max_tokens=128"]
+    with pytest.raises(PlanError, match="more than max_tokens = 128"):
+        build_trainer(load_recipe(recipe_path, overrides), console=QUIET)
+
+
 @pytest.mark.parametrize("strategy", ["balanced", "pad_longest", "group_by_length"])
 def test_all_documents_of_an_update_become_as_long_as_its_longest(strategy):
     lengths = np.random.default_rng(0).integers(5, 60, size=103)
@@ -107,6 +131,8 @@ def test_all_documents_of_an_update_become_as_long_as_its_longest(strategy):
         (["data.overflow=truncate"], "cuts answers"),
         (["objective.name=causal_lm"], "has no effect on `causal_lm`"),
         (["objective.block_size=8"], "has no effect on `masked_diffusion`"),
+        (["batching.strategy=wrapped"], "`masked_diffusion` needs whole ones"),
+        (["objective={name: block_diffusion}", "batching.strategy=wrapped"], "`block_diffusion` needs whole ones"),
     ],
 )
 def test_contradictions(recipe_path, overrides, message):
