@@ -29,8 +29,9 @@ from packtrain.experiments.rainbow_pictures import draw_lengths
 from packtrain.experiments.rainbow_walks import EOS, FILLER, FIRST_PAD, FIRST_WORD, MASK, PADS, Walks
 from packtrain.modeling.attention import register
 from packtrain.objectives.diffusion import make_bidirectional, masked_diffusion, sums_by_part
+from packtrain.objectives.generation import generate
 from packtrain.objectives.noise import Masking, NoisingCollator
-from packtrain.objectives.sampling import Samples, Sampling, generate
+from packtrain.objectives.sampling import Samples, Sampling
 from packtrain.packing.collator import MicroBatches
 from packtrain.packing.plan import make_plan
 from packtrain.training.summary import describe_machine

@@ -27,7 +27,8 @@ from packtrain.modeling.attention import NAME
 from packtrain.modeling.loading import load_config, load_model
 from packtrain.modeling.tail_tokens import TailTokens
 from packtrain.objectives.diffusion import make_bidirectional
-from packtrain.objectives.sampling import Samples, Sampling, generate
+from packtrain.objectives.generation import generate
+from packtrain.objectives.sampling import Samples, Sampling
 from packtrain.recipe import Recipe
 from packtrain.training.inputs import load_inputs
 

@@ -10,7 +10,8 @@ import torch
 from packtrain.errors import PacktrainError
 from packtrain.modeling.attention import NAME, register
 from packtrain.objectives.diffusion import generate, make_bidirectional
-from packtrain.objectives.sampling import Sampling, _groups, add_gumbel_noise, denoise, share_evenly, surest
+from packtrain.objectives.generation import _groups
+from packtrain.objectives.sampling import Sampling, add_gumbel_noise, denoise, share_evenly, surest
 from tests.tiny import VOCABULARY, tiny_model
 
 MASK, END, PAD = 63, 2, 60
