@@ -24,8 +24,9 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from packtrain.data.tails import Canvas, Tail, TailedExamples
-from packtrain.experiments.rainbow_evaluation import Measured, Verdict, markdown, measure
-from packtrain.experiments.rainbow_pictures import draw_lengths
+from packtrain.experiments.rainbow_evaluation import Measured, Verdict, measure
+from packtrain.experiments.rainbow_pictures import draw_unmasking
+from packtrain.experiments.rainbow_report import report
 from packtrain.experiments.rainbow_walks import EOS, FILLER, FIRST_PAD, FIRST_WORD, MASK, PADS, Walks
 from packtrain.modeling.attention import register
 from packtrain.objectives.diffusion import make_bidirectional, masked_diffusion, sums_by_part
@@ -34,7 +35,7 @@ from packtrain.objectives.noise import Masking, NoisingCollator
 from packtrain.objectives.sampling import Samples, Sampling
 from packtrain.packing.collator import MicroBatches
 from packtrain.packing.plan import make_plan
-from packtrain.training.summary import describe_machine
+from packtrain.training.summary import describe_machine, package_versions
 
 MASKING = Masking(mask_token_id=MASK)
 ALL_PADS = tuple(range(FIRST_PAD, FIRST_PAD + PADS))
@@ -77,6 +78,7 @@ def new_model(settings: Settings, seed: int) -> LlamaForCausalLM:
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=512,
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},  # a prompt and a canvas are 80 tokens at most
         attn_implementation=implementation,
     )
     torch.manual_seed(seed)
@@ -156,6 +158,30 @@ def evaluate(model: nn.Module, settings: Settings) -> list[Measured]:
     ]
 
 
+def read_along(model: nn.Module, settings: Settings) -> dict[str, float]:
+    """What the model knows that is asked one word at a time, all words before it given: shares over `prompts / 4` answers.
+
+    next_place: the likeliest place is the right one. stops_when_done, stops_before: the end is the likeliest token
+    behind a complete answer, and behind one that isn't.
+    """
+    walks, count, canvas = settings.walks, settings.prompts // 4, settings.canvases[-1]
+    prompts, answers = walks.draw(count, seed=10**6)
+    examples = walks.examples(count, seed=10**6)
+    right, before, done = [], [], []
+    for i, (prompt, places) in enumerate(zip(prompts, answers, strict=True)):
+        ids, first = examples[i]["input_ids"].tolist(), len(prompt)
+        rows = [ids[: first + n] + [MASK] * (canvas - n) for n in range(len(places) + 1)]
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor(rows), use_cache=False).logits
+        here = torch.stack([logits[n, first + n] for n in range(len(rows))])  # [places + 1, V]
+        words = here[:, FIRST_WORD : walks.first_key].softmax(-1).unflatten(-1, (walks.places, walks.wordings)).sum(-1)
+        right += [a == b for a, b in zip(words.argmax(-1).tolist(), places, strict=False)]
+        *going_on, last = (here.argmax(-1) == EOS).tolist()
+        before, done = [*before, *going_on], [*done, last]
+    shares = {"next_place": right, "stops_when_done": done, "stops_before": before}
+    return {name: sum(flags) / len(flags) for name, flags in shares.items()}
+
+
 def base_model(settings: Settings, seed: int, directory: Path) -> tuple[nn.Module, list[dict]]:
     """A model that has learnt to walk, from answers without tails; kept in `directory`."""
     key = hashlib.sha256(json.dumps(asdict(settings)).encode()).hexdigest()[:12]
@@ -175,12 +201,13 @@ def run(settings: Settings, *, seeds: Sequence[int], directory: Path, scratch: P
     """Train and evaluate every tail for every seed that has no result yet."""
     for seed in seeds:
         for name, tail in TAILS.items():
-            path = directory / "runs" / f"{seed}-{name.replace(' ', '-')}.json"
+            slug = name.replace(" ", "-")
+            path = directory / "runs" / f"{seed}-{slug}.json"
             if path.exists():
                 continue
             base, base_curve = base_model(settings, seed, scratch)
             model = copy.deepcopy(base)
-            began = time.perf_counter()
+            began = time.process_time()
             canvas = Canvas(policy="sampled", size=settings.largest_canvas)
             examples = TailedExamples(settings.walks.examples(settings.rows, seed=seed + 100), tail, canvas, seed=seed)
             curve = fit(model, examples, tail, settings, seed=seed + 100, steps=settings.tune_steps)
@@ -190,44 +217,17 @@ def run(settings: Settings, *, seeds: Sequence[int], directory: Path, scratch: P
                 "settings": asdict(settings),
                 "base_curve": base_curve,
                 "curve": curve,
-                "seconds": round(time.perf_counter() - began, 1),
+                "reading": read_along(model.eval(), settings),
                 "measured": [asdict(row) for row in evaluate(model, settings)],
+                "seconds": round(time.process_time() - began, 1),
+                "machine": describe_machine(),
+                "versions": package_versions(),
             }
             path.parent.mkdir(parents=True, exist_ok=True)
+            if seed == seeds[0]:
+                samples = answer(model, settings.walks.draw(16, seed=10**6)[0], settings.canvases[-1])
+                draw_unmasking(samples, directory / f"unmasking-{slug}.png", eos=EOS, pads=ALL_PADS)
             path.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def report(directory: Path) -> str:
-    """Means over seeds of everything in `directory/runs`, as `README.md` and `lengths.png`; returns the text."""
-    results = [json.loads(path.read_text()) for path in sorted((directory / "runs").glob("*.json"))]
-    rows: list[tuple[str, Measured]] = []
-    for name in (name for name in TAILS if any(result["tail"] == name for result in results)):
-        for measured in zip(*(result["measured"] for result in results if result["tail"] == name), strict=True):
-            means = {key: sum(row[key] for row in measured) / len(measured) for key in measured[0]}
-            whole = {key: measured[0][key] for key in ("canvas", "blocks")} | {
-                "answers": sum(r["answers"] for r in measured)
-            }
-            rows.append((name, Measured(**means | whole)))
-    seeds = sorted({result["seed"] for result in results})
-    settings = results[0]["settings"]
-    walks = settings["walks"]
-    text = "\n\n".join([
-        "# Tails, trained",
-        f"Walks of {walks['shortest']} to {walks['longest']} places, all lengths as likely, every place worded in "
-        f"{walks['wordings']} equally good ways (`packtrain/experiments/rainbow_walks.py`). A Llama of {settings['layers']} "
-        f"layers and width {settings['hidden_size']}, bidirectional, {settings['base_steps']:,} updates without tails, then "
-        f"{settings['tune_steps']:,} with each; canvases up to {settings['largest_canvas']} sampled in training. "
-        f"{settings['prompts']} prompts, one token a step, the surest first; means over seeds {seeds}.",
-        markdown(rows, label="tail"),
-        "![lengths and early stops against the allocated length, one block](lengths.png)",
-        "`python -m packtrain.experiments.rainbow`, " + describe_machine()["cpu"] + ".",
-    ])  # fmt: skip
-    (directory / "README.md").write_text(text + "\n")
-    draw_lengths(
-        {name: [row for own, row in rows if own == name and row.blocks == 1] for name, _ in rows},
-        directory / "lengths.png",
-    )
-    return text
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -238,7 +238,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--scratch", type=Path, default=scratch, help="for base models")
     options = parser.parse_args(arguments)
     run(Settings(), seeds=options.seeds, directory=options.output_dir, scratch=options.scratch)
-    print(report(options.output_dir))
+    command = f"python -m packtrain.experiments.rainbow --seeds {' '.join(map(str, options.seeds))}"
+    print(report(options.output_dir, list(TAILS), command=command))
 
 
 if __name__ == "__main__":
