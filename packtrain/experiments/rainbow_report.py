@@ -53,7 +53,7 @@ def load_results(directory: Path, tails: Sequence[str]) -> list[dict]:
     """Every run stored in `directory`, by tail and seed.
 
     Raises:
-        PacktrainError: none, runs of different settings, or a tail that lacks a seed another has.
+        PacktrainError: none, runs of different settings, or a tail that lacks a seed that others have.
     """
     results = [json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))]
     if not results:
@@ -62,7 +62,7 @@ def load_results(directory: Path, tails: Sequence[str]) -> list[dict]:
         fix = "move the old ones away"
         raise PacktrainError("runs of different settings can't be averaged", where=str(directory), fix=fix)
     results.sort(key=lambda result: (tails.index(result["tail"]), result["seed"]))
-    seeds = {tail: [r["seed"] for r in results if r["tail"] == tail] for tail in {r["tail"] for r in results}}
+    seeds = {tail: [result["seed"] for result in results if result["tail"] == tail] for tail in tails}
     if len({tuple(own) for own in seeds.values()}) != 1:
         raise PacktrainError("not every tail has every seed", where=str(directory), value=seeds, fix="let it finish")
     return results
