@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ from torch import Tensor
 from packtrain.errors import PacktrainError
 
 Predict = Callable[[Tensor, Tensor, int, int], Tensor]
+Remasking = Literal["low_confidence", "random", "margin", "entropy"]
+EndTokenPolicy = Literal["none", "suppress_logits", "suppress_confidence", "ban_pad"]
 SUPPRESSED = -1e30  # below every measure of certainty, and above the -inf of what is no candidate
 
 
@@ -46,28 +48,37 @@ class Sampling:
             that chose an end or a pad are written last in their block; `ban_pad`: pad tokens are never chosen.
         early_stop: stop with a row when its first end token and all before it are written; nothing before an end
             can change any more, so the answer is the same.
+
+    Raises:
+        PacktrainError: a `remasking` or `end_token_policy` that is none of these.
     """
 
     steps: int = 128
     block_length: int | None = None
-    remasking: Literal["low_confidence", "random", "margin", "entropy"] = "low_confidence"
+    remasking: Remasking = "low_confidence"
     temperature: float = 0.0
     cfg_scale: float = 0.0
     end_token_ids: tuple[int, ...] = ()
     pad_token_ids: tuple[int, ...] = ()
-    end_token_policy: Literal["none", "suppress_logits", "suppress_confidence", "ban_pad"] = "none"
+    end_token_policy: EndTokenPolicy = "none"
     early_stop: bool = False
+
+    def __post_init__(self):
+        for key, known in (("remasking", get_args(Remasking)), ("end_token_policy", get_args(EndTokenPolicy))):
+            if getattr(self, key) not in known:
+                fix = f"known: {', '.join(known)}"
+                raise PacktrainError("is not known", key=key, value=getattr(self, key), fix=fix)
 
     def blocks(self, canvas_length: int) -> tuple[int, int, int]:
         """(blocks, tokens per block, steps per block). Raises PacktrainError where they don't come out even."""
         length = self.block_length or canvas_length
         if canvas_length % length:
             what = f"does not divide a canvas of {canvas_length}"
-            raise PacktrainError(what, key="block_length", value=length)
+            raise PacktrainError(what, key="block_length", value=length, fix="choose a divisor, or another length")
         blocks = canvas_length // length
         if self.steps % blocks or self.steps < blocks:
             what = f"is not a multiple of the {blocks} blocks"
-            raise PacktrainError(what, key="steps", value=self.steps)
+            raise PacktrainError(what, key="steps", value=self.steps, fix="every block takes the same number of steps")
         return blocks, length, self.steps // blocks
 
 
@@ -176,9 +187,8 @@ def certainty_of(logits: Tensor, tokens: Tensor, remasking: str, generator: torc
     if remasking == "margin":
         best, second = probabilities.topk(2, dim=-1).values.unbind(-1)
         return best - second
-    if remasking == "entropy":
-        return torch.xlogy(probabilities, probabilities).sum(dim=-1)
-    raise PacktrainError("is no measure of certainty", key="remasking", value=remasking)
+    assert remasking == "entropy"
+    return torch.xlogy(probabilities, probabilities).sum(dim=-1)
 
 
 def surest(certainty: Tensor, count: Tensor) -> Tensor:
