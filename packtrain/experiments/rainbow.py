@@ -130,24 +130,21 @@ def fit(
 
 
 def answer(model: nn.Module, prompts: list[list[int]], canvas: int, *, blocks: int = 1) -> Samples:
-    """One token per step, the surest first. Tokens are drawn as likely as they are: the likeliest wordings alone, none of
-    which is really likelier, would lead in circles."""
-    ends = (EOS, *ALL_PADS)
-    sampling = Sampling(steps=canvas, block_length=canvas // blocks, temperature=1.0, end_token_ids=ends)
-    return generate(model, prompts, canvas, sampling, mask_token_id=MASK, generator=torch.Generator().manual_seed(0))
+    """One token per step, the surest first, no temperature."""
+    sampling = Sampling(steps=canvas, block_length=canvas // blocks, end_token_ids=(EOS, *ALL_PADS))
+    return generate(model, prompts, canvas, sampling, mask_token_id=MASK)
 
 
-def judge_of(walks: Walks, prompts: list[list[int]]) -> Judge:
-    """Early: ended before a last place. Late: went on behind one, or never ended. Content: followed the rule to a last
-    place. Exact: that, and an end right behind it."""
+def judge_of(walks: Walks, references: list[list[int]]) -> Judge:
+    """By the places of the true answers. Content: the places are right up to the last one. Exact: that, and an end right
+    behind it."""
 
     def judge(row: int, tokens: list[int]) -> Verdict:
+        reference = references[row]
         written = next((i for i, token in enumerate(tokens) if token < FIRST_WORD), len(tokens))
-        course = walks.follow(prompts[row], tokens[:written])
-        content = course.right and course.length is not None
-        early = course.length is None and written < len(tokens)
-        late = not early and written != course.length
-        return Verdict(early=early, late=late, exact=content and not late, content=content)
+        content = walks.places_of(tokens)[: len(reference)] == reference
+        early, late = written < len(reference), written > len(reference)
+        return Verdict(early=early, late=late, exact=content and not (early or late), content=content)
 
     return judge
 
@@ -155,7 +152,7 @@ def judge_of(walks: Walks, prompts: list[list[int]]) -> Judge:
 def evaluate(model: nn.Module, settings: Settings) -> list[Measured]:
     """The model's answers to fresh prompts, at every room and number of blocks."""
     prompts, references = settings.walks.draw(settings.prompts, seed=10**6)
-    mean, judge = sum(map(len, references)) / len(references), judge_of(settings.walks, prompts)
+    mean, judge = sum(map(len, references)) / len(references), judge_of(settings.walks, references)
     return [
         measure(answer(model, prompts, canvas, blocks=blocks), mean, judge, blocks=blocks, steps=canvas)
         for canvas in settings.canvases
@@ -169,15 +166,18 @@ def read_along(model: nn.Module, settings: Settings) -> dict[str, float]:
     next_place: the likeliest place is the right one. stops_when_done, stops_before: the end is the likeliest token
     behind a complete answer, and behind one that isn't.
     """
-    walks, canvas = settings.walks, settings.canvases[-1]
+    walks, canvas, count = settings.walks, settings.canvases[-1], settings.prompts // 4
+    prompts, answers = walks.draw(count, seed=10**6)
+    examples = walks.examples(count, seed=10**6)  # the same in words
     right, before, done = [], [], []
-    for prompt, words in zip(*walks.draw(settings.prompts // 4, seed=10**6), strict=True):
-        rows = [prompt + words[:n] + [MASK] * (canvas - n) for n in range(len(words) + 1)]
+    for i, (prompt, places) in enumerate(zip(prompts, answers, strict=True)):
+        ids, first = examples[i]["input_ids"].tolist(), len(prompt)
+        rows = [ids[: first + n] + [MASK] * (canvas - n) for n in range(len(places) + 1)]
         with torch.no_grad():
             logits = model(input_ids=torch.tensor(rows), use_cache=False).logits
-        here = torch.stack([logits[n, len(prompt) + n] for n in range(len(rows))])  # [words + 1, V]
-        places = here[:, FIRST_WORD:].softmax(-1).unflatten(-1, (walks.places, walks.wordings)).sum(-1).argmax(-1)
-        right += [place == walks.place_of(word) for place, word in zip(places.tolist(), words, strict=False)]
+        here = torch.stack([logits[n, first + n] for n in range(len(rows))])  # [places + 1, V]
+        words = here[:, FIRST_WORD : walks.first_key].softmax(-1).unflatten(-1, (walks.places, walks.wordings)).sum(-1)
+        right += [a == b for a, b in zip(words.argmax(-1).tolist(), places, strict=False)]
         *going_on, last = (here.argmax(-1) == EOS).tolist()
         before, done = [*before, *going_on], [*done, last]
     shares = {"next_place": right, "stops_when_done": done, "stops_before": before}

@@ -152,13 +152,13 @@ def report(directory: Path, tails: Sequence[str], *, command: str) -> str:
     machine, versions = results[0]["machine"], results[0]["versions"]
     text = "\n\n".join([
         "# Tails, trained",
-        f"Walks over {walks['places']} places ({walks['last_places']} of them last), at most {walks['longest']} words long "
-        f"and {reference:.2f} on average, every place worded in {walks['wordings']} equally good ways, each of which leads "
-        f"elsewhere (`packtrain/experiments/rainbow_walks.py`). A Llama of {ran['layers']} layers and width "
+        f"Walks over {walks['places']} places ({walks['last_places']} of them last) with {walks['keys']} keys, at most "
+        f"{walks['longest']} places long and {reference:.2f} on average, every place worded in {walks['wordings']} equally "
+        f"good ways (`packtrain/experiments/rainbow_walks.py`). A Llama of {ran['layers']} layers and width "
         f"{ran['hidden_size']} that attends both ways: {ran['base_steps']:,} updates of {ran['examples_per_step']} examples "
         f"without tails, then {ran['tune_steps']:,} with each tail from that same model, canvases up to "
-        f"{ran['largest_canvas']} sampled. {ran['prompts']} fresh prompts, one token a step, the surest first, "
-        f"temperature 1. Means over seeds {', '.join(map(str, seeds))}, the range over seeds in brackets.",
+        f"{ran['largest_canvas']} sampled. {ran['prompts']} fresh prompts, one token a step, the surest first, no "
+        f"temperature. Means over seeds {', '.join(map(str, seeds))}, the range over seeds in brackets.",
         *verdict(results),
         table(settings),
         "![early stops, exact answers and lengths against the allocated length](trained.png)",

@@ -1,20 +1,18 @@
-"""Walks: a toy language whose texts end where only writing them tells.
+"""Walks: a toy language whose answers end where only writing them tells.
 
-    words     d3 g1 a2 ...        the place d in its third wording, then g in its first, then a in its second
-    rule      next(d, 3) = g, next(g, 1) = a: place and wording of a word say which place comes next
-    prompt    a walk that is under way
-    answer    how it goes on, up to the first word of a last place, and there it ends
+    prompt    2 1 3 3 1 ... b     a row of keys, and a place
+    answer    d3 g1 a2 END        next(b, 2) = d, next(d, 1) = g, next(g, 3) = a, and a is a last place
 
-Each place can be worded in B ways, all equally good, and each leads elsewhere. So a reader of the words so far is
-certain of the next place, not of its wording, and sees plainly that a walk is over; but nobody knows in advance where it
-will end. That is the situation of a language model that has several good ways to begin an answer, only more so.
+Where a walk ends follows from the prompt, but one has to walk there: whoever looks ahead without writing the places
+between sees a few steps, and of the rest only how long walks tend to be. Each place can be worded in B ways, all equally
+good. So a reader of the words so far is certain of the next place, not of its wording, and sees plainly that a walk is
+over. That is the situation of a language model that answers a question step by step, in sixty words.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import datasets
 import numpy as np
@@ -25,89 +23,75 @@ FILLER, EOS, MASK, FIRST_PAD, PADS = 0, 1, 2, 3, 7
 FIRST_WORD = FIRST_PAD + PADS
 
 
-class Course(NamedTuple):
-    """How an answer goes: words up to and with the first of a last place (None without one), and whether all of these
-    words follow the rule."""
-
-    length: int | None
-    right: bool
-
-
 @dataclass(frozen=True, kw_only=True)
 class Walks:
     """The language.
 
     Attributes:
         places, last_places: how many places there are, and how many of them end a walk.
+        keys: ways to step on from a place.
         wordings: B, words for each place.
-        prompt: words of every prompt.
-        longest: words of an answer at most.
-        seed: of the rule.
+        longest: places of an answer.
+        seed: of the map.
     """
 
-    places: int = 8
+    places: int = 6
     last_places: int = 1
+    keys: int = 4
     wordings: int = 3
-    prompt: int = 6
     longest: int = 15
     seed: int = 0
 
     @cached_property
     def next_place(self) -> np.ndarray:
-        """int64 `[places, wordings]`: every wording is a permutation, so all places stay about as likely."""
+        """int64 `[places, keys]`: every key is a permutation, so all places stay equally likely along a walk."""
         random = np.random.default_rng([self.seed, 0])
-        return np.stack([random.permutation(self.places) for _ in range(self.wordings)], axis=1)
+        return np.stack([random.permutation(self.places) for _ in range(self.keys)], axis=1)
+
+    @property
+    def first_last(self) -> int:
+        return self.places - self.last_places
+
+    @property
+    def first_key(self) -> int:
+        return FIRST_WORD + self.places * self.wordings
 
     @property
     def vocab_size(self) -> int:
-        """Filler, eos, mask, pads and words."""
-        return FIRST_WORD + self.places * self.wordings
+        """Filler, eos, mask, pads, words and keys; a prompt's place is its first word."""
+        return self.first_key + self.keys
 
     def draw(self, count: int, *, seed: int) -> tuple[list[list[int]], list[list[int]]]:
-        """`count` prompts and answers, words as tokens.
+        """`count` prompts (tokens, `[1 + longest]`) and the places of their answers, 1 to `longest` of them.
 
-        Wordings are drawn evenly, so about one walk in `places / last_places` ends at each step, and how far it has
-        come says nothing of how far it still goes. Walks longer than `longest`, or over in the prompt, are left out.
+        Starts and keys are drawn evenly, so about one walk in `places / last_places` ends at each step, and how far it
+        has come says nothing of how far it still goes. Walks that would be longer than `longest` are drawn again.
         """
         random = np.random.default_rng([self.seed, 1, seed])
         prompts, answers = [], []
         while len(prompts) < count:
-            place, words = int(random.integers(self.places)), []
-            for wording in random.integers(self.wordings, size=self.prompt + self.longest).tolist():
-                words.append(FIRST_WORD + place * self.wordings + wording)
-                if self.is_last(place):
-                    break
-                place = int(self.next_place[place, wording])
-            if self.is_last(self.place_of(words[-1])) and len(words) > self.prompt:
-                prompts.append(words[: self.prompt])
-                answers.append(words[self.prompt :])
+            start, keys = int(random.integers(self.first_last)), random.integers(self.keys, size=self.longest).tolist()
+            places = [start]
+            while len(places) <= self.longest and not self.is_last(places[-1]):
+                places.append(int(self.next_place[places[-1], keys[len(places) - 1]]))
+            if self.is_last(places[-1]):
+                prompts.append([*(self.first_key + key for key in keys), FIRST_WORD + start * self.wordings])
+                answers.append(places[1:])
         return prompts, answers
 
     def examples(self, count: int, *, seed: int) -> Examples:
-        """The same as training data, without any end."""
-        rows = [
-            {"input_ids": [*prompt, *answer], "labels": [-100] * len(prompt) + answer}
-            for prompt, answer in zip(*self.draw(count, seed=seed), strict=True)
-        ]
+        """Prompts with answers in a random wording, without any end."""
+        random = np.random.default_rng([self.seed, 2, seed])
+        rows = []
+        for prompt, places in zip(*self.draw(count, seed=seed), strict=True):
+            words = FIRST_WORD + np.array(places) * self.wordings + random.integers(self.wordings, size=len(places))
+            rows.append({"input_ids": [*prompt, *words.tolist()], "labels": [-100] * len(prompt) + words.tolist()})
         return Examples.from_dataset(datasets.Dataset.from_list(rows))
 
-    def follow(self, prompt: list[int], answer: list[int]) -> Course:
-        """Read an answer, any tokens."""
-        expected, right = self.next_of(prompt[-1]), True
-        for number, token in enumerate(answer, start=1):
-            right = right and self.place_of(token) == expected
-            if self.is_last(self.place_of(token)):
-                return Course(number, right)
-            expected = self.next_of(token)
-        return Course(None, right)
-
-    def next_of(self, word: int) -> int:
-        """The place that comes after a word; -1 after other tokens."""
-        return int(self.next_place.flat[word - FIRST_WORD]) if word >= FIRST_WORD else -1
-
-    def place_of(self, word: int) -> int:
-        """The place that a token is a word for; -1 for other tokens."""
-        return (word - FIRST_WORD) // self.wordings if word >= FIRST_WORD else -1
-
     def is_last(self, place: int) -> bool:
-        return place >= self.places - self.last_places
+        return place >= self.first_last
+
+    def places_of(self, tokens: list[int]) -> list[int]:
+        """The place that each token is a word for; -1 for other tokens."""
+        words = [token - FIRST_WORD if FIRST_WORD <= token < self.first_key else -1 for token in tokens]
+        return [word // self.wordings if word >= 0 else -1 for word in words]

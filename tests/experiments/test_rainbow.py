@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from types import SimpleNamespace
 
@@ -15,24 +14,24 @@ from packtrain.errors import PacktrainError
 from packtrain.experiments.rainbow import TAILS, Settings, judge_of, new_model, read_along, run
 from packtrain.experiments.rainbow_evaluation import Verdict, markdown, measure
 from packtrain.experiments.rainbow_report import report, settings_of, table, verdict
-from packtrain.experiments.rainbow_walks import EOS, FIRST_PAD, FIRST_WORD, MASK, Course, Walks
+from packtrain.experiments.rainbow_walks import EOS, FIRST_PAD, FIRST_WORD, Walks
 from packtrain.objectives.sampling import Samples
 
 
-def test_walks_follow_the_rule_and_end_at_their_first_last_place():
+def test_walks_follow_the_map_and_end_at_their_first_last_place():
     walks = Walks()
     prompts, answers = walks.draw(3000, seed=0)
-    for prompt, answer in zip(prompts, answers, strict=True):
-        words = [*prompt, *answer]
-        assert len(prompt) == walks.prompt
-        for before, word in itertools.pairwise(words):
-            place, wording = divmod(before - FIRST_WORD, walks.wordings)
-            assert walks.place_of(word) == walks.next_place[place, wording]
-        assert [walks.is_last(walks.place_of(word)) for word in words] == [False] * (len(words) - 1) + [True]
-    lengths = np.bincount([len(answer) for answer in answers], minlength=17)
-    assert lengths[0] == lengths[16] == 0 and lengths[1:16].min() > 0
-    hazard = lengths[1:9] / lengths[::-1].cumsum()[::-1][1:9]
-    assert (hazard < 0.25).all(), "however far a walk has come, its end is not near"
+    for prompt, places in zip(prompts, answers, strict=True):
+        *keys, start = prompt
+        here = walks.places_of([start])[0]
+        for key, place in zip(keys, places, strict=False):
+            assert place == walks.next_place[here, key - walks.first_key]
+            here = place
+        assert [walks.is_last(place) for place in places] == [False] * (len(places) - 1) + [True]
+    lengths = np.bincount([len(places) for places in answers], minlength=17)
+    assert lengths[0] == lengths[16] == 0 and lengths[1:14].min() > 0
+    hazard = lengths[1:8] / lengths[::-1].cumsum()[::-1][1:8]
+    assert (hazard < 0.33).all(), "however far a walk has come, its end is not near"
     assert walks.draw(3000, seed=0) == (prompts, answers) and walks.draw(3000, seed=1)[0] != prompts
 
 
@@ -40,42 +39,34 @@ def test_examples_are_the_walks_in_every_wording():
     walks = Walks()
     prompts, answers = walks.draw(400, seed=5)
     examples, words = walks.examples(400, seed=5), set()
-    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        assert examples[i]["input_ids"].tolist() == [*prompt, *answer]
-        assert examples[i]["labels"].tolist() == [-100] * len(prompt) + answer
-        words |= set(answer)
-    assert words == set(range(FIRST_WORD, walks.vocab_size)), "every place in three wordings"
-
-
-def test_answers_are_read_literally():
-    walks = Walks()
-    prompts, answers = walks.draw(200, seed=1)
-    prompt, answer = next((p, a) for p, a in zip(prompts, answers, strict=True) if len(a) == 4)
-    assert walks.follow(prompt, answer) == Course(4, True)
-    assert walks.follow(prompt, [*answer, *answer]) == Course(4, True), "what follows is not looked at"
-    assert walks.follow(prompt, answer[:3]) == Course(None, True)
-    assert walks.follow(prompt, [*answer[:2], MASK, answer[3]]) == Course(4, False)
-    assert walks.follow(prompt, answer[1:]) == Course(3, False)
+    for i, (prompt, places) in enumerate(zip(prompts, answers, strict=True)):
+        ids, labels = examples[i]["input_ids"].tolist(), examples[i]["labels"].tolist()
+        assert ids[:16] == prompt and labels[:16] == [-100] * 16 and labels[16:] == ids[16:]
+        assert walks.places_of(ids[16:]) == places
+        words |= set(ids[16:])
+    assert len(words) == 3 * len({place for places in answers for place in places}), "every place in three wordings"
 
 
 def test_answers_are_judged_literally():
-    """early: ended before a last place; late: went on, or never ended; content: followed the rule to a last place."""
-    settings = Settings(canvases=(16,), blocks=(1,), prompts=5)
-    prompts, answers = settings.walks.draw(5, seed=10**6)
-    tail = [EOS, *[FIRST_PAD] * 16]
-    wrong = FIRST_WORD + (answers[4][0] - FIRST_WORD + settings.walks.wordings) % (settings.walks.wordings * 7)
+    walks = Walks()
+    references = [[0, 1, 5]] * 5
+    right = [FIRST_WORD + place * walks.wordings for place in (0, 1, 5)]
+    other_wording = [word + 2 for word in right]
     rows = [
-        [*answers[0], *tail],  # exact
-        tail,  # nothing: early
-        [*answers[2], answers[2][0], *tail],  # late
-        [prompts[3][0]] * 17,  # never a last place, never an end: late
-        [wrong, *answers[4][1:], *tail],  # ends where it should, but does not follow the rule
+        [*right, EOS, FIRST_PAD],  # exact
+        [*other_wording, EOS, FIRST_PAD],  # exact, too
+        [*right[:2], FIRST_PAD, EOS, EOS],  # early: a pad ends it as well
+        [*right, right[0], EOS],  # late, and the content is there
+        [right[1], *right[1:], EOS],  # ends where it should, with a wrong place
     ]
-    tokens = torch.tensor([row[:16] for row in rows])
-    ends = (EOS, FIRST_PAD)
-    samples = Samples(tokens=tokens, unmasked_at=tokens * 0, evaluations=torch.ones(5), end_token_ids=ends)
-    (row,) = [measure(samples, 1.0, judge_of(settings.walks, prompts), blocks=1, steps=16)]
-    assert (row.early, row.late, row.content, row.exact) == (0.2, 0.4, 0.4, 0.2)
+    judge = judge_of(walks, references)
+    assert [judge(row, tokens) for row, tokens in enumerate(rows)] == [
+        Verdict(early=False, late=False, exact=True, content=True),
+        Verdict(early=False, late=False, exact=True, content=True),
+        Verdict(early=True, late=False, exact=False, content=False),
+        Verdict(early=False, late=True, exact=False, content=True),
+        Verdict(early=False, late=False, exact=False, content=False),
+    ]
 
 
 def test_measuring_literally():
@@ -142,7 +133,7 @@ def test_a_verdict_claims_a_difference_only_where_all_seeds_agree():
 
 
 class Reader(nn.Module):
-    """Predicts from the token before: the next place in any wording, or an end behind a last place."""
+    """Predicts from the token before and the key: the next place in any wording, or an end behind a last place."""
 
     def __init__(self, walks: Walks, *, ends: bool):
         super().__init__()
@@ -151,11 +142,14 @@ class Reader(nn.Module):
     def forward(self, input_ids: torch.Tensor, use_cache: bool) -> SimpleNamespace:
         logits, walks = torch.zeros(*input_ids.shape, self.walks.vocab_size), self.walks
         for row, ids in enumerate(input_ids.tolist()):
-            for i, before in enumerate(ids[:-1], start=1):
-                if walks.is_last(walks.place_of(before)) and self.ends:
+            places = walks.places_of(ids)
+            for i in range(1 + walks.longest, len(ids)):
+                before, number = places[i - 1], i - 1 - walks.longest
+                if walks.is_last(before) and self.ends:
                     logits[row, i, EOS] = 9
-                elif before >= FIRST_WORD:
-                    logits[row, i, FIRST_WORD + walks.next_of(before) * walks.wordings] = 9
+                elif before >= 0 and number < walks.longest:
+                    place = walks.next_place[before, ids[number] - walks.first_key]
+                    logits[row, i, FIRST_WORD + place * walks.wordings] = 9
         return SimpleNamespace(logits=logits)
 
 
