@@ -55,10 +55,10 @@ class Settings:
 
     walks: Walks = Walks()
     hidden_size: int = 64
-    layers: int = 2
+    layers: int = 1  # enough to take one step and to stop; more would see more steps ahead
     rows: int = 20_000
     examples_per_step: int = 32
-    base_steps: int = 3000
+    base_steps: int = 2000
     tune_steps: int = 2000
     learning_rate: float = 3e-3
     largest_canvas: int = 4 * ROOM  # of the canvases sampled in tuning

@@ -37,7 +37,7 @@ class Walks:
 
     places: int = 6
     last_places: int = 1
-    keys: int = 4
+    keys: int = 2
     wordings: int = 3
     longest: int = 15
     seed: int = 0
