@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -80,6 +81,7 @@ def evaluate(
     sizes = {"lengths": numbers(lengths, "--lengths"), "blocks": numbers(blocks, "--blocks")}
     options = dict(remasking=remasking, temperature=temperature, end_token_policy=end_token_policy)
     print(run(loaded, **sizes, prompts=prompts, **options))
+    print(f"\nstored with pictures in {Path(loaded.training['output_dir'], 'evaluation')}")
 
 
 def numbers(text: str, key: str) -> list[int]:

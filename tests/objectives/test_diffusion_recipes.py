@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from packtrain.cli import main
-from packtrain.errors import PlanError, RecipeError
+from packtrain.errors import PacktrainError, PlanError, RecipeError
 from packtrain.experiments.rainbow_verbs import evaluate, sample
 from packtrain.packing.plan import make_plan
 from packtrain.recipe import load_recipe
@@ -54,6 +55,17 @@ def test_train_sample_evaluate(recipe_path, overrides):
     assert len(sample(recipe, ["Mia has 3 coins.\n"], length=8)) == 1
     table = evaluate(recipe, lengths=[64], blocks=[1, 4], prompts=2, steps=8)
     assert table.count("\n") == 3 and (Path(summary.output_dir) / "evaluation/evaluation.json").exists()
+    with pytest.raises(PacktrainError, match="other tokens"):
+        sample(load_recipe(recipe_path, [*overrides, "data.num_rows=50"]), ["Mia has 3 coins.\n"], length=8)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_it_is_said_what_became_of_new_tokens(recipe_path, lora):
+    console = Console(record=True, width=200, quiet=False, file=io.StringIO())
+    more = ["lora={r: 4, target_modules: all-linear}"] if lora else []
+    build_trainer(load_recipe(recipe_path, more), console=console)
+    (said,) = (line for line in console.export_text().splitlines() if line.startswith("new tokens"))
+    assert "4, " in said and ("beside the adapters" in said) == lora, "three pads and a mask"
 
 
 def test_the_parts_of_the_loss_are_logged_and_evaluated(recipe_path):
