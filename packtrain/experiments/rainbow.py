@@ -59,7 +59,7 @@ class Settings:
     rows: int = 20_000
     examples_per_step: int = 32
     base_steps: int = 2000
-    tune_steps: int = 4000
+    tune_steps: int = 3000
     learning_rate: float = 3e-3
     largest_canvas: int = 4 * ROOM  # of the canvases sampled in tuning
     canvases: tuple[int, ...] = (ROOM, 2 * ROOM, 4 * ROOM)  # asked for
