@@ -49,12 +49,20 @@ def train(
     console.print(summary.table())
     console.print("\nTry next:")
     padded = f"{loaded.training['output_dir']}-padded"
-    for comment, command in next_commands(recipe, overrides or [], padded):
+    sampled = loaded.objective.name == "masked_diffusion"
+    for comment, command in next_commands(recipe, overrides or [], padded, sampled=sampled):
         console.print(Text.assemble((f"  # {comment}\n", "dim"), ("  " + command, "bold")), soft_wrap=True)
 
 
-def next_commands(recipe: Path, overrides: Sequence[str], padded_dir: str) -> list[tuple[str, str]]:
-    """(what for, command), each as it can be pasted; `padded_dir` is where a padded run would be stored."""
+def next_commands(
+    recipe: Path, overrides: Sequence[str], padded_dir: str, *, sampled: bool = False
+) -> list[tuple[str, str]]:
+    """(what for, command), each as it can be pasted.
+
+    Args:
+        padded_dir: where a padded run would be stored.
+        sampled: whether the model is one that `sample` and `evaluate` take.
+    """
 
     def command(verb: str, overrides: Sequence[str], *more: str) -> str:
         sets = [part for override in overrides for part in ("--set", override)]
@@ -62,7 +70,9 @@ def next_commands(recipe: Path, overrides: Sequence[str], padded_dir: str) -> li
 
     padded = [override for override in overrides if "output_dir" not in override.partition("=")[0]]
     padded += ["batching.strategy=pad_longest", f"training.output_dir={padded_dir}"]
+    answers = [("how its answers depend on the room they get", command("evaluate", overrides))] if sampled else []
     return [
+        *answers,
         ("what the model saw, step by step", command("show", overrides, "--step", "0")),
         ("what every other strategy would do with these data", command("plan", overrides, "--all")),
         ("the same updates with plain padding: compare losses and real tokens/s", command("train", padded)),

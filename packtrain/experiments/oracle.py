@@ -79,12 +79,18 @@ class Outcome:
 
 
 def length_prior(longest: int = 28, mean: float = 5.84, shape: float = 1.5) -> np.ndarray:
-    """1 + a negative binomial, cut at `longest`: float64 `[longest]`. Most answers are short, 12% a single token."""
-    ratio = (mean - 1) / (mean - 1 + shape)
-    weights = np.ones(longest)
-    for k in range(1, longest):
-        weights[k] = weights[k - 1] * ratio * (k - 1 + shape) / k
-    return weights / weights.sum()
+    """1 + a negative binomial, cut at `longest`, with this mean once it is cut: float64 `[longest]`. Most answers are
+    short, 11% a single token."""
+    lengths = np.arange(1, longest + 1)
+    assert 1 < mean < lengths.mean(), "short answers are the likelier ones"
+    steps = (lengths[:-1] - 1 + shape) / lengths[:-1]  # of one weight to the next, beside the ratio
+    low, high = 0.0, 1.0
+    for _ in range(60):  # the mean grows with the ratio
+        ratio = (low + high) / 2
+        weights = np.cumprod([1.0, *(ratio * steps)])
+        prior = weights / weights.sum()
+        low, high = (ratio, high) if prior @ lengths < mean else (low, ratio)
+    return prior
 
 
 def likelihoods(world: World) -> Tensor:

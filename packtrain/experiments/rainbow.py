@@ -4,7 +4,7 @@
 
 The task is `rainbow_walks`. A tiny bidirectional Llama first learns to walk from answers without tails; each tail then
 tunes a copy of it. Results go to `results/rainbow/trained/`, one file per seed and tail as soon as it is done, and a
-table with a picture at the end; what is there already is not trained again.
+table with pictures and a verdict at the end; what is there already is not trained again.
 """
 
 from __future__ import annotations
@@ -24,16 +24,18 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from packtrain.data.tails import Canvas, Tail, TailedExamples
-from packtrain.experiments.rainbow_evaluation import Measured, Verdict, markdown, measure
-from packtrain.experiments.rainbow_pictures import draw_lengths
+from packtrain.experiments.rainbow_evaluation import Judge, Measured, Verdict, measure
+from packtrain.experiments.rainbow_pictures import draw_unmasking
+from packtrain.experiments.rainbow_report import report
 from packtrain.experiments.rainbow_walks import EOS, FILLER, FIRST_PAD, FIRST_WORD, MASK, PADS, Walks
 from packtrain.modeling.attention import register
 from packtrain.objectives.diffusion import make_bidirectional, masked_diffusion, sums_by_part
+from packtrain.objectives.generation import generate
 from packtrain.objectives.noise import Masking, NoisingCollator
-from packtrain.objectives.sampling import Samples, Sampling, generate
+from packtrain.objectives.sampling import Samples, Sampling
 from packtrain.packing.collator import MicroBatches
 from packtrain.packing.plan import make_plan
-from packtrain.training.summary import describe_machine
+from packtrain.training.summary import describe_machine, package_versions
 
 MASKING = Masking(mask_token_id=MASK)
 ALL_PADS = tuple(range(FIRST_PAD, FIRST_PAD + PADS))
@@ -53,11 +55,11 @@ class Settings:
 
     walks: Walks = Walks()
     hidden_size: int = 64
-    layers: int = 2
+    layers: int = 1  # enough to take one step and to stop; more would see more steps ahead
     rows: int = 20_000
     examples_per_step: int = 32
-    base_steps: int = 3000
-    tune_steps: int = 2000
+    base_steps: int = 2000
+    tune_steps: int = 3000
     learning_rate: float = 3e-3
     largest_canvas: int = 4 * ROOM  # of the canvases sampled in tuning
     canvases: tuple[int, ...] = (ROOM, 2 * ROOM, 4 * ROOM)  # asked for
@@ -76,6 +78,7 @@ def new_model(settings: Settings, seed: int) -> LlamaForCausalLM:
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=512,
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},  # a prompt and a canvas are 80 tokens at most
         attn_implementation=implementation,
     )
     torch.manual_seed(seed)
@@ -128,18 +131,13 @@ def fit(
 
 def answer(model: nn.Module, prompts: list[list[int]], canvas: int, *, blocks: int = 1) -> Samples:
     """One token per step, the surest first, no temperature."""
-    sampling = Sampling(steps=canvas, block_length=canvas // blocks, end_token_ids=(EOS, *ALL_PADS), early_stop=False)
+    sampling = Sampling(steps=canvas, block_length=canvas // blocks, end_token_ids=(EOS, *ALL_PADS))
     return generate(model, prompts, canvas, sampling, mask_token_id=MASK)
 
 
-def evaluate(model: nn.Module, settings: Settings) -> list[Measured]:
-    """The model's answers to prompts it has not seen, at every room and number of blocks.
-
-    Content: the places are right up to the last one. Exact: that, and an end right behind it.
-    """
-    walks = settings.walks
-    prompts, references = walks.draw(settings.prompts, seed=10**6)
-    mean = sum(map(len, references)) / len(references)
+def judge_of(walks: Walks, references: list[list[int]]) -> Judge:
+    """By the places of the true answers. Content: the places are right up to the last one. Exact: that, and an end right
+    behind it."""
 
     def judge(row: int, tokens: list[int]) -> Verdict:
         reference = references[row]
@@ -148,11 +146,42 @@ def evaluate(model: nn.Module, settings: Settings) -> list[Measured]:
         early, late = written < len(reference), written > len(reference)
         return Verdict(early=early, late=late, exact=content and not (early or late), content=content)
 
+    return judge
+
+
+def evaluate(model: nn.Module, settings: Settings) -> list[Measured]:
+    """The model's answers to fresh prompts, at every room and number of blocks."""
+    prompts, references = settings.walks.draw(settings.prompts, seed=10**6)
+    mean, judge = sum(map(len, references)) / len(references), judge_of(settings.walks, references)
     return [
         measure(answer(model, prompts, canvas, blocks=blocks), mean, judge, blocks=blocks, steps=canvas)
         for canvas in settings.canvases
         for blocks in settings.blocks
     ]
+
+
+def read_along(model: nn.Module, settings: Settings) -> dict[str, float]:
+    """What the model knows that is asked one word at a time, all words before it given: shares over `prompts / 4` answers.
+
+    next_place: the likeliest place is the right one. stops_when_done, stops_before: the end is the likeliest token
+    behind a complete answer, and behind one that isn't.
+    """
+    walks, canvas, count = settings.walks, settings.canvases[-1], settings.prompts // 4
+    prompts, answers = walks.draw(count, seed=10**6)
+    examples = walks.examples(count, seed=10**6)  # the same in words
+    right, before, done = [], [], []
+    for i, (prompt, places) in enumerate(zip(prompts, answers, strict=True)):
+        ids, first = examples[i]["input_ids"].tolist(), len(prompt)
+        rows = [ids[: first + n] + [MASK] * (canvas - n) for n in range(len(places) + 1)]
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor(rows), use_cache=False).logits
+        here = torch.stack([logits[n, first + n] for n in range(len(rows))])  # [places + 1, V]
+        words = here[:, FIRST_WORD : walks.first_key].softmax(-1).unflatten(-1, (walks.places, walks.wordings)).sum(-1)
+        right += [a == b for a, b in zip(words.argmax(-1).tolist(), places, strict=False)]
+        *going_on, last = (here.argmax(-1) == EOS).tolist()
+        before, done = [*before, *going_on], [*done, last]
+    shares = {"next_place": right, "stops_when_done": done, "stops_before": before}
+    return {name: sum(flags) / len(flags) for name, flags in shares.items()}
 
 
 def base_model(settings: Settings, seed: int, directory: Path) -> tuple[nn.Module, list[dict]]:
@@ -174,12 +203,13 @@ def run(settings: Settings, *, seeds: Sequence[int], directory: Path, scratch: P
     """Train and evaluate every tail for every seed that has no result yet."""
     for seed in seeds:
         for name, tail in TAILS.items():
-            path = directory / "runs" / f"{seed}-{name.replace(' ', '-')}.json"
+            slug = name.replace(" ", "-")
+            path = directory / "runs" / f"{seed}-{slug}.json"
             if path.exists():
                 continue
             base, base_curve = base_model(settings, seed, scratch)
             model = copy.deepcopy(base)
-            began = time.perf_counter()
+            began = time.process_time()
             canvas = Canvas(policy="sampled", size=settings.largest_canvas)
             examples = TailedExamples(settings.walks.examples(settings.rows, seed=seed + 100), tail, canvas, seed=seed)
             curve = fit(model, examples, tail, settings, seed=seed + 100, steps=settings.tune_steps)
@@ -189,44 +219,17 @@ def run(settings: Settings, *, seeds: Sequence[int], directory: Path, scratch: P
                 "settings": asdict(settings),
                 "base_curve": base_curve,
                 "curve": curve,
-                "seconds": round(time.perf_counter() - began, 1),
+                "reading": read_along(model.eval(), settings),
                 "measured": [asdict(row) for row in evaluate(model, settings)],
+                "seconds": round(time.process_time() - began, 1),
+                "machine": describe_machine(),
+                "versions": package_versions(),
             }
             path.parent.mkdir(parents=True, exist_ok=True)
+            if seed == 0:  # one of them is enough to look at
+                samples = answer(model, settings.walks.draw(16, seed=10**6)[0], settings.canvases[-1])
+                draw_unmasking(samples, directory / f"unmasking-{slug}.png", eos=EOS, pads=ALL_PADS)
             path.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def report(directory: Path) -> str:
-    """Means over seeds of everything in `directory/runs`, as `README.md` and `lengths.png`; returns the text."""
-    results = [json.loads(path.read_text()) for path in sorted((directory / "runs").glob("*.json"))]
-    rows: list[tuple[str, Measured]] = []
-    for name in (name for name in TAILS if any(result["tail"] == name for result in results)):
-        for measured in zip(*(result["measured"] for result in results if result["tail"] == name), strict=True):
-            means = {key: sum(row[key] for row in measured) / len(measured) for key in measured[0]}
-            whole = {key: measured[0][key] for key in ("canvas", "blocks")} | {
-                "answers": sum(r["answers"] for r in measured)
-            }
-            rows.append((name, Measured(**means | whole)))
-    seeds = sorted({result["seed"] for result in results})
-    settings = results[0]["settings"]
-    walks = settings["walks"]
-    text = "\n\n".join([
-        "# Tails, trained",
-        f"Walks of {walks['shortest']} to {walks['longest']} places, all lengths as likely, every place worded in "
-        f"{walks['wordings']} equally good ways (`packtrain/experiments/rainbow_walks.py`). A Llama of {settings['layers']} "
-        f"layers and width {settings['hidden_size']}, bidirectional, {settings['base_steps']:,} updates without tails, then "
-        f"{settings['tune_steps']:,} with each; canvases up to {settings['largest_canvas']} sampled in training. "
-        f"{settings['prompts']} prompts, one token a step, the surest first; means over seeds {seeds}.",
-        markdown(rows, label="tail"),
-        "![lengths and early stops against the allocated length, one block](lengths.png)",
-        "`python -m packtrain.experiments.rainbow`, " + describe_machine()["cpu"] + ".",
-    ])  # fmt: skip
-    (directory / "README.md").write_text(text + "\n")
-    draw_lengths(
-        {name: [row for own, row in rows if own == name and row.blocks == 1] for name, _ in rows},
-        directory / "lengths.png",
-    )
-    return text
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -237,7 +240,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--scratch", type=Path, default=scratch, help="for base models")
     options = parser.parse_args(arguments)
     run(Settings(), seeds=options.seeds, directory=options.output_dir, scratch=options.scratch)
-    print(report(options.output_dir))
+    command = f"python -m packtrain.experiments.rainbow --seeds {' '.join(map(str, options.seeds))}"
+    print(report(options.output_dir, list(TAILS), command=command))
 
 
 if __name__ == "__main__":

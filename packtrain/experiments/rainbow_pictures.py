@@ -12,6 +12,7 @@ import numpy as np
 if TYPE_CHECKING:
     from packtrain.experiments.oracle import Outcome
     from packtrain.experiments.rainbow_evaluation import Measured
+    from packtrain.experiments.rainbow_report import Setting
     from packtrain.objectives.sampling import Samples
 
 logger = logging.getLogger(__name__)
@@ -80,6 +81,37 @@ def draw_lengths(curves: Mapping[str, Sequence[Measured]], path: Path) -> None:
         axis.set_xticks(room, room)
         axis.set_xlabel("allocated length (tokens)")
     early.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_trained(settings: Sequence[Setting], reference: float, path: Path) -> None:
+    """Early stops, exact answers and lengths against the allocated length, one block; bars reach over all seeds."""
+    if (plt := pyplot()) is None:
+        return
+    whole = [setting for setting in settings if setting.blocks == 1]
+    canvases = sorted({setting.canvas for setting in whole})
+    panels = {"early": "share that stop early", "exact": "share that are exact", "mean_length": "mean length (tokens)"}
+    figure, axes = plt.subplots(1, len(panels), figsize=(12, 3.4))
+    for number, tail in enumerate(dict.fromkeys(setting.tail for setting in whole)):
+        own = sorted((setting for setting in whole if setting.tail == tail), key=lambda setting: setting.canvas)
+        for axis, (field, label) in zip(axes, panels.items(), strict=True):
+            means = [setting.mean(field) for setting in own]
+            below = [mean - min(setting.values[field]) for mean, setting in zip(means, own, strict=True)]
+            above = [max(setting.values[field]) - mean for mean, setting in zip(means, own, strict=True)]
+            room = [setting.canvas * (1 + 0.03 * number) for setting in own]  # beside each other
+            axis.errorbar(room, means, yerr=(below, above), marker="o", capsize=3, label=tail)
+            axis.set_ylabel(label)
+    axes[2].axhline(reference, color="grey", linestyle=":", label="reference")
+    for axis in axes:
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(canvases, canvases)
+        axis.set_xlabel("allocated length (tokens)")
+    for axis in axes[:2]:
+        axis.set_ylim(-0.03, 1.03)
+    axes[2].set_ylim(bottom=0)
+    axes[2].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -24,10 +24,11 @@ from packtrain.errors import PacktrainError
 from packtrain.experiments.rainbow_evaluation import Judge, Measured, Verdict, markdown, measure
 from packtrain.experiments.rainbow_pictures import draw_lengths, draw_unmasking
 from packtrain.modeling.attention import NAME
-from packtrain.modeling.loading import load_config, load_model
+from packtrain.modeling.loading import load_config, load_model, load_tokenizer
 from packtrain.modeling.tail_tokens import TailTokens
 from packtrain.objectives.diffusion import make_bidirectional
-from packtrain.objectives.sampling import Samples, Sampling, generate
+from packtrain.objectives.generation import generate
+from packtrain.objectives.sampling import Samples, Sampling
 from packtrain.recipe import Recipe
 from packtrain.training.inputs import load_inputs
 
@@ -62,7 +63,7 @@ def load_trained(recipe: Recipe) -> Trained:
     """The model in `output_dir/model`, full or adapter, with the tokens it was trained with.
 
     Raises:
-        PacktrainError: another objective, or nothing trained yet.
+        PacktrainError: another objective, nothing trained yet, or trained with other tokens.
     """
     if recipe.objective.name != "masked_diffusion":
         what = "can't be sampled by diffusion"
@@ -72,6 +73,11 @@ def load_trained(recipe: Recipe) -> Trained:
         fix = "train the recipe first"
         raise PacktrainError("there is no model yet", key="training.output_dir", value=str(directory), fix=fix)
     inputs = load_inputs(recipe)
+    own = load_tokenizer(tokenizer_name_or_path=str(directory), trust_remote_code=recipe.model.trust_remote_code)
+    if own.get_vocab() != inputs.tokenizer.get_vocab():
+        what = "was trained with other tokens than this recipe has"
+        fix = "repeat the --set options of the training, those of data and objective above all"
+        raise PacktrainError(what, key="training.output_dir", value=str(directory), fix=fix)
     pretrained = recipe.model.model_dump(include={"model_name_or_path", "revision", "trust_remote_code"})
     config = load_config(**pretrained, config=recipe.model.config, tokenizer=inputs.tokenizer)
     chosen = inputs.chosen

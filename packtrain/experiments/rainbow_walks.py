@@ -1,12 +1,12 @@
 """Walks: a toy language whose answers end where only writing them tells.
 
-    prompt    b 2 1 3 3 1 ...     a place, and a row of keys
+    prompt    2 1 3 3 1 ... b     a row of keys, and a place
     answer    d3 g1 a2 END        next(b, 2) = d, next(d, 1) = g, next(g, 3) = a, and a is a last place
 
 Where a walk ends follows from the prompt, but one has to walk there: whoever looks ahead without writing the places
-between knows only how long walks tend to be. Each place can be worded in B ways, all equally good. So a reader of the
-words so far is certain of the next place, not of its wording, and sees plainly that a walk is over. That is the
-situation of a language model that answers a question step by step, in sixty words.
+between sees a few steps, and of the rest only how long walks tend to be. Each place can be worded in B ways, all equally
+good. So a reader of the words so far is certain of the next place, not of its wording, and sees plainly that a walk is
+over. That is the situation of a language model that answers a question step by step, in sixty words.
 """
 
 from __future__ import annotations
@@ -31,15 +31,14 @@ class Walks:
         places, last_places: how many places there are, and how many of them end a walk.
         keys: ways to step on from a place.
         wordings: B, words for each place.
-        shortest, longest: places of an answer; every number between them is as likely.
+        longest: places of an answer.
         seed: of the map.
     """
 
-    places: int = 10
+    places: int = 6
     last_places: int = 1
     keys: int = 2
     wordings: int = 3
-    shortest: int = 2
     longest: int = 15
     seed: int = 0
 
@@ -48,6 +47,10 @@ class Walks:
         """int64 `[places, keys]`: every key is a permutation, so all places stay equally likely along a walk."""
         random = np.random.default_rng([self.seed, 0])
         return np.stack([random.permutation(self.places) for _ in range(self.keys)], axis=1)
+
+    @property
+    def first_last(self) -> int:
+        return self.places - self.last_places
 
     @property
     def first_key(self) -> int:
@@ -59,25 +62,22 @@ class Walks:
         return self.first_key + self.keys
 
     def draw(self, count: int, *, seed: int) -> tuple[list[list[int]], list[list[int]]]:
-        """`count` prompts (tokens, `[1 + longest]`), and the places of their answers, `shortest` to `longest` of them."""
+        """`count` prompts (tokens, `[1 + longest]`) and the places of their answers, 1 to `longest` of them.
+
+        Starts and keys are drawn evenly, so about one walk in `places / last_places` ends at each step, and how far it
+        has come says nothing of how far it still goes. Walks that would be longer than `longest` are drawn again.
+        """
         random = np.random.default_rng([self.seed, 1, seed])
         prompts, answers = [], []
-        for length in random.integers(self.shortest, self.longest + 1, size=count).tolist():
-            keys, places = self._walk_back(length, random)
-            prompts.append([FIRST_WORD + places[0] * self.wordings, *(self.first_key + key for key in keys)])
-            answers.append(places[1:])
+        while len(prompts) < count:
+            start, keys = int(random.integers(self.first_last)), random.integers(self.keys, size=self.longest).tolist()
+            places = [start]
+            while len(places) <= self.longest and not self.is_last(places[-1]):
+                places.append(int(self.next_place[places[-1], keys[len(places) - 1]]))
+            if self.is_last(places[-1]):
+                prompts.append([*(self.first_key + key for key in keys), FIRST_WORD + start * self.wordings])
+                answers.append(places[1:])
         return prompts, answers
-
-    def _walk_back(self, length: int, random: np.random.Generator) -> tuple[list[int], list[int]]:
-        """Keys (`longest` of them) and the `length + 1` places of a walk, drawn from its end to its beginning."""
-        came_from = np.argsort(self.next_place, axis=0)  # [places, keys], the inverse permutations
-        while True:
-            keys = random.integers(self.keys, size=self.longest).tolist()
-            places = [int(random.integers(self.places - self.last_places, self.places))]
-            for key in reversed(keys[:length]):
-                places.insert(0, int(came_from[places[0], key]))
-            if not any(map(self.is_last, places[:-1])):
-                return keys, places
 
     def examples(self, count: int, *, seed: int) -> Examples:
         """Prompts with answers in a random wording, without any end."""
@@ -89,7 +89,7 @@ class Walks:
         return Examples.from_dataset(datasets.Dataset.from_list(rows))
 
     def is_last(self, place: int) -> bool:
-        return place >= self.places - self.last_places
+        return place >= self.first_last
 
     def places_of(self, tokens: list[int]) -> list[int]:
         """The place that each token is a word for; -1 for other tokens."""

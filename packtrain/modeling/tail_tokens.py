@@ -10,7 +10,6 @@ peft's `trainable_token_indices` trains single rows, of the embedding and, where
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,8 +19,6 @@ from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 
 from packtrain.data.tails import Tail
 from packtrain.errors import ModelError
-
-logger = logging.getLogger(__name__)
 
 PAD_NAME, MASK_NAME = "<|tail_{}|>", "<|mask|>"
 COUNTS = {"none": 0, "eos": 0, "single": 1}
@@ -92,15 +89,15 @@ def make_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fresh:
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        note = f"the embedding grew from {rows:,} to {len(tokenizer):,} rows for {len(fresh)} new tokens"
+        note = f"{len(fresh)}, for which the embedding grew from {rows:,} to {len(tokenizer):,} rows"
     else:
-        note = f"{len(fresh)} new tokens use rows the embedding had already"
+        note = f"{len(fresh)}, in rows the embedding had already"
     head = model.get_output_embeddings()
     layers = [model.get_input_embeddings()] + ([head] if head is not None and not is_tied(model) else [])
+    note += ", which the head shares" if is_tied(model) else ", and the head in its own matrix"
     if fresh:
         for layer in layers:
             _start_rows(layer, rows, list(fresh))
-    logger.info(note)
     return note
 
 
@@ -110,11 +107,8 @@ def trained_rows(model: PreTrainedModel, fresh: Sequence[int]) -> dict[str, obje
         return {}
     names = {id(module): name for name, module in model.named_modules()}
     layers = [names[id(model.get_input_embeddings())]]
-    if is_tied(model):
-        logger.info("%d rows of %s train, which is the head's matrix too", len(fresh), layers[0])
-    else:
+    if not is_tied(model):
         layers.append(names[id(model.get_output_embeddings())])
-        logger.info("%d rows each of %s and %s train", len(fresh), *layers)
     return {"trainable_token_indices": {layer: list(fresh) for layer in layers}}
 
 

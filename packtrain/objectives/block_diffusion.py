@@ -17,19 +17,24 @@ which is the causal objective on this batch. The published recipe runs [view 1; 
 copy sees no view, so one serves both and a quarter of the tokens is saved, with the same result (tested).
 
     name = register(block_size=32); model.set_attn_implementation(name)
-    PackTrainer(model, ..., collator=BlockCollator(mask_token_id, block_size=32, seed=seed), objective=BLOCK_DIFFUSION)
+    examples = ViewedExamples(examples, mask_token_id, block_size=32)     # their lengths count all three copies
+    PackTrainer(model, ..., plan=make_plan(examples.lengths, ...), train_examples=examples,
+                collator=BlockCollator(mask_token_id, block_size=32, seed=seed), objective=BLOCK_DIFFUSION)
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from packtrain.data.views import COPIES, lay_out_copies, occupied
 from packtrain.errors import ModelError, PlanError
 from packtrain.modeling.attention import bounds_from_cu_seq_lens, documents_of
 from packtrain.modeling.attention.kernels import attend_one
@@ -39,7 +44,6 @@ from packtrain.packing.collator import FILLER_TOKENS, IGNORED, Batch, PackCollat
 from packtrain.packing.shuffle import derive_key
 
 BLOCK_DIFFUSION = CAUSAL_LM  # on batches of a `BlockCollator`
-COPIES = 3  # view 1, view 2, clean
 _BLOCK = 0x626C6F63  # "bloc": keeps these draws apart from others of the same seed
 
 
@@ -47,11 +51,11 @@ _BLOCK = 0x626C6F63  # "bloc": keeps these draws apart from others of the same s
 
 
 class BlockCollator(PackCollator):
-    """Documents to flat batches of two complementary views and a clean copy.
+    """Documents of `ViewedExamples` to flat batches of two complementary views and a clean copy.
 
     The keys of a flat batch, in which each document is its three copies: `cu_seq_lens_*` bound all three together,
-    `position_ids` restart with every copy, `labels` are set where a view is masked. A micro-batch of T tokens of
-    examples computes at least 3 T: choose `max_tokens` for that.
+    `position_ids` restart with every copy, `labels` are set where a view is masked. Called with rows, as a stock
+    `transformers.Trainer` does, it makes their copies first.
 
     Args:
         mask_token_id: what a masked token becomes, and what fills a document's last block.
@@ -81,6 +85,18 @@ class BlockCollator(PackCollator):
         """The same collator with the masks of another epoch."""
         return BlockCollator(self.mask_token_id, block_size=self.block_size, seed=self.seed, epoch=epoch, eps=self.eps)
 
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> Batch:
+        """A batch from rows as they were read; see `PackCollator.__call__`."""
+        plain = PackCollator()(features)
+        ids, labels = plain["input_ids"][0].numpy(), plain["labels"][0].numpy()
+        lengths = np.diff(plain["cu_seq_lens_q"].numpy())
+        return self.collate(
+            lay_out_copies(ids, lengths, self.block_size, self.mask_token_id),
+            lay_out_copies(labels, lengths, self.block_size, IGNORED),
+            occupied(lengths, self.block_size),
+            plain["example_ids"].numpy(),
+        )
+
     def collate(
         self,
         input_ids: np.ndarray,
@@ -89,27 +105,25 @@ class BlockCollator(PackCollator):
         example_ids: np.ndarray,
         supervised: np.ndarray | None = None,
     ) -> Batch:
-        """Arguments as `collate_flat`."""
+        """Arguments as `collate_flat`, of documents that `ViewedExamples.gather` made."""
         documents = []
         for start, length, example_id in zip(np.cumsum(lengths) - lengths, lengths, example_ids.tolist(), strict=True):
-            here = slice(start, start + length)
-            documents.append(self._copies(input_ids[here], labels[here], example_id))
+            here = slice(start, start + length // COPIES)  # the copies are equal: one is enough
+            documents.append(self._noised(input_ids[here], labels[here], example_id))
         ids, targets = (np.concatenate(arrays) for arrays in zip(*documents, strict=True))
-        batch = collate_flat(ids, targets, np.array([len(ids) for ids, _ in documents]), example_ids)
-        positions = [np.tile(np.arange(len(ids) // COPIES), COPIES) for ids, _ in documents]
+        batch = collate_flat(ids, targets, lengths, example_ids)
+        positions = [np.tile(np.arange(length // COPIES), COPIES) for length in lengths]
         batch["position_ids"] = torch.from_numpy(np.concatenate(positions))[None]
         return batch
 
     def filler(self) -> Batch:
         """The micro-batch of a rank that has no examples left in a step."""
-        ids, labels = np.full(FILLER_TOKENS, self.mask_token_id), np.full(FILLER_TOKENS, IGNORED)
-        return self.collate(ids, labels, np.array([FILLER_TOKENS]), np.array([-1]))
+        row = {"input_ids": np.full(FILLER_TOKENS, self.mask_token_id), "labels": np.full(FILLER_TOKENS, IGNORED)}
+        return self([row | {"example_id": -1}])
 
-    def _copies(self, input_ids: np.ndarray, labels: np.ndarray, example_id: int) -> tuple[np.ndarray, np.ndarray]:
+    def _noised(self, clean: np.ndarray, labels: np.ndarray, example_id: int) -> tuple[np.ndarray, np.ndarray]:
         """Token ids and labels of view 1, view 2 and the clean copy of a document, end to end."""
-        padding = -len(input_ids) % self.block_size
-        clean = np.pad(input_ids, (0, padding), constant_values=self.mask_token_id)
-        labels = np.pad(labels, (0, padding), constant_values=IGNORED)
+        labels = labels.copy()
         labels[0] = IGNORED  # nothing comes before it
         first = draw_block_masks(
             len(clean), self.block_size, example_id, seed=self.seed, epoch=self.epoch, eps=self.eps

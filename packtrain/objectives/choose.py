@@ -2,7 +2,8 @@
 
 chosen = choose_objective(**recipe.objective.model_dump(), tokenizer=tokenizer, train=train, held_out=None, seed=42)
 plan = make_plan(chosen.train.lengths, equal_lengths=canvas == "batch_max", ...)
-lora = chosen.prepare(model, tokenizer) | lora
+prepared = chosen.prepare(model, tokenizer)                            # prepared.note says what became of new tokens
+lora = prepared.lora | lora
 PackTrainer(model, ..., train_examples=chosen.train, collator=chosen.collator(layout=..., pad_token_id=...),
             objective=chosen.objective)
 """
@@ -12,10 +13,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from packtrain.data.examples import Examples
 from packtrain.data.tails import Canvas, TailedExamples
+from packtrain.data.views import ViewedExamples
 from packtrain.errors import PacktrainError
 from packtrain.modeling.tail_tokens import TailTokens, find_tail_tokens, make_rows, trained_rows
 from packtrain.objectives import block_diffusion
@@ -29,6 +31,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+class Prepared(NamedTuple):
+    """`peft.LoraConfig` fields with which new tokens learn under LoRA, and which rows new tokens got, in words."""
+
+    lora: dict[str, object]
+    note: str | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
     """An objective and what it makes of data and model.
@@ -37,15 +46,15 @@ class Chosen:
         objective: the loss.
         train, held_out: the examples as the plan and the collator see them.
         collator: makes the collator from the layout's arguments (`layout`, `pad_token_id`, `padded_to`, `max_length`).
-        prepare: `(model, tokenizer) -> LoRA fields`: changes the loaded model in place.
+        prepare: `(model, tokenizer) -> Prepared`: changes the loaded model in place.
         tokens: eos, pads and mask; None for the causal objective.
     """
 
     objective: Objective
-    train: Examples | TailedExamples
-    held_out: Examples | TailedExamples | None
+    train: Examples | TailedExamples | ViewedExamples
+    held_out: Examples | TailedExamples | ViewedExamples | None
     collator: Callable[..., PackCollator]
-    prepare: Callable[[PreTrainedModel, PreTrainedTokenizerBase], dict[str, object]]
+    prepare: Callable[[PreTrainedModel, PreTrainedTokenizerBase], Prepared]
     tokens: TailTokens | None = None
 
 
@@ -86,7 +95,11 @@ def choose_objective(
     if name == "causal_lm":
         collator = partial(PackCollator, loss_weighting=loss_weighting)
         return Chosen(
-            objective=CAUSAL_LM, train=train, held_out=held_out, collator=collator, prepare=lambda model, tokenizer: {}
+            objective=CAUSAL_LM,
+            train=train,
+            held_out=held_out,
+            collator=collator,
+            prepare=lambda model, tokenizer: Prepared({}),
         )
     kind = tail if name == "masked_diffusion" else "none"
     tokens = find_tail_tokens(tokenizer, kind=kind, count=pad_count, reserved=pad_tokens, mask_token=mask_token)
@@ -97,10 +110,10 @@ def choose_objective(
     room = None if canvas is None else Canvas(policy=canvas, size=canvas_size)
     masking = Masking(mask_token_id=tokens.mask_token_id, weight=weight, norm=norm, shift=shift)
 
-    def prepare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
-        make_rows(model, tokenizer, tokens.fresh)
+    def prepare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Prepared:
+        note = make_rows(model, tokenizer, tokens.fresh) if tokens.fresh else None
         make_bidirectional(model)
-        return trained_rows(model, tokens.fresh)
+        return Prepared(trained_rows(model, tokens.fresh), note)
 
     return Chosen(
         objective=masked_diffusion(masking),
@@ -113,18 +126,20 @@ def choose_objective(
 
 
 def _blocks(tokens: TailTokens, train: Examples, held_out: Examples | None, *, block_size: int, seed: int) -> Chosen:
+    views = partial(ViewedExamples, fill_token_id=tokens.mask_token_id, block_size=block_size)
+
     def collator(*, layout: str, **_: object) -> block_diffusion.BlockCollator:
         return block_diffusion.BlockCollator(tokens.mask_token_id, block_size=block_size, seed=seed, layout=layout)
 
-    def prepare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
-        make_rows(model, tokenizer, tokens.fresh)
+    def prepare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Prepared:
+        note = make_rows(model, tokenizer, tokens.fresh) if tokens.fresh else None
         model.set_attn_implementation(block_diffusion.register(block_size))
-        return trained_rows(model, tokens.fresh)
+        return Prepared(trained_rows(model, tokens.fresh), note)
 
     return Chosen(
         objective=block_diffusion.BLOCK_DIFFUSION,
-        train=train,
-        held_out=held_out,
+        train=views(train),
+        held_out=None if held_out is None else views(held_out),
         collator=collator,
         prepare=prepare,
         tokens=tokens,

@@ -28,10 +28,11 @@ from torch import nn
 from packtrain.data.formats import IGNORED
 from packtrain.data.tails import CONTENT, EOS, TAIL
 from packtrain.errors import ModelError
+from packtrain.objectives.generation import generate
 from packtrain.objectives.logits import logits_at
 from packtrain.objectives.noise import Masking
 from packtrain.objectives.objective import Objective, TokenLosses
-from packtrain.objectives.sampling import Samples, Sampling, generate
+from packtrain.objectives.sampling import Samples, Sampling
 
 __all__ = [
     "Masking", "Samples", "Sampling", "generate", "make_bidirectional", "masked_diffusion", "sums_by_part",

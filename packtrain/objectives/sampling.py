@@ -10,24 +10,24 @@ masked tokens and keeps the surest, as many as the schedule says:
     2      a M c d M E                          the next 2; written tokens are never changed
     3      a b c d e E
 
-What a model is stays outside: `denoise` asks a function for logits, so exact posteriors can be sampled too
-(`packtrain.experiments.oracle`), and `generate` brings that function for a model of transformers.
+What a model is stays outside: `denoise` asks a function for logits. `packtrain.objectives.generation` brings that
+function for models of transformers, `packtrain.experiments.oracle` for exact posteriors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from packtrain.errors import PacktrainError
-from packtrain.modeling.attention import NAME
-from packtrain.objectives.logits import logits_at
 
 Predict = Callable[[Tensor, Tensor, int, int], Tensor]
+Remasking = Literal["low_confidence", "random", "margin", "entropy"]
+EndTokenPolicy = Literal["none", "suppress_logits", "suppress_confidence", "ban_pad"]
 SUPPRESSED = -1e30  # below every measure of certainty, and above the -inf of what is no candidate
 
 
@@ -48,28 +48,37 @@ class Sampling:
             that chose an end or a pad are written last in their block; `ban_pad`: pad tokens are never chosen.
         early_stop: stop with a row when its first end token and all before it are written; nothing before an end
             can change any more, so the answer is the same.
+
+    Raises:
+        PacktrainError: a `remasking` or `end_token_policy` that is none of these.
     """
 
     steps: int = 128
     block_length: int | None = None
-    remasking: Literal["low_confidence", "random", "margin", "entropy"] = "low_confidence"
+    remasking: Remasking = "low_confidence"
     temperature: float = 0.0
     cfg_scale: float = 0.0
     end_token_ids: tuple[int, ...] = ()
     pad_token_ids: tuple[int, ...] = ()
-    end_token_policy: Literal["none", "suppress_logits", "suppress_confidence", "ban_pad"] = "none"
+    end_token_policy: EndTokenPolicy = "none"
     early_stop: bool = False
+
+    def __post_init__(self):
+        for key, known in (("remasking", get_args(Remasking)), ("end_token_policy", get_args(EndTokenPolicy))):
+            if getattr(self, key) not in known:
+                fix = f"known: {', '.join(known)}"
+                raise PacktrainError("is not known", key=key, value=getattr(self, key), fix=fix)
 
     def blocks(self, canvas_length: int) -> tuple[int, int, int]:
         """(blocks, tokens per block, steps per block). Raises PacktrainError where they don't come out even."""
         length = self.block_length or canvas_length
         if canvas_length % length:
             what = f"does not divide a canvas of {canvas_length}"
-            raise PacktrainError(what, key="block_length", value=length)
+            raise PacktrainError(what, key="block_length", value=length, fix="choose a divisor, or another length")
         blocks = canvas_length // length
         if self.steps % blocks or self.steps < blocks:
             what = f"is not a multiple of the {blocks} blocks"
-            raise PacktrainError(what, key="steps", value=self.steps)
+            raise PacktrainError(what, key="steps", value=self.steps, fix="every block takes the same number of steps")
         return blocks, length, self.steps // blocks
 
 
@@ -178,9 +187,8 @@ def certainty_of(logits: Tensor, tokens: Tensor, remasking: str, generator: torc
     if remasking == "margin":
         best, second = probabilities.topk(2, dim=-1).values.unbind(-1)
         return best - second
-    if remasking == "entropy":
-        return torch.xlogy(probabilities, probabilities).sum(dim=-1)
-    raise PacktrainError("is no measure of certainty", key="remasking", value=remasking)
+    assert remasking == "entropy"
+    return torch.xlogy(probabilities, probabilities).sum(dim=-1)
 
 
 def surest(certainty: Tensor, count: Tensor) -> Tensor:
@@ -205,99 +213,3 @@ def is_finished(canvas: Tensor, end_token_ids: Sequence[int], mask_token_id: int
     """bool `[R]`: an end token is written, and everything before it."""
     first_mask = first_end(canvas, [mask_token_id])
     return first_end(canvas, end_token_ids) < first_mask
-
-
-# ------------------------------------------------------------------------------------------------------- models
-
-
-def generate(
-    model: nn.Module,
-    prompts: Sequence[Sequence[int]],
-    canvas_length: int,
-    sampling: Sampling,
-    *,
-    mask_token_id: int,
-    shift: bool = False,
-    generator: torch.Generator | None = None,
-    max_tokens: int = 16384,
-) -> Samples:
-    """Answer prompts of any lengths together.
-
-    Args:
-        model: bidirectional (see `make_bidirectional`). With `packtrain_varlen` prompts of all lengths share a forward
-            pass; with any other attention only those of the same length do.
-        prompts: token ids.
-        canvas_length: tokens of every answer, end and tail included.
-        sampling: how.
-        shift: for models trained with `shift`: a token is predicted one position before it.
-        generator: on the model's device.
-        max_tokens: of one forward pass; more rows than fit are passed one after the other.
-    """
-    if any(len(prompt) == 0 for prompt in prompts) and shift:
-        raise PacktrainError("a model that predicts the next token needs a prompt to begin from", key="prompts")
-    device = next(model.parameters()).device
-    prompts = [torch.as_tensor(prompt, dtype=torch.int64, device=device) for prompt in prompts]
-
-    def predict(rows: Tensor, canvases: Tensor, start: int, stop: int) -> Tensor:
-        chosen = [prompts[row] for row in rows.tolist()]
-        at = (start, stop, shift)
-        logits = _canvas_logits(model, chosen, canvases, *at, max_tokens)
-        if sampling.cfg_scale:
-            blind = [torch.full_like(prompt, mask_token_id) for prompt in chosen]
-            without = _canvas_logits(model, blind, canvases, *at, max_tokens)
-            logits = without + (sampling.cfg_scale + 1) * (logits - without)
-        return logits
-
-    was_training = model.training
-    model.eval()
-    canvas = torch.full((len(prompts), canvas_length), mask_token_id, device=device)
-    samples = denoise(predict, canvas, sampling, mask_token_id=mask_token_id, generator=generator)
-    model.train(was_training)
-    return samples
-
-
-def _canvas_logits(
-    model: nn.Module, prompts: list[Tensor], canvases: Tensor, start: int, stop: int, shift: bool, max_tokens: int
-) -> Tensor:
-    """Logits of `canvases[:, start:stop]` behind their prompts, `[R, stop - start, V]`."""
-    room, device = canvases.shape[1], canvases.device
-    lengths = [len(prompt) + room for prompt in prompts]
-    packed = getattr(model.config, "_attn_implementation", None) == NAME
-    groups = _groups(lengths, max_tokens, packed=packed)
-    parts = []
-    for group in groups:
-        ends = torch.tensor([lengths[row] for row in group], device=device).cumsum(0)  # [S]
-        index = ends[:, None] + torch.arange(start, stop, device=device) - room - int(shift)  # [S, stop - start]
-        batch = _batch_of([torch.cat([prompts[row], canvases[row]]) for row in group])
-        parts.append(logits_at(model, batch, index.flatten()).view(*index.shape, -1))
-    order = torch.tensor([row for group in groups for row in group], device=device)
-    return torch.cat(parts)[order.argsort()]
-
-
-def _groups(lengths: list[int], max_tokens: int, *, packed: bool) -> list[list[int]]:
-    """Rows that share a forward pass: within `max_tokens`, and of one length unless they can be packed."""
-    groups: list[list[int]] = []
-    for row in range(len(lengths)) if packed else sorted(range(len(lengths)), key=lengths.__getitem__):
-        group = groups[-1] if groups else None
-        full = group is None or sum(lengths[other] for other in group) + lengths[row] > max_tokens
-        if full or not (packed or lengths[group[0]] == lengths[row]):
-            groups.append([])
-        groups[-1].append(row)
-    return groups
-
-
-def _batch_of(documents: list[Tensor]) -> dict[str, object]:
-    """Equally long documents as plain rows, which any model takes; others flat, end to end."""
-    lengths = [len(document) for document in documents]
-    device = documents[0].device
-    if len(set(lengths)) == 1:
-        return {"input_ids": torch.stack(documents)}
-    bounds = torch.tensor([0, *lengths]).cumsum(0).to(device=device, dtype=torch.int32)
-    return {
-        "input_ids": torch.cat(documents)[None],
-        "position_ids": torch.cat([torch.arange(length, device=device) for length in lengths])[None],
-        "cu_seq_lens_q": bounds,
-        "cu_seq_lens_k": bounds,
-        "max_length_q": max(lengths),
-        "max_length_k": max(lengths),
-    }

@@ -190,6 +190,13 @@ def _objective_has_these_keys(settings: Settings) -> Verdicts:
             yield key, f"has no effect on `{name}`", "leave it out, or choose another `objective.name`"
 
 
+def _diffusion_cuts_nothing(settings: Settings) -> Verdicts:
+    name = settings["objective.name"]
+    if name != "causal_lm" and settings["batching.strategy"] == "wrapped":
+        fix = "choose another strategy, such as bfd"
+        yield "batching.strategy", f"cuts documents, and `{name}` needs whole ones", fix
+
+
 def _tail_has_a_canvas(settings: Settings) -> Verdicts:
     if settings["objective.name"] != "masked_diffusion":
         return
@@ -231,6 +238,7 @@ _RULES = (
     _evaluation_has_data,
     _longest_example_fits,
     _objective_has_these_keys,
+    _diffusion_cuts_nothing,
     _tail_has_a_canvas,
     _remote_code_sees_no_filler,
 )

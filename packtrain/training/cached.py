@@ -34,8 +34,8 @@ def find_training_examples(recipe: Recipe) -> tuple[Examples | None, str]:
     Raises:
         DataError: what is wrong with the data, as far as it can be known without tokenising.
     """
-    if recipe.objective.name == "masked_diffusion":
-        return None, "tails are made with the tokenizer"
+    if recipe.objective.name != "causal_lm":
+        return None, "tails and masks are the tokenizer's"
     data, seed = recipe.data, recipe.training["seed"]
     options = data.model_dump(
         include={"name", "split", "num_rows", "format", "max_length", "overflow"}

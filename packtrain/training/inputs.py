@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from packtrain.data.tails import TailedExamples
+    from packtrain.data.views import ViewedExamples
     from packtrain.objectives.choose import Chosen
 
 FLAT_EVALUATION, PADDED_EVALUATION = "balanced", "group_by_length"
@@ -31,11 +32,11 @@ class Inputs:
     chosen: Chosen
 
     @property
-    def train(self) -> Examples | TailedExamples:
+    def train(self) -> Examples | TailedExamples | ViewedExamples:
         return self.chosen.train
 
     @property
-    def held_out(self) -> Examples | TailedExamples | None:
+    def held_out(self) -> Examples | TailedExamples | ViewedExamples | None:
         """None if the recipe holds nothing out."""
         return self.chosen.held_out
 

@@ -92,9 +92,9 @@ def build_trainer(
             recipe.model.attn_implementation, layout=plan.layout, device=args.device, dtype=_compute_dtype(args, recipe)
         ),
     )
-    trained_rows = inputs.chosen.prepare(model, inputs.tokenizer)
+    prepared = inputs.chosen.prepare(model, inputs.tokenizer)
     if recipe.lora is not None:
-        model = add_lora(model, trained_rows | recipe.lora, gradient_checkpointing=_checkpoints_activations(args))
+        model = add_lora(model, prepared.lora | recipe.lora, gradient_checkpointing=_checkpoints_activations(args))
     trainer = trainer_class(
         model,
         args,
@@ -119,6 +119,9 @@ def build_trainer(
         callbacks=[RichProgress(console)],
     )
     trainer.remove_callback(PrinterCallback)
+    if console and prepared.note and trainer.is_world_process_zero():
+        trained = "; these rows train beside the adapters" if prepared.lora and recipe.lora is not None else ""
+        console.print(f"new tokens   {prepared.note}{trained}", highlight=False)
     sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled  # such weights run in the engine only
     if not sharded and recipe.objective.name != "block_diffusion":  # whose attention isolates and takes no other batch
         isolation = quick_check(model, plan.layout)

@@ -353,6 +353,8 @@ def test_the_next_commands_can_be_pasted():
         ["packtrain", "plan", *start, "output_dir=here", "--all"],
         ["packtrain", "train", *start, "batching.strategy=pad_longest", "--set", "training.output_dir=there"],
     ]
+    _, first = next_commands(Path("a.yaml"), [], "there", sampled=True)[0]
+    assert first == "packtrain evaluate a.yaml", "of a model that can be sampled"
 
 
 def test_train_trains_and_says_what_came_of_it(tmp_path, capsys, wide):

@@ -58,8 +58,11 @@ def test_the_denoiser_is_exact(tail, pads):
 
 def test_the_prior():
     prior = length_prior()
-    assert prior.sum() == pytest.approx(1) and prior[0] == pytest.approx(0.115, abs=0.001)
-    assert prior @ np.arange(1, 29) == pytest.approx(5.80, abs=0.01)
+    assert prior.sum() == pytest.approx(1) and prior[0] == pytest.approx(0.114, abs=0.001)
+    for mean in (3.0, 5.84, 10.0):
+        assert length_prior(mean=mean) @ np.arange(1, 29) == pytest.approx(mean, abs=1e-9), "also where it is cut"
+    odds = prior[1:] / prior[:-1] * np.arange(1, 28) / (np.arange(1, 28) + 0.5)
+    assert np.ptp(odds) < 1e-9, "a negative binomial of shape 1.5: one ratio throughout"
 
 
 @pytest.mark.parametrize("tail", [("eos", 0), ("single", 1), ("rainbow", 3), ("rainbow", 7)])
@@ -88,5 +91,5 @@ def test_it_is_deterministic_and_written_down(tmp_path):
     assert first == second
     write_results(first, tmp_path)
     table = (tmp_path / "oracle.md").read_text()
-    assert "| eos | 1.00 / 5.80 | 0.25 / 1.88 |" in table
-    assert "| rainbow K=3 | 1.00 / 5.80 | 1.00 / 5.79 |" in table
+    assert "| eos | 1.00 / 5.84 | 0.24 / 1.89 |" in table
+    assert "| rainbow K=3 | 1.00 / 5.84 | 1.00 / 5.84 |" in table

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import datasets
 import numpy as np
 import pytest
 import torch
 
+from packtrain.data.examples import Examples
+from packtrain.data.views import ViewedExamples
 from packtrain.errors import PlanError
 from packtrain.modeling.attention import NAME
 from packtrain.modeling.attention import register as register_varlen
 from packtrain.objectives.block_diffusion import BLOCK_DIFFUSION, BlockCollator, draw_block_masks, register, view_mask
 from packtrain.objectives.diffusion import make_bidirectional
+from packtrain.packing.collator import MicroBatches
+from packtrain.packing.plan import MicroBatch
 from tests.tiny import CONFIGS, random_documents, tiny_model
 
 MASK, D = 63, 4
@@ -60,6 +65,21 @@ def test_a_batch_literally():
     assert one["labels"].tolist() == [labels_1 + labels_2 + [-100] * 8]
     assert one["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 6, 7] * 3]
     assert one["cu_seq_lens_q"].tolist() == [0, 24]
+
+
+def test_stored_examples_and_rows_make_the_same_batch():
+    documents = rows()
+    columns = [{key: row[key] for key in ("input_ids", "labels")} for row in documents]
+    stored = Examples.from_dataset(datasets.Dataset.from_list(columns))
+    viewed = ViewedExamples(stored, MASK, block_size=D)
+    ids = np.arange(3)
+    part = MicroBatch(example_ids=ids, starts=np.zeros_like(ids), stops=viewed.lengths)
+    gathered, called = MicroBatches(viewed, collator())[part], collator()(documents)
+    assert gathered["input_ids"].shape[1] == viewed.lengths.sum() == 3 * (12 + 4 + 16)
+    for key, value in called.items():
+        assert torch.equal(torch.as_tensor(gathered[key]), torch.as_tensor(value)), key
+    other = MicroBatches(viewed, collator(seed=2))[part]
+    assert not torch.equal(other["input_ids"], called["input_ids"]), "control: another seed"
 
 
 def test_the_mask_literally():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,10 +11,11 @@ import pytest
 from rich.console import Console
 
 from packtrain.cli import main
-from packtrain.errors import PlanError, RecipeError
+from packtrain.errors import PacktrainError, PlanError, RecipeError
 from packtrain.experiments.rainbow_verbs import evaluate, sample
 from packtrain.packing.plan import make_plan
 from packtrain.recipe import load_recipe
+from packtrain.training.inputs import load_inputs, plan_training
 from packtrain.training.run import build_trainer, train
 
 QUIET = Console(quiet=True)
@@ -53,6 +55,17 @@ def test_train_sample_evaluate(recipe_path, overrides):
     assert len(sample(recipe, ["Mia has 3 coins.\n"], length=8)) == 1
     table = evaluate(recipe, lengths=[64], blocks=[1, 4], prompts=2, steps=8)
     assert table.count("\n") == 3 and (Path(summary.output_dir) / "evaluation/evaluation.json").exists()
+    with pytest.raises(PacktrainError, match="other tokens"):
+        sample(load_recipe(recipe_path, [*overrides, "data.num_rows=50"]), ["Mia has 3 coins.\n"], length=8)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_it_is_said_what_became_of_new_tokens(recipe_path, lora):
+    console = Console(record=True, width=200, quiet=False, file=io.StringIO())
+    more = ["lora={r: 4, target_modules: all-linear}"] if lora else []
+    build_trainer(load_recipe(recipe_path, more), console=console)
+    (said,) = (line for line in console.export_text().splitlines() if line.startswith("new tokens"))
+    assert "4, " in said and ("beside the adapters" in said) == lora, "three pads and a mask"
 
 
 def test_the_parts_of_the_loss_are_logged_and_evaluated(recipe_path):
@@ -86,6 +99,29 @@ def test_block_diffusion_trains(recipe_path):
     assert summary.updates == 12 and summary.held_out_loss_after < summary.held_out_loss_before
 
 
+@pytest.mark.parametrize("strategy", ["balanced", "padding_free", "bfd"])
+def test_capacity_counts_the_views_of_block_diffusion(recipe_path, strategy):
+    batching = f"batching={{strategy: {strategy}, examples_per_step: 8, max_tokens: 600}}"
+    recipe = load_recipe(recipe_path, ["objective={name: block_diffusion, block_size: 8}", batching])
+    inputs = load_inputs(recipe)
+    plain, collator = inputs.train.examples, inputs.chosen.collator(layout="flat")
+
+    def largest(lengths: np.ndarray) -> int:
+        plan = plan_training(recipe, lengths, world_size=1)
+        parts = [part for step in range(plan.steps_in_epoch(0)) for part in plan.micro_batches(step, 0)]
+        rows = [[plain[i] | {"example_id": i} for i in part.example_ids.tolist()] for part in parts]
+        return max(collator(own)["input_ids"].numel() for own in rows)
+
+    assert largest(inputs.train.lengths) <= 600
+    assert largest(plain.lengths) > 600, "control: planned by what was read"
+
+
+def test_an_example_whose_views_exceed_the_capacity_is_refused(recipe_path):
+    overrides = ["objective={name: block_diffusion, block_size: 8}", "batching.max_tokens=128"]
+    with pytest.raises(PlanError, match="more than max_tokens = 128"):
+        build_trainer(load_recipe(recipe_path, overrides), console=QUIET)
+
+
 @pytest.mark.parametrize("strategy", ["balanced", "pad_longest", "group_by_length"])
 def test_all_documents_of_an_update_become_as_long_as_its_longest(strategy):
     lengths = np.random.default_rng(0).integers(5, 60, size=103)
@@ -107,6 +143,8 @@ def test_all_documents_of_an_update_become_as_long_as_its_longest(strategy):
         (["data.overflow=truncate"], "cuts answers"),
         (["objective.name=causal_lm"], "has no effect on `causal_lm`"),
         (["objective.block_size=8"], "has no effect on `masked_diffusion`"),
+        (["batching.strategy=wrapped"], "`masked_diffusion` needs whole ones"),
+        (["objective={name: block_diffusion}", "batching.strategy=wrapped"], "`block_diffusion` needs whole ones"),
     ],
 )
 def test_contradictions(recipe_path, overrides, message):

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import pytest
 import torch
 
+from packtrain import cli_diffusion
 from packtrain.errors import PacktrainError
 from packtrain.modeling.attention import NAME, register
 from packtrain.objectives.diffusion import generate, make_bidirectional
-from packtrain.objectives.sampling import Sampling, _groups, add_gumbel_noise, denoise, share_evenly, surest
+from packtrain.objectives.generation import _groups
+from packtrain.objectives.sampling import (
+    EndTokenPolicy,
+    Remasking,
+    Sampling,
+    add_gumbel_noise,
+    denoise,
+    share_evenly,
+    surest,
+)
 from tests.tiny import VOCABULARY, tiny_model
 
 MASK, END, PAD = 63, 2, 60
@@ -202,7 +213,20 @@ def test_gumbel_noise_draws_from_the_softmax(temperature):
     torch.testing.assert_close(shares.double(), (logits / temperature).softmax(0), atol=0.01, rtol=0)
 
 
-@pytest.mark.parametrize("options", [dict(block_length=5), dict(steps=3, block_length=4), dict(remasking="guess")])
-def test_refusals(options):
-    with pytest.raises(PacktrainError):
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        (dict(block_length=5), "block_length"),
+        (dict(steps=3, block_length=4), "steps"),
+        (dict(remasking="guess"), "remasking"),
+        (dict(end_token_policy="ban_pads"), "end_token_policy"),
+    ],
+)
+def test_refusals(options, key):
+    with pytest.raises(PacktrainError, match=key):
         denoise(a_model_that_ends, torch.full((1, 8), MASK), Sampling(**{"steps": 8} | options), mask_token_id=MASK)
+
+
+def test_the_command_line_names_what_the_sampler_knows():
+    assert cli_diffusion.REMASKING == get_args(Remasking)
+    assert cli_diffusion.END_TOKEN_POLICIES == get_args(EndTokenPolicy)

@@ -54,15 +54,17 @@ def test_refusals(tokenizer, options):
         find_tail_tokens(tokenizer, **options)
 
 
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("vocab_size", [270, 300])
-def test_rows_are_added_only_where_there_are_none(tokenizer, vocab_size):
-    model = tiny_model("llama", vocab_size=vocab_size)
+def test_rows_are_added_only_where_there_are_none(tokenizer, vocab_size, tied):
+    model = tiny_model("llama", vocab_size=vocab_size, tie_word_embeddings=tied)
     before = model.get_input_embeddings().weight.detach().clone()
     size = len(tokenizer)
     tokens = find_tail_tokens(tokenizer, kind="rainbow", count=3)
     note = make_rows(model, tokenizer, tokens.fresh)
     weight = model.get_input_embeddings().weight
     assert len(weight) == max(vocab_size, len(tokenizer)) and ("grew" in note) == (len(tokenizer) > vocab_size)
+    assert note.startswith(f"{len(tokens.fresh)}, ") and ("shares" in note) == tied
     assert torch.equal(weight[:size], before[:size])
     fresh = weight[list(tokens.fresh)]
     assert torch.pdist(fresh).min() > 0, "pads differ from the start"
