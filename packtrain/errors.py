@@ -79,6 +79,10 @@ class NonFiniteError(PacktrainError):
     """A loss or gradient that is NaN or infinite; raised before the weights have seen it."""
 
 
+class OutOfMemory(PacktrainError):
+    """A micro-batch, or the optimizer, that the device has no room for."""
+
+
 class Stopped(PacktrainError):
     """A run that was told to stop, and has saved a checkpoint to go on from."""
 

@@ -17,7 +17,7 @@ _SAFE = re.compile(
         |gradient_accumulation_steps|gradient_checkpointing|gradient_checkpointing_kwargs|ddp_timeout|push_to_hub
         |(logging|log|save|eval|dataloader|hub|trackio)_\w+)
     |data\.(num_proc|worker_timeout|eval_path|eval_split)
-    |batching\.(strategy|max_tokens|on_nonfinite|max_skipped_updates|allow_contamination)
+    |batching\.(strategy|max_tokens|probe_memory|on_nonfinite|max_skipped_updates|allow_contamination)
     |model\.attn_implementation""",
     re.VERBOSE,
 )

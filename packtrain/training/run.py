@@ -109,6 +109,7 @@ def build_trainer(
             position_start=position_start(model),
         ),
         recipe=recipe,
+        probe_memory=recipe.batching.probe_memory,
         on_nonfinite=recipe.batching.on_nonfinite,
         max_skipped_updates=recipe.batching.max_skipped_updates,
         worker_timeout=recipe.data.worker_timeout,

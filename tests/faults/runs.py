@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import time
 from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
@@ -38,25 +39,32 @@ def write_recipe(directory: Path) -> Path:
     return path
 
 
-def start(recipe: Path, *words: str) -> ForkServerProcess:
-    """`packtrain train RECIPE words...` in a process of its own; its output is appended to log.txt beside the recipe."""
-    process = CONTEXT.Process(target=_command, args=(recipe, words))
+def start(recipe: Path, *words: str, more_memory: int | None = None) -> ForkServerProcess:
+    """`packtrain train RECIPE words...` in a process of its own; its output is appended to log.txt beside the recipe.
+
+    Args:
+        more_memory: bytes of address space that it may take beyond what it begins with.
+    """
+    process = CONTEXT.Process(target=_command, args=(recipe, words, more_memory))
     process.start()
     return process
 
 
-def run(recipe: Path, *words: str) -> int:
-    """The exit code of a whole command."""
-    process = start(recipe, *words)
+def run(recipe: Path, *words: str, **how) -> int:
+    """The exit code of a whole command; see `start`."""
+    process = start(recipe, *words, **how)
     process.join()
     return process.exitcode
 
 
-def _command(recipe: Path, words: tuple[str, ...]) -> None:
+def _command(recipe: Path, words: tuple[str, ...], more_memory: int | None) -> None:
     log = os.open(recipe.with_name("log.txt"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     torch.set_num_threads(1)
+    if more_memory is not None:
+        taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (taken + more_memory, -1))
     cli.main(["train", str(recipe), *words])
 
 
