@@ -9,6 +9,7 @@ import random
 import time
 from collections import Counter
 from itertools import groupby
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -48,14 +49,7 @@ def test_two_thousand_updates_on_ranks_that_come_and_go(tmp_path, record_propert
     worlds, done = Counter(), False
     while not done:
         ranks = draw.choice([1, 2, 3])
-        processes = start_ranks(recipe, ranks, resume=can_resume(recipe), overrides=SETTINGS)
-        before, more = updates_done(recipe), draw.randint(20, 250)
-        wait_for(processes[0], lambda: updates_done(recipe) > before + ranks * more, 600)
-        if any(process.is_alive() for process in processes):
-            time.sleep(draw.uniform(0, 0.02))
-            kill(processes, draw.choice([[rank] for rank in range(ranks)] + [list(range(ranks))]))
-        codes = [process.exitcode for process in processes]
-        done = codes == [0] * ranks
+        done = start_and_kill(recipe, ranks, after=draw.randint(20, 250), draw=draw)
         worlds[ranks] += 1
     assert set(worlds) == {1, 2, 3} and sum(worlds.values()) > 10
 
@@ -78,6 +72,17 @@ def test_two_thousand_updates_on_ranks_that_come_and_go(tmp_path, record_propert
     )
     assert difference <= 1e-6
     assert growth < 4 * 2**20
+
+
+def start_and_kill(recipe: Path, ranks: int, *, after: int, draw: random.Random) -> bool:
+    """Start it, or go on, and kill one rank or all `after` so many updates; whether it came to its end before."""
+    processes = start_ranks(recipe, ranks, resume=can_resume(recipe), overrides=SETTINGS)
+    enough = updates_done(recipe) + ranks * after
+    wait_for(processes[0], lambda: updates_done(recipe) > enough, 600)
+    if any(process.is_alive() for process in processes):
+        time.sleep(draw.uniform(0, 0.02))
+        kill(processes, draw.choice([[rank] for rank in range(ranks)] + [list(range(ranks))]))
+    return all(process.exitcode == 0 for process in processes)
 
 
 def memory_growth(lines: list[dict]) -> float:
