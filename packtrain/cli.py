@@ -29,7 +29,7 @@ from typer.core import TyperGroup
 from packtrain import __version__
 from packtrain.cli_diffusion import evaluate, sample
 from packtrain.cli_options import Gpus, Overrides, RecipePath, load_checked
-from packtrain.errors import PacktrainError, Stopped
+from packtrain.errors import PacktrainError, Stopped, hidden
 
 RANK = int(os.environ.get("RANK", "0"))
 LAST = "last"  # the value of a bare --resume
@@ -138,7 +138,7 @@ def next_commands(recipe: Path, overrides: Sequence[str], padded_dir: str) -> li
 
     def command(verb: str, overrides: Sequence[str], *more: str) -> str:
         sets = [part for override in overrides for part in ("--set", override)]
-        return shlex.join(["packtrain", verb, str(recipe), *sets, *more])
+        return hidden(shlex.join(["packtrain", verb, str(recipe), *sets, *more]))
 
     padded = [override for override in overrides if "output_dir" not in override.partition("=")[0]]
     padded += ["batching.strategy=pad_longest", f"training.output_dir={padded_dir}"]

@@ -10,7 +10,7 @@ callback, logger and engine (DDP, DeepSpeed, FSDP) behaves as users know it:
     training_step                                no update from numbers that are not finite; out of memory explained
     evaluation_loop                              sums over tokens and over examples, divided once at the end
     train                                        nothing of a checkpoint is read before it is verified, no pickle runs
-    save_model                                   a checkpoint begins with an empty, marked directory
+    save_model                                   a checkpoint begins with an empty, marked directory; no token is saved
 """
 
 from __future__ import annotations
@@ -258,7 +258,13 @@ class PackTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if _internal_call and output_dir is not None:  # the first thing that Trainer does for a checkpoint
             self.checkpoints.begin(Path(output_dir))
-        super().save_model(output_dir, _internal_call)
+        token, self.args.hub_token = self.args.hub_token, None  # `training_args.bin` would have it in clear
+        try:
+            super().save_model(output_dir, _internal_call=True)
+        finally:
+            self.args.hub_token = token
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     # Logs
 
