@@ -1,9 +1,9 @@
 """What a run of the fault-injection suite came to, as a table: a plugin of pytest.
 
-    pytest -p tests.faults.records --records results/faults -m "slow or not slow" \
+    python -m pytest -p tests.faults.records --records results/faults -m "slow or not slow" \
         tests/faults tests/test_recipe.py tests/data/test_bad_rows.py tests/training/test_checkpoint.py
 
-A line is a test function with all its parameters. `record_property("times", 50)` counts a test fifty times,
+A part of it (`-k`, one file) renews its own lines of the table and leaves the others. A line is a test function with all its parameters. `record_property("times", 50)` counts a test fifty times,
 `record_property("note", ...)` says what it measured. A test that fails counts as held 0 times.
 """
 
@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import json
 import platform
-import shlex
-import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -55,16 +53,18 @@ class _Records:
 
         directory = self.config.getoption("--records")
         directory.mkdir(parents=True, exist_ok=True)
-        found = {
-            "command": "pytest " + shlex.join(sys.argv[1:]),
-            "machine": describe_machine() | {"system": platform.system()},
-            "versions": package_versions(),
-            "faults": [
-                {"file": file, "test": test, **line, "seconds": round(line["seconds"], 1)}
-                for (file, test), line in self.lines.items()
-            ],
-        }
-        (directory / "faults.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        about = {"machine": describe_machine() | {"system": platform.system()}, "versions": package_versions()}
+        path, lines = directory / "faults.json", {}
+        if path.exists():
+            before = json.loads(path.read_text(encoding="utf-8"))
+            if any(before[key] != value for key, value in about.items()):
+                pytest.exit(f"{path} is of another machine or other versions; choose another directory", 2)
+            lines = {(line["file"], line["test"]): line for line in before["faults"]}
+        for (file, test), line in self.lines.items():
+            if line["of"] or (file, test) not in lines:
+                lines[file, test] = {"file": file, "test": test, **line, "seconds": round(line["seconds"], 1)}
+        found = about | {"faults": [lines[key] for key in sorted(lines)]}
+        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         (directory / "README.md").write_text(page(found), encoding="utf-8")
 
 
@@ -79,7 +79,7 @@ def page(found: dict) -> str:
         "",
         f"{held:,} of {of:,} held, in {seconds / 60:.0f} minutes. Made by",
         "",
-        f"    {found['command']}",
+        *(line for line in (__doc__ or "").splitlines() if line.startswith("    ")),
         "",
         f"on {machine['cpu']} ({machine['cores']} cores, {machine.get('memory_gib')} GiB), {machine['system']}; {software}.",
     ]
