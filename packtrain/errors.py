@@ -6,8 +6,17 @@ exits with code 2. Programming mistakes stay `assert`s and plain exceptions.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
+HIDDEN = "***"
+_SECRETS = re.compile(
+    r"""(?P<scheme>\b\w{2,}:/{1,2})[^/@\s]+(?=@)   # https://user:secret@host, also as a path
+    |\b(hf_|gh[opsur]_)[A-Za-z0-9]{30,}           # tokens of the Hub and of GitHub
+    |\b(sk-(\w+-)?|github_pat_|glpat-)\w{20,}     # of OpenAI and others, GitHub, GitLab
+    |\bA(KI|SI)A[A-Z0-9]{16}\b                    # key ids of AWS""",
+    re.VERBOSE,
+)
 UNSET = object()  # "no value to show", as None is itself a value a user may have written
 
 
@@ -40,7 +49,7 @@ class PacktrainError(ValueError):
         head = ": ".join(part for part in (self.where, self.key) if part)
         shown = "" if self.value is UNSET else f" (got {shorten(self.value)})"
         fix = f"\n    fix: {self.fix}" if self.fix else ""
-        return (f"{head}: " if head else "") + self.what + shown + fix
+        return hidden((f"{head}: " if head else "") + self.what + shown + fix)
 
 
 class RecipeError(PacktrainError):
@@ -79,10 +88,19 @@ class NonFiniteError(PacktrainError):
     """A loss or gradient that is NaN or infinite; raised before the weights have seen it."""
 
 
+class OutOfMemory(PacktrainError):
+    """A micro-batch, or the optimizer, that the device has no room for."""
+
+
 class Stopped(PacktrainError):
     """A run that was told to stop, and has saved a checkpoint to go on from."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h
+
+
+def hidden(text: str) -> str:
+    """`text` without what looks like a secret: credentials in URLs, and tokens by their issuers' prefixes."""
+    return _SECRETS.sub(lambda found: (found["scheme"] or "") + HIDDEN, text)
 
 
 def shorten(value: object, limit: int = 120) -> str:

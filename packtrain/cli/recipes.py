@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from packtrain.cli.options import LAST, RANK, Gpus, Overrides, RecipePath, load_checked
-from packtrain.errors import PacktrainError
+from packtrain.errors import PacktrainError, hidden
 
 
 def train(
@@ -66,7 +66,7 @@ def next_commands(
 
     def command(verb: str, overrides: Sequence[str], *more: str) -> str:
         sets = [part for override in overrides for part in ("--set", override)]
-        return shlex.join(["packtrain", verb, str(recipe), *sets, *more])
+        return hidden(shlex.join(["packtrain", verb, str(recipe), *sets, *more]))
 
     padded = [override for override in overrides if "output_dir" not in override.partition("=")[0]]
     padded += ["batching.strategy=pad_longest", f"training.output_dir={padded_dir}"]

@@ -35,6 +35,7 @@ from packtrain.packing.strategies import STRATEGIES, resolve_strategy
 from packtrain.recipe import Recipe, load_recipe
 from packtrain.recipe.values import Mapping, Positive, Text, Whole, check, did_you_mean
 from packtrain.recipe.yaml_source import Source
+from packtrain.training.changes import redacted
 
 KEYS: dict[str, Any] = {
     "base": Text,
@@ -197,7 +198,7 @@ def with_settings(recipe: Recipe, **changes: Any) -> Recipe:
 
 def portable(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain data in which no path tells of this machine: local files are there by name only."""
-    data = recipe.to_dict()
+    data = redacted(recipe.to_dict())
     for section, key in (
         ("data", "path"),
         ("data", "eval_path"),

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from packtrain.errors import PacktrainError
+from packtrain.errors import PacktrainError, hidden
 from packtrain.experiments.experiment import Experiment, portable, with_settings
 from packtrain.experiments.recommend import recommend
 from packtrain.experiments.results import MANIFEST, read_manifest
@@ -111,7 +111,7 @@ def _command(path: Path, overrides: Sequence[str]) -> str:
     for override in overrides:
         key, _, value = override.partition("=")
         parts += ["--set", f"{key}={Path(value).name if '/' in value and Path(value).exists() else value}"]
-    return " ".join(parts)
+    return hidden(" ".join(parts))
 
 
 def _git() -> dict[str, Any]:

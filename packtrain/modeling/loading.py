@@ -6,6 +6,7 @@ lacks, a tokenizer with more tokens than the model has rows, filler that would s
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 from collections.abc import Iterable, Iterator
@@ -67,6 +68,7 @@ def load_tokenizer(
         assert vocab_size is not None, "a tokenizer is either named or trained"
         tokenizer = train_bpe(corpus, vocab_size)
     else:
+        warn_of_code(tokenizer_name_or_path, revision, trust_remote_code)
         with explained("model.tokenizer_name_or_path", tokenizer_name_or_path, revision):
             tokenizer = AutoTokenizer.from_pretrained(
                 tokenizer_name_or_path, revision=revision, trust_remote_code=trust_remote_code
@@ -105,6 +107,14 @@ def _filler(tokenizer: PreTrainedTokenizerBase) -> str:
 # ------------------------------------------------------------------------------------------------------ model
 
 
+@functools.cache
+def warn_of_code(name: str, revision: str | None, trusted: bool) -> None:
+    """Once for each name: that code which comes with a model may run here."""
+    if trusted:
+        at = f" at revision {revision}" if revision else ""
+        logger.warning("model.trust_remote_code: code that comes with %s%s may run in this process", name, at)
+
+
 def load_config(
     *,
     model_name_or_path: str | None = None,
@@ -121,6 +131,7 @@ def load_config(
         ModelError: the model can't be had, a field doesn't exist, or the tokenizer doesn't fit the model.
     """
     if model_name_or_path is not None:
+        warn_of_code(model_name_or_path, revision, trust_remote_code)
         with explained("model.model_name_or_path", model_name_or_path, revision):
             result = AutoConfig.from_pretrained(
                 model_name_or_path, revision=revision, trust_remote_code=trust_remote_code

@@ -67,6 +67,7 @@ class BatchingSection(_Section):
     examples_per_step: Positive = 64  # per update, over all devices
     max_tokens: Positive = 16384  # of one micro-batch
     tokens_per_step: Positive | None = None  # for strategies that pack the whole epoch
+    probe_memory: Flag | None = None  # try the largest micro-batch before the first update; default: on a GPU
     allow_contamination: Flag = False  # train although documents of a batch see each other
     on_nonfinite: Literal["stop", "skip"] = "stop"  # an update whose loss or gradient is NaN or infinite
     max_skipped_updates: Positive = 10  # after which `skip` stops too

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from packtrain.errors import shorten
+from packtrain.errors import HIDDEN, hidden, shorten
 from packtrain.recipe.sections import DEFAULTS
 
 # Keys that change neither which examples an update sees nor, but for the order of summation, what it learns from them;
@@ -17,14 +17,12 @@ _SAFE = re.compile(
         |gradient_accumulation_steps|gradient_checkpointing|gradient_checkpointing_kwargs|ddp_timeout|push_to_hub
         |(logging|log|save|eval|dataloader|hub|trackio)_\w+)
     |data\.(num_proc|worker_timeout|eval_path|eval_split)
-    |batching\.(strategy|max_tokens|on_nonfinite|max_skipped_updates|allow_contamination)
+    |batching\.(strategy|max_tokens|probe_memory|on_nonfinite|max_skipped_updates|allow_contamination)
     |model\.attn_implementation""",
     re.VERBOSE,
 )
 _PLACE = "training.output_dir"  # where a run lies is no part of it: it may be moved
 _SECRET = re.compile(r"(?i)(.*_)?(hub_token|password|passwd|secret|api_key|access_key)")
-_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")  # https://user:secret@host
-HIDDEN = "***"
 _ABSENT = object()
 
 
@@ -61,14 +59,14 @@ def changes(manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> list[Chang
 
 
 def redacted(tree: Any) -> Any:
-    """Plain data without secrets: values of keys like `hub_token`, and credentials in URLs, become `***`."""
+    """Plain data without secrets: values of keys like `hub_token`, and what looks like one, become `***`."""
     if isinstance(tree, Mapping):
         return {
             key: HIDDEN if value and _SECRET.fullmatch(str(key)) else redacted(value) for key, value in tree.items()
         }
     if isinstance(tree, list | tuple):
         return [redacted(value) for value in tree]
-    return _CREDENTIALS.sub(f"{HIDDEN}@", tree) if isinstance(tree, str) else tree
+    return hidden(tree) if isinstance(tree, str) else tree
 
 
 def _leaves(recipe: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -79,4 +77,4 @@ def _leaves(recipe: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _shown(value: Any) -> str:
-    return "unset" if value is _ABSENT else shorten(value)
+    return "unset" if value is _ABSENT else hidden(shorten(value))

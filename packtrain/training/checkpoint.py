@@ -10,6 +10,7 @@ and why, and refuses one that is of another run:
 
 from __future__ import annotations
 
+import errno
 import logging
 import shutil
 import time
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from packtrain.training.trainer import PackTrainer
 
 logger = logging.getLogger(__name__)
+FULL = 2**16  # bytes; a drive that has fewer is full
 PREVIOUS = ".previous"  # of a checkpoint that is being written anew, until that is complete
 
 Say = Callable[[str], None]
@@ -112,11 +114,14 @@ class Checkpoints(TrainerCallback):
         directory, self.saving = self.saving, None
         if directory is None:
             return None
+        free = shutil.disk_usage(next(path for path in directory.parents if path.exists())).free
+        full = free < FULL or getattr(error, "errno", None) == errno.ENOSPC  # torch's writer tells of positions only
         if self.trainer.args.should_save and (directory / UNFINISHED).exists():
             shutil.rmtree(directory, ignore_errors=True)
-        free = shutil.disk_usage(next(path for path in directory.parents if path.exists())).free
         fix = f"mend it ({free / 2**20:,.0f} MiB are free there) and go on with --resume; older checkpoints are intact"
-        return CheckpointError(f"could not be saved: {error}", where=str(directory), fix=fix)
+        return CheckpointError(
+            f"could not be saved: {'the drive is full: ' if full else ''}{error}", where=str(directory), fix=fix
+        )
 
     def _remove_old(self, newest: Path, best: str | None) -> None:
         """Nothing but real directories beside `newest` that bear our manifest, or our mark of a save cut short."""

@@ -31,6 +31,7 @@ from packtrain.modeling.loading import count_parameters
 from packtrain.training.deepspeed_config import offload_devices
 from packtrain.training.launch import asked_world_size
 from packtrain.training.loader import worker_failure
+from packtrain.training.out_of_memory import is_out_of_memory, of_optimizer
 from packtrain.training.resharding import mend_resumed_optimizer, prepare_resume
 from packtrain.training.sealing import read_manifest
 from packtrain.training.state_bytes import state_bytes
@@ -136,6 +137,8 @@ def fit(trainer: PackTrainer, checkpoint: str | None = None, *, console: Console
         LaunchError: the engine is not what was asked for, or can't read the checkpoint.
         CheckpointError: `checkpoint` is damaged, not ours or of another run, or one could not be saved.
         DataError: a data worker was killed, or hangs.
+        NonFiniteError: an update's loss or gradient is not finite.
+        OutOfMemory: a micro-batch or the optimizer does not fit.
         Stopped: a signal has ended the run early.
     """
     if checkpoint is not None:
@@ -153,7 +156,8 @@ def fit(trainer: PackTrainer, checkpoint: str | None = None, *, console: Console
             trainer.train(resume_from_checkpoint=checkpoint)
     except Exception as error:
         unsaved = trainer.checkpoints.failed(error)
-        if (failure := worker_failure(error) or unsaved) is not None:
+        failure = worker_failure(error) or unsaved or (of_optimizer(trainer) if is_out_of_memory(error) else None)
+        if failure is not None:
             raise failure from error
         raise
     if (stopped := stop.early()) is not None:
@@ -199,6 +203,8 @@ class EngineReport(TrainerCallback):
         words = (f"{n:,} {kind}" + (f" ({', '.join(dtypes[kind])})" if n else "") for kind, n in counts.items())
         self._say("parameters", ", ".join(words))
         self._say("per rank", _in_words(self.record["bytes_per_rank_before"]))
+        if self.trainer.probe is not None:
+            self._say("largest", self.trainer.probe.said)
 
     def on_step_end(self, args, state, control, **kwargs):
         if "bytes_per_rank_after" in self.record:

@@ -10,7 +10,7 @@ without its memory (`activations`), and buffers whose size is the engine's affai
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ import numpy as np
 
 from packtrain.errors import PlanError
 from packtrain.packing.accumulation import micro_batch_tokens
-from packtrain.packing.plan import Plan
+from packtrain.packing.plan import MicroBatch, Plan
 from packtrain.recipe import Recipe
 from packtrain.training.activations import (
     COUNTING,
@@ -139,19 +139,23 @@ def largest_micro_batch(plan: Plan, supervised: np.ndarray) -> MicroBatchSize:
     Args:
         supervised: supervised tokens of each example, int `[n]`.
     """
-    steps = np.linspace(0, plan.total_steps - 1, min(SAMPLED_STEPS, plan.total_steps)).round().astype(np.int64)
     most = {"tokens": 0, "supervised": 0, "rows": 0, "width": 0}
-    padded = plan.layout == "padded"
+    for _, _, size in sampled_micro_batches(plan, supervised):
+        most = {name: max(figure, getattr(size, name)) for name, figure in most.items()}
+    return MicroBatchSize(**most)
+
+
+def sampled_micro_batches(plan: Plan, supervised: np.ndarray) -> Iterator[tuple[int, MicroBatch, MicroBatchSize]]:
+    """(update, micro-batch, its size) of all ranks, of `SAMPLED_STEPS` evenly spaced updates in a long plan."""
+    steps = np.linspace(0, plan.total_steps - 1, min(SAMPLED_STEPS, plan.total_steps)).round().astype(np.int64)
     for step in np.unique(steps).tolist():
         for micro_batch in plan.layout_of(step):
             if not len(micro_batch):
                 continue
             tokens = micro_batch_tokens(micro_batch.lengths, plan.scope.strategy, getattr(plan.scope, "width", 0))
-            rows = len(micro_batch) if padded else 1
+            rows = len(micro_batch) if plan.layout == "padded" else 1
             scored = min(int(np.sum(supervised[micro_batch.example_ids])), int(micro_batch.lengths.sum()))
-            sizes = {"tokens": tokens, "supervised": scored, "rows": rows, "width": tokens // rows}
-            most = {name: max(most[name], size) for name, size in sizes.items()}
-    return MicroBatchSize(**most)
+            yield step, micro_batch, MicroBatchSize(tokens=tokens, supervised=scored, rows=rows, width=tokens // rows)
 
 
 def describe_model(recipe: Recipe) -> ModelMemory:

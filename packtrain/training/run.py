@@ -36,7 +36,12 @@ from packtrain.training.trainer import PackTrainer
 
 
 def train(
-    recipe: Recipe, *, resume: str | bool = False, allow_changes: bool = False, console: Console | None = None
+    recipe: Recipe,
+    *,
+    resume: str | bool = False,
+    allow_changes: bool = False,
+    console: Console | None = None,
+    trainer_class: type[PackTrainer] = PackTrainer,
 ) -> Summary:
     """Train a recipe and return what was measured.
 
@@ -45,13 +50,14 @@ def train(
         resume: a checkpoint directory, or True for the newest good one in `output_dir`.
         allow_changes: resume although harmless keys of the recipe have changed.
         console: where progress goes; rank 0's standard output by default.
+        trainer_class: what trains, where PackTrainer is to do more.
 
     Raises:
         PacktrainError: bad data, a plan that does not fit, a model that cannot, a launch that is not what was asked.
     """
     console = console or Console()
     output_dir = _output_dir(recipe)
-    trainer, inputs = build_trainer(recipe, console=console)
+    trainer, inputs = build_trainer(recipe, console=console, trainer_class=trainer_class)
     say = lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True)  # noqa: E731
     checkpoint = choose_checkpoint(trainer, resume, allow_changes=allow_changes, say=say)
     if trainer.is_world_process_zero():
@@ -109,6 +115,7 @@ def build_trainer(
             position_start=position_start(model),
         ),
         recipe=recipe,
+        probe_memory=recipe.batching.probe_memory,
         on_nonfinite=recipe.batching.on_nonfinite,
         max_skipped_updates=recipe.batching.max_skipped_updates,
         worker_timeout=recipe.data.worker_timeout,

@@ -7,10 +7,10 @@ callback, logger and engine (DDP, DeepSpeed, FSDP) behaves as users know it:
     set_initial_training_values                  the plan knows how many updates a run has
     get_batch_samples                            the denominator of the loss, summed over the whole step and all ranks
     compute_loss                                 this micro-batch's share of the step's loss
-    training_step                                no update from a loss or gradient that is not finite
+    training_step                                no update from numbers that are not finite; out of memory explained
     evaluation_loop                              sums over tokens and over examples, divided once at the end
     train                                        nothing of a checkpoint is read before it is verified, no pickle runs
-    save_model                                   a checkpoint begins with an empty, marked directory
+    save_model                                   a checkpoint begins with an empty, marked directory; no token is saved
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from packtrain.training.checkpoint import Checkpoints
 from packtrain.training.loader import PlanLoader, leave_signals_to_the_run
 from packtrain.training.meters import Meter
 from packtrain.training.nonfinite import FiniteUpdates
+from packtrain.training.out_of_memory import ProbeMemory, explained
 from packtrain.training.restricted import restricted_unpickling, runs_code
 
 
@@ -54,6 +55,7 @@ class PackTrainer(Trainer):
         objective: what is learnt.
         eval_examples: held-out examples, with `eval_plan` (one epoch over them) beside it.
         recipe: what the run was asked for, kept in its checkpoints.
+        probe_memory: whether to try the largest micro-batch before the first update; None: on a GPU.
         on_nonfinite, max_skipped_updates: what becomes of an update whose loss or gradient is not finite.
         worker_timeout: seconds to wait for a batch of a data worker.
         trainer_kwargs: `callbacks`, `processing_class`, `optimizers` ... as Trainer has them.
@@ -73,6 +75,7 @@ class PackTrainer(Trainer):
         eval_examples: Examples | None = None,
         eval_plan: Plan | None = None,
         recipe: Recipe | None = None,
+        probe_memory: bool | None = None,
         on_nonfinite: Literal["stop", "skip"] = "stop",
         max_skipped_updates: int = 10,
         worker_timeout: int = 300,
@@ -111,6 +114,9 @@ class PackTrainer(Trainer):
         self.checkpoints = Checkpoints(self, recipe, keep)
         self.add_callback(StepEnd(plan, self.meter))
         self.add_callback(self.checkpoints)
+        self.probe = ProbeMemory(self) if ProbeMemory.wanted(self, probe_memory) else None
+        if self.probe is not None:
+            self.add_callback(self.probe)
 
     # Data
 
@@ -160,6 +166,7 @@ class PackTrainer(Trainer):
         if not batches:  # the resumed epoch is over
             return [], None
         self.meter.fetched(batches)
+        self._computed = 0  # micro-batches of this update
         total = sum(self.objective.denominator(batch) for batch in batches)
         return batches, self.accelerator.reduce(total.to(device), reduction="sum")
 
@@ -180,8 +187,11 @@ class PackTrainer(Trainer):
         self.finite.saw(loss, inputs["example_ids"])
         return loss
 
-    def training_step(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().training_step(model, *args, **kwargs)
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        where = f"update {self.state.global_step} (rank {self.args.process_index}, micro-batch {self._computed})"
+        with explained(self, inputs, where):
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        self._computed += 1
         if self.accelerator.sync_gradients:  # the update's last micro-batch
             self.finite.check(model)
         return loss
@@ -211,7 +221,8 @@ class PackTrainer(Trainer):
         own: dict[str, torch.Tensor] = {}
         for batch in dataloader:
             batch = self._prepare_inputs(batch)
-            losses = self.objective.losses(model, batch, head=self._head)
+            with explained(self, batch, "evaluation"):
+                losses = self.objective.losses(model, batch, head=self._head)
             sums += _evaluation_sums(losses, batch)
             if self.objective.sums is not None:
                 add_sums(own, self.objective.sums(losses, batch))
@@ -247,7 +258,13 @@ class PackTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if _internal_call and output_dir is not None:  # the first thing that Trainer does for a checkpoint
             self.checkpoints.begin(Path(output_dir))
-        super().save_model(output_dir, _internal_call)
+        token, self.args.hub_token = self.args.hub_token, None  # `training_args.bin` would have it in clear
+        try:
+            super().save_model(output_dir, _internal_call=True)
+        finally:
+            self.args.hub_token = token
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     # Logs
 

@@ -1,19 +1,37 @@
-"""Runs of the command line in processes that may be killed: forked from one that has imported torch already."""
+"""Runs in processes that may be killed: forked from one that has imported torch already.
+
+`start` runs the command line. `start_ranks` runs the same on several ranks, and writes down what every update read:
+
+    {"attempt": 9, "update": 3, "rank": 0, "ids": [17, 4], "memory": 412344320}      # a line of read.jsonl, when it is done
+"""
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
+import resource
+import signal
+import socket
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import groupby
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 import packtrain.training.run  # noqa: F401  what a run needs, before it is forked
 from packtrain import cli
+from packtrain.errors import PacktrainError
+from packtrain.recipe import load_recipe
+from packtrain.training.run import train
+from packtrain.training.sealing import is_sealed
+from packtrain.training.trainer import PackTrainer
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.faults.runs"])
@@ -27,7 +45,7 @@ batching: {examples_per_step: 10, max_tokens: 1024}
 training: {output_dir: OUT, use_cpu: true, learning_rate: 3e-3, num_train_epochs: 2, logging_steps: 1,
            report_to: none, save_strategy: steps, save_steps: 1}
 """
-STEPS = 12
+STEPS, ROWS = 12, 60
 
 
 def write_recipe(directory: Path) -> Path:
@@ -38,26 +56,141 @@ def write_recipe(directory: Path) -> Path:
     return path
 
 
-def start(recipe: Path, *words: str) -> ForkServerProcess:
-    """`packtrain train RECIPE words...` in a process of its own; its output is appended to log.txt beside the recipe."""
-    process = CONTEXT.Process(target=_command, args=(recipe, words))
+def start(recipe: Path, *words: str, more_memory: int | None = None) -> ForkServerProcess:
+    """`packtrain train RECIPE words...` in a process of its own; its output is appended to log.txt beside the recipe.
+
+    Args:
+        more_memory: bytes of address space that it may take beyond what it begins with.
+    """
+    process = CONTEXT.Process(target=_command, args=(recipe, words, more_memory))
     process.start()
     return process
 
 
-def run(recipe: Path, *words: str) -> int:
-    """The exit code of a whole command."""
-    process = start(recipe, *words)
+def run(recipe: Path, *words: str, **how) -> int:
+    """The exit code of a whole command; see `start`."""
+    process = start(recipe, *words, **how)
     process.join()
     return process.exitcode
 
 
-def _command(recipe: Path, words: tuple[str, ...]) -> None:
+def _command(recipe: Path, words: tuple[str, ...], more_memory: int | None) -> None:
+    _say_into(recipe)
+    if more_memory is not None:
+        taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (taken + more_memory, -1))
+    cli.main(["train", str(recipe), *words])
+
+
+def _say_into(recipe: Path) -> None:
     log = os.open(recipe.with_name("log.txt"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     torch.set_num_threads(1)
-    cli.main(["train", str(recipe), *words])
+
+
+# ------------------------------------------------------------------------------------------- several ranks
+
+
+def start_ranks(recipe: Path, ranks: int, *, resume: bool, overrides: Sequence[str] = ()) -> list[ForkServerProcess]:
+    """One process for each rank, as a launcher starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    attempt = time.monotonic_ns()
+    processes = [
+        CONTEXT.Process(target=_rank, args=(recipe, rank, ranks, port, resume, tuple(overrides), attempt))
+        for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def run_ranks(recipe: Path, ranks: int, **how) -> list[int]:
+    """The exit codes of a whole run; see `start_ranks`."""
+    processes = start_ranks(recipe, ranks, **how)
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+def _rank(recipe: Path, rank: int, ranks: int, port: int, resume: bool, overrides: Sequence[str], attempt: int) -> None:
+    _say_into(recipe)
+    os.environ["ATTEMPT"] = str(attempt)
+    if ranks > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+        os.environ |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    try:
+        loaded = load_recipe(recipe, overrides)
+        train(loaded, resume=resume, console=Console(quiet=rank > 0, width=200), trainer_class=Reading)
+    except PacktrainError as error:
+        print(error, flush=True)
+        sys.exit(error.exit_code)
+
+
+class Reading(PackTrainer):
+    """Writes down what every update has read, once it is done."""
+
+    def __init__(self, *args, recipe, **kwargs):
+        super().__init__(*args, recipe=recipe, **kwargs)
+        self.ids: list[int] = []
+        self.add_callback(_Record(self, Path(recipe.sources.path).with_name("read.jsonl")))
+
+    def get_batch_samples(self, *args):
+        batches, total = super().get_batch_samples(*args)
+        self.ids = [i for batch in batches for i in batch["example_ids"].tolist() if i >= 0]
+        return batches, total
+
+
+class _Record(TrainerCallback):
+    def __init__(self, trainer: Reading, path: Path):
+        self.trainer, self.file = trainer, os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        memory = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+        line = {
+            "attempt": int(os.environ["ATTEMPT"]),
+            "update": state.global_step - 1,
+            "rank": args.process_index,
+            "ids": self.trainer.ids,
+        }
+        os.write(self.file, (json.dumps(line | {"memory": memory}) + "\n").encode())
+
+
+def kill(processes: Sequence[ForkServerProcess], which: Sequence[int], patience: float = 60) -> None:
+    """`kill -9` to some ranks; the others are told to stop, as launchers do, and killed if they don't in time."""
+    for rank in which:
+        if processes[rank].is_alive():
+            os.kill(processes[rank].pid, signal.SIGKILL)
+    for process in processes:
+        if process.is_alive() and len(which) < len(processes):
+            process.terminate()
+    for process in processes:
+        process.join(patience)
+        if process.is_alive():
+            process.kill()
+            process.join()
+
+
+def records(recipe: Path) -> list[dict]:
+    return [json.loads(line) for line in recipe.with_name("read.jsonl").read_text().splitlines()]
+
+
+def what_counts(recipe: Path) -> list[list[int]]:
+    """The examples of every update that the last weights have seen, sorted: a resumed run undoes what it repeats."""
+    updates: dict[int, dict[int, list[int]]] = {}
+    for attempt, lines in groupby(records(recipe), key=lambda line: line["attempt"]):
+        for number, line in enumerate(lines):
+            if number == 0:  # it goes on from here
+                assert line["update"] <= len(updates), f"{attempt} leaves out update {len(updates)}"
+                updates = {update: read for update, read in updates.items() if update < line["update"]}
+            updates.setdefault(line["update"], {})[line["rank"]] = line["ids"]
+    assert list(updates) == list(range(len(updates)))
+    return [sorted(i for ids in updates[update].values() for i in ids) for update in updates]
+
+
+# ------------------------------------------------------------------------------------------------- waiting
 
 
 def wait_for(process: ForkServerProcess, happened: Callable[[], bool], seconds: float = 200) -> None:
@@ -66,6 +199,15 @@ def wait_for(process: ForkServerProcess, happened: Callable[[], bool], seconds: 
     while not happened() and process.is_alive():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.0005)
+
+
+def training(recipe: Path) -> bool:
+    """Whether training has begun; the line is printed before the first update."""
+    return recipe.with_name("log.txt").exists() and "per rank" in log_of(recipe)
+
+
+def can_resume(recipe: Path) -> bool:
+    return any(is_sealed(path) for path in (recipe.parent / "run").glob("checkpoint-*"))
 
 
 def log_of(recipe: Path) -> str:

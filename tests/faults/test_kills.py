@@ -1,35 +1,50 @@
-"""kill -9 at any moment, and a drive that is full in the middle of a save: the run goes on as if nothing had been.
+"""kill -9 at any moment: the run goes on as if nothing had been, no example lost or repeated.
 
-pytest -m slow tests/faults/test_kills.py       # fifty random moments
+pytest -m slow tests/faults/test_kills.py       # fifty random moments, of one process and of two
 """
 
 from __future__ import annotations
 
-import os
 import random
-import resource
-import signal
 import time
+from collections import Counter
 
 import pytest
 
 from packtrain.training.checkpoint import find_last_checkpoint
-from packtrain.training.sealing import MANIFEST, UNFINISHED, is_sealed
-from tests.faults.runs import log_of, run, same, start, wait_for, weights, write_recipe
+from packtrain.training.sealing import MANIFEST, UNFINISHED
+from tests.faults.runs import (
+    ROWS,
+    STEPS,
+    can_resume,
+    kill,
+    log_of,
+    run_ranks,
+    same,
+    start,
+    start_ranks,
+    training,
+    wait_for,
+    weights,
+    what_counts,
+    write_recipe,
+)
 
 
-def kill(process) -> None:
-    if process.is_alive():
-        os.kill(process.pid, signal.SIGKILL)
-    process.join()
-
-
-def resume_and_compare(recipe, unbroken) -> None:
+def resume_and_compare(recipe, expected, reads=None, ranks=1) -> None:
     run_dir = recipe.parent / "run"
-    words = ["--resume"] if any(is_sealed(path) for path in run_dir.glob("checkpoint-*")) else []
-    assert run(recipe, *words) == 0, log_of(recipe)
-    assert same(weights(run_dir), weights(unbroken))
+    assert set(run_ranks(recipe, ranks, resume=can_resume(recipe))) == {0}, log_of(recipe)
+    assert same(weights(run_dir), expected)
     assert not list(run_dir.glob(f"checkpoint-*/{UNFINISHED}"))  # what the kill left half-written is gone
+    if reads is not None:
+        assert what_counts(recipe) == reads
+
+
+def lost_or_repeated(reads: list[list[int]]) -> int:
+    """Examples that an epoch has not read once."""
+    epochs = [reads[: STEPS // 2], reads[STEPS // 2 :]]
+    counted = [Counter(i for ids in epoch for i in ids) for epoch in epochs]
+    return sum(count[i] != 1 for count in counted for i in range(ROWS))
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "trainer_state.json"])
@@ -38,53 +53,61 @@ def test_killed_in_the_middle_of_a_save(tmp_path, unbroken, file):
     half = tmp_path / "run/checkpoint-5"
     process = start(recipe)
     wait_for(process, (half / file).exists)
-    kill(process)
+    kill([process], [0])
     if not (half / MANIFEST).exists():  # the kill came in time, as it nearly always does
         assert (half / UNFINISHED).exists()
         said = []
         assert find_last_checkpoint(tmp_path / "run", said.append)[0].name == "checkpoint-4"
         assert said == ["checkpoint-5 passed over: is unfinished: it has no manifest"]
-    resume_and_compare(recipe, unbroken)
+    resume_and_compare(recipe, weights(unbroken))
+
+
+def killed_at_random_moments(tmp_path, *, times: int, ranks: int) -> str:
+    """Of a run that saves every update: one rank, or all at once. Returns what happened."""
+    draw, whole = random.Random(ranks), write_recipe(tmp_path / "whole")
+    processes = start_ranks(whole, ranks, resume=False)
+    wait_for(processes[0], lambda: training(whole))
+    began = time.monotonic()
+    for process in processes:
+        process.join()
+    seconds = time.monotonic() - began  # of the updates with their saves
+    expected, reads = weights(whole.parent / "run"), what_counts(whole)
+    assert len(reads) == STEPS and lost_or_repeated(reads) == 0
+    happened: Counter = Counter()
+    for number in range(times):
+        recipe = write_recipe(tmp_path / str(number))
+        processes = start_ranks(recipe, ranks, resume=False)
+        wait_for(processes[0], lambda recipe=recipe: training(recipe))
+        time.sleep(draw.uniform(0, 0.9) * seconds)
+        which = draw.choice([[rank] for rank in range(ranks)] + [list(range(ranks))])
+        happened["within an update or a save"] += all(process.is_alive() for process in processes)
+        kill(processes, which)
+        happened["within a save"] += bool(list((recipe.parent / "run").glob(f"checkpoint-*/{UNFINISHED}")))
+        resume_and_compare(recipe, expected, reads, ranks)
+        assert lost_or_repeated(what_counts(recipe)) == 0
+    assert happened["within a save"] and happened["within an update or a save"] > times / 2
+    return ", ".join(f"{count} {where}" for where, count in happened.items()) + "; 0 examples lost or repeated"
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_killed_at_fifty_random_moments(tmp_path, unbroken):
-    draw = random.Random(0)
-    whole = write_recipe(tmp_path / "whole")
-    began = time.monotonic()
-    assert run(whole) == 0
-    seconds = time.monotonic() - began
-    cut_short = 0
-    for number in range(50):
-        recipe = write_recipe(tmp_path / str(number))
-        process = start(recipe)
-        time.sleep(draw.uniform(0.1, 1.0) * seconds)
-        kill(process)
-        cut_short += bool(list((recipe.parent / "run").glob(f"checkpoint-*/{UNFINISHED}")))
-        resume_and_compare(recipe, unbroken)
-    print(f"\n  50 of 50 runs end with the unbroken run's weights, bitwise; {cut_short} were killed within a save")
-    assert cut_short
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_at_fifty_random_moments(tmp_path, record_property, ranks):
+    record_property("note", killed_at_random_moments(tmp_path, times=50, ranks=ranks))
+    record_property("times", 50)
 
 
-def test_a_full_drive_breaks_one_save_and_nothing_else(tmp_path, unbroken):
-    """A limit on the size of files, set from outside once two checkpoints are there, stands in for the full drive."""
-    recipe = write_recipe(tmp_path)
-    process = start(recipe)
-    wait_for(process, (tmp_path / "run/checkpoint-2" / MANIFEST).exists)
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (60_000, 60_000))
-    process.join()
-    assert process.exitcode == 2, log_of(recipe)
-    message = log_of(recipe)
-    assert "could not be saved" in message and "older checkpoints are intact" in message
-    assert "Traceback" not in message
-    left = list((tmp_path / "run").glob("checkpoint-*"))
-    assert len(left) >= 2 and all(is_sealed(path) for path in left)  # no half directory
-    resume_and_compare(recipe, unbroken)
+def test_two_ranks_killed_at_two_random_moments(tmp_path):
+    """The short form of the above."""
+    try:
+        killed_at_random_moments(tmp_path, times=2, ranks=2)
+    except AssertionError as error:
+        if "happened" not in str(error):  # of so few, none may have been within a save
+            raise
 
 
-def test_a_place_that_can_not_be_written_is_said_before_the_first_step(tmp_path):
-    recipe = write_recipe(tmp_path)
-    (tmp_path / "run").write_text("a file where the directory should be")
-    assert run(recipe) == 2
-    assert "nothing can be written there" in log_of(recipe) and "Traceback" not in log_of(recipe)
+def test_an_example_that_is_lost_or_repeated_would_be_found():
+    """Control."""
+    epoch = [list(range(first, first + 10)) for first in range(0, ROWS, 10)]
+    assert lost_or_repeated(epoch + epoch) == 0
+    assert lost_or_repeated(epoch + epoch[:-1] + [[*range(50, 59), 3]]) == 2

@@ -8,6 +8,7 @@ Beside each proof the same file is read without restriction, and runs.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from packtrain.training.run import train
 from packtrain.training.sealing import MANIFEST, read_manifest, seal
 from tests.faults.pickles import PLANT, plant_zip, runs
 from tests.faults.runs import STEPS, write_recipe
-from tests.launch.helpers import log, run, start
+from tests.launch.helpers import RECIPE, ROOT, launcher, run
 
 READ = ["optimizer.pt", "scheduler.pt", "rng_state.pth"]  # and training_args.bin is written, never read
 NEVER_READ = ["training_args.bin"]
@@ -151,25 +152,46 @@ def of_two_ranks(tmp_path_factory):
     return make
 
 
+KINDS = {  # of the pickles in a checkpoint of two ranks; one file each, or one for each rank
+    "ddp": {"optimizer.pt", "scheduler.pt", "rng_state_*.pth", "training_args.bin"},
+    "zero1": {"global_step2/*model_states.pt", "global_step2/*optim_states.pt"},
+}
+KINDS["zero1"] |= KINDS["ddp"] - {"optimizer.pt"}
+KINDS |= {"zero2": KINDS["zero1"], "zero3": KINDS["zero1"]}
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("config", ["ddp", *(pytest.param(f"zero{n}", marks=needs_deepspeed) for n in (1, 2, 3))])
 def test_every_pickle_of_two_ranks(of_two_ranks, tmp_path, config, record_property):
-    """In every file at once, and every file by itself: refused without its manifest, not executed with a forged one."""
-    whole = of_two_ranks(config)
-    pickles = [name for name in read_manifest(whole)["files"] if Path(name).suffix in (".pt", ".pth", ".bin")]
-    assert {"ddp": 5, "zero1": 6, "zero2": 6, "zero3": 7}[config] == len(pickles), pickles
-    mark, shared = tmp_path / "mark", ("training.max_steps=3",)
-    for manifest in ("none", "forged"):
-        broken = shutil.copytree(whole, tmp_path / manifest / "checkpoint-2")
-        for name in pickles:
-            plant_zip(broken / name, mark)
-            assert runs(lambda path=broken / name: torch.load(path, weights_only=False), mark)  # control
-        (broken / MANIFEST).unlink() if manifest == "none" else forge_manifest(broken)
-        resumed = start(tmp_path / f"run-{manifest}", config, 2, *shared, f"resume={broken}")
-        assert resumed.wait() != 0
-        assert {"none": "has no manifest", "forged": "would run code"}[manifest] in log(tmp_path / f"run-{manifest}")
-        assert not mark.exists()
+    """Each kind of file by itself: refused without its manifest, not executed with a forged one."""
+    whole, mark, kinds = of_two_ranks(config), tmp_path / "mark", KINDS[config]
+    pickles = {name for name in read_manifest(whole)["files"] if Path(name).suffix in (".pt", ".pth", ".bin")}
+    assert pickles == {path.relative_to(whole).as_posix() for kind in kinds for path in whole.glob(kind)}
+    forge_manifest(shutil.copytree(whole, tmp_path / "honest/checkpoint-2"))
+    for kind in kinds:
+        for manifest in ("none", "forged"):
+            broken = shutil.copytree(whole, tmp_path / f"{manifest} {kind.replace('/', ' ')}" / "checkpoint-2")
+            for path in broken.glob(kind):
+                plant_zip(path, mark)
+                assert runs(lambda path=path: torch.load(path, weights_only=False), mark)  # control
+            (broken / MANIFEST).unlink() if manifest == "none" else forge_manifest(broken)
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    settings = ["training.max_steps=3", f"training.output_dir={tmp_path / 'run'}"]
+    command = [*launcher(config, 2), "-m", "tests.faults.planted_ranks", str(tmp_path / "recipe.yaml"), str(tmp_path)]
+    done = subprocess.run(
+        [*command, *settings], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr[-4000:].decode()
+    assert not mark.exists()
+    for rank in range(2):
+        came_to = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        assert len(came_to) == 2 * len(kinds) + 1
+        for name, what in came_to.items():
+            if name == "honest" or name == "forged training_args.bin":  # which nobody reads
+                assert what == "trained"
+            else:
+                assert ("has no manifest" if name.startswith("none") else "would run code") in what, name
     record_property("times", 2 * len(pickles))
 
 
