@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import re
 import subprocess
 import sys
 from collections import Counter
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import pytest
 
@@ -71,14 +73,14 @@ class Page(HTMLParser):
 
 def test_the_same_files_give_the_same_bytes(experiment):
     first = write_report([experiment]).read_bytes()
-    for name in ("report.html", "summary.csv", "summary.md"):
+    for name in ("report.html", "summary.csv", "summary.md", "speed.svg"):
         (experiment / name).rename(experiment / f"{name}.first")
     command = [sys.executable, "-m", "packtrain.experiments.report", str(experiment)]
     subprocess.run(
         command, check=True, env={"PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo", "PATH": ""}, capture_output=True
     )
     assert (experiment / "report.html").read_bytes() == first
-    for name in ("summary.csv", "summary.md"):
+    for name in ("summary.csv", "summary.md", "speed.svg"):
         assert (experiment / name).read_bytes() == (experiment / f"{name}.first").read_bytes()
 
 
@@ -104,9 +106,32 @@ def test_the_page_is_self_contained_and_accessible(experiment):
 
 def test_the_page_says_what_happened(experiment):
     text = write_report([experiment]).read_text()
-    assert "balanced trains at 2.4" in text
+    assert "<code>balanced</code> is 2.4" in text and "95% interval over 3 paired rounds" in text
+    assert "a processor, 2 cores, 1 thread" in text
     assert "failed: ValueError: &lt;script&gt;alert(1)&lt;/script&gt;" in text
     assert "MFU" not in text  # the device's peak is not known, so the column is absent
+
+
+def test_the_picture_stands_alone_and_shows_speed_and_loss(experiment):
+    write_report([experiment])
+    text = (experiment / "speed.svg").read_text()
+    root = ElementTree.fromstring(text)
+    assert root.tag == "{http://www.w3.org/2000/svg}svg" and "prefers-color-scheme: dark" in text
+    assert "#0000" not in text and not {f"var(--{name})" for name in re.findall(r"var\(--([a-z0-9]+)\)", text)} - {
+        f"var(--{name})" for name in re.findall(r"--([a-z0-9]+):", text)
+    }
+    shown = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"pad_longest", "balanced", "bfd", "trl:padding"} <= set(shown) and "ffd" not in shown  # it failed
+    assert shown.count("the same in all 6 updates") == 2  # balanced, trl:padding
+    assert "+15.0% held-out, same examples" in shown  # bfd: 4.6 x 1.1 for 4.4
+    assert "balanced 2.4" in root.get("aria-label")
+
+
+def test_nothing_timed_no_picture(tmp_path):
+    failed = [make_run(name, 0, rate=1.0, failure="RunFailed: no") for name in ("pad_longest", "balanced")]
+    store(tmp_path, make_manifest(VARIANTS), failed)
+    write_report([tmp_path])
+    assert not (tmp_path / "speed.svg").exists() and (tmp_path / "report.html").exists()
 
 
 def test_the_csv_has_every_variant_in_full_precision(experiment):
