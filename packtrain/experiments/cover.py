@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import re
 
-from packtrain.experiments.plots import BEHIND_TEXT, family
-from packtrain.experiments.statistics import Ratio
+from packtrain.experiments.plots import BEHIND_TEXT, drawn_ends, family
 from packtrain.experiments.summary import Row, Summary
 from packtrain.experiments.theme import COLOURS, drawing
 from packtrain.experiments.verdict import SAME_CURVE, headliner, signed
@@ -41,23 +40,18 @@ def cover(summary: Summary, style: str) -> str | None:
     alt += "; ".join(f"{row.name} {row.speed.text()}, {text}" for row, text in zip(rows, losses, strict=True))
     with drawing("cover", alt=alt, height=1.25 + 0.27 * len(rows), width=WIDTH) as figure:
         ax, places = figure.axes[0], list(range(len(rows)))[::-1]
-        right = max(_end(row.speed) for row in rows)
+        ends = drawn_ends(rows)
+        right = max(ends)
         for kind, label in KINDS:
             if any(family(row, summary) == kind for row in rows):
                 ax.barh([places[0]], [0], color=COLOURS[kind], label=label)  # for the legend
-        for row, place, loss in zip(rows, places, losses, strict=True):
+        for row, place, end, loss in zip(rows, places, ends, losses, strict=True):
             weight = "bold" if row is subject else "normal"
             ax.barh(place, row.speed.estimate, color=COLOURS[family(row, summary)], height=0.66)
             if row.name != reference and row.speed.low is not None:
-                ax.plot([row.speed.low, row.speed.high], [place, place], color=COLOURS["muted"], linewidth=1.4)
-            ax.text(
-                _end(row.speed) + 0.02 * right,
-                place,
-                f"{row.speed.estimate:.2f}x",
-                va="center",
-                weight=weight,
-                bbox=BEHIND_TEXT,
-            )
+                ax.plot([row.speed.low, end], [place, place], color=COLOURS["muted"], linewidth=1.4)
+            text = f"{row.speed.estimate:.2f}x"
+            ax.text(end + 0.02 * right, place, text, va="center", weight=weight, bbox=BEHIND_TEXT)
             ax.text(1.22 * right, place, loss, va="center", weight=weight, color=_colour(row))
         ax.set_yticks(places, [row.name for row in rows])
         for label, row in zip(ax.get_yticklabels(), rows, strict=True):
@@ -96,10 +90,6 @@ def loss_of(row: Row, summary: Summary) -> str:
 def _colour(row: Row) -> str:
     same = row.loss_difference is not None and row.loss_difference <= SAME_CURVE
     return COLOURS["accent" if same else "muted"]
-
-
-def _end(ratio: Ratio | None) -> float:
-    return ratio.high or ratio.estimate if ratio else 0.0
 
 
 def _alone(svg: str, style: str) -> str:

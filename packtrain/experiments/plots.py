@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -60,16 +60,22 @@ def throughput(summary: Summary) -> str | None:
             [family(row, summary) for row in rows],
             [""] * len(rows),
         )
-        ends = [row.speed.high or row.speed.estimate for row in rows]
+        ends = drawn_ends(rows)
         for place, row, end, text in zip(range(len(rows))[::-1], rows, ends, texts, strict=True):
             if row.speed.low is not None and row.speed.high is not None and row.name != summary.reference.name:
-                ax.plot([row.speed.low, row.speed.high], [place, place], color=COLOURS["muted"], linewidth=1.4)
+                ax.plot([row.speed.low, end], [place, place], color=COLOURS["muted"], linewidth=1.4)
             ax.text(end + max(ends) * 0.015, place, text, va="center", fontsize=8, bbox=BEHIND_TEXT)
-        ax.set_xlim(0, min(max(ends), 2 * max(row.speed.estimate for row in rows)) * 1.2)
+        ax.set_xlim(0, max(ends) * 1.2)
         ax.axvline(1, color=COLOURS["muted"], linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
         ax.set_title("Speed: real tokens/s")
         ax.set_xlabel(f"times {summary.reference.name}; line: 95% interval over rounds")
     return figure.svg
+
+
+def drawn_ends(rows: Sequence[Row]) -> list[float]:
+    """Where the intervals of the speeds end on paper: an interval that tells nothing must not flatten the bars."""
+    furthest = 2 * max(row.speed.estimate for row in rows)
+    return [min(row.speed.high or row.speed.estimate, furthest) for row in rows]
 
 
 def filler(summary: Summary) -> str | None:

@@ -6,6 +6,7 @@ import csv
 import re
 import subprocess
 import sys
+import warnings
 from collections import Counter
 from html.parser import HTMLParser
 from xml.etree import ElementTree
@@ -23,6 +24,7 @@ VARIANTS = [
     ("trl:padding", "trl:padding", True),
     ("ffd", "packtrain", False),
 ]
+TEXT = "{http://www.w3.org/2000/svg}text"
 DATA = {
     "examples": 100, "tokens": 9000, "median": 60.0, "p99": 600.0, "max": 800, "max_length": 1024, "max_tokens": 4096,
     "edges": [10, 50, 100, 801], "counts": [40, 50, 10],
@@ -120,11 +122,26 @@ def test_the_picture_stands_alone_and_shows_speed_and_loss(experiment):
     assert "#0000" not in text and not {f"var(--{name})" for name in re.findall(r"var\(--([a-z0-9]+)\)", text)} - {
         f"var(--{name})" for name in re.findall(r"--([a-z0-9]+):", text)
     }
-    shown = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    shown = [element.text for element in root.iter(TEXT)]
     assert {"pad_longest", "balanced", "bfd", "trl:padding"} <= set(shown) and "ffd" not in shown  # it failed
     assert shown.count("the same in all 6 updates") == 2  # balanced, trl:padding
     assert "+15.0% held-out, same examples" in shown  # bfd: 4.6 x 1.1 for 4.4
     assert "balanced 2.4" in root.get("aria-label")
+
+
+def test_an_interval_without_information_leaves_the_figures_readable(tmp_path):
+    """Two rounds that disagree a hundredfold: the interval ends at a million, the longest bar at ten."""
+    rates = {"pad_longest": (100.0, 100.0), "balanced": (100.0, 10_000.0)}
+    runs = [make_run(name, n, rate=rate, learns=n == 0) for name, both in rates.items() for n, rate in enumerate(both)]
+    store(tmp_path, make_manifest(VARIANTS[:2], rounds=2), runs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write_report([tmp_path])
+    root = ElementTree.parse(tmp_path / "speed.svg").getroot()
+    places = {
+        e.text: float(e.get("x") or re.search(r"translate\((\S+)", e.get("transform"))[1]) for e in root.iter(TEXT)
+    }
+    assert places["10.00x"] - places["1.00x"] > 50  # points
 
 
 def test_nothing_timed_no_picture(tmp_path):
