@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 import pytest
 
 from packtrain.errors import PacktrainError
+from packtrain.experiments.plots import drawn_ends
 from packtrain.experiments.report import read_summary, write_report
 from tests.experiments.synthetic_runs import make_manifest, make_run, store
 
@@ -134,14 +135,11 @@ def test_an_interval_without_information_leaves_the_figures_readable(tmp_path):
     rates = {"pad_longest": (100.0, 100.0), "balanced": (100.0, 10_000.0)}
     runs = [make_run(name, n, rate=rate, learns=n == 0) for name, both in rates.items() for n, rate in enumerate(both)]
     store(tmp_path, make_manifest(VARIANTS[:2], rounds=2), runs)
+    assert read_summary(tmp_path).row("balanced").speed.high > 1e6
+    assert drawn_ends(read_summary(tmp_path).measured) == pytest.approx([1.0, 20.0])
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error")  # matplotlib warns where nothing fits
         write_report([tmp_path])
-    root = ElementTree.parse(tmp_path / "speed.svg").getroot()
-    places = {
-        e.text: float(e.get("x") or re.search(r"translate\((\S+)", e.get("transform"))[1]) for e in root.iter(TEXT)
-    }
-    assert places["10.00x"] - places["1.00x"] > 50  # points
 
 
 def test_nothing_timed_no_picture(tmp_path):
