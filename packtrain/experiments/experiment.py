@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -125,7 +125,7 @@ class Experiment:
     @property
     def hash(self) -> str:
         """SHA-256 (hex) of what a run depends on: equal hashes, comparable runs. More rounds may be added."""
-        variants = [(variant.name, variant.trainer, portable(variant.recipe)) for variant in self.variants]
+        variants = [(each.name, each.trainer, portable(each.recipe, show=_name)) for each in self.variants]
         text = json.dumps(
             [variants, self.reference, self.warmup_steps, self.measure_steps, self.eval_every], sort_keys=True
         )
@@ -196,8 +196,18 @@ def with_settings(recipe: Recipe, **changes: Any) -> Recipe:
     return recipe.model_copy(update={"training": recipe.training | changes})
 
 
-def portable(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as plain data in which no path tells of this machine: local files are there by name only."""
+def shown_path(path: str | Path) -> str:
+    """A local path as others may read it: as given where it lies below the working directory, else the name alone."""
+    path = Path(path)
+    return path.name if path.is_absolute() or ".." in path.parts else path.as_posix()
+
+
+def _name(path: str | Path) -> str:
+    return Path(path).name
+
+
+def portable(recipe: Recipe, show: Callable[[str], str] = shown_path) -> dict[str, Any]:
+    """The recipe as plain data in which no path tells of this machine: `show` has seen each."""
     data = redacted(recipe.to_dict())
     for section, key in (
         ("data", "path"),
@@ -208,7 +218,7 @@ def portable(recipe: Recipe) -> dict[str, Any]:
     ):
         value = data[section].get(key)
         if value is not None and (Path(value).is_absolute() or Path(value).exists()):
-            data[section][key] = Path(value).name
+            data[section][key] = show(value)
     data["training"] = {key: value for key, value in data["training"].items() if key != "output_dir"}
     return data
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from packtrain.errors import PacktrainError, hidden
-from packtrain.experiments.experiment import Experiment, portable, with_settings
+from packtrain.experiments.experiment import Experiment, portable, shown_path, with_settings
 from packtrain.experiments.recommend import recommend
 from packtrain.experiments.results import MANIFEST, read_manifest
 from packtrain.recipe import Recipe
@@ -105,12 +105,11 @@ def _histogram(lengths: np.ndarray, recipe: Recipe) -> dict[str, Any]:
 
 
 def _command(path: Path, overrides: Sequence[str]) -> str:
-    """The command line, with files by their names."""
-    shown = path.as_posix() if not path.is_absolute() else path.name
-    parts = ["packtrain", "compare", shown]
+    """The command line, with files as `shown_path` has them."""
+    parts = ["packtrain", "compare", shown_path(path)]
     for override in overrides:
         key, _, value = override.partition("=")
-        parts += ["--set", f"{key}={Path(value).name if '/' in value and Path(value).exists() else value}"]
+        parts += ["--set", f"{key}={shown_path(value) if '/' in value and Path(value).exists() else value}"]
     return hidden(" ".join(parts))
 
 

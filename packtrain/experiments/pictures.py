@@ -38,9 +38,10 @@ def rank_pictures(summary: Summary) -> Iterator[str]:
         layout = next((run.end.over_ranks for run in row.learning_runs if run.end.over_ranks), None)
         if layout:
             real, awaited = _tokens(layout)
+            waiting = f"{1 - real / awaited:.0%}"
             alt = f"{row.name}, first update on {PICTURED_RANKS} ranks: {len(layout)} micro-steps, "
-            alt += f"{1 - real / awaited:.1%} of the tokens' time spent waiting"
-            yield picture(layout, title=row.name, name=f"ranks-{number}", alt=alt)
+            alt += f"{waiting} of the tokens' time spent waiting"
+            yield picture(layout, title=f"{row.name}: {waiting} waiting", name=f"ranks-{number}", alt=alt)
 
 
 def _tokens(layout: Layout) -> tuple[int, int]:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from packtrain.experiments.results import Run
 from packtrain.experiments.summary import PHASES, Row, Summary, window
-from packtrain.experiments.theme import COLOURS, LINES, drawing
+from packtrain.experiments.theme import COLOURS, drawing
 
-SMOOTHING = 5  # updates of the running mean of a training loss
+BEHIND_TEXT = {"facecolor": COLOURS["card"], "edgecolor": "none", "pad": 0.8}
 
 
 def family(row: Row, summary: Summary) -> str:
@@ -62,16 +60,22 @@ def throughput(summary: Summary) -> str | None:
             [family(row, summary) for row in rows],
             [""] * len(rows),
         )
-        ends = [row.speed.high or row.speed.estimate for row in rows]
+        ends = drawn_ends(rows)
         for place, row, end, text in zip(range(len(rows))[::-1], rows, ends, texts, strict=True):
             if row.speed.low is not None and row.speed.high is not None and row.name != summary.reference.name:
-                ax.plot([row.speed.low, row.speed.high], [place, place], color=COLOURS["muted"], linewidth=1.4)
-            ax.text(end + max(ends) * 0.015, place, text, va="center", fontsize=8)
-        ax.set_xlim(0, min(max(ends), 2 * max(row.speed.estimate for row in rows)) * 1.2)
-        ax.axvline(1, color=COLOURS["muted"], linewidth=0.8, linestyle=(0, (4, 3)))
+                ax.plot([row.speed.low, end], [place, place], color=COLOURS["muted"], linewidth=1.4)
+            ax.text(end + max(ends) * 0.015, place, text, va="center", fontsize=8, bbox=BEHIND_TEXT)
+        ax.set_xlim(0, max(ends) * 1.2)
+        ax.axvline(1, color=COLOURS["muted"], linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
         ax.set_title("Speed: real tokens/s")
         ax.set_xlabel(f"times {summary.reference.name}; line: 95% interval over rounds")
     return figure.svg
+
+
+def drawn_ends(rows: Sequence[Row]) -> list[float]:
+    """Where the intervals of the speeds end on paper: an interval that tells nothing must not flatten the bars."""
+    furthest = 2 * max(row.speed.estimate for row in rows)
+    return [min(row.speed.high or row.speed.estimate, furthest) for row in rows]
 
 
 def filler(summary: Summary) -> str | None:
@@ -176,65 +180,6 @@ def step_times(summary: Summary) -> str | None:
     return figure.svg
 
 
-def losses(summary: Summary) -> Iterator[tuple[str, str]]:
-    """Loss curves, (axis, svg): by update, by tokens seen, and by seconds spent in updates."""
-    rows = [row for row in summary.rows if row.learning_runs]
-    if not rows:
-        return
-    on_held_out = all(len(row.learning_runs[0].held_out) > 2 for row in rows)
-    kind = "held-out loss" if on_held_out else f"training loss, mean of {SMOOTHING} updates"
-    for axis, label in (
-        ("update", "updates"),
-        ("tokens", "real tokens seen"),
-        ("seconds", "seconds in updates"),
-    ):
-        alt = f"{kind.capitalize()} by {label}, at the end: "
-        alt += ", ".join(f"{row.name} {_curve(row.learning_runs[0], axis, on_held_out)[1][-1]:.4f}" for row in rows)
-        with drawing(f"loss-by-{axis}", alt=alt, height=3.4) as figure:
-            ax = figure.axes[0]
-            for row, style in _curve_styles(rows, summary):
-                x, y = _curve(row.learning_runs[0], axis, on_held_out)
-                ax.plot(x, y, **style)
-            ax.set_title(f"{'Held-out' if on_held_out else 'Training'} loss by {label}")
-            ax.set_xlabel(label)
-            ax.set_ylabel(kind)
-            ax.xaxis.set_major_formatter(FuncFormatter(short))
-            ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-            ax.grid(axis="y")
-            figure.figure.legend(loc="outside lower left", ncols=2, handlelength=1.8, columnspacing=1)
-        yield label, figure.svg
-
-
-def _curve(run: Run, axis: str, on_held_out: bool) -> tuple[list[float], list[float]]:
-    """Points of one run; held-out evaluations, or the running mean of the training loss."""
-    totals = {
-        "update": lambda update: 1,
-        "tokens": lambda update: update.real_tokens,
-        "seconds": lambda update: update.seconds,
-    }
-    seen = np.concatenate([[0], np.cumsum([totals[axis](update) for update in run.updates])])  # [updates + 1]
-    if on_held_out:
-        return [float(seen[point.update]) for point in run.held_out], [point.loss for point in run.held_out]
-    values = np.array([update.loss for update in run.updates])
-    means = [float(values[max(0, end - SMOOTHING) : end].mean()) for end in range(1, len(values) + 1)]
-    return seen[1:].tolist(), means
-
-
-def _curve_styles(rows: list[Row], summary: Summary) -> Iterator[tuple[Row, dict[str, Any]]]:
-    """The reference as a broad band below, the others as lines that can lie on it and still be told apart."""
-    reference = summary.manifest["reference"]
-    hues = iter(LINES * (len(rows) // len(LINES) + 1))
-    for row in sorted(rows, key=lambda row: row.name != reference):
-        if row.name == reference:
-            yield (
-                row,
-                {"color": COLOURS["filler"], "linewidth": 6, "label": row.name, "solid_capstyle": "round"},
-            )
-            continue
-        dash = "-" if not row.is_peer else (0, (4, 2))
-        yield row, {"color": COLOURS[next(hues)], "linewidth": 1.3, "linestyle": dash, "label": row.name}
-
-
 def lengths(summary: Summary) -> str | None:
     """Histogram of the examples' lengths, with the capacity and the longest length allowed."""
     data = summary.manifest.get("data")
@@ -246,30 +191,26 @@ def lengths(summary: Summary) -> str | None:
         f"99th percentile {data['p99']:,.0f}, longest {data['max']:,} tokens; max_length {data['max_length']:,}, "
         f"max_tokens {data['max_tokens']:,}"
     )
-    with drawing("lengths", alt=alt, height=2.7) as figure:
+    with drawing("lengths", alt=alt, height=3.2) as figure:
         ax = figure.axes[0]
         ax.bar(edges[:-1], counts, width=np.diff(edges), align="edge", color=COLOURS["ours"], edgecolor="none")
         ax.set_xscale("log")
         ax.set_yscale("log")
         ax.xaxis.set_major_formatter(FuncFormatter(short))
         ax.yaxis.set_major_formatter(FuncFormatter(short))
-        marks = (("median", "muted"), ("p99", "muted"), ("max_length", "packed"), ("max_tokens", "accent"))
-        for height, (key, colour) in zip((0.98, 0.98, 0.98, 0.86), marks, strict=True):
-            ax.axvline(data[key], color=COLOURS[colour], linewidth=1, linestyle=(0, (4, 3)))
-            text = f"{key} {data[key]:,.0f} "
-            ax.text(
-                data[key],
-                height,
-                text,
-                rotation=90,
-                ha="right",
-                va="top",
-                fontsize=8,
-                transform=ax.get_xaxis_transform(),
-            )
+        marks = (
+            ("median", "ink", ":"),
+            ("p99", "ink", "--"),
+            ("max_length", "packed", "-"),
+            ("max_tokens", "accent", "-"),
+        )
+        for key, colour, dash in marks:
+            label = f"{key} {data[key]:,.0f}"
+            ax.axvline(data[key], color=COLOURS[colour], linewidth=1.3, linestyle=dash, label=label)
         ax.set_title("Lengths of the examples")
         ax.set_xlabel("tokens (log)")
         ax.set_ylabel("examples (log)")
+        figure.figure.legend(loc="outside lower left", ncols=2, handlelength=1.8, columnspacing=1)
     return figure.svg
 
 

@@ -20,14 +20,17 @@ from markupsafe import Markup, escape
 
 from packtrain.errors import PacktrainError
 from packtrain.experiments import plots
+from packtrain.experiments.cover import cover
+from packtrain.experiments.curves import losses
 from packtrain.experiments.pictures import packing_pictures, rank_pictures
 from packtrain.experiments.results import PICTURED_RANKS, read_manifest, read_runs, write_atomically
 from packtrain.experiments.summary import Row, Summary, summarise
 from packtrain.experiments.tables import columns, csv_text, markdown
-from packtrain.experiments.verdict import verdict
+from packtrain.experiments.verdict import note, verdict
 from packtrain.training.summary import name_machine
 
-REPORT = "report.html"
+REPORT, COVER = "report.html", "speed.svg"
+TEMPLATES = files("packtrain.experiments") / "templates"
 GROUPS = (
     ("the same updates as plain padding", lambda row: row.keeps_updates and not row.is_peer),
     ("packed over the whole epoch: other updates", lambda row: not row.keeps_updates and not row.is_peer),
@@ -36,7 +39,8 @@ GROUPS = (
 
 
 def write_report(directories: Sequence[str | Path], *, out: str | Path | None = None) -> Path:
-    """Write `summary.csv`, `summary.md` and `report.html` of each experiment, and return the report's path.
+    """Write `summary.csv`, `summary.md`, `report.html` and `speed.svg` of each experiment, and return the report's
+    path.
 
     Args:
         directories: written by `compare`.
@@ -52,6 +56,9 @@ def write_report(directories: Sequence[str | Path], *, out: str | Path | None = 
         write_atomically(path / "summary.csv", csv_text(summary))
         write_atomically(path / "summary.md", markdown(summary, verdict(summary)))
         write_atomically(path / REPORT, page([own]))
+        picture = cover(summary, style())
+        if picture:
+            write_atomically(path / COVER, picture)
     if len(paths) == 1 and out is None:
         return paths[0] / REPORT
     target = Path(out) if out else paths[0].parent / REPORT
@@ -71,10 +78,9 @@ def page(chapters: Sequence[Mapping[str, Any]], side_by_side: Sequence[Sequence[
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     environment.filters["code"] = _code
-    templates = files("packtrain.experiments") / "templates"
-    template = environment.from_string((templates / "report.html.j2").read_text(encoding="utf-8"))
+    template = environment.from_string((TEMPLATES / "report.html.j2").read_text(encoding="utf-8"))
     text = template.render(
-        style=(templates / "report.css").read_text(encoding="utf-8"),
+        style=style(),
         title=" and ".join(own["name"] for own in chapters),
         experiments=[_numbered(own, number) for number, own in enumerate(chapters)],
         side_by_side=side_by_side,
@@ -82,15 +88,21 @@ def page(chapters: Sequence[Mapping[str, Any]], side_by_side: Sequence[Sequence[
     return text + "\n"
 
 
+def style() -> str:
+    """The stylesheet of the page, its colours first."""
+    return (TEMPLATES / "report.css").read_text(encoding="utf-8")
+
+
 def chapter(summary: Summary) -> dict[str, Any]:
     """What the template shows of one experiment."""
     shown = columns(summary)
     figures = [svg for figure in plots.FIGURES if (svg := figure(summary))] if summary.rows else []
-    curves = [svg for _, svg in plots.losses(summary)]
+    curves = list(losses(summary))
     return {
         "name": summary.name,
         "facts": facts(summary),
         "sentences": verdict(summary),
+        "note": note(summary),
         "headings": [heading for heading, _ in shown],
         "groups": [
             (title, [_line(row, shown, summary) for row in summary.rows if belongs(row)]) for title, belongs in GROUPS
@@ -153,7 +165,8 @@ def facts(summary: Summary) -> list[str]:
     result.append(
         f"{batching['examples_per_step']:,} examples per update, {batching['max_tokens']:,} tokens per micro-batch"
     )
-    return [*result, name_machine(manifest["machine"])]
+    threads = end.threads if end is not None else None
+    return [*result, name_machine(manifest["machine"], threads)]
 
 
 def method(summary: Summary) -> list[str]:
@@ -191,7 +204,7 @@ def side_by_side(summaries: Sequence[Summary]) -> list[list[str]]:
 
 
 def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _short(count: int) -> str:

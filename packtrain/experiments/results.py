@@ -80,6 +80,7 @@ class End:
         planned_updates: what the whole run would have, to the end of its data.
         tokens_dropped: tokens of the training examples that the trainer's own preparation left out.
         device: name of the accelerator, or `cpu`.
+        threads: that torch computed with on the CPU.
         dtype: of the computation.
         layout: the micro-batches of the first update as they went through the model: width, and rows of
             document lengths.
@@ -99,6 +100,7 @@ class End:
     planned_updates: int | None = None
     tokens_dropped: int | None = None
     device: str | None = None
+    threads: int | None = None
     dtype: str | None = None
     layout: list[dict[str, Any]] | None = None
     over_ranks: list[dict[str, Any]] | None = None

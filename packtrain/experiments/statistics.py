@@ -57,6 +57,8 @@ class Ratio:
 
 
 def _short(value: float) -> str:
+    if value >= 1000:
+        return ">1000"
     return f"{value:.2f}" if value < 100 else f"{value:.3g}"
 
 

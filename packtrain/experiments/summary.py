@@ -32,7 +32,7 @@ class Row:
         rounds: rounds that were timed.
         tokens_per_second: real tokens, geometric mean over rounds; `supervised_per_second` likewise.
         speed: ratio of real tokens per second.
-        update_rate: real tokens per second of single updates, over all rounds.
+        update_rate: real tokens per second of single updates, over all rounds; `supervised_update_rate` likewise.
         update_seconds: of single updates.
         shares: share of each phase in the time of the updates; what is left is the trainer's own work.
         memory, memory_before: peak, and before the first update; median over rounds.
@@ -55,6 +55,7 @@ class Row:
     supervised_per_second: float | None
     speed: Ratio | None
     update_rate: Spread | None
+    supervised_update_rate: Spread | None
     update_seconds: Spread | None
     shares: Mapping[str, float] | None
     filler_share: float | None
@@ -156,6 +157,7 @@ def _row(variant: Mapping[str, Any], runs: list[Run], reference: list[Run], mani
         supervised_per_second=_total_rate(timed, manifest, "supervised_tokens"),
         speed=_ratio_of(pairs, lambda run: rate(run, manifest, "real_tokens")),
         update_rate=spread([u.real_tokens / u.seconds for u in updates]) if updates else None,
+        supervised_update_rate=spread([u.supervised_tokens / u.seconds for u in updates]) if updates else None,
         update_seconds=spread([u.seconds for u in updates]) if updates else None,
         shares=_shares(updates) if updates else None,
         filler_share=1 - _sum(seen, "real_tokens") / _sum(seen, "computed_tokens") if seen else None,

@@ -9,7 +9,7 @@ from typing import Any
 
 from packtrain.experiments.statistics import Spread
 from packtrain.experiments.summary import Row, Summary
-from packtrain.experiments.verdict import Sentence, small
+from packtrain.experiments.verdict import Sentence, note, small
 
 ABSENT = ""
 
@@ -18,37 +18,40 @@ Column = tuple[str, Callable[[Row], str]]
 
 
 def columns(summary: Summary) -> list[Column]:
-    """The columns for which any variant has something to say."""
+    """The speed, and the columns for which any variant has something to say."""
     reference = summary.manifest["reference"]
     axes = {row.ends_with_reference for row in summary.rows} - {None}
     axis = f", same {axes.pop()}" if len(axes) == 1 else ""
     every: list[Column] = [
         (f"speed vs {reference}", lambda row: _speed(row, reference)),
         ("real tokens/s", lambda row: _number(row.tokens_per_second)),
+        ("training loss differs by", lambda row: _difference(row.loss_difference, row, reference)),
+        (f"held-out loss{axis}", lambda row: _loss(row.held_out)),
+        ("updates", lambda row: _number(row.updates)),
+        ("examples per update", lambda row: _range(row.examples_per_update)),
+        ("filler", lambda row: _percent(row.filler_share)),
+        ("peak memory", lambda row: _bytes(row.memory)),
         ("supervised tokens/s", lambda row: _number(row.supervised_per_second)),
         ("seconds/update: median (p10-p90)", lambda row: _spread(row.update_seconds)),
-        ("filler", lambda row: _percent(row.filler_share)),
-        ("updates", lambda row: _number(row.updates)),
-        ("examples/update", lambda row: _range(row.examples_per_update)),
         ("tokens dropped", lambda row: _number(row.tokens_dropped)),
-        (f"held-out loss{axis}", lambda row: _loss(row.held_out)),
-        ("per example", lambda row: _loss(row.per_example)),
+        ("held-out loss, mean of examples", lambda row: _loss(row.per_example)),
         ("held-out loss, same updates", lambda row: "" if axis == ", same updates" else _equal_updates(row)),
-        ("training loss differs by", lambda row: _difference(row.loss_difference, row, reference)),
         ("gradient norm differs by", lambda row: _difference(row.norm_difference, row, reference)),
-        ("peak memory", lambda row: _bytes(row.memory)),
         ("start-up", lambda row: "" if row.startup_seconds is None else f"{row.startup_seconds:.1f} s"),
         ("TFLOP/s", lambda row: "" if row.flops_per_second is None else f"{row.flops_per_second / 1e12:.3g}"),
         ("MFU", lambda row: _percent(row.mfu)),
         ("attention", lambda row: row.attention or ABSENT),
     ]
-    return [(heading, cell) for heading, cell in every if any(cell(row) for row in summary.rows)]
+    speed, *others = every
+    return [speed, *((heading, cell) for heading, cell in others if any(cell(row) for row in summary.rows))]
 
 
 def markdown(summary: Summary, sentences: Sequence[Sentence]) -> str:
     """Verdict and table, for a README or a pull request."""
     shown = columns(summary)
     lines = [f"# {summary.name}", "", *(f"- {sentence.text}" for sentence in sentences), ""]
+    said = note(summary)
+    lines += [said, ""] if said else []
     lines.append("| variant | " + " | ".join(heading for heading, _ in shown) + " |")
     lines.append("|---" * (len(shown) + 1) + "|")
     for row in summary.rows:
@@ -82,6 +85,7 @@ def _record(row: Row) -> dict[str, Any]:
         "supervised_tokens_per_second": row.supervised_per_second,
         **_named("speed", row.speed, ("estimate", "low", "high")),
         **_named("update_tokens_per_second", row.update_rate, ("median", "p10", "p90")),
+        **_named("update_supervised_per_second", row.supervised_update_rate, ("median", "p10", "p90")),
         **_named("update_seconds", row.update_seconds, ("median", "p10", "p90")),
         **{f"{phase}_share": (row.shares or {}).get(phase) for phase in ("data", "forward", "backward", "optimizer")},
         "filler_share": row.filler_share,
@@ -142,7 +146,10 @@ def _range(values: tuple[int, float, int] | None) -> str:
 
 def _equal_updates(row: Row) -> str:
     equal = row.equal_updates
-    return ABSENT if equal is None else f"{equal.loss:.4f} after {equal.update:,}"
+    if equal is None:
+        return ABSENT
+    beside = "" if row.keeps_updates else f" for {equal.reference:.4f}"
+    return f"{equal.loss:.4f}{beside} after {equal.update:,}"
 
 
 def _difference(value: float | None, row: Row, reference: str) -> str:

@@ -18,7 +18,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-ROLES = ("ink", "muted", "grid", "ours", "best", "packed", "peer", "filler", "accent")
+ROLES = ("ink", "muted", "grid", "ours", "best", "packed", "peer", "filler", "accent", "card")
 LINES = tuple(f"line{number}" for number in range(8))  # told apart by hue, for curves
 BLOCKS = tuple(f"block{number}" for number in range(6))  # neighbouring documents
 COLOURS = {role: f"#0000{number:02x}" for number, role in enumerate((*ROLES, *LINES, *BLOCKS), start=1)}
@@ -63,8 +63,8 @@ class Drawing:
 
 
 @contextmanager
-def drawing(name: str, *, alt: str, height: float, panels: int = 1) -> Iterator[Drawing]:
-    """Open a figure of `WIDTH` x `height` inches with `panels` axes below each other; its SVG is ready
+def drawing(name: str, *, alt: str, height: float, width: float = WIDTH, panels: int = 1) -> Iterator[Drawing]:
+    """Open a figure of `width` x `height` inches with `panels` axes below each other; its SVG is ready
     afterwards.
 
     Args:
@@ -72,7 +72,7 @@ def drawing(name: str, *, alt: str, height: float, panels: int = 1) -> Iterator[
         alt: what the figure shows, for those who don't see it.
     """
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        figure = Figure(figsize=(width, height), layout="constrained")
         axes = list(figure.subplots(panels, 1, squeeze=False)[:, 0])
         result = Drawing(name=name, alt=alt, figure=figure, axes=axes)
         yield result

@@ -25,6 +25,14 @@ class Sentence:
     text: str
 
 
+def note(summary: Summary) -> str | None:
+    """What the words and brackets of the verdict mean."""
+    rounds = max((row.rounds for row in summary.measured), default=0)
+    if rounds < 2:
+        return "Fast means real tokens per second." if rounds else None
+    return f"Fast means real tokens per second; in brackets, the 95% interval over {rounds} paired rounds."
+
+
 def verdict(summary: Summary) -> list[Sentence]:
     """Sentences in the order of their weight; the first one carries the headline."""
     if not summary.measured:
@@ -35,7 +43,7 @@ def verdict(summary: Summary) -> list[Sentence]:
     subject = headliner(summary)
     sentences: list[Sentence] = []
     if summary.reference.tokens_per_second is None:
-        text = f"The reference, {summary.reference.name}, was not timed, so there are no ratios to it."
+        text = f"The reference, {_code(summary.reference)}, was not timed, so there are no ratios to it."
         sentences.append(Sentence(topic="caution", text=text))
     elif subject is not None:
         sentences += _headline(subject, summary)
@@ -68,13 +76,13 @@ def _headline(subject: Row, summary: Summary) -> Iterator[Sentence]:
     reference, speed = summary.reference, subject.speed
     if speed is None:
         return
-    name, other = subject.name, reference.name
+    name, other = _code(subject), _code(reference)
     if speed.low is None:
-        text = f"{name} ran at {speed.text()} the real tokens/s of {other} in the one round there is"
+        text = f"{name} was {speed.text()} as fast as {other} in the one round there is"
     elif speed.above_one or speed.below_one:
-        text = f"{name} trains at {speed.text()} the real tokens/s of {other}"
+        text = f"{name} is {speed.text()} as fast as {other}"
     else:
-        text = f"{name} is neither measurably faster nor slower than {other}: {speed.text()} its real tokens/s"
+        text = f"{name} is neither measurably faster nor slower than {other}, {speed.text()}"
     yield Sentence(topic="speed", text=text + _same_loss(subject, reference) + ".")
 
 
@@ -84,9 +92,7 @@ def _same_loss(row: Row, reference: Row) -> str:
         return ""
     updates = min(len(row.learning_runs[0].updates), len(reference.learning_runs[0].updates))
     if difference <= SAME_CURVE:
-        return (
-            f", at the same loss in every one of {updates:,} updates (largest relative difference {small(difference)})"
-        )
+        return f", with the same loss in every one of {updates:,} updates (largest relative difference {small(difference)})"
     return f"; its training loss differs by up to {small(difference)} in one of {updates:,} updates"
 
 
@@ -102,43 +108,42 @@ def _same_updates(summary: Summary) -> Iterator[Sentence]:
         norm = f", their gradient norms to {small(max(norms))}" if len(norms) == len(same) else ""
         yield Sentence(
             topic="loss",
-            text=f"The loss curves of {listed([row.name for row in same])} lie on that of {summary.reference.name}: in "
-            f"every update the training losses agree to {small(worst)} (relative){norm}.",
+            text=f"The loss curves of {listed([_code(row) for row in same])} lie on that of {_code(summary.reference)}: "
+            f"in every update the training losses agree to {small(worst)} (relative){norm}.",
         )
     for row in rows:
         if row not in same:
             yield Sentence(
                 topic="loss",
-                text=f"{row.name} sees the same examples in the same updates, but its training loss departs from that "
-                f"of {summary.reference.name} by up to {small(row.loss_difference or 0)} (relative).",
+                text=f"{_code(row)} sees the same examples in the same updates, but its training loss departs from that "
+                f"of {_code(summary.reference)} by up to {small(row.loss_difference or 0)} (relative).",
             )
 
 
 def _peers(subject: Row, summary: Summary) -> Iterator[Sentence]:
-    peers = [row for row in summary.measured if row.is_peer]
-    ratios = {row.name: ratio_between(subject, row, summary.manifest) for row in peers}
-    against = {name: ratio for name, ratio in ratios.items() if ratio is not None}
+    rows = [row for row in summary.measured if row.is_peer]
+    ratios = [(row, ratio_between(subject, row, summary.manifest)) for row in rows]
+    against = sorted(((row, r) for row, r in ratios if r is not None), key=lambda pair: pair[1].estimate)
     if not against:
         return
-    closest = min(against, key=lambda name: against[name].estimate)
-    ratio = against[closest]
-    some_failed = " that ran" if any(row.is_peer and row.failure for row in summary.rows) else ""
-    everyone = f"every one of the {len(against)} other trainers{some_failed}" if len(against) > 1 else closest
-    if all(other.above_one for other in against.values()):
-        text = f"{subject.name} is ahead of {everyone} in real tokens/s"
-        text += (
-            f"; the closest is {closest}: {subject.name} is at {ratio.text()} its speed."
-            if len(against) > 1
-            else f": {ratio.text()}."
+    (closest, ratio), name = against[0], _code(subject)
+    if all(other.above_one for _, other in against):
+        some_failed = " that ran" if any(row.is_peer and row.failure for row in summary.rows) else ""
+        others = {1: "the one other trainer", 2: "both other trainers"}.get(
+            len(against), f"all {len(against)} other trainers"
         )
+        text = f"{name} is faster than {others}{some_failed}: {ratio.text()} as fast as {_code(closest)}, the closest"
+        keeper = next(((row, r) for row, r in against if row.keeps_updates), None)
+        if not closest.keeps_updates and keeper is not None:
+            text += f", and {keeper[1].text()} as fast as {_code(keeper[0])}, the closest with the same updates"
     elif ratio.below_one:
-        text = f"{closest} is faster than {subject.name}: {ratio.inverse().text()} its real tokens/s."
+        text = f"{_code(closest)} is faster than {name}: {ratio.inverse().text()} as fast"
     elif ratio.low is None:
-        text = f"In the one round there is, {subject.name} ran at {ratio.text()} the real tokens/s of {closest}, the "
-        text += "closest other trainer."
+        text = f"In the one round there is, {name} was {ratio.text()} as fast as {_code(closest)}, the closest other "
+        text += "trainer"
     else:
-        text = f"{subject.name} and {closest}, the closest other trainer, are not measurably apart: {ratio.text()}."
-    yield Sentence(topic="peers", text=text)
+        text = f"{name} and {_code(closest)}, the closest other trainer, are not measurably apart: {ratio.text()}"
+    yield Sentence(topic="peers", text=f"{text}.")
 
 
 def _packing(subject: Row, summary: Summary) -> Iterator[Sentence]:
@@ -154,20 +159,20 @@ def _packing(subject: Row, summary: Summary) -> Iterator[Sentence]:
         if row is None or speed is None:
             continue
         beside = [
-            f"{row.name} {_speed_beside(speed, subject.name)}",
+            f"{_code(row)} {_speed_beside(speed, _code(subject))}",
             *_updates_beside(row, summary.reference),
         ]
-        yield Sentence(topic="packing", text=" and ".join(beside) + _loss_beside(row, summary) + ".")
+        yield Sentence(topic="packing", text=", and ".join(beside) + _loss_beside(row, summary) + ".")
 
 
 def _speed_beside(speed: Ratio, other: str) -> str:
     if speed.low is None:
-        return f"ran at {speed.text()} the real tokens/s of {other}"
+        return f"was {speed.text()} as fast as {other}"
     if speed.above_one:
-        return f"is faster than {other} ({speed.text()})"
+        return f"is faster than {other}, {speed.text()}"
     if speed.below_one:
-        return f"is slower than {other} ({speed.text()})"
-    return f"is not measurably faster or slower than {other} ({speed.text()})"
+        return f"is slower than {other}, {speed.text()}"
+    return f"is not measurably faster or slower than {other}, {speed.text()}"
 
 
 def _updates_beside(row: Row, reference: Row) -> Iterator[str]:
@@ -202,7 +207,7 @@ def _recommendation(summary: Summary) -> Iterator[Sentence]:
     strategy = recommended["strategy"]
     rows = [row for row in summary.measured if not row.is_peer and row.keeps_updates]
     chosen = next((row for row in rows if row.strategy == strategy), None)
-    start = f"From the lengths alone, `packtrain plan --recommend` picks {strategy}"
+    start = f"From the lengths alone, `packtrain plan --recommend` picks `{strategy}`"
     if chosen is None:
         yield Sentence(topic="recommendation", text=f"{start}, which was not among the variants.")
         return
@@ -210,10 +215,10 @@ def _recommendation(summary: Summary) -> Iterator[Sentence]:
     for row in rows:
         ratio = ratio_between(row, chosen, summary.manifest) if row is not chosen else None
         if ratio is not None and ratio.above_one:
-            faster.append((ratio, row.name))
+            faster.append((ratio, _code(row)))
     if faster:
         ratio, name = max(faster, key=lambda pair: pair[0].estimate)
-        yield Sentence(topic="recommendation", text=f"{start}: wrong here, {name} was faster ({ratio.text()}).")
+        yield Sentence(topic="recommendation", text=f"{start}: wrong here, {name} was faster, {ratio.text()}.")
     elif chosen.rounds < FEW_ROUNDS:
         yield Sentence(topic="recommendation", text=f"{start}; the rounds are too few to say whether that was right.")
     else:
@@ -226,7 +231,7 @@ def _recommendation(summary: Summary) -> Iterator[Sentence]:
 def _failures(summary: Summary) -> Iterator[Sentence]:
     for row in summary.rows:
         if row.failure:
-            yield Sentence(topic="failure", text=f"{row.name} failed: {row.failure}")
+            yield Sentence(topic="failure", text=f"{_code(row)} failed: {row.failure}")
 
 
 def _caution(summary: Summary) -> Iterator[Sentence]:
@@ -241,14 +246,18 @@ def _caution(summary: Summary) -> Iterator[Sentence]:
         )
 
 
+def _code(row: Row) -> str:
+    return f"`{row.name}`"
+
+
 def listed(names: list[str]) -> str:
     """`a`, `a and b`, `a, b and c`."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def small(value: float) -> str:
-    """A relative difference: `2e-06` when tiny, else per cent."""
-    return "0" if value == 0 else f"{value:.0e}" if value < 1e-3 else f"{value:.1%}"
+    """A relative difference: `2e-6` when tiny, else per cent."""
+    return "0" if value == 0 else f"{value:.0e}".replace("e-0", "e-") if value < 1e-3 else f"{value:.1%}"
 
 
 def signed(value: float) -> str:

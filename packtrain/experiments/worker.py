@@ -123,6 +123,7 @@ def _train(job: Job, recipe: Recipe, writer: RunWriter, began: float) -> End:
         planned_updates=trainer.state.max_steps,
         tokens_dropped=dropped + inputs.train.report.tokens_lost,
         device=torch.cuda.get_device_name() if trainer.args.device.type == "cuda" else "cpu",
+        threads=torch.get_num_threads(),
         dtype=_dtype(trainer, model),
         layout=[{"width": shape.width, "rows": shape.rows} for shape in recorder.layout],
         over_ranks=None if is_peer or job.updates is not None else over_ranks(recipe, packtrain.plan),

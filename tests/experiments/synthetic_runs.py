@@ -65,6 +65,7 @@ def make_run(
         planned_updates=updates,
         tokens_dropped=0,
         device="cpu",
+        threads=1,
         dtype="float32",
         layout=[{"width": 10, "rows": [[10], [4]]}],
     )

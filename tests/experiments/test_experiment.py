@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from packtrain.errors import RecipeError
-from packtrain.experiments.experiment import load_experiment, portable, with_settings
+from packtrain.experiments.experiment import load_experiment, portable, shown_path, with_settings
 from tests.experiments.tiny_experiment import write_experiment
 
 
@@ -108,6 +108,30 @@ def test_a_stored_recipe_tells_no_path_of_this_machine(tmp_path):
     experiment = load_experiment(write_experiment(tmp_path), [f"data.path={data}", "data.num_rows=20"])
     stored = json.dumps(portable(with_settings(experiment.variants[0].recipe, output_dir=str(tmp_path))))
     assert str(tmp_path) not in stored and '"path": "rows.jsonl"' in stored
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("gsm8k/train.jsonl", "gsm8k/train.jsonl"),
+        ("./train.jsonl", "train.jsonl"),
+        ("../someone/train.jsonl", "train.jsonl"),
+        ("/home/someone/train.jsonl", "train.jsonl"),
+    ],
+)
+def test_a_path_is_shown_as_given_only_where_it_tells_nothing(given, shown):
+    assert shown_path(given) == shown
+
+
+def test_the_same_data_in_another_place_are_the_same_experiment(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = write_experiment(tmp_path)
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "rows.jsonl").write_text('{"text": "a"}\n')
+    here, there = (load_experiment(path, [f"data.path={folder}/rows.jsonl"]) for folder in ("here", "there"))
+    assert portable(here.of_reference.recipe)["data"]["path"] == "here/rows.jsonl"
+    assert here.hash == there.hash != load_experiment(path, ["data.path=other.jsonl"]).hash
 
 
 @pytest.mark.parametrize("name", ["quickstart", "long_tail", "gsm8k", "gpu_sft", "ibm_packing"])

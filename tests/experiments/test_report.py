@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import csv
+import re
 import subprocess
 import sys
+import warnings
 from collections import Counter
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import pytest
 
 from packtrain.errors import PacktrainError
+from packtrain.experiments.plots import drawn_ends
 from packtrain.experiments.report import read_summary, write_report
 from tests.experiments.synthetic_runs import make_manifest, make_run, store
 
@@ -21,6 +25,7 @@ VARIANTS = [
     ("trl:padding", "trl:padding", True),
     ("ffd", "packtrain", False),
 ]
+TEXT = "{http://www.w3.org/2000/svg}text"
 DATA = {
     "examples": 100, "tokens": 9000, "median": 60.0, "p99": 600.0, "max": 800, "max_length": 1024, "max_tokens": 4096,
     "edges": [10, 50, 100, 801], "counts": [40, 50, 10],
@@ -71,14 +76,14 @@ class Page(HTMLParser):
 
 def test_the_same_files_give_the_same_bytes(experiment):
     first = write_report([experiment]).read_bytes()
-    for name in ("report.html", "summary.csv", "summary.md"):
+    for name in ("report.html", "summary.csv", "summary.md", "speed.svg"):
         (experiment / name).rename(experiment / f"{name}.first")
     command = [sys.executable, "-m", "packtrain.experiments.report", str(experiment)]
     subprocess.run(
         command, check=True, env={"PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo", "PATH": ""}, capture_output=True
     )
     assert (experiment / "report.html").read_bytes() == first
-    for name in ("summary.csv", "summary.md"):
+    for name in ("summary.csv", "summary.md", "speed.svg"):
         assert (experiment / name).read_bytes() == (experiment / f"{name}.first").read_bytes()
 
 
@@ -104,9 +109,44 @@ def test_the_page_is_self_contained_and_accessible(experiment):
 
 def test_the_page_says_what_happened(experiment):
     text = write_report([experiment]).read_text()
-    assert "balanced trains at 2.4" in text
+    assert "<code>balanced</code> is 2.4" in text and "95% interval over 3 paired rounds" in text
+    assert "a processor, 2 cores, 1 thread" in text
     assert "failed: ValueError: &lt;script&gt;alert(1)&lt;/script&gt;" in text
     assert "MFU" not in text  # the device's peak is not known, so the column is absent
+
+
+def test_the_picture_stands_alone_and_shows_speed_and_loss(experiment):
+    write_report([experiment])
+    text = (experiment / "speed.svg").read_text()
+    root = ElementTree.fromstring(text)
+    assert root.tag == "{http://www.w3.org/2000/svg}svg" and "prefers-color-scheme: dark" in text
+    assert "#0000" not in text and not {f"var(--{name})" for name in re.findall(r"var\(--([a-z0-9]+)\)", text)} - {
+        f"var(--{name})" for name in re.findall(r"--([a-z0-9]+):", text)
+    }
+    shown = [element.text for element in root.iter(TEXT)]
+    assert {"pad_longest", "balanced", "bfd", "trl:padding"} <= set(shown) and "ffd" not in shown  # it failed
+    assert shown.count("the same in all 6 updates") == 2  # balanced, trl:padding
+    assert "+15.0% held-out, same examples" in shown  # bfd: 4.6 x 1.1 for 4.4
+    assert "balanced 2.4" in root.get("aria-label")
+
+
+def test_an_interval_without_information_leaves_the_figures_readable(tmp_path):
+    """Two rounds that disagree a hundredfold: the interval ends at a million, the longest bar at ten."""
+    rates = {"pad_longest": (100.0, 100.0), "balanced": (100.0, 10_000.0)}
+    runs = [make_run(name, n, rate=rate, learns=n == 0) for name, both in rates.items() for n, rate in enumerate(both)]
+    store(tmp_path, make_manifest(VARIANTS[:2], rounds=2), runs)
+    assert read_summary(tmp_path).row("balanced").speed.high > 1e6
+    assert drawn_ends(read_summary(tmp_path).measured) == pytest.approx([1.0, 20.0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib warns where nothing fits
+        write_report([tmp_path])
+
+
+def test_nothing_timed_no_picture(tmp_path):
+    failed = [make_run(name, 0, rate=1.0, failure="RunFailed: no") for name in ("pad_longest", "balanced")]
+    store(tmp_path, make_manifest(VARIANTS), failed)
+    write_report([tmp_path])
+    assert not (tmp_path / "speed.svg").exists() and (tmp_path / "report.html").exists()
 
 
 def test_the_csv_has_every_variant_in_full_precision(experiment):

@@ -45,6 +45,10 @@ def test_one_round_has_no_interval_and_claims_nothing():
     assert ratio.inverse() == Ratio(estimate=0.4, low=None, high=None, rounds=1)
 
 
+def test_an_interval_without_information_stays_short():
+    assert paired_ratio([2.0, 400.0], [1.0, 1.0]).text() == "28.28x (0.00->1000)"
+
+
 @pytest.mark.parametrize(
     ("low", "high", "above", "below"), [(1.1, 2, True, False), (0.9, 1.2, False, False), (0.5, 0.9, False, True)]
 )

@@ -33,8 +33,8 @@ def test_the_headline_has_the_ratio_and_the_loss():
     first = verdict(summary)[0]
     assert first.topic == "speed"
     assert first.text == (
-        "balanced trains at 2.40x (2.40-2.40) the real tokens/s of pad_longest, at the same loss in every one of 6 "
-        "updates (largest relative difference 0)."
+        "`balanced` is 2.40x (2.40-2.40) as fast as `pad_longest`, with the same loss in every one of 6 updates "
+        "(largest relative difference 0)."
     )
 
 
@@ -43,8 +43,8 @@ def test_an_unequal_loss_is_said():
     text = verdict(summary)[0].text
     assert "its training loss differs by up to 2.0% in one of 6 updates" in text and "same loss" not in text
     assert texts(summary, "loss") == [
-        "balanced sees the same examples in the same updates, but its training loss departs from that of pad_longest "
-        "by up to 2.0% (relative)."
+        "`balanced` sees the same examples in the same updates, but its training loss departs from that of "
+        "`pad_longest` by up to 2.0% (relative)."
     ]
 
 
@@ -56,18 +56,18 @@ def test_no_loss_is_claimed_where_none_was_measured():
 
 def test_noise_is_not_a_difference():
     text = verdict(summary_of(OURS, REFERENCE, runs_of("balanced", 150.0, 70.0, 110.0)))[0].text
-    assert text.startswith("balanced is neither measurably faster nor slower than pad_longest: 1.05x")
+    assert text.startswith("`balanced` is neither measurably faster nor slower than `pad_longest`, 1.05x")
 
 
 def test_slower_is_said_as_it_is():
     text = verdict(summary_of(OURS, REFERENCE, runs_of("balanced", 50.0, 51.0, 49.0)))[0].text
-    assert text.startswith("balanced trains at 0.50x (0.50-0.50) the real tokens/s of pad_longest")
+    assert text.startswith("`balanced` is 0.50x (0.50-0.50) as fast as `pad_longest`")
 
 
 def test_one_round_gives_no_interval_and_says_so():
     summary = summary_of(OURS, REFERENCE[:1], runs_of("balanced", 240.0), rounds=1)
     assert verdict(summary)[0].text.startswith(
-        "balanced ran at 2.40x the real tokens/s of pad_longest in the one round there is"
+        "`balanced` was 2.40x as fast as `pad_longest` in the one round there is"
     )
     assert texts(summary, "caution") == [
         "There is one timed round, which gives no confidence intervals; `repeats: 3` or more does."
@@ -99,7 +99,7 @@ def test_packing_names_speed_updates_and_loss():
         runs_of("bfd", 264.0, 269.28, 258.72, updates=3, loss_factor=1.1),
     )
     assert texts(summary, "packing") == [
-        "bfd is faster than balanced (1.10x (1.10-1.10)) and makes 2.0x fewer updates (3 for 6); after the same "
+        "`bfd` is faster than `balanced`, 1.10x (1.10-1.10), and makes 2.0x fewer updates (3 for 6); after the same "
         "examples its held-out loss is 5.1700 against 4.4000 (+17.5%, one seed), after the same 2 updates "
         "5.2800 against 4.8000."
     ]
@@ -124,13 +124,13 @@ def test_ahead_of_every_peer_only_if_every_interval_says_so():
     slow = runs_of("trl:padding", 90.0, 92.0, 88.0)
     ahead = summary_of([*OURS, *PEERS], REFERENCE, balanced, slow, runs_of("trl:packing_bfd", 120.0, 122.4, 117.6))
     assert texts(ahead, "peers") == [
-        "balanced is ahead of every one of the 2 other trainers in real tokens/s; the closest is trl:packing_bfd: "
-        "balanced is at 2.00x (2.00-2.00) its speed."
+        "`balanced` is faster than both other trainers: 2.00x (2.00-2.00) as fast as `trl:packing_bfd`, the closest, "
+        "and 2.67x (2.65-2.68) as fast as `trl:padding`, the closest with the same updates."
     ]
     tied = summary_of([*OURS, *PEERS], REFERENCE, balanced, slow, runs_of("trl:packing_bfd", 200.0, 290.0, 240.0))
     assert "not measurably apart" in texts(tied, "peers")[0]
     behind = summary_of([*OURS, *PEERS], REFERENCE, balanced, slow, runs_of("trl:packing_bfd", 480.0, 489.6, 470.4))
-    assert texts(behind, "peers") == ["trl:packing_bfd is faster than balanced: 2.00x (2.00-2.00) its real tokens/s."]
+    assert texts(behind, "peers") == ["`trl:packing_bfd` is faster than `balanced`: 2.00x (2.00-2.00) as fast."]
 
 
 def test_no_peers_no_word_of_them():
@@ -147,15 +147,15 @@ def test_a_failed_peer_is_not_beaten():
         runs_of("trl:padding_free", 90.0, 92.0, 88.0),
         failed,
     )
-    assert "every one of the 2 other trainers that ran" in texts(summary, "peers")[0]
-    assert texts(summary, "failure") == ["trl:packing_bfd failed: ImportError: no trl"]
+    assert "both other trainers that ran" in texts(summary, "peers")[0]
+    assert texts(summary, "failure") == ["`trl:packing_bfd` failed: ImportError: no trl"]
 
 
 def test_without_the_reference_there_are_no_ratios():
     failed = [make_run("pad_longest", 0, rate=1.0, failure="killed by SIGKILL")]
     summary = summary_of(OURS, failed, runs_of("balanced", 240.0, 244.8, 235.2))
     assert [sentence.topic for sentence in verdict(summary)] == ["caution", "failure"]
-    assert verdict(summary)[0].text == "The reference, pad_longest, was not timed, so there are no ratios to it."
+    assert verdict(summary)[0].text == "The reference, `pad_longest`, was not timed, so there are no ratios to it."
 
 
 def test_nothing_measured_nothing_claimed():
@@ -166,9 +166,9 @@ def test_nothing_measured_nothing_claimed():
 @pytest.mark.parametrize(
     ("strategy", "rate", "expected"),
     [
-        ("balanced", 120.0, "picks balanced: right, no variant with the same updates was measurably faster."),
-        ("balanced", 300.0, "picks balanced: wrong here, padding_free was faster (1.25x (1.25-1.25))."),
-        ("group_by_length", 120.0, "picks group_by_length, which was not among the variants."),
+        ("balanced", 120.0, "picks `balanced`: right, no variant with the same updates was measurably faster."),
+        ("balanced", 300.0, "picks `balanced`: wrong here, `padding_free` was faster, 1.25x (1.25-1.25)."),
+        ("group_by_length", 120.0, "picks `group_by_length`, which was not among the variants."),
     ],
 )
 def test_the_recommendation_is_judged(strategy, rate, expected):
