@@ -84,7 +84,7 @@ def test_every_file_is_in_a_room():
         ("import packtrain.training.run", "packtrain.modeling.loading"),
         ("from packtrain import cli", "packtrain.training.inputs"),
         ("def f():\n    from ..training import run", "packtrain.recipe.reader"),
-        ("from ..cli import main", "packtrain.experiments.report"),
+        ("from ...cli import main", "packtrain.experiments.comparison.report"),
     ],
 )
 def test_a_wrong_way_is_found(source, module):

@@ -46,7 +46,7 @@ def sample(
 
     The model is read from the recipe's `training.output_dir`. An answer is printed up to its end.
     """
-    from packtrain.experiments.rainbow_verbs import sample as run
+    from packtrain.experiments.rainbow.verbs import sample as run
 
     loaded = load_checked(recipe, overrides)
     options = dict(
@@ -75,7 +75,7 @@ def evaluate(
     The model is read from the recipe's `training.output_dir`; one token is written per step. The table, its figures and
     pictures (lengths; what was written when) are stored beside it in `evaluation/`.
     """
-    from packtrain.experiments.rainbow_verbs import evaluate as run
+    from packtrain.experiments.rainbow.verbs import evaluate as run
 
     loaded = load_checked(recipe, overrides)
     sizes = {"lengths": numbers(lengths, "--lengths"), "blocks": numbers(blocks, "--blocks")}

@@ -52,10 +52,10 @@ def compare(
     Interrupted, the same command continues: finished runs are kept. A variant that fails is a row of the report.
     A file with the section `rainbow_oracle:` runs that grid instead.
     """
-    from packtrain.experiments.compare import compare as run
+    from packtrain.experiments.comparison.compare import compare as run
 
     if recipe.is_file() and "\nrainbow_oracle:" in "\n" + recipe.read_text(encoding="utf-8"):
-        from packtrain.experiments.oracle import run_recipe
+        from packtrain.experiments.rainbow.oracle import run_recipe
 
         directory = run_recipe(recipe, output_dir=out)
         Console().print((directory / "oracle.md").read_text(), soft_wrap=True)
@@ -68,6 +68,6 @@ def report(
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Where the page goes.")] = None,
 ) -> None:
     """Rebuild the report of one comparison, or lay several side by side, from stored files alone."""
-    from packtrain.experiments.report import write_report
+    from packtrain.experiments.comparison.report import write_report
 
     Console().print(f"report: {write_report(directories, out=out)}", soft_wrap=True)

@@ -36,7 +36,7 @@ def train(
     """
     loaded = load_checked(recipe, overrides)
     if launch is not None:
-        from packtrain.training.relaunch import relaunch
+        from packtrain.training.engines.relaunch import relaunch
 
         sets = [part for override in overrides or [] for part in ("--set", override)]
         more = [*(["--resume", resume] if resume else []), *(["--allow-changes"] if allow_changes else [])]

@@ -18,7 +18,8 @@ from rich.text import Text
 from packtrain.errors import LaunchError
 from packtrain.packing.plan import Plan
 from packtrain.recipe import Recipe
-from packtrain.training.memory_plan import (
+from packtrain.training.engines.relaunch import engine_of, find_launch_file
+from packtrain.training.memory.plan import (
     NOT_COUNTED,
     TIGHT,
     MemoryPlan,
@@ -29,8 +30,7 @@ from packtrain.training.memory_plan import (
     parse_bytes,
     plan_memory,
 )
-from packtrain.training.memory_states import DEVICE, ENGINES, ESTIMATED, EXACT, HOST, MEASURED, NVME
-from packtrain.training.relaunch import engine_of, find_launch_file
+from packtrain.training.memory.states import DEVICE, ENGINES, ESTIMATED, EXACT, HOST, MEASURED, NVME
 
 MASKED = ("sdpa", "eager", "flex_attention")  # attention that isolates flat documents by a mask
 STYLES = {"fits": "green", "tight": "yellow", "does not fit": "red"}

@@ -67,7 +67,7 @@ def show_plan(
     lost = report.tokens_lost if report is not None else 0
     console.print(strategy_table(rows, own=own, world_size=world_size, data_lost=lost))
     if recommend:
-        from packtrain.experiments.recommend import recommend as choose
+        from packtrain.experiments.comparison.recommend import recommend as choose
 
         for line in choose(recipe, lengths, world_size=world_size, cost=find_cost(recipe)).lines():
             console.print(line, soft_wrap=True, highlight=False)

@@ -22,9 +22,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from packtrain.training.memory_plan import parameters_of
-from packtrain.training.memory_states import DEVICE, EXACT, HOST, model_states
-from packtrain.training.state_bytes import state_bytes
+from packtrain.training.memory.plan import parameters_of
+from packtrain.training.memory.state_bytes import state_bytes
+from packtrain.training.memory.states import DEVICE, EXACT, HOST, model_states
 
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "zero3_offload_cpu")
 MODEL = dict(

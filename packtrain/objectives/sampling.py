@@ -11,7 +11,7 @@ masked tokens and keeps the surest, as many as the schedule says:
     3      a b c d e E
 
 What a model is stays outside: `denoise` asks a function for logits. `packtrain.objectives.generation` brings that
-function for models of transformers, `packtrain.experiments.oracle` for exact posteriors.
+function for models of transformers, `packtrain.experiments.rainbow.oracle` for exact posteriors.
 """
 
 from __future__ import annotations

@@ -23,13 +23,13 @@ from packtrain.packing.cost import Cost
 from packtrain.packing.plan import Plan
 from packtrain.packing.strategies import resolve_strategy
 from packtrain.recipe import Recipe
-from packtrain.training.changes import redacted
-from packtrain.training.checkpoint import choose_checkpoint
-from packtrain.training.deepspeed_config import deepspeed_config
-from packtrain.training.engine import fit, leave
+from packtrain.training.checkpoints.changes import redacted
+from packtrain.training.checkpoints.checkpoint import choose_checkpoint
+from packtrain.training.engines.deepspeed_config import deepspeed_config
+from packtrain.training.engines.engine import fit, leave
+from packtrain.training.engines.launch import asked_world_size, check_processes
 from packtrain.training.inputs import Inputs, load_inputs, plan_evaluation, plan_training
-from packtrain.training.launch import asked_world_size, check_processes
-from packtrain.training.memory import peak_memory, reset_peak
+from packtrain.training.memory.peak import peak_memory, reset_peak
 from packtrain.training.progress import RichProgress
 from packtrain.training.summary import Summary, describe_machine, package_versions
 from packtrain.training.trainer import PackTrainer

@@ -35,12 +35,12 @@ from packtrain.objectives.objective import Objective, TokenLosses
 from packtrain.packing.collator import MicroBatches, PackCollator
 from packtrain.packing.plan import Plan
 from packtrain.recipe import Recipe
-from packtrain.training.checkpoint import Checkpoints
+from packtrain.training.checkpoints.checkpoint import Checkpoints
+from packtrain.training.checkpoints.restricted import restricted_unpickling, runs_code
 from packtrain.training.loader import PlanLoader, leave_signals_to_the_run
+from packtrain.training.memory.out_of_memory import ProbeMemory, explained
 from packtrain.training.meters import Meter
 from packtrain.training.nonfinite import FiniteUpdates
-from packtrain.training.out_of_memory import ProbeMemory, explained
-from packtrain.training.restricted import restricted_unpickling, runs_code
 
 
 class PackTrainer(Trainer):

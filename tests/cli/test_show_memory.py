@@ -12,9 +12,9 @@ from rich.console import Console
 from packtrain.cli import main
 from packtrain.cli.show_memory import show_memory
 from packtrain.recipe import load_recipe
+from packtrain.training.engines.relaunch import CHECKOUT, engine_of
 from packtrain.training.inputs import plan_training
-from packtrain.training.memory_states import ENGINES
-from packtrain.training.relaunch import CHECKOUT, engine_of
+from packtrain.training.memory.states import ENGINES
 
 QUICKSTART = CHECKOUT / "recipes/quickstart.yaml"
 LORA = "lora={r: 4, target_modules: all-linear}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from packtrain.experiments.results import End, HeldOut, Run, RunWriter, Update, run_path, write_manifest
+from packtrain.experiments.comparison.results import End, HeldOut, Run, RunWriter, Update, run_path, write_manifest
 
 TOKENS = 1000  # real tokens of an update
 

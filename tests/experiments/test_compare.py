@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from packtrain.errors import PacktrainError
-from packtrain.experiments.compare import compare
-from packtrain.experiments.report import read_summary
-from packtrain.experiments.verdict import verdict
+from packtrain.experiments.comparison.compare import compare
+from packtrain.experiments.comparison.report import read_summary
+from packtrain.experiments.comparison.verdict import verdict
 from tests.experiments.tiny_experiment import write_experiment
 
 NAN = {"name": "nan", "training.learning_rate": 1e30, "training.max_grad_norm": 0}
@@ -62,7 +62,7 @@ def test_a_comparison_from_recipe_to_report(tmp_path):
 def test_killed_in_the_middle_it_continues(tmp_path):
     path = write_experiment(tmp_path, variants=["pad_longest", "balanced", "padding_free"])
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "packtrain.experiments.compare", str(path), "--out", str(out)]
+    command = [sys.executable, "-m", "packtrain", "compare", str(path), "--out", str(out)]
     process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
     first = out / "runs" / "00-pad_longest.jsonl"
     deadline = time.monotonic() + 200

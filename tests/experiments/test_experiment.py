@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from packtrain.errors import RecipeError
-from packtrain.experiments.experiment import load_experiment, portable, shown_path, with_settings
+from packtrain.experiments.comparison.experiment import load_experiment, portable, shown_path, with_settings
 from tests.experiments.tiny_experiment import write_experiment
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoConfig, DataCollatorWithFlattening
 
-from packtrain.experiments.flops import peak_flops, training_flops
-from packtrain.experiments.measure import Recorder, RunFailed, WriteUpdates, shape_of
+from packtrain.experiments.comparison.flops import peak_flops, training_flops
+from packtrain.experiments.comparison.measure import Recorder, RunFailed, WriteUpdates, shape_of
 from packtrain.packing.collator import PackCollator
 from tests.tiny import CONFIGS, random_documents, tiny_model
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from packtrain.experiments.oracle import World, decode, exact_denoiser, length_prior, run_grid, write_results
+from packtrain.experiments.rainbow.oracle import World, decode, exact_denoiser, length_prior, run_grid, write_results
 
 
 def world(tail: str, pads: int, ambiguity: int, *, canvas: int = 32, prior: np.ndarray | None = None) -> World:

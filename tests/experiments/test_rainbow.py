@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from packtrain.errors import PacktrainError
-from packtrain.experiments.rainbow import TAILS, Settings, judge_of, new_model, read_along, run
-from packtrain.experiments.rainbow_evaluation import Verdict, markdown, measure
-from packtrain.experiments.rainbow_report import report, settings_of, table, verdict
-from packtrain.experiments.rainbow_walks import EOS, FIRST_PAD, FIRST_WORD, Walks
+from packtrain.experiments.rainbow.evaluation import Verdict, markdown, measure
+from packtrain.experiments.rainbow.report import report, settings_of, table, verdict
+from packtrain.experiments.rainbow.trained import TAILS, Settings, judge_of, new_model, read_along, run
+from packtrain.experiments.rainbow.walks import EOS, FIRST_PAD, FIRST_WORD, Walks
 from packtrain.objectives.sampling import Samples
 
 

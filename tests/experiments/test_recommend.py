@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from packtrain.errors import PlanError
-from packtrain.experiments.recommend import recommend
+from packtrain.experiments.comparison.recommend import recommend
 from packtrain.packing.cost import Cost
 from packtrain.recipe import load_recipe
 from tests.experiments.tiny_experiment import write_experiment

@@ -14,8 +14,8 @@ from xml.etree import ElementTree
 import pytest
 
 from packtrain.errors import PacktrainError
-from packtrain.experiments.plots import drawn_ends
-from packtrain.experiments.report import read_summary, write_report
+from packtrain.experiments.comparison.plots import drawn_ends
+from packtrain.experiments.comparison.report import read_summary, write_report
 from tests.experiments.synthetic_runs import make_manifest, make_run, store
 
 VARIANTS = [
@@ -78,7 +78,7 @@ def test_the_same_files_give_the_same_bytes(experiment):
     first = write_report([experiment]).read_bytes()
     for name in ("report.html", "summary.csv", "summary.md", "speed.svg"):
         (experiment / name).rename(experiment / f"{name}.first")
-    command = [sys.executable, "-m", "packtrain.experiments.report", str(experiment)]
+    command = [sys.executable, "-m", "packtrain", "report", str(experiment)]
     subprocess.run(
         command, check=True, env={"PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo", "PATH": ""}, capture_output=True
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from packtrain.errors import PacktrainError
-from packtrain.experiments.results import (
+from packtrain.experiments.comparison.results import (
     End,
     RunWriter,
     add_end,

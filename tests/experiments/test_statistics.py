@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from packtrain.experiments.statistics import Ratio, largest_relative_difference, paired_ratio, spread
+from packtrain.experiments.comparison.statistics import Ratio, largest_relative_difference, paired_ratio, spread
 
 
 def test_ratio_and_interval_by_hand():

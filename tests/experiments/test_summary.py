@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from packtrain.experiments.summary import summarise
+from packtrain.experiments.comparison.summary import summarise
 from tests.experiments.synthetic_runs import make_manifest, make_run
 
 VARIANTS = [("pad_longest", "packtrain", True), ("balanced", "packtrain", True), ("bfd", "packtrain", False)]

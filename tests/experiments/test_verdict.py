@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from packtrain.experiments.summary import summarise
-from packtrain.experiments.verdict import headliner, verdict
+from packtrain.experiments.comparison.summary import summarise
+from packtrain.experiments.comparison.verdict import headliner, verdict
 from tests.experiments.synthetic_runs import make_manifest, make_run
 
 OURS = [("pad_longest", "packtrain", True), ("balanced", "packtrain", True)]

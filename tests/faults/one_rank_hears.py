@@ -11,7 +11,7 @@ import torch
 from transformers import TrainerCallback
 
 from packtrain.errors import Stopped
-from packtrain.training.engine import fit
+from packtrain.training.engines.engine import fit
 from tests.training.helpers import make_trainer
 
 

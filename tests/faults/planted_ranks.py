@@ -13,7 +13,7 @@ import torch
 
 from packtrain.errors import CheckpointError
 from packtrain.recipe import load_recipe
-from packtrain.training.engine import fit, leave
+from packtrain.training.engines.engine import fit, leave
 from packtrain.training.run import build_trainer
 
 

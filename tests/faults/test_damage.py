@@ -11,9 +11,9 @@ from rich.console import Console
 
 from packtrain.errors import CheckpointError
 from packtrain.recipe import load_recipe
-from packtrain.training.checkpoint import find_last_checkpoint
+from packtrain.training.checkpoints.checkpoint import find_last_checkpoint
+from packtrain.training.checkpoints.sealing import MANIFEST, read_manifest, verify
 from packtrain.training.run import train
-from packtrain.training.sealing import MANIFEST, read_manifest, verify
 from tests.faults.runs import STEPS, same, weights, write_recipe
 
 

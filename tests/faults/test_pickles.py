@@ -20,9 +20,9 @@ import torch
 
 from packtrain.errors import CheckpointError, ModelError, PacktrainError
 from packtrain.recipe import load_recipe
-from packtrain.training.restricted import restricted_unpickling
+from packtrain.training.checkpoints.restricted import restricted_unpickling
+from packtrain.training.checkpoints.sealing import MANIFEST, read_manifest, seal
 from packtrain.training.run import train
-from packtrain.training.sealing import MANIFEST, read_manifest, seal
 from tests.faults.pickles import PLANT, plant_zip, runs
 from tests.faults.runs import STEPS, write_recipe
 from tests.launch.helpers import RECIPE, ROOT, launcher, run
@@ -209,6 +209,6 @@ def test_a_conversion_to_other_ranks_executes_no_pickle(of_two_ranks, tmp_path):
         folders = ["--input_folder", str(shards), "--output_folder", str(tmp_path / "run" / to)]
         return subprocess.run([sys.executable, "-m", module, *folders, "--inject_missing_state"], capture_output=True)
 
-    assert convert("packtrain.training.restricted", "ours").returncode != 0
+    assert convert("packtrain.training.checkpoints.restricted", "ours").returncode != 0
     assert not mark.exists()
     assert runs(lambda: convert("deepspeed.checkpoint.ds_to_universal", "theirs"), mark)

@@ -13,10 +13,10 @@ import yaml
 from huggingface_hub import constants
 
 from packtrain.errors import HIDDEN, DataError, ModelError, RecipeError, hidden
-from packtrain.experiments.experiment import portable
+from packtrain.experiments.comparison.experiment import portable
 from packtrain.modeling.loading import load_config
 from packtrain.recipe import load_recipe
-from packtrain.training.changes import Change
+from packtrain.training.checkpoints.changes import Change
 from tests.faults.runs import log_of, run, write_recipe
 from tests.training.helpers import make_trainer
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from packtrain.training.sealing import is_sealed
+from packtrain.training.checkpoints.sealing import is_sealed
 from tests.faults.runs import (
     STEPS,
     log_of,

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from packtrain.training.activations import (
+from packtrain.training.memory.activations import (
     COUNTING,
     activation_formula,
     count_activations,

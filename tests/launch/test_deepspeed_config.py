@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import pytest
 
 from packtrain.errors import LaunchError
-from packtrain.training.deepspeed_config import GATHER_KEY, TOP_LEVEL_KEYS, deepspeed_config
+from packtrain.training.engines.deepspeed_config import GATHER_KEY, TOP_LEVEL_KEYS, deepspeed_config
 
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
 PLAN = dict(world_size=2, gradient_accumulation_steps=4, use_cpu=False, env={})

@@ -9,10 +9,10 @@ import torch
 from transformers import TrainingArguments
 
 from packtrain.errors import LaunchError
-from packtrain.training.engine import Engine, asked_engine, differences, fit
-from packtrain.training.memory_plan import parse_bytes
-from packtrain.training.resharding import mend_resumed_optimizer, prepare_resume
-from packtrain.training.state_bytes import state_bytes
+from packtrain.training.checkpoints.resharding import mend_resumed_optimizer, prepare_resume
+from packtrain.training.engines.engine import Engine, asked_engine, differences, fit
+from packtrain.training.memory.plan import parse_bytes
+from packtrain.training.memory.state_bytes import state_bytes
 from tests.training.helpers import make_trainer
 
 ZERO2 = Engine(

@@ -11,7 +11,7 @@ import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
-from packtrain.training.deepspeed_config import deepspeed_config, offload_devices
+from packtrain.training.engines.deepspeed_config import deepspeed_config, offload_devices
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "launch").glob("*.yaml"))

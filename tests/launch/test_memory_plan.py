@@ -13,8 +13,8 @@ from packtrain.objectives.causal import causal_lm_losses
 from packtrain.packing.collator import PackCollator
 from packtrain.packing.plan import make_plan
 from packtrain.recipe import load_recipe
-from packtrain.training.activations import activation_formula
-from packtrain.training.memory_plan import (
+from packtrain.training.memory.activations import activation_formula
+from packtrain.training.memory.plan import (
     MemoryPlan,
     MicroBatchSize,
     ModelMemory,
@@ -23,7 +23,7 @@ from packtrain.training.memory_plan import (
     parameters_of,
     plan_memory,
 )
-from packtrain.training.memory_states import Line
+from packtrain.training.memory.states import Line
 
 RECIPE = "recipes/quickstart.yaml"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from packtrain.training.memory_states import DEVICE, ENGINES, HOST, NVME, Parameters, model_states
+from packtrain.training.memory.states import DEVICE, ENGINES, HOST, NVME, Parameters, model_states
 
 P = 1_200_000
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from packtrain.errors import LaunchError
-from packtrain.training.relaunch import find_launch_file, launch_command, relaunch
+from packtrain.training.engines.relaunch import find_launch_file, launch_command, relaunch
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]

@@ -18,7 +18,7 @@ import torch
 from transformers import TrainerCallback
 
 from packtrain.recipe import load_recipe
-from packtrain.training.engine import fit, leave
+from packtrain.training.engines.engine import fit, leave
 from packtrain.training.run import build_trainer
 
 

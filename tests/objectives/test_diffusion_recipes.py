@@ -12,7 +12,7 @@ from rich.console import Console
 
 from packtrain.cli import main
 from packtrain.errors import PacktrainError, PlanError, RecipeError
-from packtrain.experiments.rainbow_verbs import evaluate, sample
+from packtrain.experiments.rainbow.verbs import evaluate, sample
 from packtrain.packing.plan import make_plan
 from packtrain.recipe import load_recipe
 from packtrain.training.inputs import load_inputs, plan_training

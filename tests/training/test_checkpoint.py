@@ -6,8 +6,8 @@ import pytest
 from transformers import TrainerCallback
 
 from packtrain.errors import CheckpointError
-from packtrain.training.changes import HIDDEN, redacted
-from packtrain.training.sealing import MANIFEST, UNFINISHED, begin, is_sealed, read_manifest, seal, verify
+from packtrain.training.checkpoints.changes import HIDDEN, redacted
+from packtrain.training.checkpoints.sealing import MANIFEST, UNFINISHED, begin, is_sealed, read_manifest, seal, verify
 from tests.training.helpers import make_trainer
 
 

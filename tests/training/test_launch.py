@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from packtrain.errors import LaunchError
-from packtrain.training.launch import asked_world_size, check_processes
+from packtrain.training.engines.launch import asked_world_size, check_processes
 
 
 def test_world_size_is_the_launchers():

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from packtrain.errors import ModelError, PacktrainError
 from packtrain.recipe import load_recipe
+from packtrain.training.checkpoints.sealing import read_manifest, verify
 from packtrain.training.run import train
-from packtrain.training.sealing import read_manifest, verify
 
 RECIPE = """
 model:

@@ -28,13 +28,13 @@ from transformers import TrainerCallback, TrainingArguments
 
 from packtrain.errors import LaunchError
 from packtrain.modeling.loading import count_parameters
-from packtrain.training.deepspeed_config import offload_devices
-from packtrain.training.launch import asked_world_size
+from packtrain.training.checkpoints.resharding import mend_resumed_optimizer, prepare_resume
+from packtrain.training.checkpoints.sealing import read_manifest
+from packtrain.training.engines.deepspeed_config import offload_devices
+from packtrain.training.engines.launch import asked_world_size
 from packtrain.training.loader import worker_failure
-from packtrain.training.out_of_memory import is_out_of_memory, of_optimizer
-from packtrain.training.resharding import mend_resumed_optimizer, prepare_resume
-from packtrain.training.sealing import read_manifest
-from packtrain.training.state_bytes import state_bytes
+from packtrain.training.memory.out_of_memory import is_out_of_memory, of_optimizer
+from packtrain.training.memory.state_bytes import state_bytes
 from packtrain.training.stops import StopOnSignal
 
 if TYPE_CHECKING:

@@ -30,9 +30,9 @@ from accelerate.utils import DistributedType
 from transformers.trainer import TRAINER_STATE_NAME
 
 from packtrain.errors import CheckpointError, LaunchError
-from packtrain.training.deepspeed_config import offload_devices
-from packtrain.training.restricted import restricted_unpickling
-from packtrain.training.sealing import MANIFEST, begin, read_manifest, seal, verify
+from packtrain.training.checkpoints.restricted import restricted_unpickling
+from packtrain.training.checkpoints.sealing import MANIFEST, begin, read_manifest, seal, verify
+from packtrain.training.engines.deepspeed_config import offload_devices
 
 if TYPE_CHECKING:
     from packtrain.training.trainer import PackTrainer
@@ -120,7 +120,7 @@ def _to_universal(shards: Path) -> None:
     begin(target)
     folders = ["--input_folder", str(shards), "--output_folder", str(target)]
     done = subprocess.run(
-        [sys.executable, "-m", "packtrain.training.restricted", *folders, "--inject_missing_state"],
+        [sys.executable, "-m", "packtrain.training.checkpoints.restricted", *folders, "--inject_missing_state"],
         capture_output=True,
         text=True,
     )

@@ -29,13 +29,13 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from packtrain.errors import PacktrainError, RecipeError
-from packtrain.experiments.results import slug
-from packtrain.experiments.trainers import PACKTRAIN, TRAINERS
+from packtrain.experiments.comparison.results import slug
+from packtrain.experiments.comparison.trainers import PACKTRAIN, TRAINERS
 from packtrain.packing.strategies import STRATEGIES, resolve_strategy
 from packtrain.recipe import Recipe, load_recipe
 from packtrain.recipe.values import Mapping, Positive, Text, Whole, check, did_you_mean
 from packtrain.recipe.yaml_source import Source
-from packtrain.training.changes import redacted
+from packtrain.training.checkpoints.changes import redacted
 
 KEYS: dict[str, Any] = {
     "base": Text,

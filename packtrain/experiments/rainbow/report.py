@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from packtrain.errors import PacktrainError
-from packtrain.experiments.rainbow_pictures import draw_trained
+from packtrain.experiments.rainbow.pictures import draw_trained
 
 BASELINE = "eos"
 COLUMNS = {  # field -> heading
@@ -154,7 +154,7 @@ def report(directory: Path, tails: Sequence[str], *, command: str) -> str:
         "# Tails, trained",
         f"Walks over {walks['places']} places ({walks['last_places']} of them last) with {walks['keys']} keys, at most "
         f"{walks['longest']} places long and {reference:.2f} on average, every place worded in {walks['wordings']} equally "
-        f"good ways (`packtrain/experiments/rainbow_walks.py`). A Llama with {ran['layers']} layer(s) of width "
+        f"good ways (`packtrain/experiments/rainbow/walks.py`). A Llama with {ran['layers']} layer(s) of width "
         f"{ran['hidden_size']} that attends both ways: {ran['base_steps']:,} updates of {ran['examples_per_step']} examples "
         f"without tails, then {ran['tune_steps']:,} with each tail from that same model, canvases up to "
         f"{ran['largest_canvas']} sampled. {ran['prompts']} fresh prompts, one token a step, the surest first, no "

@@ -191,7 +191,7 @@ def markdown_table(outcomes: Sequence[Outcome], canvas: int) -> str:
 
 def write_results(outcomes: Sequence[Outcome], directory: Path) -> None:
     """`oracle.json`, `oracle.md` and, where matplotlib is installed, `oracle.png`."""
-    from packtrain.experiments.rainbow_pictures import draw_oracle
+    from packtrain.experiments.rainbow.pictures import draw_oracle
 
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "oracle.json").write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=1) + "\n")

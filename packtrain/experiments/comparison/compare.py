@@ -10,7 +10,6 @@ out, and it is tried again when the command is.
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import signal
 import sys
@@ -18,9 +17,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from packtrain.errors import PacktrainError
-from packtrain.experiments.experiment import Experiment, Variant, load_experiment, with_settings
-from packtrain.experiments.results import End, add_end, read_run, run_path, write_manifest
+from packtrain.experiments.comparison.experiment import Experiment, Variant, load_experiment, with_settings
+from packtrain.experiments.comparison.results import End, add_end, read_run, run_path, write_manifest
 
 Say = Callable[[str], None]
 
@@ -43,8 +41,8 @@ def compare(
     Raises:
         PacktrainError: the recipe is wrong, or the directory holds another experiment.
     """
-    from packtrain.experiments.manifest import about_data, check_same, make_manifest
-    from packtrain.experiments.report import write_report
+    from packtrain.experiments.comparison.manifest import about_data, check_same, make_manifest
+    from packtrain.experiments.comparison.report import write_report
 
     experiment = load_experiment(path, overrides)
     directory = Path(output_dir) if output_dir else Path("results") / f"compare_{experiment.name}"
@@ -81,7 +79,7 @@ def run_rounds(experiment: Experiment, directory: Path, say: Say) -> None:
 
 def _run(context: Any, experiment: Experiment, number: int, variant: Variant, directory: Path) -> End:
     """One run in a process of its own; a process that dies leaves a run that says so."""
-    from packtrain.experiments.worker import Job, work
+    from packtrain.experiments.comparison.worker import Job, work
 
     turn, path = experiment.rounds[number], run_path(directory, number, variant.name)
     path.unlink(missing_ok=True)
@@ -115,31 +113,9 @@ def _context() -> Any:
     if sys.platform != "linux" or Path("/proc/driver/nvidia").exists():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["packtrain.experiments.worker"])
+    context.set_forkserver_preload(["packtrain.experiments.comparison.worker"])
     return context
 
 
 def _finished(path: Path, number: int, variant: str) -> bool:
     return path.exists() and not read_run(path, round=number, variant=variant).failed
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m packtrain.experiments.compare RECIPE [--set key=value] [--out DIR]`."""
-    parser = argparse.ArgumentParser(prog="packtrain compare", description=__doc__.splitlines()[0])
-    parser.add_argument("recipe")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
-    parser.add_argument("--out", metavar="DIR")
-    args = parser.parse_args(argv)
-    try:
-        compare(args.recipe, args.overrides, output_dir=args.out, say=lambda line: print(line, flush=True))
-    except PacktrainError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; run the same command to continue", file=sys.stderr)
-        return 130
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,9 +7,9 @@ import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from packtrain.experiments.statistics import Spread
-from packtrain.experiments.summary import Row, Summary
-from packtrain.experiments.verdict import Sentence, note, small
+from packtrain.experiments.comparison.statistics import Spread
+from packtrain.experiments.comparison.summary import Row, Summary
+from packtrain.experiments.comparison.verdict import Sentence, note, small
 
 ABSENT = ""
 

@@ -18,8 +18,8 @@ from torch.utils.data import Sampler
 from transformers import DataCollatorWithFlattening, PrinterCallback, Trainer, TrainingArguments
 
 from packtrain.data.examples import Examples
-from packtrain.experiments.measure import Measured
-from packtrain.experiments.trainers import TRAINERS
+from packtrain.experiments.comparison.measure import Measured
+from packtrain.experiments.comparison.trainers import TRAINERS
 from packtrain.packing.plan import Plan
 from packtrain.recipe import Recipe
 from packtrain.training.inputs import Inputs

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from packtrain.experiments.plots import family, short
-from packtrain.experiments.results import Run
-from packtrain.experiments.summary import Row, Summary
-from packtrain.experiments.theme import COLOURS, LINES, drawing
+from packtrain.experiments.comparison.plots import family, short
+from packtrain.experiments.comparison.results import Run
+from packtrain.experiments.comparison.summary import Row, Summary
+from packtrain.experiments.comparison.theme import COLOURS, LINES, drawing
 
 SMOOTHING = 5  # updates of the running mean of a training loss
 AXES = (("update", "updates"), ("tokens", "real tokens seen"), ("seconds", "seconds in updates"))

@@ -7,10 +7,10 @@ from typing import Any
 
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from packtrain.experiments.plots import short
-from packtrain.experiments.results import PICTURED_RANKS
-from packtrain.experiments.summary import Summary
-from packtrain.experiments.theme import BLOCKS, COLOURS, drawing
+from packtrain.experiments.comparison.plots import short
+from packtrain.experiments.comparison.results import PICTURED_RANKS
+from packtrain.experiments.comparison.summary import Summary
+from packtrain.experiments.comparison.theme import BLOCKS, COLOURS, drawing
 
 MOST_ROWS = 48  # of one micro-batch
 MOST_MICRO_BATCHES = 4

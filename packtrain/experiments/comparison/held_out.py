@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from transformers import TrainerCallback
 
-from packtrain.experiments.results import HeldOut, RunWriter
+from packtrain.experiments.comparison.results import HeldOut, RunWriter
 from packtrain.objectives.objective import Objective
 from packtrain.training.loader import PlanLoader
 from packtrain.training.trainer import document_of

@@ -22,9 +22,9 @@ from transformers import TrainerCallback
 from packtrain.errors import OutOfMemory, PacktrainError
 from packtrain.packing.collator import MicroBatches
 from packtrain.packing.plan import MicroBatch
-from packtrain.training.activations import activation_formula
-from packtrain.training.memory import peak_memory
-from packtrain.training.memory_plan import MicroBatchSize, sampled_micro_batches
+from packtrain.training.memory.activations import activation_formula
+from packtrain.training.memory.peak import peak_memory
+from packtrain.training.memory.plan import MicroBatchSize, sampled_micro_batches
 
 if TYPE_CHECKING:
     from packtrain.training.trainer import PackTrainer

@@ -24,9 +24,9 @@ from transformers import TrainerCallback
 
 from packtrain.errors import CheckpointError, PacktrainError
 from packtrain.recipe import Recipe
-from packtrain.training.changes import changes, redacted
-from packtrain.training.resharding import added_later
-from packtrain.training.sealing import MANIFEST, UNFINISHED, begin, is_sealed, read_manifest, seal, verify
+from packtrain.training.checkpoints.changes import changes, redacted
+from packtrain.training.checkpoints.resharding import added_later
+from packtrain.training.checkpoints.sealing import MANIFEST, UNFINISHED, begin, is_sealed, read_manifest, seal, verify
 from packtrain.training.summary import package_versions
 
 if TYPE_CHECKING:

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from packtrain.experiments.flops import peak_flops
-from packtrain.experiments.results import HeldOut, Run, Update
-from packtrain.experiments.statistics import Ratio, Spread, largest_relative_difference, paired_ratio, spread
-from packtrain.experiments.trainers import PACKTRAIN
+from packtrain.experiments.comparison.flops import peak_flops
+from packtrain.experiments.comparison.results import HeldOut, Run, Update
+from packtrain.experiments.comparison.statistics import Ratio, Spread, largest_relative_difference, paired_ratio, spread
+from packtrain.experiments.comparison.trainers import PACKTRAIN
 
 PHASES = ("data", "forward", "backward", "optimizer")
 

@@ -6,9 +6,7 @@ are laid side by side in one page, with a table of their ratios first.
 
 from __future__ import annotations
 
-import argparse
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -18,19 +16,18 @@ import jinja2
 import yaml
 from markupsafe import Markup, escape
 
-from packtrain.errors import PacktrainError
-from packtrain.experiments import plots
-from packtrain.experiments.cover import cover
-from packtrain.experiments.curves import losses
-from packtrain.experiments.pictures import packing_pictures, rank_pictures
-from packtrain.experiments.results import PICTURED_RANKS, read_manifest, read_runs, write_atomically
-from packtrain.experiments.summary import Row, Summary, summarise
-from packtrain.experiments.tables import columns, csv_text, markdown
-from packtrain.experiments.verdict import note, verdict
+from packtrain.experiments.comparison import plots
+from packtrain.experiments.comparison.cover import cover
+from packtrain.experiments.comparison.curves import losses
+from packtrain.experiments.comparison.pictures import packing_pictures, rank_pictures
+from packtrain.experiments.comparison.results import PICTURED_RANKS, read_manifest, read_runs, write_atomically
+from packtrain.experiments.comparison.summary import Row, Summary, summarise
+from packtrain.experiments.comparison.tables import columns, csv_text, markdown
+from packtrain.experiments.comparison.verdict import note, verdict
 from packtrain.training.summary import name_machine
 
 REPORT, COVER = "report.html", "speed.svg"
-TEMPLATES = files("packtrain.experiments") / "templates"
+TEMPLATES = files("packtrain.experiments.comparison") / "templates"
 GROUPS = (
     ("the same updates as plain padding", lambda row: row.keeps_updates and not row.is_peer),
     ("packed over the whole epoch: other updates", lambda row: not row.keeps_updates and not row.is_peer),
@@ -218,21 +215,3 @@ def _short(count: int) -> str:
 def _code(text: str) -> Markup:
     """Escaped text in which `words` between backticks are code."""
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m packtrain.experiments.report DIR [DIR...] [--out FILE]`."""
-    parser = argparse.ArgumentParser(prog="packtrain report", description=__doc__.splitlines()[0])
-    parser.add_argument("directories", nargs="+", metavar="DIR")
-    parser.add_argument("--out", metavar="FILE")
-    args = parser.parse_args(argv)
-    try:
-        print(write_report(args.directories, out=args.out))
-    except PacktrainError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,8 +8,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from packtrain.experiments.summary import PHASES, Row, Summary, window
-from packtrain.experiments.theme import COLOURS, drawing
+from packtrain.experiments.comparison.summary import PHASES, Row, Summary, window
+from packtrain.experiments.comparison.theme import COLOURS, drawing
 
 BEHIND_TEXT = {"facecolor": COLOURS["card"], "edgecolor": "none", "pad": 0.8}
 

@@ -17,7 +17,7 @@ import yaml
 from packtrain.errors import LaunchError
 from packtrain.recipe.values import did_you_mean
 
-CHECKOUT = Path(__file__).parents[2]
+CHECKOUT = Path(__file__).parents[3]
 
 
 def relaunch(name: str, arguments: Sequence[str]) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from packtrain.experiments.statistics import Ratio
-from packtrain.experiments.summary import Row, Summary, ratio_between
+from packtrain.experiments.comparison.statistics import Ratio
+from packtrain.experiments.comparison.summary import Row, Summary, ratio_between
 
 SAME_CURVE = 1e-3  # relative: float32 in another order of summation stays far below, another set of examples far above
 FEW_ROUNDS = 3

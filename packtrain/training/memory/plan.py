@@ -21,14 +21,14 @@ from packtrain.errors import PlanError
 from packtrain.packing.accumulation import micro_batch_tokens
 from packtrain.packing.plan import MicroBatch, Plan
 from packtrain.recipe import Recipe
-from packtrain.training.activations import (
+from packtrain.training.memory.activations import (
     COUNTING,
     Activations,
     activation_formula,
     count_activations,
     register_counting_attention,
 )
-from packtrain.training.memory_states import DEVICE, EXACT, Line, Parameters, model_states
+from packtrain.training.memory.states import DEVICE, EXACT, Line, Parameters, model_states
 
 if TYPE_CHECKING:
     from torch import nn

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import re
 
-from packtrain.experiments.plots import BEHIND_TEXT, drawn_ends, family
-from packtrain.experiments.summary import Row, Summary
-from packtrain.experiments.theme import COLOURS, drawing
-from packtrain.experiments.verdict import SAME_CURVE, headliner, signed
+from packtrain.experiments.comparison.plots import BEHIND_TEXT, drawn_ends, family
+from packtrain.experiments.comparison.summary import Row, Summary
+from packtrain.experiments.comparison.theme import COLOURS, drawing
+from packtrain.experiments.comparison.verdict import SAME_CURVE, headliner, signed
 
 WIDTH = 7.6  # inches
 MARGIN = 10  # points

@@ -20,17 +20,17 @@ from rich.console import Console
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-from packtrain.experiments.experiment import with_settings
-from packtrain.experiments.flops import training_flops
-from packtrain.experiments.held_out import EvaluateHeldOut
-from packtrain.experiments.measure import Measured, Recorder, RunFailed, WriteUpdates
-from packtrain.experiments.peers import as_peer, build_peer
-from packtrain.experiments.results import PICTURED_RANKS, End, RunWriter
-from packtrain.experiments.trainers import PACKTRAIN, TRAINERS
+from packtrain.experiments.comparison.experiment import with_settings
+from packtrain.experiments.comparison.flops import training_flops
+from packtrain.experiments.comparison.held_out import EvaluateHeldOut
+from packtrain.experiments.comparison.measure import Measured, Recorder, RunFailed, WriteUpdates
+from packtrain.experiments.comparison.peers import as_peer, build_peer
+from packtrain.experiments.comparison.results import PICTURED_RANKS, End, RunWriter
+from packtrain.experiments.comparison.trainers import PACKTRAIN, TRAINERS
 from packtrain.packing.plan import Plan
 from packtrain.recipe import Recipe
 from packtrain.training.inputs import plan_training
-from packtrain.training.memory import peak_memory, reset_peak
+from packtrain.training.memory.peak import peak_memory, reset_peak
 from packtrain.training.run import build_trainer
 from packtrain.training.trainer import PackTrainer
 

@@ -21,8 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from packtrain.data.tails import TailedExamples
 from packtrain.errors import PacktrainError
-from packtrain.experiments.rainbow_evaluation import Judge, Measured, Verdict, markdown, measure
-from packtrain.experiments.rainbow_pictures import draw_lengths, draw_unmasking
+from packtrain.experiments.rainbow.evaluation import Judge, Measured, Verdict, markdown, measure
+from packtrain.experiments.rainbow.pictures import draw_lengths, draw_unmasking
 from packtrain.modeling.attention import NAME
 from packtrain.modeling.loading import load_config, load_model, load_tokenizer
 from packtrain.modeling.tail_tokens import TailTokens

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from packtrain.experiments.oracle import Outcome
-    from packtrain.experiments.rainbow_evaluation import Measured
-    from packtrain.experiments.rainbow_report import Setting
+    from packtrain.experiments.rainbow.evaluation import Measured
+    from packtrain.experiments.rainbow.oracle import Outcome
+    from packtrain.experiments.rainbow.report import Setting
     from packtrain.objectives.sampling import Samples
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ def pyplot():
 
 def draw_oracle(outcomes: Sequence[Outcome], path: Path) -> None:
     """Heat maps, one per canvas: tails down, ambiguity across, the share of exact ends as colour and figure."""
-    from packtrain.experiments.oracle import tail_name
+    from packtrain.experiments.rainbow.oracle import tail_name
 
     if (plt := pyplot()) is None:
         return

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from packtrain.errors import PacktrainError, hidden
-from packtrain.experiments.experiment import Experiment, portable, shown_path, with_settings
-from packtrain.experiments.recommend import recommend
-from packtrain.experiments.results import MANIFEST, read_manifest
+from packtrain.experiments.comparison.experiment import Experiment, portable, shown_path, with_settings
+from packtrain.experiments.comparison.recommend import recommend
+from packtrain.experiments.comparison.results import MANIFEST, read_manifest
 from packtrain.recipe import Recipe
 from packtrain.training.cached import find_cost, find_training_examples
 from packtrain.training.inputs import load_inputs

@@ -2,7 +2,7 @@
 
     python -m packtrain.experiments.rainbow --seeds 0 1 2
 
-The task is `rainbow_walks`. A tiny bidirectional Llama first learns to walk from answers without tails; each tail then
+The task is `walks.py`. A tiny bidirectional Llama first learns to walk from answers without tails; each tail then
 tunes a copy of it. Results go to `results/rainbow/trained/`, one file per seed and tail as soon as it is done, and a
 table with pictures and a verdict at the end; what is there already is not trained again.
 """
@@ -24,10 +24,10 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from packtrain.data.tails import Canvas, Tail, TailedExamples
-from packtrain.experiments.rainbow_evaluation import Judge, Measured, Verdict, measure
-from packtrain.experiments.rainbow_pictures import draw_unmasking
-from packtrain.experiments.rainbow_report import report
-from packtrain.experiments.rainbow_walks import EOS, FILLER, FIRST_PAD, FIRST_WORD, MASK, PADS, Walks
+from packtrain.experiments.rainbow.evaluation import Judge, Measured, Verdict, measure
+from packtrain.experiments.rainbow.pictures import draw_unmasking
+from packtrain.experiments.rainbow.report import report
+from packtrain.experiments.rainbow.walks import EOS, FILLER, FIRST_PAD, FIRST_WORD, MASK, PADS, Walks
 from packtrain.modeling.attention import register
 from packtrain.objectives.diffusion import make_bidirectional, masked_diffusion, sums_by_part
 from packtrain.objectives.generation import generate
@@ -242,7 +242,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run(Settings(), seeds=options.seeds, directory=options.output_dir, scratch=options.scratch)
     command = f"python -m packtrain.experiments.rainbow --seeds {' '.join(map(str, options.seeds))}"
     print(report(options.output_dir, list(TAILS), command=command))
-
-
-if __name__ == "__main__":
-    main()

@@ -27,8 +27,8 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from packtrain.errors import PacktrainError
-from packtrain.experiments.results import Update
-from packtrain.training.memory import peak_memory
+from packtrain.experiments.comparison.results import Update
+from packtrain.training.memory.peak import peak_memory
 
 Mark = float | torch.cuda.Event
 Batch = Mapping[str, Any]

@@ -1,0 +1,1 @@
+"""`packtrain compare`: variants run side by side, and the report of it."""

@@ -1,0 +1,1 @@
+"""Tails of diffusion models: the oracle, the trained experiment, `packtrain sample` and `evaluate`."""

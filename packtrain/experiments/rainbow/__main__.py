@@ -1,0 +1,5 @@
+"""`python -m packtrain.experiments.rainbow`."""
+
+from packtrain.experiments.rainbow.trained import main
+
+main()
