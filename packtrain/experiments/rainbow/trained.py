@@ -57,7 +57,7 @@ class Settings:
     hidden_size: int = 64
     layers: int = 1  # enough to take one step and to stop; more would see more steps ahead
     rows: int = 20_000
-    examples_per_step: int = 32
+    examples_per_step: int = 16
     base_steps: int = 2000
     tune_steps: int = 3000
     learning_rate: float = 3e-3
