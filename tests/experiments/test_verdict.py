@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from packtrain.experiments.comparison.results import Update
 from packtrain.experiments.comparison.summary import summarise
-from packtrain.experiments.comparison.verdict import headliner, verdict
+from packtrain.experiments.comparison.verdict import alike_until, headliner, verdict
 from tests.experiments.synthetic_runs import make_manifest, make_run
 
 OURS = [("pad_longest", "packtrain", True), ("balanced", "packtrain", True)]
@@ -44,8 +47,23 @@ def test_an_unequal_loss_is_said():
     assert "its training loss differs by up to 2.0% in one of 6 updates" in text and "same loss" not in text
     assert texts(summary, "loss") == [
         "`balanced` sees the same examples in the same updates, but its training loss departs from that of "
-        "`pad_longest` by up to 2.0% (relative)."
+        "`pad_longest` by up to 2.0% (relative); held-out at the end 4.4880 against 4.4000."
     ]
+
+
+def test_losses_that_drift_apart_are_told_from_losses_that_differ():
+    """Rounding grows: four updates alike, then apart. Unequal from the first update is the test above."""
+    drifting = runs_of("balanced", 240.0, 244.8, 235.2)
+    late = [
+        Update(**vars(update) | {"loss": update.loss * (1.03 if update.update > 4 else 1)})
+        for update in drifting[0].updates
+    ]
+    drifting[0] = replace(drifting[0], updates=late)
+    summary = summary_of(OURS, REFERENCE, drifting)
+    assert alike_until(summary.row("balanced"), summary.reference) == 4
+    assert (
+        "lies within 0.1% of that of `pad_longest` for the first 4 updates, then departs" in texts(summary, "loss")[0]
+    )
 
 
 def test_no_loss_is_claimed_where_none_was_measured():

@@ -195,6 +195,8 @@ def side_by_side(summaries: Sequence[Summary]) -> list[list[str]]:
         row = next((row for row in summary.rows if row.name == name), None)
         if row is None:
             return ""
+        if name == summary.manifest["reference"] and row.speed:
+            return "1"
         return "failed" if row.failure and row.speed is None else row.speed.text() if row.speed else ""
 
     return [head, *([name, *(cell(summary, name) for summary in summaries)] for name in names)]

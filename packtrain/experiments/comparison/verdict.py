@@ -93,7 +93,25 @@ def _same_loss(row: Row, reference: Row) -> str:
     updates = min(len(row.learning_runs[0].updates), len(reference.learning_runs[0].updates))
     if difference <= SAME_CURVE:
         return f", with the same loss in every one of {updates:,} updates (largest relative difference {small(difference)})"
-    return f"; its training loss differs by up to {small(difference)} in one of {updates:,} updates"
+    alike = alike_until(row, reference)
+    start = f" lies within {small(SAME_CURVE)} for the first {alike:,} updates, then" if alike else ""
+    return f"; its training loss{start} differs by up to {small(difference)} in one of {updates:,} updates"
+
+
+def alike_until(row: Row, reference: Row) -> int:
+    """Updates from the start in which the training losses agree to `SAME_CURVE`, in every seed.
+
+    Rounding grows from update to update, so the same training in another order of summation ends up apart where
+    it goes on long enough; another training is apart at once.
+    """
+    others = {run.round: run for run in reference.learning_runs}
+    counts = []
+    for run in row.learning_runs:
+        if run.round in others:
+            pairs = list(zip(run.updates, others[run.round].updates, strict=False))
+            apart = (n for n, (a, b) in enumerate(pairs) if not abs(a.loss - b.loss) <= SAME_CURVE * abs(b.loss))
+            counts.append(next(apart, len(pairs)))
+    return min(counts, default=0)
 
 
 def _same_updates(summary: Summary) -> Iterator[Sentence]:
@@ -113,11 +131,22 @@ def _same_updates(summary: Summary) -> Iterator[Sentence]:
         )
     for row in rows:
         if row not in same:
+            alike = alike_until(row, summary.reference)
+            but, start = ("and", f"lies within {small(SAME_CURVE)} of") if alike else ("but", "departs from")
+            end = f" for the first {alike:,} updates, then departs" if alike else ""
             yield Sentence(
                 topic="loss",
-                text=f"{_code(row)} sees the same examples in the same updates, but its training loss departs from that "
-                f"of {_code(summary.reference)} by up to {small(row.loss_difference or 0)} (relative).",
+                text=f"{_code(row)} sees the same examples in the same updates, {but} its training loss {start} that of "
+                f"{_code(summary.reference)}{end} by up to {small(row.loss_difference or 0)} (relative)"
+                f"{_end_beside(row, summary.reference)}.",
             )
+
+
+def _end_beside(row: Row, reference: Row) -> str:
+    """Held-out loss at the end, where losses that drifted apart are compared best."""
+    if row.held_out is None or reference.held_out is None or row.held_out_ratio is None:
+        return ""
+    return f"; held-out at the end {row.held_out:.4f} against {reference.held_out:.4f}"
 
 
 def _peers(subject: Row, summary: Summary) -> Iterator[Sentence]:
