@@ -28,7 +28,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from packtrain.data.examples import Examples
-from packtrain.errors import PacktrainError
+from packtrain.errors import PacktrainError, refused_by
 from packtrain.objectives.causal import CAUSAL_LM
 from packtrain.objectives.logits import output_head
 from packtrain.objectives.objective import Objective, TokenLosses
@@ -100,14 +100,15 @@ class PackTrainer(Trainer):
         self._sums: dict[str, torch.Tensor] = {}  # of the objective's own figures, since the last log
         keep, args = args.save_total_limit, copy.copy(args)
         args.save_total_limit = None  # Trainer would remove the last good checkpoint before the new one is complete
-        super().__init__(
-            model,
-            args,
-            train_dataset=train_examples,
-            eval_dataset=eval_examples,
-            data_collator=collator,
-            **trainer_kwargs,
-        )
+        with refused_by("transformers", "training", vars(args)):
+            super().__init__(
+                model,
+                args,
+                train_dataset=train_examples,
+                eval_dataset=eval_examples,
+                data_collator=collator,
+                **trainer_kwargs,
+            )
         self.model_accepts_loss_kwargs = True  # releases before `loss_is_scaled_for_ga` read this instead
         self._head = output_head(self.accelerator.unwrap_model(self.model))
         self.finite = FiniteUpdates(self, on_nonfinite, max_skipped_updates)
