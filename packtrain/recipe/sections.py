@@ -145,6 +145,7 @@ _REFINED: dict[str, dict[str, Any]] = {
         "output_dir": Text,
         "seed": Seed,
         "data_seed": Seed | None,
+        "dataloader_num_workers": Annotated[Whole, Field(ge=0), "a whole number from 0 on"],
         "gradient_accumulation_steps": Positive | Literal["auto"],
         "fsdp": Flag | Text | list[Text],  # annotated `str | None`, documented as `fsdp=True`
     },

@@ -11,12 +11,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from rich.console import Console
 
-from packtrain.errors import PacktrainError
-from packtrain.recipe import load_recipe
-from packtrain.training.run import train
-from tests.faults.runs import write_recipe
+from tests.faults.runs import log_of, run, write_recipe
 
 SETTINGS = {
     "training": [
@@ -81,37 +77,32 @@ SETTINGS = {
     ],
 }  # fmt: skip
 EVERY = [setting for section in SETTINGS.values() for setting in section]
-PAIRS = [random.Random(seed).sample(EVERY, 2) for seed in range(100)]
+PAIRS = [random.Random(seed).sample(EVERY, 2) for seed in range(40)]
 
 
-def ends_as_it_should(directory: Path, overrides: list[str]) -> bool:
-    """Whether one update was made; a traceback that is not of ours fails the test."""
-    try:
-        train(load_recipe(write_recipe(directory), ["training.max_steps=1", *overrides]), console=Console(quiet=True))
-        return True
-    except PacktrainError as error:
-        assert str(error).strip() and error.exit_code == 2
-        return False
+def trains(directory: Path, overrides: list[str]) -> bool:
+    """Whether the command made its one update, in a process of its own; a traceback fails the test."""
+    recipe = write_recipe(directory)
+    recipe.with_name("log.txt").unlink(missing_ok=True)
+    code = run(recipe, *[word for setting in ["training.max_steps=1", *overrides] for word in ("--set", setting)])
+    said = log_of(recipe)
+    assert code in (0, 2) and "Traceback" not in said, (overrides, code, said[-2000:])
+    assert code == 0 or "error: " in said, overrides
+    return code == 0
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(overrides=st.lists(st.sampled_from(EVERY), min_size=1, max_size=3))
 def test_some_nonsense(tmp_path, overrides):
-    ends_as_it_should(tmp_path, overrides)
+    trains(tmp_path, overrides)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("section", [*SETTINGS, "pairs"])
 def test_much_nonsense(tmp_path, record_property, section):
     tried = PAIRS if section == "pairs" else [[setting] for setting in SETTINGS[section]]
-    trained, traces = 0, []
-    for overrides in tried:
-        try:
-            trained += ends_as_it_should(tmp_path, overrides)
-        except Exception as error:
-            traces.append((overrides, repr(error)))
-    assert not traces
+    trained = [trains(tmp_path, overrides) for overrides in tried]
     record_property("times", len(tried))
-    record_property("note", f"{len(tried) - trained} refused")
-    assert 0 < trained < len(tried)  # control: not everything is refused
+    record_property("note", f"{len(tried) - sum(trained)} refused")
+    assert any(trained) and not all(trained)  # control: not everything is refused
