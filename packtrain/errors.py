@@ -7,7 +7,8 @@ exits with code 2. Programming mistakes stay `assert`s and plain exceptions.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 HIDDEN = "***"
 _SECRETS = re.compile(
@@ -96,6 +97,26 @@ class Stopped(PacktrainError):
     """A run that was told to stop, and has saved a checkpoint to go on from."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h
+
+
+@contextmanager
+def refused_by(library: str, key: str, names: Iterable[str] = ()) -> Iterator[None]:
+    """Around one call of a library: whatever it raises about the settings it was given becomes a PacktrainError.
+
+    Args:
+        key: of the recipe, whose settings it was given.
+        names: of settings under `key`; one that the message mentions is named.
+    """
+    try:
+        yield
+    except PacktrainError:
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        words = set(re.findall(r"\w+", str(error)))
+        key = next((f"{key}.{name}" for name in names if name in words), key)
+        what = f"{library} refuses it: {type(error).__name__}: {lines[0][:300]}"
+        raise PacktrainError(what, key=key, fix="change or leave out what it names") from error
 
 
 def hidden(text: str) -> str:

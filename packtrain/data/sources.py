@@ -227,7 +227,12 @@ def _is_saved(path: Path) -> bool:
 def _files_of(directory: Path, split: str) -> list[Path]:
     """The data files of a directory that belong to a split."""
     files: dict[str, list[Path]] = {}
-    for path in sorted(directory.rglob("*")):
+    try:
+        paths = sorted(directory.rglob("*"))
+    except OSError as error:
+        fix = "name a directory of data files"
+        raise DataError(f"can't be listed: {error}", key="data.path", value=str(directory), fix=fix) from None
+    for path in paths:
         inside = path.relative_to(directory)
         if path.is_file() and path.suffix.lower() in OPENERS and not any(p.startswith(".") for p in inside.parts):
             words = re.findall("[a-z]+", inside.with_suffix("").as_posix().lower())

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
@@ -31,7 +30,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from packtrain.errors import ModelError
+from packtrain.errors import ModelError, refused_by
 from packtrain.modeling.attention import register
 from packtrain.modeling.hub_errors import explained, first_line
 from packtrain.modeling.tokenizer import train_bpe
@@ -159,7 +158,7 @@ def _config_from_scratch(given: dict[str, Any], tokenizer: PreTrainedTokenizerBa
     settings = of_tokenizer | {name: value for name, value in given.items() if name != "model_type"}
     try:
         config = CONFIG_MAPPING[model_type](**settings)
-    except (ValueError, TypeError, StrictDataclassError) as error:
+    except Exception as error:  # whatever a config class meets in its arithmetic
         reason = str(error.__cause__ or error).strip()
         raise ModelError(f"{model_type} can't be built so: {reason}", key="model.config") from error
     for path, owner, near in _unknown_fields(config, given):
@@ -211,7 +210,8 @@ def load_model(
     with explained(key, model_name_or_path or config.model_type, revision):
         if model_name_or_path is None:
             dtype = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
-            model = _from_scratch(config, dtype=dtype, attn_implementation=attn_implementation)
+            with refused_by("transformers", "model.config", vars(config)):
+                model = _from_scratch(config, dtype=dtype, attn_implementation=attn_implementation)
         else:
             model, found = _auto_class(config).from_pretrained(
                 model_name_or_path,
@@ -260,7 +260,7 @@ def add_lora(model: PreTrainedModel, lora: dict[str, Any], *, gradient_checkpoin
 
     try:
         adapted = get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM", **lora}))
-    except (ValueError, TypeError, ImportError) as error:
+    except Exception as error:  # also of regular expressions and indices that peft does not check
         fix = None
         if "target modules" in str(error).lower():
             linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))

@@ -52,6 +52,7 @@ _DECIDED_BY_US: dict[str, tuple[object, str, str]] = {
     "do_predict": (False, "there is nothing to predict on", "leave it out"),
     "hub_token": (_NEVER, "a secret does not belong in a recipe", "set the environment variable HF_TOKEN"),
 }
+MOST_EPOCHS = 100_000  # every one is planned
 SECRETS = ("training.hub_token",)  # never shown
 
 Settings = Mapping[str, Any]  # "section.key" -> checked value, ours also where it is the default
@@ -89,6 +90,8 @@ def _one_precision(settings: Settings) -> Verdicts:
 def _some_training(settings: Settings) -> Verdicts:
     if settings.get("training.num_train_epochs", 1) <= 0 and settings.get("training.max_steps", -1) <= 0:
         yield "training.num_train_epochs", "trains for no epoch and no step", "set it above 0"
+    if settings.get("training.num_train_epochs", 1) > MOST_EPOCHS:
+        yield "training.num_train_epochs", f"is more than {MOST_EPOCHS:,}", "set training.max_steps instead"
 
 
 def _one_model(settings: Settings) -> Verdicts:

@@ -26,6 +26,9 @@ class _Section(BaseModel):
 VocabSize = Annotated[Whole, Field(ge=264), "a whole number from 264 on"]
 
 
+Seed = Annotated[Whole, Field(ge=0, lt=2**32), "a whole number from 0 to 2^32 - 1"]  # numpy takes no other
+
+
 class ModelSection(_Section):
     """Which model: a pretrained one by name, or one from scratch by `config`."""
 
@@ -140,6 +143,9 @@ SECTIONS = (*OWN_SECTIONS, *LIBRARY_SECTIONS)
 _REFINED: dict[str, dict[str, Any]] = {
     "training": {
         "output_dir": Text,
+        "seed": Seed,
+        "data_seed": Seed | None,
+        "dataloader_num_workers": Annotated[Whole, Field(ge=0), "a whole number from 0 on"],
         "gradient_accumulation_steps": Positive | Literal["auto"],
         "fsdp": Flag | Text | list[Text],  # annotated `str | None`, documented as `fsdp=True`
     },

@@ -14,7 +14,7 @@ import yaml
 from rich.console import Console
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
-from packtrain.errors import PacktrainError
+from packtrain.errors import PacktrainError, refused_by
 from packtrain.modeling.attention import choose_implementation
 from packtrain.modeling.audit import quick_check
 from packtrain.modeling.loading import add_lora, count_parameters, load_config, load_model
@@ -156,7 +156,8 @@ def training_arguments(recipe: Recipe, plan: Plan, *, evaluate: bool) -> Trainin
         gradient_accumulation_steps=plan.gradient_accumulation_steps,
         use_cpu=training["use_cpu"],
     )
-    return TrainingArguments(**training)
+    with refused_by("transformers", "training", training):
+        return TrainingArguments(**training)
 
 
 def _compute_dtype(args: TrainingArguments, recipe: Recipe) -> torch.dtype:

@@ -28,10 +28,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from packtrain.data.examples import Examples
-from packtrain.errors import PacktrainError
+from packtrain.errors import PacktrainError, refused_by
 from packtrain.objectives.causal import CAUSAL_LM
 from packtrain.objectives.logits import output_head
-from packtrain.objectives.objective import Objective, TokenLosses
+from packtrain.objectives.objective import Objective
 from packtrain.packing.collator import MicroBatches, PackCollator
 from packtrain.packing.plan import Plan
 from packtrain.recipe import Recipe
@@ -41,6 +41,7 @@ from packtrain.training.loader import PlanLoader, leave_signals_to_the_run
 from packtrain.training.memory.out_of_memory import ProbeMemory, explained
 from packtrain.training.meters import Meter
 from packtrain.training.nonfinite import FiniteUpdates
+from packtrain.training.sums import add_sums, evaluation_sums, means_of
 
 
 class PackTrainer(Trainer):
@@ -100,14 +101,15 @@ class PackTrainer(Trainer):
         self._sums: dict[str, torch.Tensor] = {}  # of the objective's own figures, since the last log
         keep, args = args.save_total_limit, copy.copy(args)
         args.save_total_limit = None  # Trainer would remove the last good checkpoint before the new one is complete
-        super().__init__(
-            model,
-            args,
-            train_dataset=train_examples,
-            eval_dataset=eval_examples,
-            data_collator=collator,
-            **trainer_kwargs,
-        )
+        with refused_by("transformers", "training", vars(args)):
+            super().__init__(
+                model,
+                args,
+                train_dataset=train_examples,
+                eval_dataset=eval_examples,
+                data_collator=collator,
+                **trainer_kwargs,
+            )
         self.model_accepts_loss_kwargs = True  # releases before `loss_is_scaled_for_ga` read this instead
         self._head = output_head(self.accelerator.unwrap_model(self.model))
         self.finite = FiniteUpdates(self, on_nonfinite, max_skipped_updates)
@@ -223,7 +225,7 @@ class PackTrainer(Trainer):
             batch = self._prepare_inputs(batch)
             with explained(self, batch, "evaluation"):
                 losses = self.objective.losses(model, batch, head=self._head)
-            sums += _evaluation_sums(losses, batch)
+            sums += evaluation_sums(losses, batch)
             if self.objective.sums is not None:
                 add_sums(own, self.objective.sums(losses, batch))
         model.train(was_training)
@@ -288,37 +290,3 @@ class StepEnd(TrainerCallback):
         self.meter.end_step()
         epoch, index = self.plan.locate(state.global_step - 1)
         state.epoch = epoch + (index + 1) / self.plan.steps_in_epoch(epoch)
-
-
-def add_sums(total: dict[str, torch.Tensor], more: dict[str, torch.Tensor]) -> None:
-    """Add to `total` in place: name -> float64 `[2]`, numerator and denominator."""
-    for name, pair in more.items():
-        total[name] = total[name] + pair if name in total else pair
-
-
-def means_of(sums: dict[str, torch.Tensor], skip: tuple[str, ...] = ()) -> dict[str, float]:
-    """Numerator / denominator of each sum that counted anything."""
-    pairs = {name: pair.tolist() for name, pair in sums.items() if name not in skip}
-    return {name: numerator / count for name, (numerator, count) in pairs.items() if count}
-
-
-def _evaluation_sums(losses: TokenLosses, batch: dict[str, Any]) -> torch.Tensor:
-    """float64 `[4]`: sum of nll, supervised tokens, sum over examples of their mean nll, examples."""
-    documents = document_of(batch).flatten()[losses.index]  # [N]
-    count = len(batch["example_ids"])
-    nll = losses.nll.double()
-    per_document = torch.zeros(2, count, dtype=torch.float64, device=nll.device)
-    per_document[0].index_add_(0, documents, nll)
-    per_document[1].index_add_(0, documents, torch.ones_like(nll))
-    scored = per_document[1] > 0
-    means = per_document[0][scored] / per_document[1][scored]
-    return torch.stack([nll.sum(), per_document[1].sum(), means.sum(), scored.sum().double()])
-
-
-def document_of(batch: dict[str, Any]) -> torch.Tensor:
-    """int64, the shape of `labels`: which document of the micro-batch each position belongs to."""
-    if "cu_seq_lens_q" in batch:
-        lengths = batch["cu_seq_lens_q"].diff()  # [S]
-        return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)[None]
-    rows, width = batch["labels"].shape
-    return torch.arange(rows, device=batch["labels"].device)[:, None].expand(rows, width)

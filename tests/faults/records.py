@@ -3,7 +3,7 @@ r"""What a run of the fault-injection suite came to, as a table: a plugin of pyt
     python -m pytest -p tests.faults.records --records results/faults -m "slow or not slow" \
         tests/faults tests/test_recipe.py tests/data/test_bad_rows.py tests/training/test_checkpoint.py
 
-A part of it (`-k`, one file) renews its own lines of the table and leaves the others. A line is a test function with all
+A part of it (some of the files) renews its own lines of the table and leaves the others. A line is a test function with all
 its parameters. `record_property("times", 50)` counts a test fifty times, `record_property("note", ...)` says what it
 measured. A test that fails counts as held 0 times.
 """
@@ -29,18 +29,15 @@ def pytest_configure(config):
 
 class _Records:
     def __init__(self, config: pytest.Config):
-        self.config, self.lines = config, {}
+        self.config, self.lines = config, {}  # id of a test -> what it came to
 
     def pytest_runtest_logreport(self, report: pytest.TestReport):
-        file, _, name = report.nodeid.partition("::")
-        key = (file, name.partition("[")[0])
-        line = self.lines.setdefault(key, {"held": 0, "of": 0, "skipped": 0, "seconds": 0.0, "notes": []})
-        line["seconds"] += report.duration
+        empty = {"held": 0, "of": 0, "skipped": 0, "seconds": 0.0, "notes": []}
+        line = self.lines.setdefault(report.nodeid, empty)
+        line["seconds"] = round(line["seconds"] + report.duration, 2)
         properties = report.user_properties if report.when == "call" else []
         times = sum(value for kind, value in properties if kind == "times") or 1
-        parameters = name.partition("[")[2].rstrip("]")
-        notes = [value for kind, value in properties if kind == "note"]
-        line["notes"] += [f"({parameters}) {note}" if parameters else note for note in notes]
+        line["notes"] += [value for kind, value in properties if kind == "note"]
         if report.skipped:
             line["skipped"] += 1
         elif report.when == "call":
@@ -54,44 +51,47 @@ class _Records:
 
         directory = self.config.getoption("--records")
         directory.mkdir(parents=True, exist_ok=True)
-        about = {"machine": describe_machine() | {"system": platform.system()}, "versions": package_versions()}
-        path, lines = directory / "faults.json", {}
+        machine = describe_machine() | {"system": platform.system()}
+        machine.pop("cores")  # those of this process, which may have been given one
+        found = {"machine": machine, "versions": package_versions(), "tests": self.lines}
+        path = directory / "faults.json"
         if path.exists():
             before = json.loads(path.read_text(encoding="utf-8"))
-            if any(before[key] != value for key, value in about.items()):
+            if any(before[key] != found[key] for key in ("machine", "versions")):
                 pytest.exit(f"{path} is of another machine or other versions; choose another directory", 2)
-            lines = {(line["file"], line["test"]): line for line in before["faults"]}
-        for (file, test), line in self.lines.items():
-            if line["of"] or (file, test) not in lines:
-                lines[file, test] = {"file": file, "test": test, **line, "seconds": round(line["seconds"], 1)}
-        found = about | {"faults": [lines[key] for key in sorted(lines)]}
+            found["tests"] = dict(sorted((before["tests"] | self.lines).items()))
         path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         (directory / "README.md").write_text(page(found), encoding="utf-8")
 
 
 def page(found: dict) -> str:
     """The table of `faults.json`, as Markdown."""
-    held, of = (sum(line[key] for line in found["faults"]) for key in ("held", "of"))
-    seconds = sum(line["seconds"] for line in found["faults"])
-    machine, versions = found["machine"], found["versions"]
-    software = ", ".join(f"{name} {version}" for name, version in versions.items())
-    lines = [
+    tests, machine = found["tests"], found["machine"]
+    held, of, seconds = (sum(line[key] for line in tests.values()) for key in ("held", "of", "seconds"))
+    software = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    text = [
         "# Fault injection",
         "",
         f"{held:,} of {of:,} held, in {seconds / 60:.0f} minutes. Made by",
         "",
         *(line for line in (__doc__ or "").splitlines() if line.startswith("    ")),
         "",
-        f"on {machine['cpu']} ({machine['cores']} cores, {machine.get('memory_gib')} GiB), {machine['system']}; {software}.",
+        f"on {machine['cpu']} ({machine.get('memory_gib')} GiB), {machine['system']}; {software}.",
     ]
-    files = dict.fromkeys(line["file"] for line in found["faults"])
-    for file in files:
+    grouped: dict[str, dict[str, list[tuple[str, dict]]]] = {}  # file -> function -> (parameters, line)
+    for name, line in tests.items():
+        file, _, test = name.partition("::")
+        function, _, parameters = test.partition("[")
+        grouped.setdefault(file, {}).setdefault(function, []).append((parameters.rstrip("]"), line))
+    for file, functions in grouped.items():
         about = (import_module(file.removesuffix(".py").replace("/", ".")).__doc__ or file).splitlines()[0]
-        lines += ["", f"## {about}", "", f"`{file}`", "", "| what | held | seconds | |", "|---|---|---|---|"]
-        for line in found["faults"]:
-            if line["file"] != file:
-                continue
-            what = line["test"].removeprefix("test_").replace("_", " ")
-            more = "; ".join([*line["notes"], *([f"{line['skipped']} skipped"] if line["skipped"] else [])])
-            lines.append(f"| {what} | {line['held']}/{line['of']} | {line['seconds']:.1f} | {more} |")
-    return "\n".join(lines) + "\n"
+        text += ["", f"## {about}", "", f"`{file}`", "", "| what | held | seconds | |", "|---|---|---|---|"]
+        for function, lines in functions.items():
+            held, of, skipped, seconds = (
+                sum(line[key] for _, line in lines) for key in ("held", "of", "skipped", "seconds")
+            )
+            notes = [f"{parameters}: {note}".removeprefix(": ") for parameters, line in lines for note in line["notes"]]
+            notes += [f"{skipped} skipped"] if skipped else []
+            what = function.removeprefix("test_").replace("_", " ")
+            text.append(f"| {what} | {held}/{of} | {seconds:.1f} | {'; '.join(notes)} |")
+    return "\n".join(text) + "\n"

@@ -92,14 +92,23 @@ def _say_into(recipe: Path) -> None:
 # ------------------------------------------------------------------------------------------- several ranks
 
 
-def start_ranks(recipe: Path, ranks: int, *, resume: bool, overrides: Sequence[str] = ()) -> list[ForkServerProcess]:
-    """One process for each rank, as a launcher starts them."""
+def start_ranks(
+    recipe: Path,
+    ranks: int,
+    *,
+    resume: bool,
+    overrides: Sequence[str] = (),
+    trainer_class: type[PackTrainer] | None = None,
+) -> list[ForkServerProcess]:
+    """One process for each rank, as a launcher starts them; with `Reading` unless said otherwise."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     attempt = time.monotonic_ns()
     processes = [
-        CONTEXT.Process(target=_rank, args=(recipe, rank, ranks, port, resume, tuple(overrides), attempt))
+        CONTEXT.Process(
+            target=_rank, args=(recipe, rank, ranks, port, resume, tuple(overrides), attempt, trainer_class)
+        )
         for rank in range(ranks)
     ]
     for process in processes:
@@ -115,7 +124,7 @@ def run_ranks(recipe: Path, ranks: int, **how) -> list[int]:
     return [process.exitcode for process in processes]
 
 
-def _rank(recipe: Path, rank: int, ranks: int, port: int, resume: bool, overrides: Sequence[str], attempt: int) -> None:
+def _rank(recipe, rank: int, ranks: int, port: int, resume: bool, overrides, attempt: int, trainer_class) -> None:
     _say_into(recipe)
     os.environ["ATTEMPT"] = str(attempt)
     if ranks > 1:
@@ -123,7 +132,7 @@ def _rank(recipe: Path, rank: int, ranks: int, port: int, resume: bool, override
         os.environ |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     try:
         loaded = load_recipe(recipe, overrides)
-        train(loaded, resume=resume, console=Console(quiet=rank > 0, width=200), trainer_class=Reading)
+        train(loaded, resume=resume, console=Console(quiet=rank > 0, width=200), trainer_class=trainer_class or Reading)
     except PacktrainError as error:
         print(error, flush=True)
         sys.exit(error.exit_code)

@@ -62,9 +62,9 @@ def test_killed_in_the_middle_of_a_save(tmp_path, unbroken, file):
     resume_and_compare(recipe, weights(unbroken))
 
 
-def killed_at_random_moments(tmp_path, *, times: int, ranks: int) -> str:
+def killed_at_random_moments(tmp_path, *, times: int, ranks: int, seed: int = 0) -> Counter:
     """Of a run that saves every update: one rank, or all at once. Returns what happened."""
-    draw, whole = random.Random(ranks), write_recipe(tmp_path / "whole")
+    draw, whole = random.Random(10 * seed + ranks), write_recipe(tmp_path / "whole")
     processes = start_ranks(whole, ranks, resume=False)
     wait_for(processes[0], lambda: training(whole))
     began = time.monotonic()
@@ -80,30 +80,29 @@ def killed_at_random_moments(tmp_path, *, times: int, ranks: int) -> str:
         wait_for(processes[0], lambda recipe=recipe: training(recipe))
         time.sleep(draw.uniform(0, 0.9) * seconds)
         which = draw.choice([[rank] for rank in range(ranks)] + [list(range(ranks))])
-        happened["within an update or a save"] += all(process.is_alive() for process in processes)
+        happened["before the end"] += all(process.is_alive() for process in processes)
         kill(processes, which)
         happened["within a save"] += bool(list((recipe.parent / "run").glob(f"checkpoint-*/{UNFINISHED}")))
         resume_and_compare(recipe, expected, reads, ranks)
         assert lost_or_repeated(what_counts(recipe)) == 0
-    assert happened["within a save"] and happened["within an update or a save"] > times / 2
-    return ", ".join(f"{count} {where}" for where, count in happened.items()) + "; 0 examples lost or repeated"
+    return happened
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("part", range(5))
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_killed_at_fifty_random_moments(tmp_path, record_property, ranks):
-    record_property("note", killed_at_random_moments(tmp_path, times=50, ranks=ranks))
-    record_property("times", 50)
+def test_killed_at_fifty_random_moments(tmp_path, record_property, ranks, part):
+    """In five parts of ten."""
+    happened = killed_at_random_moments(tmp_path, times=10, ranks=ranks, seed=part)
+    record_property("times", 10)
+    record_property("note", ", ".join(f"{count} {when}" for when, count in happened.items()))
+    assert happened["before the end"] > 5
 
 
 def test_two_ranks_killed_at_two_random_moments(tmp_path):
     """The short form of the above."""
-    try:
-        killed_at_random_moments(tmp_path, times=2, ranks=2)
-    except AssertionError as error:
-        if "happened" not in str(error):  # of so few, none may have been within a save
-            raise
+    assert killed_at_random_moments(tmp_path, times=2, ranks=2).total()
 
 
 def test_an_example_that_is_lost_or_repeated_would_be_found():

@@ -8,7 +8,8 @@ from transformers import TrainerCallback
 from packtrain.errors import CheckpointError
 from packtrain.training.checkpoints.changes import HIDDEN, redacted
 from packtrain.training.checkpoints.sealing import MANIFEST, UNFINISHED, begin, is_sealed, read_manifest, seal, verify
-from tests.training.helpers import make_trainer
+from packtrain.training.engines.engine import fit
+from tests.training.helpers import make_trainer, tiny_examples
 
 
 def saving(output_dir, **training):
@@ -107,3 +108,21 @@ def test_secrets_stay_out():
     assert redacted(tree)["data"]["path"] == f"https://{HIDDEN}@host/rows.jsonl"
     assert redacted(tree)["model"]["config"] == {"api_key": HIDDEN, "pad_token": "<pad>", "max_tokens": 3}
     assert redacted(tree)["training"]["hub_model_id"] == "me/model"
+
+
+def test_every_door_verifies(tmp_path):
+    """`fit` and `train` as well as the command line; True is the newest that holds."""
+    saving(tmp_path, max_steps=4).train()
+    path = tmp_path / "checkpoint-4/optimizer.pt"
+    path.write_bytes(path.read_bytes()[:-1])
+    for open_door in (
+        lambda: fit(saving(tmp_path, max_steps=4), str(path.parent)),
+        lambda: saving(tmp_path, max_steps=4).train(resume_from_checkpoint=str(path.parent)),
+    ):
+        with pytest.raises(CheckpointError, match="optimizer.pt has"):
+            open_door()
+    trainer = saving(tmp_path, max_steps=4)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.checkpoints.chosen == tmp_path / "checkpoint-3" and trainer.state.global_step == 4
+    with pytest.raises(CheckpointError, match="(?s)of another run.*the examples"):
+        make_trainer(tmp_path, strategy="balanced", examples=tiny_examples(59)).train(resume_from_checkpoint=True)

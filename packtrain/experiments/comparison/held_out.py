@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from packtrain.experiments.comparison.results import HeldOut, RunWriter
 from packtrain.objectives.objective import Objective
 from packtrain.training.loader import PlanLoader
-from packtrain.training.trainer import document_of
+from packtrain.training.sums import document_of
 
 
 @torch.no_grad()

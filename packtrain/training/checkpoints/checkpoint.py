@@ -126,7 +126,11 @@ class Checkpoints(TrainerCallback):
     def _remove_old(self, newest: Path, best: str | None) -> None:
         """Nothing but real directories beside `newest` that bear our manifest, or our mark of a save cut short."""
         for path in newest.parent.glob("checkpoint-*"):
-            if not path.is_symlink() and (path / UNFINISHED).is_file() and not (path / MANIFEST).exists():
+            if path.is_symlink() or not (path / UNFINISHED).is_file():
+                continue
+            if (path / MANIFEST).exists():  # killed just after its manifest was written, or before it was taken away
+                (path / UNFINISHED).unlink()
+            else:
                 shutil.rmtree(path)
         _remove(newest.with_name(newest.name + PREVIOUS))
         if not self.keep:

@@ -26,7 +26,7 @@ from rich.console import Console
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
-from packtrain.errors import LaunchError
+from packtrain.errors import LaunchError, refused_by
 from packtrain.modeling.loading import count_parameters
 from packtrain.training.checkpoints.resharding import mend_resumed_optimizer, prepare_resume
 from packtrain.training.checkpoints.sealing import read_manifest
@@ -148,7 +148,8 @@ def fit(trainer: PackTrainer, checkpoint: str | None = None, *, console: Console
     if trainer.is_deepspeed_enabled:  # 0.19 calls what torch 2.13 has renamed, in every layer of every step
         warnings.filterwarnings("ignore", message=r".torch\.distributed\.", category=FutureWarning)
     asked = asked_engine(trainer.args, trainer.args.deepspeed)
-    trainer.add_callback(EngineReport(trainer, asked, resumed_from=checkpoint, console=console))
+    report = EngineReport(trainer, asked, resumed_from=checkpoint, console=console)
+    trainer.add_callback(report)
     stop = StopOnSignal(trainer)
     trainer.add_callback(stop)
     try:
@@ -159,6 +160,9 @@ def fit(trainer: PackTrainer, checkpoint: str | None = None, *, console: Console
         failure = worker_failure(error) or unsaved or (of_optimizer(trainer) if is_out_of_memory(error) else None)
         if failure is not None:
             raise failure from error
+        if not report.record:  # optimizer, scheduler, engine and loggers are made before
+            with refused_by("the trainer", "training", vars(trainer.args)):
+                raise
         raise
     if (stopped := stop.early()) is not None:
         leave(trainer)
