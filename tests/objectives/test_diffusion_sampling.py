@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 import torch
 
-from packtrain import cli_diffusion
+from packtrain.cli import diffusion as cli_diffusion
 from packtrain.errors import PacktrainError
 from packtrain.modeling.attention import NAME, register
 from packtrain.objectives.diffusion import generate, make_bidirectional
