@@ -6,7 +6,7 @@ import pytest
 from transformers import TrainerCallback
 
 from packtrain.errors import CheckpointError
-from packtrain.training.checkpoints.changes import HIDDEN, redacted
+from packtrain.training.checkpoints.changes import HIDDEN, changes, redacted
 from packtrain.training.checkpoints.sealing import MANIFEST, UNFINISHED, begin, is_sealed, read_manifest, seal, verify
 from packtrain.training.engines.engine import fit
 from tests.training.helpers import make_trainer, tiny_examples
@@ -126,3 +126,12 @@ def test_every_door_verifies(tmp_path):
     assert trainer.checkpoints.chosen == tmp_path / "checkpoint-3" and trainer.state.global_step == 4
     with pytest.raises(CheckpointError, match="(?s)of another run.*the examples"):
         make_trainer(tmp_path, strategy="balanced", examples=tiny_examples(59)).train(resume_from_checkpoint=True)
+
+
+def test_another_engine_is_a_change_that_may_be_allowed_and_another_learning_rate_is_not():
+    then = {"recipe": {"training": {"deepspeed": "zero2.json", "learning_rate": 1e-3}}}
+    now = {"recipe": {"training": {"deepspeed": "zero3.json", "learning_rate": 1e-4}}}
+    assert {change.key: change.safe for change in changes(then, now)} == {
+        "training.deepspeed": True,
+        "training.learning_rate": False,
+    }

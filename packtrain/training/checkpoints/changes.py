@@ -11,9 +11,10 @@ from packtrain.errors import HIDDEN, hidden, shorten
 from packtrain.recipe.sections import DEFAULTS
 
 # Keys that change neither which examples an update sees nor, but for the order of summation, what it learns from them;
-# and the length of the run, which changes the learning rate from here on.
+# and the length of the run, which changes the learning rate from here on. An engine that can't read the states of another
+# says so itself (`resharding.py`).
 _SAFE = re.compile(
-    r"""training\.(run_name|project|report_to|disable_tqdm|max_steps|num_train_epochs|use_cpu
+    r"""training\.(run_name|project|report_to|disable_tqdm|max_steps|num_train_epochs|use_cpu|deepspeed|fsdp|fsdp_config
         |gradient_accumulation_steps|gradient_checkpointing|gradient_checkpointing_kwargs|ddp_timeout|push_to_hub
         |(logging|log|save|eval|dataloader|hub|trackio)_\w+)
     |data\.(num_proc|worker_timeout|eval_path|eval_split)
