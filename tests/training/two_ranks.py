@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from packtrain.training.engines.engine import leave
 from tests.training.helpers import make_trainer
 
 
@@ -32,7 +33,7 @@ def main(output_dir: Path, strategy: str) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
     result = {"read": read, "losses": losses, "norms": norms, "epoch": trainer.state.epoch}
     (output_dir / f"rank{trainer.args.process_index}.json").write_text(json.dumps(result))
-    trainer.accelerator.end_training()
+    leave(trainer)
 
 
 if __name__ == "__main__":
