@@ -117,9 +117,9 @@ def _git() -> dict[str, Any]:
     """The commit of packtrain's source, and whether the tree differs from it; empty outside a repository."""
 
     def git(*args: str) -> str | None:
-        command = ["git", "-C", str(Path(__file__).parent), *args]
+        command = ["git", "-C", str(Path(__file__).parents[2]), *args]  # packtrain/
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         return result.stdout.strip() if result.returncode == 0 else None
 
     commit = git("rev-parse", "HEAD")
-    return {} if commit is None else {"commit": commit, "changed": bool(git("status", "--porcelain", "--", ".."))}
+    return {} if commit is None else {"commit": commit, "changed": bool(git("status", "--porcelain", "--", "."))}
