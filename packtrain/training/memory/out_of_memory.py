@@ -151,7 +151,7 @@ def forward_and_backward(trainer: PackTrainer, batch: Mapping[str, Any], *, time
 
 
 def largest_micro_batch(trainer: PackTrainer) -> tuple[int, MicroBatch, MicroBatchSize]:
-    """The micro-batch of any rank that needs the most memory by the formulas of `memory_plan`, and its update.
+    """The micro-batch of any rank that needs the most memory by the formulas of `plan.py`, and its update.
 
     All ranks find the same one, so that those of a sharded model gather its layers together. Of a run of more than a
     thousand updates a thousand are looked at.

@@ -2,7 +2,7 @@
 
     packtrain plan recipes/sft.yaml --memory 80GiB --gpus 8
 
-Parameters, gradients and optimizer states are exact (`memory_states`), activations are counted on the recipe's model
+Parameters, gradients and optimizer states are exact (`states.py`), activations are counted on the recipe's model
 without its memory (`activations`), and buffers whose size is the engine's affair are estimates. Frozen weights
 (LoRA) count apart; phases that don't coincide (activations and the optimizer's step) don't add up.
 """
