@@ -1,7 +1,7 @@
 """Tokenizer, model and adapter, loaded or made from scratch, with errors that say what to do.
 
-What transformers lets pass is checked here: a config field that doesn't exist, weights that the checkpoint
-lacks, a tokenizer with more tokens than the model has rows, filler that would silently be the end token.
+What transformers lets pass is checked here: a config field that doesn't exist, a dropout above 1, weights that the
+checkpoint lacks, a tokenizer with more tokens than the model has rows, filler that would silently be the end token.
 """
 
 from __future__ import annotations
@@ -164,6 +164,9 @@ def _config_from_scratch(given: dict[str, Any], tokenizer: PreTrainedTokenizerBa
     for path, owner, near in _unknown_fields(config, given):
         fix = f"did you mean {near}?" if near else f"see the fields of {owner}"
         raise ModelError(f"is not a field of {owner}", key=f"model.config.{path}", fix=fix)
+    for name, value in vars(config).items():
+        if "drop" in name and isinstance(value, (int, float)) and not 0 <= value <= 1:
+            raise ModelError("is no probability", key=f"model.config.{name}", value=value, fix="from 0 up to 1")
     return config
 
 
