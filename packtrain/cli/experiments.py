@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from packtrain.cli.options import Overrides, RecipePath
+from packtrain.errors import PacktrainError
 
 
 def audit(
@@ -45,7 +46,8 @@ def audit(
 def compare(
     recipe: RecipePath,
     overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Default: results/compare_NAME.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Default: out/compare_NAME.")] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Remove the runs that are there first.")] = False,
 ) -> None:
     """Run variants of a recipe against each other, interleaved, each in a fresh process, and write a report.
 
@@ -57,10 +59,13 @@ def compare(
     if recipe.is_file() and "\nrainbow_oracle:" in "\n" + recipe.read_text(encoding="utf-8"):
         from packtrain.experiments.rainbow.oracle import run_recipe
 
+        if overrides:
+            raise PacktrainError("a grid takes no --set", where=str(recipe), fix="edit the file, or a copy of it")
         directory = run_recipe(recipe, output_dir=out)
         Console().print((directory / "oracle.md").read_text(), soft_wrap=True)
         return
-    run(recipe, overrides or [], output_dir=out, say=lambda line: Console().print(line, soft_wrap=True))
+    say = lambda line: Console().print(line, soft_wrap=True)  # noqa: E731
+    run(recipe, overrides or [], output_dir=out, restart=restart, say=say)
 
 
 def report(

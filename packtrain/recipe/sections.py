@@ -117,9 +117,9 @@ class Recipe(_Section):
         """The path and overrides it was read from; None for a recipe made in Python."""
         return self._sources
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data (dicts, lists, scalars) with every default written out, for JSON or YAML."""
-        return self.model_dump(mode="json")
+    def to_dict(self, *, given: bool = False) -> dict[str, Any]:
+        """Plain data (dicts, lists, scalars) for JSON or YAML, with every default written out, or `given` without."""
+        return self.model_dump(mode="json", exclude_defaults=given)
 
     @property
     def hash(self) -> str:

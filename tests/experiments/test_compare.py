@@ -42,7 +42,7 @@ def test_a_comparison_from_recipe_to_report(tmp_path):
     summary = read_summary(directory)
     rows = {row.name: row for row in summary.rows}
     assert rows["balanced"].loss_difference < 1e-4 and rows["balanced"].norm_difference < 1e-4
-    assert rows["balanced"].speed.rounds == 2 and rows["bfd"].loss_difference is None
+    assert rows["balanced"].speed.pairs == 2 and rows["bfd"].loss_difference is None
     assert rows["balanced"].filler_share == 0 < rows["pad_longest"].filler_share
     assert rows["balanced"].held_out == pytest.approx(rows["pad_longest"].held_out, rel=1e-4)
     assert rows["balanced"].equal_updates is not None and rows["pad_longest"].memory_of in ("process", "device")
@@ -87,8 +87,13 @@ def test_killed_in_the_middle_it_continues(tmp_path):
     compare(path, output_dir=out, say=said.append)
     assert len(said) == 1  # the report: there was nothing left to run
 
-    with pytest.raises(PacktrainError, match="runs of another recipe"):
+    with pytest.raises(PacktrainError, match="(?s)runs of another recipe.*--restart"):
         compare(path, ["training.learning_rate=0.5"], output_dir=out)
+    assert first.read_bytes() == kept
+    (out / "notes.txt").write_text("mine")
+    compare(path, ["variants=[pad_longest]"], output_dir=out, restart=True, say=lambda line: None)
+    assert [file.name for file in (out / "runs").iterdir()] == [first.name] and first.read_bytes() != kept
+    assert (out / "notes.txt").exists()
 
 
 def test_peers_see_the_same_examples_in_the_same_updates(tmp_path):

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from packtrain.errors import RecipeError
+from packtrain.errors import PacktrainError, RecipeError
 from packtrain.experiments.comparison.experiment import load_experiment, portable, shown_path, with_settings
+from packtrain.experiments.comparison.manifest import check_same
+from packtrain.experiments.comparison.results import write_manifest
+from tests.experiments.synthetic_runs import make_manifest
 from tests.experiments.tiny_experiment import write_experiment
 
 
@@ -66,9 +69,29 @@ def test_what_a_variant_shares_with_the_reference(tmp_path):
 def test_more_rounds_are_the_same_experiment_and_other_settings_are_not(tmp_path):
     path = write_experiment(tmp_path)
     same = load_experiment(path).hash
-    assert load_experiment(path, ["repeats=9", "seeds=[1, 2]"]).hash == same
+    assert load_experiment(path, ["repeats=9"]).hash == same
+    assert load_experiment(path, ["batching.strategy=balanced", "data.worker_timeout=300"]).hash == same  # defaults
     for override in ("measure_steps=7", "training.learning_rate=0.5", "reference=balanced"):
         assert load_experiment(path, [override]).hash != same
+
+
+def test_runs_go_together_only_with_runs_of_the_same(tmp_path):
+    before = make_manifest([("pad_longest", "packtrain", True)], rounds=2, data={"examples": 9}, git={"commit": "a"})
+    write_manifest(tmp_path, before)
+    check_same(tmp_path, before)
+    first, second = before["rounds"]
+    check_same(tmp_path, before | {"rounds": [first, second, second]})
+    check_same(tmp_path, before | {"rounds": [first]})
+    others = {
+        "other seeds": {"rounds": [first, {"seed": 1, "learns": True}]},  # two seeds, where there was one twice
+        "another commit": {"git": {"commit": "b"}},
+        "other data": {"data": {"examples": 8}},
+        "another machine": {"machine": {}},
+        "other versions": {"versions": {}},
+    }
+    for what, change in others.items():
+        with pytest.raises(PacktrainError, match=f"holds runs of {what}"):
+            check_same(tmp_path, before | change)
 
 
 @pytest.mark.parametrize(

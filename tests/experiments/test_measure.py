@@ -106,4 +106,8 @@ def test_attention_is_counted_per_document_and_frozen_weights_cost_less():
 def test_peaks_are_known_for_some_devices_and_half_precision_only():
     assert peak_flops("NVIDIA H200", "bfloat16") == 989.5e12
     assert peak_flops("NVIDIA H200", "float32") is None
+    assert peak_flops("NVIDIA H100 PCIe", "float16") < peak_flops("NVIDIA H100 80GB HBM3", "float16")
+    assert peak_flops("NVIDIA A100-SXM4-80GB", "bfloat16") == 312e12
+    assert peak_flops("NVIDIA L4", "bfloat16") < peak_flops("NVIDIA L40", "bfloat16")
+    assert peak_flops("NVIDIA RTX A4000", "bfloat16") is None  # and no A40
     assert peak_flops("cpu", "bfloat16") is None and peak_flops(None, None) is None

@@ -109,7 +109,7 @@ def test_the_page_is_self_contained_and_accessible(experiment):
 
 def test_the_page_says_what_happened(experiment):
     text = write_report([experiment]).read_text()
-    assert "<code>balanced</code> is 2.4" in text and "95% interval over 3 paired rounds" in text
+    assert "<code>balanced</code> is 2.4" in text and "95% interval over 3 paired rounds of one seed" in text
     assert "a processor, 2 cores, 1 thread" in text
     assert "failed: ValueError: &lt;script&gt;alert(1)&lt;/script&gt;" in text
     assert "MFU" not in text  # the device's peak is not known, so the column is absent

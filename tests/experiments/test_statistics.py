@@ -16,7 +16,7 @@ def test_ratio_and_interval_by_hand():
     half = 4.30265273 * (2 / math.sqrt(3)) / math.sqrt(3)
     assert ratio.estimate == pytest.approx(2 ** (5 / 3))
     assert (ratio.low, ratio.high) == pytest.approx((2 ** (5 / 3 - half), 2 ** (5 / 3 + half)))
-    assert ratio.rounds == 3
+    assert ratio.pairs == 3
 
 
 def test_noise_common_to_a_round_cancels():
@@ -37,12 +37,22 @@ def test_interval_covers_the_truth_as_often_as_it_says():
     assert 0.93 <= covered / 1000 <= 0.97
 
 
+def test_rounds_of_one_seed_count_once():
+    """Two seeds that differ and agree within themselves: the interval is that of two pairs, not of six."""
+    values, ones = [2.0, 2.0, 2.0, 4.0, 4.0, 4.0], [1.0] * 6
+    by_seed = paired_ratio(values, ones, groups=[0, 0, 0, 7, 7, 7])
+    assert by_seed == paired_ratio([2.0, 4.0], [1.0, 1.0]) and by_seed.pairs == 2
+    assert paired_ratio(values, ones, groups=[0, 7, 0, 7, 0, 7]) != by_seed
+    apart = paired_ratio(values, ones)  # the control: taken for independent, they claim too much
+    assert apart.high / apart.low < by_seed.high / by_seed.low
+
+
 def test_one_round_has_no_interval_and_claims_nothing():
     ratio = paired_ratio([5.0], [2.0])
     assert (ratio.estimate, ratio.low, ratio.high) == (2.5, None, None)
     assert not ratio.above_one and not ratio.below_one
     assert ratio.text() == "2.50x"
-    assert ratio.inverse() == Ratio(estimate=0.4, low=None, high=None, rounds=1)
+    assert ratio.inverse() == Ratio(estimate=0.4, low=None, high=None, pairs=1)
 
 
 def test_an_interval_without_information_stays_short():
@@ -53,7 +63,7 @@ def test_an_interval_without_information_stays_short():
     ("low", "high", "above", "below"), [(1.1, 2, True, False), (0.9, 1.2, False, False), (0.5, 0.9, False, True)]
 )
 def test_claims_need_the_whole_interval(low, high, above, below):
-    ratio = Ratio(estimate=1.0, low=low, high=high, rounds=3)
+    ratio = Ratio(estimate=1.0, low=low, high=high, pairs=3)
     assert (ratio.above_one, ratio.below_one) == (above, below)
     assert (ratio.inverse().above_one, ratio.inverse().below_one) == (below, above)
 

@@ -45,7 +45,7 @@ def test_ratios_pair_the_rounds():
 def test_a_round_without_its_partner_does_not_count():
     runs = rounds_of("pad_longest", 100.0, 100.0) + rounds_of("balanced", 200.0, 200.0, 900.0)
     row = summary_of(runs).row("balanced")
-    assert row.speed.estimate == pytest.approx(2.0) and row.speed.rounds == 2
+    assert row.speed.estimate == pytest.approx(2.0) and row.speed.pairs == 2
     assert row.rounds == 3
 
 

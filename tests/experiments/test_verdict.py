@@ -88,7 +88,7 @@ def test_one_round_gives_no_interval_and_says_so():
         "`balanced` was 2.40x as fast as `pad_longest` in the one round there is"
     )
     assert texts(summary, "caution") == [
-        "There is one timed round, which gives no confidence intervals; `repeats: 3` or more does."
+        "There is one timed round, which gives no confidence intervals; three `seeds` or more do."
     ]
 
 

@@ -1,7 +1,7 @@
 """Run a comparison: every variant in a fresh process, interleaved, and a report at the end.
 
     packtrain compare recipes/compare/quickstart.yaml
-    packtrain compare recipes/compare/gsm8k.yaml --set data.path=data/gsm8k/train.jsonl
+    packtrain compare recipes/compare/gsm8k.yaml --set data.path=data/gsm8k/train.jsonl --out results/compare_gsm8k
 
 Round by round (A B C, A B C, ...), so that a machine that is busy for a while is busy for all. Interrupted, it
 continues where it was: finished runs are kept. A variant that fails is a row of the report; its later rounds are left
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from packtrain.experiments.comparison.experiment import Experiment, Variant, load_experiment, with_settings
-from packtrain.experiments.comparison.results import End, add_end, read_run, run_path, write_manifest
+from packtrain.experiments.comparison.results import End, add_end, read_run, remove_runs, run_path, write_manifest
 
 Say = Callable[[str], None]
 
@@ -28,6 +28,7 @@ def compare(
     overrides: Sequence[str] = (),
     *,
     output_dir: str | Path | None = None,
+    restart: bool = False,
     say: Say = print,
 ) -> Path:
     """Run what is missing of a comparison, write its report, and return its directory.
@@ -35,7 +36,8 @@ def compare(
     Args:
         path: the recipe of the comparison, see `experiment`.
         overrides: `key=value` of it or of its base recipe.
-        output_dir: `results/compare_NAME` by default.
+        output_dir: `out/compare_NAME` by default.
+        restart: remove the runs that are there first.
         say: takes lines for people.
 
     Raises:
@@ -45,8 +47,10 @@ def compare(
     from packtrain.experiments.comparison.report import write_report
 
     experiment = load_experiment(path, overrides)
-    directory = Path(output_dir) if output_dir else Path("results") / f"compare_{experiment.name}"
+    directory = Path(output_dir) if output_dir else Path("out") / f"compare_{experiment.name}"
     manifest = make_manifest(experiment, Path(path), overrides) | about_data(experiment)
+    if restart:
+        remove_runs(directory)
     check_same(directory, manifest)
     write_manifest(directory, manifest)
     run_rounds(experiment, directory, say)

@@ -125,7 +125,7 @@ class Experiment:
     @property
     def hash(self) -> str:
         """SHA-256 (hex) of what a run depends on: equal hashes, comparable runs. More rounds may be added."""
-        variants = [(each.name, each.trainer, portable(each.recipe, show=_name)) for each in self.variants]
+        variants = [(each.name, each.trainer, portable(each.recipe, show=_name, given=True)) for each in self.variants]
         text = json.dumps(
             [variants, self.reference, self.warmup_steps, self.measure_steps, self.eval_every], sort_keys=True
         )
@@ -206,9 +206,13 @@ def _name(path: str | Path) -> str:
     return Path(path).name
 
 
-def portable(recipe: Recipe, show: Callable[[str], str] = shown_path) -> dict[str, Any]:
-    """The recipe as plain data in which no path tells of this machine: `show` has seen each."""
-    data = redacted(recipe.to_dict())
+def portable(recipe: Recipe, show: Callable[[str], str] = shown_path, *, given: bool = False) -> dict[str, Any]:
+    """The recipe as plain data in which no path tells of this machine: `show` has seen each.
+
+    Args:
+        given: leave out what is as by default.
+    """
+    data = redacted(recipe.to_dict(given=given))
     for section, key in (
         ("data", "path"),
         ("data", "eval_path"),
@@ -216,7 +220,7 @@ def portable(recipe: Recipe, show: Callable[[str], str] = shown_path) -> dict[st
         ("model", "tokenizer_name_or_path"),
         ("model", "chat_template"),
     ):
-        value = data[section].get(key)
+        value = data.get(section, {}).get(key)
         if value is not None and (Path(value).is_absolute() or Path(value).exists()):
             data[section][key] = show(value)
     data["training"] = {key: value for key, value in data["training"].items() if key != "output_dir"}

@@ -26,7 +26,7 @@ from packtrain.packing.cost import Cost
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-# Dense bf16/fp16 tensor-core peak in TFLOP/s, by what the device's name contains; from the vendors' data sheets.
+# Dense bf16/fp16 tensor-core peak in TFLOP/s, by words of the device's name; from the vendors' data sheets.
 PEAK_TFLOPS = (
     ("H200", 989.5),
     ("H100 PCIe", 756.5),
@@ -38,6 +38,7 @@ PEAK_TFLOPS = (
     ("A40", 149.7),
     ("A10G", 70.0),
     ("L40S", 362.05),
+    ("L40", 181.05),
     ("L4", 121.0),
     ("RTX 4090", 165.2),
     ("RTX 3090", 71.0),
@@ -68,4 +69,5 @@ def peak_flops(device: str | None, dtype: str | None) -> float | None:
     """FLOP/s a device reaches at most in this dtype, None where that isn't known."""
     if device is None or dtype not in HALF_PRECISION:
         return None
-    return next((tflops * 1e12 for name, tflops in PEAK_TFLOPS if name in device), None)
+    words = device.replace("-", " ").split()
+    return next((tflops * 1e12 for name, tflops in PEAK_TFLOPS if set(name.split()) <= set(words)), None)

@@ -52,18 +52,28 @@ def make_manifest(experiment: Experiment, path: Path, overrides: Sequence[str]) 
 
 
 def check_same(directory: Path, manifest: dict[str, Any]) -> None:
-    """Runs of different experiments, data, machines or versions don't belong into one report. Raises PacktrainError."""
+    """Runs of different experiments, data, machines or software don't belong into one report; more rounds do.
+
+    Raises:
+        PacktrainError: there are runs of something else.
+    """
     if not (directory / MANIFEST).exists():
         return
     before = read_manifest(directory)
-    parts = {"hash": "another recipe", "data": "other data", "machine": "another machine", "versions": "other versions"}
-    for key, what in parts.items():
-        if before.get(key) != manifest[key]:
-            raise PacktrainError(
-                f"holds runs of {what}",
-                where=str(directory),
-                fix="choose another directory with --out, or delete this one to start afresh",
-            )
+    parts = {
+        "hash": "another recipe",
+        "data": "other data",
+        "machine": "another machine",
+        "versions": "other versions",
+        "git": "another commit",
+    }
+    other = next((what for key, what in parts.items() if before.get(key) != manifest[key]), None)
+    shared = min(len(before["rounds"]), len(manifest["rounds"]))
+    if other is None and before["rounds"][:shared] != manifest["rounds"][:shared]:
+        other = "other seeds"
+    if other is not None:
+        fix = "choose another directory with --out, or replace its runs with --restart"
+        raise PacktrainError(f"holds runs of {other}", where=str(directory), fix=fix)
 
 
 def about_data(experiment: Experiment) -> dict[str, Any]:

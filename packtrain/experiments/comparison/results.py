@@ -1,6 +1,6 @@
 """What an experiment leaves on disk, and how it comes back.
 
-    results/compare_quickstart/
+    out/compare_quickstart/
       manifest.json              what was asked: recipes, versions, machine, git commit, seeds, command
       runs/00-balanced.jsonl     round 0 of a variant, one line per update
       summary.csv  summary.md  report.html
@@ -168,6 +168,13 @@ def run_path(directory: Path, round: int, variant: str) -> Path:
 def slug(name: str) -> str:
     """A variant's name as part of a file name: `trl:padding` -> `trl-padding`."""
     return re.sub(r"[^A-Za-z0-9_.+]+", "-", name).strip("-")
+
+
+def remove_runs(directory: Path) -> None:
+    """Make room for others; nothing is touched that is not an experiment's."""
+    for pattern in (MANIFEST, f"{RUNS}/*.jsonl", f"{RUNS}/*.part", f"{RUNS}/*.log"):
+        for path in directory.glob(pattern):
+            path.unlink()
 
 
 def read_run(path: Path, *, round: int, variant: str) -> Run:

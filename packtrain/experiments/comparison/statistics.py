@@ -2,13 +2,13 @@
 
 Runs are interleaved (A B C, A B C, ...), so the rounds of an experiment pair up: whatever the machine did
 during a round, it did to all variants. A ratio is therefore taken within each round, and the rounds are
-combined on the
-logarithmic scale, where "twice as fast" and "half as fast" lie equally far from 1:
+combined on the logarithmic scale, where "twice as fast" and "half as fast" lie equally far from 1:
 
     estimate = exp(mean(d)),  interval = exp(mean(d) +- t * sd(d) / sqrt(n)),  d = log(a / b) per round
 
 with Student's t at n - 1 degrees of freedom (Fieller's problem is avoided because logs of positive rates are
-close to normal). One round gives an estimate and no interval.
+close to normal). One round gives an estimate and no interval. Rounds of one seed repeat the same updates and tell
+of the machine alone; where there are several seeds, d is the mean of a seed's rounds and n counts seeds.
 
     >>> paired_ratio([200.0, 220.0, 210.0], [100.0, 110.0, 100.0]).text()
     '2.03x (1.90-2.18)'
@@ -28,12 +28,12 @@ LEVEL = 0.95
 
 @dataclass(frozen=True, kw_only=True)
 class Ratio:
-    """A ratio over `rounds` paired rounds; `low` and `high` are absent (None) where one round is all there is."""
+    """A ratio over `pairs` independent pairs; `low` and `high` are absent (None) where one is all there is."""
 
     estimate: float
     low: float | None
     high: float | None
-    rounds: int
+    pairs: int
 
     @property
     def above_one(self) -> bool:
@@ -48,7 +48,7 @@ class Ratio:
     def inverse(self) -> Ratio:
         """The ratio the other way round."""
         low, high = (1 / self.high, 1 / self.low) if self.high and self.low else (None, None)
-        return Ratio(estimate=1 / self.estimate, low=low, high=high, rounds=self.rounds)
+        return Ratio(estimate=1 / self.estimate, low=low, high=high, pairs=self.pairs)
 
     def text(self) -> str:
         """`2.41x (2.30-2.52)`, or `2.41x` without an interval."""
@@ -62,20 +62,29 @@ def _short(value: float) -> str:
     return f"{value:.2f}" if value < 100 else f"{value:.3g}"
 
 
-def paired_ratio(values: Sequence[float], references: Sequence[float], *, level: float = LEVEL) -> Ratio:
+def paired_ratio(
+    values: Sequence[float],
+    references: Sequence[float],
+    *,
+    groups: Sequence[int] | None = None,
+    level: float = LEVEL,
+) -> Ratio:
     """The ratio of positive `values` to `references`, round by round, with its t interval.
 
     Args:
         values, references: one positive figure per round, in the same order.
+        groups: the round's group (its seed), the same for rounds that are not independent; None: all are.
         level: coverage of the interval.
     """
     assert len(values) == len(references) > 0, "a ratio needs paired rounds"
     logs = np.log(np.asarray(values, dtype=float)) - np.log(np.asarray(references, dtype=float))  # [rounds]
-    rounds, mean = len(logs), float(logs.mean())
-    if rounds == 1:
-        return Ratio(estimate=math.exp(mean), low=None, high=None, rounds=1)
-    half = float(stdtrit(rounds - 1, (1 + level) / 2) * logs.std(ddof=1) / math.sqrt(rounds))
-    return Ratio(estimate=math.exp(mean), low=math.exp(mean - half), high=math.exp(mean + half), rounds=rounds)
+    if groups is not None:
+        logs = np.array([logs[np.asarray(groups) == group].mean() for group in np.unique(groups)])  # [groups]
+    pairs, mean = len(logs), float(logs.mean())
+    if pairs == 1:
+        return Ratio(estimate=math.exp(mean), low=None, high=None, pairs=1)
+    half = float(stdtrit(pairs - 1, (1 + level) / 2) * logs.std(ddof=1) / math.sqrt(pairs))
+    return Ratio(estimate=math.exp(mean), low=math.exp(mean - half), high=math.exp(mean + half), pairs=pairs)
 
 
 @dataclass(frozen=True, kw_only=True)

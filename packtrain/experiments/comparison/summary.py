@@ -1,7 +1,7 @@
 """Stored runs -> one row per variant: speed, cost and loss, each beside the reference's.
 
 Speed is counted over the updates after `warmup_steps`, `measure_steps` of them: real tokens of the window
-over its seconds, one figure per round, and the ratio to the reference round by round (see `statistics`).
+over its seconds, one figure per round, and the ratio to the reference pair by pair (see `statistics`).
 Losses come from the rounds that train to the end. What was not measured is None.
 """
 
@@ -113,6 +113,16 @@ class Summary:
         """Rows with a speed."""
         return [row for row in self.rows if row.tokens_per_second is not None]
 
+    @property
+    def seeds(self) -> int:
+        """Different seeds."""
+        return len({turn["seed"] for turn in self.manifest["rounds"]})
+
+    @property
+    def pairs(self) -> int:
+        """What the intervals of speeds are over: seeds, or the rounds of a single one."""
+        return max((row.speed.pairs for row in self.measured if row.speed), default=0)
+
 
 def summarise(manifest: Mapping[str, Any], runs: Sequence[Run]) -> Summary:
     """One row per variant of the manifest, in its order; variants without any run are left out."""
@@ -155,7 +165,7 @@ def _row(variant: Mapping[str, Any], runs: list[Run], reference: list[Run], mani
         rounds=len(timed),
         tokens_per_second=_total_rate(timed, manifest, "real_tokens"),
         supervised_per_second=_total_rate(timed, manifest, "supervised_tokens"),
-        speed=_ratio_of(pairs, lambda run: rate(run, manifest, "real_tokens")),
+        speed=_ratio_of(pairs, lambda run: rate(run, manifest, "real_tokens"), manifest),
         update_rate=spread([u.real_tokens / u.seconds for u in updates]) if updates else None,
         supervised_update_rate=spread([u.supervised_tokens / u.seconds for u in updates]) if updates else None,
         update_seconds=spread([u.seconds for u in updates]) if updates else None,
@@ -173,6 +183,7 @@ def _row(variant: Mapping[str, Any], runs: list[Run], reference: list[Run], mani
         held_out_ratio=_ratio_of(
             [pair for pair in learnt if pair[0].held_out and pair[1].held_out],
             lambda run: run.held_out[-1].loss,
+            manifest,
         ),
         equal_updates=_equal_updates(learnt),
         loss_difference=_largest(learnt, lambda u: u.loss) if keeps else None,
@@ -209,17 +220,24 @@ def _total_rate(runs: list[Run], manifest: Mapping[str, Any], field: str) -> flo
     return math.exp(sum(math.log(value) for value in rates) / len(rates))
 
 
-def _ratio_of(pairs: list[tuple[Run, Run]], figure: Callable[[Run], float]) -> Ratio | None:
+def _ratio_of(
+    pairs: list[tuple[Run, Run]], figure: Callable[[Run], float], manifest: Mapping[str, Any]
+) -> Ratio | None:
     if not pairs:
         return None
-    return paired_ratio([figure(run) for run, _ in pairs], [figure(reference) for _, reference in pairs])
+    seeds = [turn["seed"] for turn in manifest["rounds"]]
+    return paired_ratio(
+        [figure(run) for run, _ in pairs],
+        [figure(reference) for _, reference in pairs],
+        groups=[seeds[run.round] for run, _ in pairs] if len(set(seeds)) > 1 else None,
+    )
 
 
 def ratio_between(row: Row, other: Row, manifest: Mapping[str, Any]) -> Ratio | None:
     """How much faster `row` is than `other`, over the rounds that both were timed in."""
     others = {run.round: run for run in other.timed_runs}
     pairs = [(run, others[run.round]) for run in row.timed_runs if run.round in others]
-    return _ratio_of(pairs, lambda run: rate(run, manifest, "real_tokens"))
+    return _ratio_of(pairs, lambda run: rate(run, manifest, "real_tokens"), manifest)
 
 
 def _shares(updates: list[Update]) -> dict[str, float]:

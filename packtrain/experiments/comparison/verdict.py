@@ -13,7 +13,7 @@ from packtrain.experiments.comparison.statistics import Ratio
 from packtrain.experiments.comparison.summary import Row, Summary, ratio_between
 
 SAME_CURVE = 1e-3  # relative: float32 in another order of summation stays far below, another set of examples far above
-FEW_ROUNDS = 3
+FEW = 3  # pairs
 DEFAULT = "balanced"
 
 
@@ -27,10 +27,16 @@ class Sentence:
 
 def note(summary: Summary) -> str | None:
     """What the words and brackets of the verdict mean."""
-    rounds = max((row.rounds for row in summary.measured), default=0)
-    if rounds < 2:
-        return "Fast means real tokens per second." if rounds else None
-    return f"Fast means real tokens per second; in brackets, the 95% interval over {rounds} paired rounds."
+    if not summary.measured:
+        return None
+    text, seeds = "Fast means real tokens per second", summary.seeds
+    if summary.pairs < 2:
+        return f"{text}."
+    text += f"; in brackets, the 95% interval over {summary.pairs} paired "
+    if seeds < 2:
+        return f"{text}rounds of one seed: the machine's noise, not that of the data."
+    repeats = len(summary.manifest["rounds"]) // seeds
+    return f"{text}seeds{f', each the mean of {repeats} rounds' if repeats > 1 else ''}."
 
 
 def verdict(summary: Summary) -> list[Sentence]:
@@ -219,9 +225,9 @@ def _loss_beside(row: Row, summary: Summary) -> str:
     ratio, reference, axis = row.held_out_ratio, summary.reference, row.ends_with_reference
     if ratio is None or axis is None or row.held_out is None or reference.held_out is None:
         return ""
-    seeds = "" if ratio.rounds > 1 else ", one seed"
+    one = "" if ratio.pairs > 1 else ", one seed"
     text = f"; after the same {axis} its held-out loss is {row.held_out:.4f} against {reference.held_out:.4f}"
-    text += f" ({signed(ratio.estimate - 1)}{seeds})"
+    text += f" ({signed(ratio.estimate - 1)}{one})"
     equal = row.equal_updates
     if equal is not None and axis == "examples" and row.updates != reference.updates:
         text += f", after the same {equal.update:,} updates {equal.loss:.4f} against {equal.reference:.4f}"
@@ -248,7 +254,7 @@ def _recommendation(summary: Summary) -> Iterator[Sentence]:
     if faster:
         ratio, name = max(faster, key=lambda pair: pair[0].estimate)
         yield Sentence(topic="recommendation", text=f"{start}: wrong here, {name} was faster, {ratio.text()}.")
-    elif chosen.rounds < FEW_ROUNDS:
+    elif summary.pairs < FEW:
         yield Sentence(topic="recommendation", text=f"{start}; the rounds are too few to say whether that was right.")
     else:
         yield Sentence(
@@ -264,15 +270,12 @@ def _failures(summary: Summary) -> Iterator[Sentence]:
 
 
 def _caution(summary: Summary) -> Iterator[Sentence]:
-    rounds = max(row.rounds for row in summary.measured)
-    if rounds == 1:
-        text = "There is one timed round, which gives no confidence intervals; `repeats: 3` or more does."
+    if summary.pairs == 1:
+        text = "There is one timed round, which gives no confidence intervals; three `seeds` or more do."
         yield Sentence(topic="caution", text=text)
-    elif rounds < FEW_ROUNDS:
-        yield Sentence(
-            topic="caution",
-            text=f"With {rounds} timed rounds the intervals are wide; `repeats: 5` narrows them.",
-        )
+    elif 1 < summary.pairs < FEW:
+        pairs = f"{summary.pairs} {'rounds' if summary.seeds < 2 else 'seeds'}"
+        yield Sentence(topic="caution", text=f"With {pairs} the intervals are wide; five `seeds` narrow them.")
 
 
 def _code(row: Row) -> str:
