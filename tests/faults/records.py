@@ -3,8 +3,8 @@ r"""What a run of the fault-injection suite came to, as a table: a plugin of pyt
     python -m pytest -p tests.faults.records --records results/faults -m "slow or not slow" \
         tests/faults tests/test_recipe.py tests/data/test_bad_rows.py tests/training/test_checkpoint.py
 
-A part of it (some of the files) renews its own lines of the table and leaves the others. A line is a test function with all
-its parameters. `record_property("times", 50)` counts a test fifty times, `record_property("note", ...)` says what it
+A part of it (some of the files) renews its own lines of the table and leaves the others; what is in none of them is
+said. A line is a test function with all its parameters. `record_property("times", 50)` counts a test fifty times, `record_property("note", ...)` says what it
 measured. A test that fails counts as held 0 times.
 """
 
@@ -59,9 +59,26 @@ class _Records:
             before = json.loads(path.read_text(encoding="utf-8"))
             if any(before[key] != found[key] for key in ("machine", "versions")):
                 pytest.exit(f"{path} is of another machine or other versions; choose another directory", 2)
-            found["tests"] = dict(sorted((before["tests"] | self.lines).items()))
+            kept = {
+                name: line for name, line in before["tests"].items() if function_of(name) in functions(file_of(name))
+            }
+            found["tests"] = dict(sorted((kept | self.lines).items()))
         path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         (directory / "README.md").write_text(page(found), encoding="utf-8")
+
+
+def file_of(test: str) -> str:
+    return test.partition("::")[0]
+
+
+def function_of(test: str) -> str:
+    return test.partition("::")[2].partition("[")[0]
+
+
+def functions(file: str) -> list[str]:
+    """The tests that a file has, whichever were run."""
+    module = import_module(file.removesuffix(".py").replace("/", "."))
+    return [name for name in vars(module) if name.startswith("test_")]
 
 
 def page(found: dict) -> str:
@@ -79,19 +96,22 @@ def page(found: dict) -> str:
         f"on {machine['cpu']} ({machine.get('memory_gib')} GiB), {machine['system']}; {software}.",
     ]
     grouped: dict[str, dict[str, list[tuple[str, dict]]]] = {}  # file -> function -> (parameters, line)
+    for file in sorted(
+        {file_of(name) for name in tests} | {str(path) for path in Path("tests/faults").glob("test_*.py")}
+    ):
+        grouped[file] = {function: [] for function in functions(file)}
     for name, line in tests.items():
-        file, _, test = name.partition("::")
-        function, _, parameters = test.partition("[")
-        grouped.setdefault(file, {}).setdefault(function, []).append((parameters.rstrip("]"), line))
-    for file, functions in grouped.items():
+        parameters = name.partition("[")[2].rstrip("]")
+        grouped[file_of(name)][function_of(name)].append((parameters, line))
+    for file, lines_of in grouped.items():
         about = (import_module(file.removesuffix(".py").replace("/", ".")).__doc__ or file).splitlines()[0]
         text += ["", f"## {about}", "", f"`{file}`", "", "| what | held | seconds | |", "|---|---|---|---|"]
-        for function, lines in functions.items():
+        for function, lines in lines_of.items():
             held, of, skipped, seconds = (
                 sum(line[key] for _, line in lines) for key in ("held", "of", "skipped", "seconds")
             )
             notes = [f"{parameters}: {note}".removeprefix(": ") for parameters, line in lines for note in line["notes"]]
-            notes += [f"{skipped} skipped"] if skipped else []
+            notes += [f"{skipped} skipped"] if skipped else [] if lines else ["not run"]
             what = function.removeprefix("test_").replace("_", " ")
             text.append(f"| {what} | {held}/{of} | {seconds:.1f} | {'; '.join(notes)} |")
     return "\n".join(text) + "\n"

@@ -49,21 +49,24 @@ def lost_or_repeated(reads: list[list[int]]) -> int:
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "trainer_state.json"])
 def test_killed_in_the_middle_of_a_save(tmp_path, unbroken, file):
-    recipe = write_recipe(tmp_path)
-    half = tmp_path / "run/checkpoint-5"
-    process = start(recipe)
-    wait_for(process, (half / file).exists)
-    kill([process], [0])
-    if not (half / MANIFEST).exists():  # the kill came in time, as it nearly always does
-        assert (half / UNFINISHED).exists()
-        said = []
-        assert find_last_checkpoint(tmp_path / "run", said.append)[0].name == "checkpoint-4"
-        assert said == ["checkpoint-5 passed over: is unfinished: it has no manifest"]
+    for attempt in range(10):
+        recipe = write_recipe(tmp_path / str(attempt))
+        half = recipe.parent / "run/checkpoint-5"
+        process = start(recipe)
+        wait_for(process, (half / file).exists)
+        kill([process], [0])
+        if not (half / MANIFEST).exists():
+            break  # the kill came in time, as it nearly always does
+    assert (half / UNFINISHED).exists() and not (half / MANIFEST).exists()
+    said = []
+    assert find_last_checkpoint(half.parent, said.append)[0].name == "checkpoint-4"
+    assert said == ["checkpoint-5 passed over: is unfinished: it has no manifest"]
     resume_and_compare(recipe, weights(unbroken))
 
 
 def killed_at_random_moments(tmp_path, *, times: int, ranks: int, seed: int = 0) -> Counter:
-    """Of a run that saves every update: one rank, or all at once. Returns what happened."""
+    """Of a run that saves every update: one rank, or all at once, `times` while all were running. Returns what
+    happened."""
     draw, whole = random.Random(10 * seed + ranks), write_recipe(tmp_path / "whole")
     processes = start_ranks(whole, ranks, resume=False)
     wait_for(processes[0], lambda: training(whole))
@@ -74,15 +77,17 @@ def killed_at_random_moments(tmp_path, *, times: int, ranks: int, seed: int = 0)
     expected, reads = weights(whole.parent / "run"), what_counts(whole)
     assert len(reads) == STEPS and lost_or_repeated(reads) == 0
     happened: Counter = Counter()
-    for number in range(times):
+    while happened["between saves"] + happened["within a save"] < times:
+        number = happened.total()
         recipe = write_recipe(tmp_path / str(number))
         processes = start_ranks(recipe, ranks, resume=False)
         wait_for(processes[0], lambda recipe=recipe: training(recipe))
         time.sleep(draw.uniform(0, 0.9) * seconds)
         which = draw.choice([[rank] for rank in range(ranks)] + [list(range(ranks))])
-        happened["before the end"] += all(process.is_alive() for process in processes)
+        in_time = all(process.is_alive() for process in processes)
         kill(processes, which)
-        happened["within a save"] += bool(list((recipe.parent / "run").glob(f"checkpoint-*/{UNFINISHED}")))
+        in_a_save = in_time and list((recipe.parent / "run").glob(f"checkpoint-*/{UNFINISHED}"))
+        happened["within a save" if in_a_save else "between saves" if in_time else "after the end"] += 1
         resume_and_compare(recipe, expected, reads, ranks)
         assert lost_or_repeated(what_counts(recipe)) == 0
     return happened
@@ -96,13 +101,12 @@ def test_killed_at_fifty_random_moments(tmp_path, record_property, ranks, part):
     """In five parts of ten."""
     happened = killed_at_random_moments(tmp_path, times=10, ranks=ranks, seed=part)
     record_property("times", 10)
-    record_property("note", ", ".join(f"{count} {when}" for when, count in happened.items()))
-    assert happened["before the end"] > 5
+    record_property("note", ", ".join(f"{count} {when}" for when, count in sorted(happened.items())))
 
 
 def test_two_ranks_killed_at_two_random_moments(tmp_path):
     """The short form of the above."""
-    assert killed_at_random_moments(tmp_path, times=2, ranks=2).total()
+    killed_at_random_moments(tmp_path, times=2, ranks=2)
 
 
 def test_an_example_that_is_lost_or_repeated_would_be_found():
