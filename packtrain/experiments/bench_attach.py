@@ -1,6 +1,6 @@
 """What `packtrain.attach` does for a trainer that somebody already has: the same losses, in how many seconds?
 
-    python -m packtrain.experiments.bench_attach             # some six minutes on one core
+    python -m packtrain.experiments.bench_attach             # some ten minutes on one core
 
 transformers' Trainer (with its own padding collator) and TRL's SFTTrainer train the same Llama on the same documents in
 the same order, as they are and attached, interleaved. Lengths are long-tailed, as in real fine-tuning data. Seconds
@@ -17,6 +17,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import datasets
@@ -35,6 +36,7 @@ from trl import SFTConfig, SFTTrainer
 
 from packtrain.experiments.bench_attention import LLAMA, ROW
 from packtrain.experiments.bench_page import origin, origin_lines, store
+from packtrain.experiments.comparison.statistics import Ratio, paired_ratio
 from packtrain.modeling.tokenizer import train_bpe
 from packtrain.training.plugin import attach
 
@@ -99,23 +101,23 @@ def run(trainer: Trainer) -> tuple[list[float], list[float]]:
 
 
 def compare(build: Callable[[], Trainer], rounds: int) -> dict:
-    """The trainer as it is and attached, in turns."""
+    """The trainer as it is and attached, in turns; every other round begins with the other."""
     ways: dict[str, Callable[[], Trainer]] = {"before": build, "attached": lambda: attach(build())}
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    seconds: dict[str, list[list[float]]] = {way: [] for way in ways}  # of each round, of each update
     losses: dict[str, list[float]] = {}
-    for _ in range(rounds):
-        for way, made in ways.items():
-            losses[way], elapsed = run(made())
-            seconds[way] += elapsed
+    for number in range(rounds):
+        for way in list(ways)[:: -1 if number % 2 else 1]:
+            losses[way], elapsed = run(ways[way]())
+            seconds[way].append(elapsed)
     difference = max(abs(a / b - 1) for a, b in zip(losses["attached"], losses["before"], strict=True))
     assert difference < 1e-4, f"the losses differ by {difference}"
-    medians = {way: statistics.median(times) for way, times in seconds.items()}
+    sums = {way: [sum(elapsed) for elapsed in times] for way, times in seconds.items()}
     return {
         "losses": losses,
         "largest_relative_loss_difference": difference,
         "seconds": seconds,
-        "seconds_per_update": medians,
-        "faster": medians["before"] / medians["attached"],
+        "seconds_per_update": {way: statistics.median(times) / (UPDATES - 1) for way, times in sums.items()},
+        "faster": asdict(paired_ratio(sums["before"], sums["attached"])),
     }
 
 
@@ -123,7 +125,7 @@ def markdown(result: dict) -> str:
     lengths = result["lengths"]
     rows = [
         f"| {name} | {found['seconds_per_update']['before']:.2f} | {found['seconds_per_update']['attached']:.2f} "
-        f"| **{found['faster']:.2f}x** | {found['largest_relative_loss_difference']:.0e} |"
+        f"| **{Ratio(**found['faster']).text()}** | {found['largest_relative_loss_difference']:.0e} |"
         for name, found in result["trainers"].items()
     ]
     lines = [
@@ -131,7 +133,8 @@ def markdown(result: dict) -> str:
         "",
         f"Llama of {result['parameters'] / 1e6:.1f}M parameters in float32, {PER_DEVICE} x {ACCUMULATION} documents per",
         f"update, {lengths['mean']:.0f} tokens on average, {lengths['median']:.0f} in the median and at most",
-        f"{lengths['longest']}; medians of {result['rounds']} interleaved rounds of {UPDATES - 1} timed updates.",
+        f"{lengths['longest']}; {result['rounds']} interleaved rounds of {UPDATES - 1} timed updates: medians, and ratios",
+        "of whole rounds with their 95% intervals.",
         "",
         "| trainer | seconds per update | attached | faster | losses differ by |",
         "|---|---|---|---|---|",
@@ -143,7 +146,7 @@ def markdown(result: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=2, help="interleaved rounds (default 2)")
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default 5)")
     parser.add_argument("--output", type=Path, default=Path("results/attach"))
     arguments = parser.parse_args()
     data = documents(MEAN_LENGTH, LLAMA["vocab_size"])

@@ -20,7 +20,9 @@ def test_both_ways_take_the_same_steps(build, tmp_path):
     tokenizer = train_bpe(["some words"] * 10, vocab_size=300)
     found = compare(partial(build, data, tokenizer, str(tmp_path), **TINY), rounds=1)
     assert len(found["losses"]["before"]) == bench_attach.UPDATES
-    assert len(found["seconds"]["attached"]) == bench_attach.UPDATES - 1
+    assert [len(elapsed) for elapsed in found["seconds"]["attached"]] == [bench_attach.UPDATES - 1]
+    before, attached = (sum(found["seconds"][way][0]) for way in ("before", "attached"))
+    assert found["faster"]["estimate"] == pytest.approx(before / attached) and found["faster"]["low"] is None
     assert found["largest_relative_loss_difference"] < 1e-4
 
 
