@@ -123,7 +123,7 @@ def test_a_verdict_claims_a_difference_only_where_all_seeds_agree():
     mixed = [stored("single", seed, early) for seed, early in enumerate((0.1, 0.91, 0.2))]  # a lower mean, yet
     learnt, *said, chance = verdict([*eos, *mixed, *better])
     assert learnt.startswith("Content and stop are learnable here") and "in about 100% at worst" in learnt
-    assert chance.startswith("With 3 seeds") and "in 25% of cases" in chance
+    assert chance.startswith("With 3 seeds") and "in 25% of cases, and there are 4 comparisons" in chance
     assert said[0] == "**eos** stops early in 0.80 at 16 tokens (late in 0.00; exact 0.20)."
     assert "early stops: at 16 no difference (2 of 3 seeds less, 1 more)" in said[1]
     assert "early stops: at 16 0.20 less in every seed" in said[2]

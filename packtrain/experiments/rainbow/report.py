@@ -24,13 +24,8 @@ COLUMNS = {  # field -> heading
     "ends_in_first_half": "ends in first half",
 }
 HOW_IT_WAS_FOUND = (
-    "The setting was looked for with one seed, and rainbow K=7 was seen in these pilots, too. Exact answers at 16 and 64 "
-    "tokens, K=7 against eos: two layers and lengths drawn evenly from 2 to 15, with 6 places .41 and .40 against .32 and "
-    ".30, with 10 places .56 and .39 against .41 and .34 (the model saw four or five steps ahead); two layers with 8 places "
-    ".22 and .19 against .36 and .36, with 8 places and 4 keys .14 and .11 against .24 and .23 (neither learnt the next "
-    "place); walks steered by the wordings .70 and .67 against .80 and .78 (short answers that end where they may). This "
-    "setting was then chosen for one layer's next place and stop and for what eos does in it. How long to tune was set "
-    "after K=7 had been seen in it: after 1,000 updates .31 and .22 against .41 and .41, with the next place right in 81%."
+    "The setting was chosen after pilots of one seed in which rainbow K=7 was seen, too (`trained.py` says what came of "
+    "them)."
 )
 LEARNT = 0.95  # of what is asked for, in every seed: below that a tail's failures may be the model's
 
@@ -99,11 +94,13 @@ def table(settings: Sequence[Setting]) -> str:
 
 def verdict(results: Sequence[dict]) -> list[str]:
     """Sentences: whether the task was learnt, then for every tail what it changes against eos."""
-    seeds = len({result["seed"] for result in results})
+    seeds, settings = len({result["seed"] for result in results}), settings_of(results)
+    comparisons = 2 * sum(setting.blocks == 1 and setting.tail != BASELINE for setting in settings)
     chance = (
-        f"With {seeds} seeds chance alone gives all differences the same sign in {2.0 ** (1 - seeds):.0%} of cases."
+        f"With {seeds} seeds chance alone gives all differences the same sign in {2.0 ** (1 - seeds):.0%} of cases, and "
+        f"there are {comparisons} comparisons above."
     )
-    return [_what_was_learnt(results), *_what_tails_change(settings_of(results)), chance]
+    return [_what_was_learnt(results), *_what_tails_change(settings), chance]
 
 
 def _what_was_learnt(results: Sequence[dict]) -> str:
