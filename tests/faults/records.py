@@ -3,9 +3,9 @@ r"""What a run of the fault-injection suite came to, as a table: a plugin of pyt
     python -m pytest -p tests.faults.records --records results/faults -m "slow or not slow" \
         tests/faults tests/test_recipe.py tests/data/test_bad_rows.py tests/training/test_checkpoint.py
 
-A part of it (some of the files) renews its own lines of the table and leaves the others; what is in none of them is
-said. A line is a test function with all its parameters. `record_property("times", 50)` counts a test fifty times, `record_property("note", ...)` says what it
-measured. A test that fails counts as held 0 times.
+A part of it (some of the files) renews its own lines of the table and leaves the others; tests in none of them are said
+to be not run. A line is a test function with all its parameters. `record_property("times", 50)` counts a test fifty times,
+`record_property("note", ...)` says what it measured. A test that fails counts as held 0 times.
 """
 
 from __future__ import annotations
