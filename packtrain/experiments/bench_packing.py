@@ -6,7 +6,7 @@
 
 With `--only`, results that are there already are kept. All packers get the same lengths, in one process, the best of a
 few repeats; those that take a list get one, and making it isn't timed. A peer that isn't installed is left out. TRL's
-packer is given rows of nulls (as it takes no lengths), all in one batch: its default of 1,000 rows packs worse.
+packer is given rows of nulls (as it takes no lengths), once all in one batch, once its default of 1,000 rows at a time.
 Balance is that of updates of eight packs per rank under the cost model of a 7B Llama, over the epoch's shuffle of packs;
 `balanced` draws its updates from the shuffle of examples, as many as fill eight micro-batches per rank to three quarters.
 """
@@ -39,7 +39,7 @@ from packtrain.training.summary import describe_machine
 
 OURS = ("bfd", "ffd", "optimal", "next_fit")
 COMPILED = "packtrain bfd, compiled"
-SMALL = 200_000  # examples up to which loops over every example take part
+LARGE_ROWS = 32_768  # of tokens; with a million of them TRL's table of nulls alone takes tens of gigabytes
 COMMAND = "python -m packtrain.experiments.bench_packing"
 BILLION = 1_000_000_000
 PACKAGES = ("numpy", "scipy", "numba", "trl", "transformers", "datasets", "lightbinpack", "seqpacker")
@@ -67,7 +67,7 @@ def bench_packers(name: str, lengths: np.ndarray, capacity: int) -> list[dict]:
         packers[COMPILED]()  # loads numba
     rows, bound = [], 0
     for packer, pack in (packers | _peers(lengths, capacity)).items():
-        repeats = 1 if packer in ("TRL bfd", "packtrain optimal") else 3
+        repeats = 1 if packer.startswith("TRL") or packer == "packtrain optimal" else 3
         seconds, packs = min((_timed(pack) for _ in range(repeats)), key=lambda pair: pair[0])
         row = {"data": name, "packer": packer, "seconds": seconds, "packs": len(packs)}
         if isinstance(packs, PatternPacks):
@@ -168,7 +168,7 @@ def _peers(lengths: np.ndarray, capacity: int) -> dict[str, Callable]:
         found["seqpacker obfd"] = lambda: seqpacker.pack_sequences(listed, capacity, strategy="obfd").packs
     except (ImportError, OSError):
         pass
-    if len(lengths) <= SMALL or capacity <= 2048:
+    if capacity < LARGE_ROWS:
         import datasets
         import pyarrow as pa
         from trl.data_utils import pack_dataset  # noqa: F401  (its loop works on a table of tokens)
@@ -176,8 +176,9 @@ def _peers(lengths: np.ndarray, capacity: int) -> dict[str, Callable]:
         offsets = pa.array(np.append(0, np.cumsum(lengths, dtype=np.int64)))
         tokens = pa.nulls(int(lengths.sum()))  # there are none to copy
         table = datasets.Dataset(pa.table({"input_ids": pa.LargeListArray.from_arrays(offsets, tokens)}))
-        options = {"map_kwargs": {"batch_size": len(lengths), "keep_in_memory": True, "load_from_cache_file": False}}
-        found["TRL bfd"] = lambda: pack_dataset(table, capacity, "bfd", **options)
+        for name, rows in (("TRL bfd", len(lengths)), ("TRL bfd, 1,000 rows at a time", 1000)):
+            options = {"batch_size": rows, "keep_in_memory": True, "load_from_cache_file": False}
+            found[name] = partial(pack_dataset, table, capacity, "bfd", map_kwargs=options)
     return found
 
 
