@@ -137,18 +137,25 @@ def test_max_steps_means_equal_updates():
     assert "(-10.0%, one seed)" in text
 
 
+PACKER = "trl:packing_bfd"
+SDPA = f"Without flash-attention, the kernel for flat batches, `{PACKER}` ran with sdpa."
+
+
 def test_ahead_of_every_peer_only_if_every_interval_says_so():
     balanced = runs_of("balanced", 240.0, 244.8, 235.2)
     slow = runs_of("trl:padding", 90.0, 92.0, 88.0)
     ahead = summary_of([*OURS, *PEERS], REFERENCE, balanced, slow, runs_of("trl:packing_bfd", 120.0, 122.4, 117.6))
     assert texts(ahead, "peers") == [
         "`balanced` is faster than both other trainers: 2.00x (2.00-2.00) as fast as `trl:packing_bfd`, the closest, "
-        "and 2.67x (2.65-2.68) as fast as `trl:padding`, the closest with the same updates."
+        "and 2.67x (2.65-2.68) as fast as `trl:padding`, the closest with the same updates.",
+        SDPA,
     ]
     tied = summary_of([*OURS, *PEERS], REFERENCE, balanced, slow, runs_of("trl:packing_bfd", 200.0, 290.0, 240.0))
     assert "not measurably apart" in texts(tied, "peers")[0]
     behind = summary_of([*OURS, *PEERS], REFERENCE, balanced, slow, runs_of("trl:packing_bfd", 480.0, 489.6, 470.4))
-    assert texts(behind, "peers") == ["`trl:packing_bfd` is faster than `balanced`: 2.00x (2.00-2.00) as fast."]
+    assert texts(behind, "peers") == ["`trl:packing_bfd` is faster than `balanced`: 2.00x (2.00-2.00) as fast.", SDPA]
+    flash = [replace(run, end=replace(run.end, attention="flash_attention_2")) for run in behind.row(PACKER).timed_runs]
+    assert SDPA not in texts(summary_of([*OURS, *PEERS], REFERENCE, balanced, slow, flash), "peers")
 
 
 def test_no_peers_no_word_of_them():

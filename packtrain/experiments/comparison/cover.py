@@ -12,7 +12,8 @@ import re
 from packtrain.experiments.comparison.plots import BEHIND_TEXT, drawn_ends, family
 from packtrain.experiments.comparison.summary import Row, Summary
 from packtrain.experiments.comparison.theme import COLOURS, drawing
-from packtrain.experiments.comparison.verdict import SAME_CURVE, headliner, signed
+from packtrain.experiments.comparison.verdict import SAME_CURVE, headliner
+from packtrain.experiments.comparison.wording import signed
 
 WIDTH = 7.6  # inches
 MARGIN = 10  # points

@@ -8,7 +8,6 @@ is flat, else sdpa. All that is settled for them is on this page and in `trainer
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib.util import find_spec
 from typing import Any
 
 import datasets
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 from transformers import DataCollatorWithFlattening, PrinterCallback, Trainer, TrainingArguments
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from packtrain.data.examples import Examples
 from packtrain.experiments.comparison.measure import Measured
@@ -65,12 +65,17 @@ def as_peer(peer: str, recipe: Recipe) -> Recipe:
     """The recipe with the attention that a user of the peer would have, and without packtrain's refusals."""
     attention = recipe.model.attn_implementation
     if attention == "auto":
-        flat = TRAINERS[peer].like != "pad_longest" and TRAINERS[peer].says_documents
-        has_flash = torch.cuda.is_available() and find_spec("flash_attn") is not None
-        attention = "flash_attention_2" if flat and has_flash else "sdpa"
+        attention = flash_attention() if TRAINERS[peer].is_flat and torch.cuda.is_available() else "sdpa"
     model = recipe.model.model_copy(update={"attn_implementation": attention})
     batching = recipe.batching.model_copy(update={"allow_contamination": True})
     return recipe.model_copy(update={"model": model, "batching": batching})
+
+
+def flash_attention() -> str:
+    """The newest flash-attention that is installed, as `attn_implementation` calls it; else sdpa."""
+    if is_flash_attn_3_available():
+        return "flash_attention_3"
+    return "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
 
 
 def build_peer(peer: str, recipe: Recipe, packtrain: PackTrainer, inputs: Inputs) -> tuple[Measured, int]:

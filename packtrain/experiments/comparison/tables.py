@@ -9,7 +9,8 @@ from typing import Any
 
 from packtrain.experiments.comparison.statistics import Spread
 from packtrain.experiments.comparison.summary import Row, Summary
-from packtrain.experiments.comparison.verdict import Sentence, note, small
+from packtrain.experiments.comparison.verdict import Sentence, note
+from packtrain.experiments.comparison.wording import small
 
 ABSENT = ""
 

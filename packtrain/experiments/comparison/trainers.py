@@ -33,6 +33,11 @@ class Peer:
     says_documents: bool = True
     options: Mapping[str, object] = field(default_factory=dict)
 
+    @property
+    def is_flat(self) -> bool:
+        """Whether its batches are rows of several documents that flash-attention keeps apart."""
+        return self.like != "pad_longest" and self.says_documents
+
 
 TRAINERS: dict[str, Peer] = {
     "trl:padding": Peer(package="trl", like="pad_longest"),

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from packtrain.experiments.comparison.statistics import Ratio
 from packtrain.experiments.comparison.summary import Row, Summary, ratio_between
+from packtrain.experiments.comparison.trainers import TRAINERS
+from packtrain.experiments.comparison.wording import listed, signed, small
 
 SAME_CURVE = 1e-3  # relative: float32 in another order of summation stays far below, another set of examples far above
 FEW = 3  # pairs
@@ -179,6 +181,10 @@ def _peers(subject: Row, summary: Summary) -> Iterator[Sentence]:
     else:
         text = f"{name} and {_code(closest)}, the closest other trainer, are not measurably apart: {ratio.text()}"
     yield Sentence(topic="peers", text=f"{text}.")
+    unaided = [_code(row) for row in rows if TRAINERS[row.trainer].is_flat and row.attention == "sdpa"]
+    if unaided:
+        text = f"Without flash-attention, the kernel for flat batches, {listed(unaided)} ran with sdpa."
+        yield Sentence(topic="peers", text=text)
 
 
 def _packing(subject: Row, summary: Summary) -> Iterator[Sentence]:
@@ -280,18 +286,3 @@ def _caution(summary: Summary) -> Iterator[Sentence]:
 
 def _code(row: Row) -> str:
     return f"`{row.name}`"
-
-
-def listed(names: list[str]) -> str:
-    """`a`, `a and b`, `a, b and c`."""
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-
-
-def small(value: float) -> str:
-    """A relative difference: `2e-6` when tiny, else per cent."""
-    return "0" if value == 0 else f"{value:.0e}".replace("e-0", "e-") if value < 1e-3 else f"{value:.1%}"
-
-
-def signed(value: float) -> str:
-    """`+13.9%`."""
-    return f"{value:+.1%}"
