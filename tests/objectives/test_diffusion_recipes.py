@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from itertools import pairwise
 from pathlib import Path
 
@@ -97,6 +98,49 @@ def test_every_epoch_has_its_own_noise(recipe_path):
 def test_block_diffusion_trains(recipe_path):
     summary = train(load_recipe(recipe_path, ["objective={name: block_diffusion, block_size: 8}"]), console=QUIET)
     assert summary.updates == 12 and summary.held_out_loss_after < summary.held_out_loss_before
+
+
+CONVERSATION = [
+    ("system", "short"),
+    ("user", "two and two"),
+    ("assistant", "four"),
+    ("user", "more"),
+    ("assistant", "8"),
+]
+MASKED = "objective={name: masked_diffusion, tail: eos, canvas: batch_max}"
+BLOCKS = "objective={name: block_diffusion, block_size: 8}"
+
+
+@pytest.mark.parametrize("format", ["messages", "sharegpt"])
+@pytest.mark.parametrize(
+    ("overrides", "learnt"),
+    [
+        ([MASKED], "8<|eos|>"),
+        ([BLOCKS], "8<|eos|>"),
+        ([MASKED, "data.completion_only_loss=true"], "8<|eos|>"),
+        ([MASKED, "data.assistant_only_loss=true"], "four<|eos|>8<|eos|>"),
+        (  # controls: what a causal model learns by default, and a diffusion model by request
+            ["objective={name: causal_lm}"],
+            "<|system|>short<|user|>two and two<|assistant|>four<|eos|><|user|>more<|assistant|>8<|eos|>",
+        ),
+        (
+            [MASKED, "data.completion_only_loss=false"],
+            "<|system|>short<|user|>two and two<|assistant|>four<|eos|><|user|>more<|assistant|>8<|eos|>",
+        ),
+    ],
+)
+def test_of_a_conversation_only_the_answer_is_canvas(recipe_path, tmp_path, format, overrides, learnt):
+    column, role, content = {
+        "messages": ("messages", "role", "content"),
+        "sharegpt": ("conversations", "from", "value"),
+    }[format]
+    row = json.dumps({column: [{role: who, content: what} for who, what in CONVERSATION]})
+    (tmp_path / "chats.jsonl").write_text(f"{row}\n{row}\n")
+    data = f"data={{path: {tmp_path / 'chats.jsonl'}, max_length: 128, overflow: drop, eval_size: 1}}"
+    inputs = load_inputs(load_recipe(recipe_path, [data, *overrides]))
+    for examples in (inputs.train, inputs.held_out):
+        own = getattr(examples, "examples", examples)[0]  # without the copies of block diffusion
+        assert inputs.tokenizer.decode(own["input_ids"][own["labels"] != -100]) == learnt
 
 
 @pytest.mark.parametrize("strategy", ["balanced", "padding_free", "bfd"])
