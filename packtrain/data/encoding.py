@@ -62,7 +62,6 @@ class Encoder:
         format: a key of `FORMATS`.
         completion_only: learn from completions only; None is the format's own default.
         assistant_only: learn from what the template's `{% generation %}` markers enclose.
-        chosen_labels: the rows bring labels or masks of their own (format `input_ids`).
 
     Raises:
         DataError: the options don't go with the format or the tokenizer.
@@ -75,22 +74,20 @@ class Encoder:
         *,
         completion_only: bool | None = None,
         assistant_only: bool = False,
-        chosen_labels: bool = False,
     ):
         self.tokenizer, self.format = tokenizer, format
         self.has_template = bool(tokenizer.chat_template)
         self.assistant_only = assistant_only
         default = FORMATS[format].completion_only and not assistant_only
         self.completion_only = bool(default if completion_only is None else completion_only)
-        self.chosen_labels = chosen_labels
         self._check_options()
         self.prefix = _added_in_front(tokenizer)
         self.vocabulary = 1 + max(tokenizer.get_vocab().values(), default=-1) if format == "input_ids" else None
 
     @property
     def all_learnt(self) -> bool:
-        """Every label is its token, but for the first of each example."""
-        return not (self.completion_only or self.assistant_only or self.chosen_labels)
+        """Every label is its token, but for the first of each example. Rows of token ids may bring labels of their own."""
+        return not (self.completion_only or self.assistant_only or self.format == "input_ids")
 
     def __call__(self, rows: Sequence[Row | BadRow]) -> pa.Table:
         """Tokenise a batch: a table with one row for each row.
@@ -239,7 +236,7 @@ class Encoder:
             return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
 
         columns = {"input_ids": column([draft.ids for draft in drafts])}
-        if self.chosen_labels:
+        if self.format == "input_ids":
             columns["labels"] = column([draft.labels for draft in drafts])
         elif not self.all_learnt:
             columns["learnt"] = column([draft.labels != IGNORED for draft in drafts], np.uint8)

@@ -105,6 +105,15 @@ def test_pretokenised_rows_with_masks(build, tokenizer):
     assert example["labels"].tolist() == [-100, 6, 7, -100]
 
 
+@pytest.mark.parametrize("late", [{"labels": [-100, -100, 7]}, {"completion_mask": [0, 0, 1]}])
+def test_labels_that_come_late_count_as_well(late, build, tokenizer):
+    """The columns of a file are those of its first rows; labels may begin further down."""
+    examples = build([{"input_ids": [5, 6, 7]}] * 150 + [{"input_ids": [5, 6, 7], **late}], tokenizer)
+    assert examples[149]["labels"].tolist() == [-100, 6, 7]
+    assert examples[150]["labels"].tolist() == [-100, -100, 7]
+    assert examples.supervised[149:].tolist() == [2, 1]
+
+
 @pytest.mark.parametrize(
     ("columns", "expected"),
     [
