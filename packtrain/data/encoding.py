@@ -93,7 +93,8 @@ class Encoder:
         """Tokenise a batch: a table with one row for each row.
 
         Columns: `input_ids` list<int32>; `labels` list<int32> or `learnt` list<uint8> (neither where all is
-        learnt); `supervised` int32; `flags` uint8; `problem` string, null for good rows; bad rows are empty.
+        learnt); `supervised` int32; `blanks` int32, tokens of nothing but white space behind an eos at the end (of
+        ChatML, a newline); `flags` uint8; `problem` string, null for good rows; bad rows are empty.
         """
         drafts = [self._draft(row) for row in rows]
         self._tokenise([draft for draft in drafts if draft.text is not None])
@@ -227,6 +228,14 @@ class Encoder:
             draft.flags |= NO_EOS
         return _checked(draft)
 
+    def _blanks_behind_eos(self, ids: np.ndarray) -> int:
+        end = len(ids)
+        while end and ids[end - 1] != self.tokenizer.eos_token_id:
+            if self.tokenizer.decode(ids[end - 1 : end].tolist()).strip():
+                return 0
+            end -= 1
+        return len(ids) - end if end else 0
+
     def _table(self, drafts: list[_Draft]) -> pa.Table:
         import pyarrow as pa
 
@@ -245,6 +254,7 @@ class Encoder:
             columns
             | {
                 "supervised": pa.array(supervised, pa.int32()),
+                "blanks": pa.array([self._blanks_behind_eos(draft.ids) for draft in drafts], pa.int32()),
                 "flags": pa.array([draft.flags for draft in drafts], pa.uint8()),
                 "problem": pa.array([draft.problem for draft in drafts], pa.string()),
             }
