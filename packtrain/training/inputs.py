@@ -126,13 +126,15 @@ def plan_training(recipe: Recipe, lengths: np.ndarray, *, world_size: int, cost:
 
 
 def plan_evaluation(recipe: Recipe, lengths: np.ndarray, *, layout: str, world_size: int) -> Plan:
-    """One step over all of `lengths`, in the layout of training."""
+    """One epoch over `lengths` in the layout of training: one step, or with `equal_lengths` steps as long as in training,
+    so that a long document lengthens those beside it only. Evaluation sums over the steps."""
+    equal = equal_lengths(recipe)
     return make_plan(
         lengths,
         strategy=FLAT_EVALUATION if layout == "flat" else PADDED_EVALUATION,
-        examples_per_step=len(lengths),
+        examples_per_step=recipe.batching.examples_per_step if equal else len(lengths),
         max_tokens=recipe.batching.max_tokens,
         max_length=recipe.data.max_length,
         world_size=world_size,
-        equal_lengths=equal_lengths(recipe),
+        equal_lengths=equal,
     )
