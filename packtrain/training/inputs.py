@@ -108,10 +108,11 @@ def equal_lengths(recipe: Recipe) -> bool:
 def plan_training(recipe: Recipe, lengths: np.ndarray, *, world_size: int, cost: Cost | None = None) -> Plan:
     """The plan of the recipe's whole run over examples of these `lengths` (int, `[n]`)."""
     training, batching = recipe.training, recipe.batching
+    data_seed = training.get("data_seed")
     return make_plan(
         lengths,
         strategy=batching.strategy,
-        seed=training.get("data_seed") or training["seed"],
+        seed=training["seed"] if data_seed is None else data_seed,
         examples_per_step=batching.examples_per_step,
         max_tokens=batching.max_tokens,
         max_length=recipe.data.max_length,

@@ -210,6 +210,12 @@ def test_batch_max_evaluates_every_document_in_its_update(recipe_path):
     assert plan.total_steps == 3 and len(widths) > 1
 
 
+@pytest.mark.parametrize(("given", "seed"), [([], 7), (["training.data_seed=0"], 0), (["training.data_seed=3"], 3)])
+def test_the_seed_of_the_data_may_be_zero(recipe_path, given, seed):
+    recipe = load_recipe(recipe_path, ["training.seed=7", *given])
+    assert plan_training(recipe, np.full(60, 9), world_size=1).scope.seed == seed
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
