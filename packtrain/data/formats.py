@@ -235,7 +235,7 @@ def _messages(row: Row, column: str) -> list[dict[str, object]]:
 
 
 def _message(message: dict[str, object], where: str) -> dict[str, object]:
-    """Role and content checked; keys without a value (Arrow adds them) left out."""
+    """Role and content checked; keys without a value left out."""
     message = {key: value for key, value in message.items() if value is not None}
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
