@@ -34,7 +34,7 @@ from packtrain.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-STORE_VERSION = 1  # raise it when the same rows and options would give other tokens
+STORE_VERSION = 2  # raise it when the same rows and options would give other tokens
 _ABANDONED_AFTER = 24 * 3600  # seconds after which a staging directory is a dead process's
 _TOKENIZER_FILES = ("tokenizer*", "*.model", "*.jinja", "vocab*", "merges*", "special_tokens_map*", "added_tokens*")
 

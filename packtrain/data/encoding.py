@@ -62,7 +62,6 @@ class Encoder:
         format: a key of `FORMATS`.
         completion_only: learn from completions only; None is the format's own default.
         assistant_only: learn from what the template's `{% generation %}` markers enclose.
-        chosen_labels: the rows bring labels or masks of their own (format `input_ids`).
 
     Raises:
         DataError: the options don't go with the format or the tokenizer.
@@ -75,28 +74,27 @@ class Encoder:
         *,
         completion_only: bool | None = None,
         assistant_only: bool = False,
-        chosen_labels: bool = False,
     ):
         self.tokenizer, self.format = tokenizer, format
         self.has_template = bool(tokenizer.chat_template)
         self.assistant_only = assistant_only
         default = FORMATS[format].completion_only and not assistant_only
         self.completion_only = bool(default if completion_only is None else completion_only)
-        self.chosen_labels = chosen_labels
         self._check_options()
         self.prefix = _added_in_front(tokenizer)
         self.vocabulary = 1 + max(tokenizer.get_vocab().values(), default=-1) if format == "input_ids" else None
 
     @property
     def all_learnt(self) -> bool:
-        """Every label is its token, but for the first of each example."""
-        return not (self.completion_only or self.assistant_only or self.chosen_labels)
+        """Every label is its token, but for the first of each example. Rows of token ids may bring labels of their own."""
+        return not (self.completion_only or self.assistant_only or self.format == "input_ids")
 
     def __call__(self, rows: Sequence[Row | BadRow]) -> pa.Table:
         """Tokenise a batch: a table with one row for each row.
 
         Columns: `input_ids` list<int32>; `labels` list<int32> or `learnt` list<uint8> (neither where all is
-        learnt); `supervised` int32; `flags` uint8; `problem` string, null for good rows; bad rows are empty.
+        learnt); `supervised` int32; `blanks` int32, tokens of nothing but white space behind an eos at the end (of
+        ChatML, a newline); `flags` uint8; `problem` string, null for good rows; bad rows are empty.
         """
         drafts = [self._draft(row) for row in rows]
         self._tokenise([draft for draft in drafts if draft.text is not None])
@@ -230,6 +228,14 @@ class Encoder:
             draft.flags |= NO_EOS
         return _checked(draft)
 
+    def _blanks_behind_eos(self, ids: np.ndarray) -> int:
+        end = len(ids)
+        while end and ids[end - 1] != self.tokenizer.eos_token_id:
+            if self.tokenizer.decode(ids[end - 1 : end].tolist()).strip():
+                return 0
+            end -= 1
+        return len(ids) - end if end else 0
+
     def _table(self, drafts: list[_Draft]) -> pa.Table:
         import pyarrow as pa
 
@@ -239,7 +245,7 @@ class Encoder:
             return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
 
         columns = {"input_ids": column([draft.ids for draft in drafts])}
-        if self.chosen_labels:
+        if self.format == "input_ids":
             columns["labels"] = column([draft.labels for draft in drafts])
         elif not self.all_learnt:
             columns["learnt"] = column([draft.labels != IGNORED for draft in drafts], np.uint8)
@@ -248,6 +254,7 @@ class Encoder:
             columns
             | {
                 "supervised": pa.array(supervised, pa.int32()),
+                "blanks": pa.array([self._blanks_behind_eos(draft.ids) for draft in drafts], pa.int32()),
                 "flags": pa.array([draft.flags for draft in drafts], pa.uint8()),
                 "problem": pa.array([draft.problem for draft in drafts], pa.string()),
             }

@@ -79,6 +79,18 @@ class Examples:
         """int64 `[n]`, the source row of each example."""
         return self._view.rows
 
+    @property
+    def blanks(self) -> np.ndarray:
+        """int32 `[n]`, tokens of nothing but white space that follow the eos at the end of an example.
+
+        A chat template may put them there (ChatML's last newline). 0 for pieces of rows, and for datasets that were
+        tokenised elsewhere.
+        """
+        blanks, view = self._documents.tokens.blanks, self._view
+        if blanks is None:
+            return np.zeros(len(self), dtype=np.int32)
+        return np.where(view.lengths == self._documents.lengths[view.rows], blanks[view.rows], 0)
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the documents and of which tokens of them are examples."""

@@ -27,7 +27,6 @@ from packtrain.errors import DataError, shorten
 
 IGNORED = -100  # the label of a token that is not supervised
 _MASKS = ("completion_mask", "assistant_masks", "attention_mask")  # columns that may hold booleans
-
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _SHAREGPT_ROLES = {
     "human": "user",
@@ -175,8 +174,9 @@ def _parse_input_ids(row: Row, chat: bool) -> Ids:
     ids = _integers(row, "input_ids")
     if not len(ids):
         raise BadRow("'input_ids' is empty")
-    labels = _integers(row, "labels", len(ids)) if row.get("labels") is not None else ids.copy()
-    for column in ("completion_mask", "assistant_masks"):
+    given = row.get("labels") is not None  # they have the last word: masks beside them say nothing
+    labels = _integers(row, "labels", len(ids)) if given else ids.copy()
+    for column in () if given else ("completion_mask", "assistant_masks"):
         if row.get(column) is not None:
             labels[_integers(row, column, len(ids)) == 0] = IGNORED
     if row.get("attention_mask") is not None and not _integers(row, "attention_mask", len(ids)).all():
@@ -235,7 +235,7 @@ def _messages(row: Row, column: str) -> list[dict[str, object]]:
 
 
 def _message(message: dict[str, object], where: str) -> dict[str, object]:
-    """Role and content checked; keys without a value (Arrow adds them) left out."""
+    """Role and content checked; keys without a value left out."""
     message = {key: value for key, value in message.items() if value is not None}
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:

@@ -111,12 +111,30 @@ OPENERS: dict[str, Callable[[Path, str], Reader]] = {
 
 
 def _rows_of_table(table: pa.Table) -> list[Row | BadRow]:
+    """Rows as they were before Arrow gave all structs of a column the same keys, with nulls where one had none."""
     try:
-        return table.to_pylist()
+        rows = table.to_pylist()
+        for column in (field.name for field in table.schema if _holds_structs(field.type)):
+            for row in rows:
+                row[column] = _without_nulls(row[column])
+        return rows
     except UnicodeDecodeError as error:
         if len(table) == 1:
             return [BadRow(f"invalid UTF-8 at byte {error.start} of a column")]
         return [row for i in range(len(table)) for row in _rows_of_table(table.slice(i, 1))]
+
+
+def _holds_structs(type: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    return pa.types.is_struct(type) or any(_holds_structs(type.field(i).type) for i in range(type.num_fields))
+
+
+def _without_nulls(value: object) -> object:
+    """The value with keys that have none left out, at any depth."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _hash_file(path: Path) -> str:

@@ -129,8 +129,9 @@ class Canvas:
 class TailedExamples:
     """Examples with their tails: what the data room hands to a plan and a collator for diffusion models.
 
-    What follows the last supervised token of an example is cut off (a template's newline is no part of the
-    answer), so are ends it already has; then exactly one eos and the tail are added.
+    What follows the last supervised token of an example is cut off, so are blanks that a template puts behind its
+    last eos (ChatML's newline, which a causal model does learn) and ends it already has; then exactly one eos and the
+    tail are added.
 
     Args:
         examples: prompt and answer of each; an answer that was cut to `max_length` would get an end it
@@ -236,9 +237,10 @@ def _measure(examples: Examples, tail: Tail) -> tuple[np.ndarray, np.ndarray, np
     """(tokens kept, of these the answer's last run, of these supervised), int64 `[n]` each, read in chunks."""
     kept, answers, supervised = (np.zeros(len(examples), dtype=np.int64) for _ in range(3))
     bounds = np.cumsum(examples.lengths, dtype=np.int64) // _TOKENS_AT_ONCE
+    blanks = examples.blanks
     for ids in np.split(np.arange(len(examples)), np.flatnonzero(np.diff(bounds)) + 1):
-        input_ids, labels = examples.gather(ids)
-        lengths = np.asarray(examples.lengths[ids], dtype=np.int64)
+        lengths = examples.lengths[ids].astype(np.int64) - blanks[ids]
+        input_ids, labels = examples.gather(ids, stops=lengths)
         learnt = labels != IGNORED
         contents = _last_where(learnt & (input_ids != tail.eos_token_id), lengths) + 1
         first = _first_where(learnt, lengths)

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _BATCH = 1000  # rows tokenised in one call, and of one Arrow record batch
-_LABEL_COLUMNS = ("labels", "completion_mask", "assistant_masks")
 
 
 def tokenize(
@@ -47,7 +46,6 @@ def tokenize(
         format,
         completion_only=completion_only_loss,
         assistant_only=assistant_only_loss,
-        chosen_labels=format == "input_ids" and any(column in rows.columns for column in _LABEL_COLUMNS),
     )
     fingerprint = cache.hash_of(
         cache.STORE_VERSION,

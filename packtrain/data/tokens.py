@@ -122,6 +122,11 @@ class Tokens:
         return [self._column(name) for name in MASKS if name in self._table.column_names]
 
     @cached_property
+    def blanks(self) -> np.ndarray | None:
+        """int32 `[documents]`: blank tokens at the end of each, behind its eos; None where that isn't known."""
+        return self._table["blanks"].to_numpy() if "blanks" in self._table.column_names else None
+
+    @cached_property
     def _table(self) -> pa.Table:
         return self._open_table()
 

@@ -15,8 +15,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from packtrain.data.formats import IGNORED
 from packtrain.data.tails import Tail, parts_of
-from packtrain.packing.collator import IGNORED, Batch, PackCollator
+from packtrain.packing.collator import Batch, PackCollator, without_first_labels
 from packtrain.packing.shuffle import derive_key
 
 _NOISE = 0x6E6F6973  # "nois": keeps these draws apart from others of the same seed
@@ -98,6 +99,7 @@ class NoisingCollator(PackCollator):
         supervised: np.ndarray | None = None,
     ) -> Batch:
         """Arguments as `collate_flat`."""
+        labels = without_first_labels(labels, lengths)  # [T]
         masking, canvas = self.masking, labels != IGNORED  # [T]
         levels, coins = draw_masks(lengths, example_ids, seed=self.seed, epoch=self.epoch, eps=masking.eps)
         masked = canvas & coins  # [T]

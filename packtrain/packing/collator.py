@@ -61,7 +61,7 @@ def collate_flat(
     """
     offsets = offsets_of(lengths)  # [S + 1]
     document = np.repeat(np.arange(len(lengths)), lengths)  # [T]
-    labels = _without_first_labels(labels, offsets, lengths)
+    labels = without_first_labels(labels, lengths)
     positions = np.arange(len(input_ids)) - offsets[document] + position_start  # [T]
     weights = _loss_weights(labels, document, len(lengths), supervised, loss_weighting)
     cu_seq_lens = torch.from_numpy(offsets.astype(np.int32))
@@ -102,9 +102,8 @@ def collate_padded(
         `input_ids`, `labels`, `attention_mask`, `position_ids` int64 `[B, width]`, `loss_weights` float32 `[B, width]`,
         `example_ids` int64 `[B]`.
     """
-    offsets = offsets_of(lengths)
     document = np.repeat(np.arange(len(lengths)), lengths)
-    labels = _without_first_labels(labels, offsets, lengths)
+    labels = without_first_labels(labels, lengths)
     weights = _loss_weights(labels, document, len(lengths), supervised, loss_weighting)
 
     longest = int(lengths.max())
@@ -237,10 +236,15 @@ class MicroBatches(Dataset):
         return self.collator.collate(input_ids, labels, micro_batch.lengths, ids, supervised)
 
 
-def _without_first_labels(labels: np.ndarray, offsets: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The first token of a document has nothing before it to be predicted from."""
+def without_first_labels(labels: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """A copy in which the first token of every document is not supervised: nothing before it predicts it.
+
+    Args:
+        labels: int64 `[T]`, documents end to end.
+        lengths: int64 `[S]`.
+    """
     labels = labels.copy()
-    labels[offsets[:-1][lengths > 0]] = IGNORED
+    labels[offsets_of(lengths)[:-1][lengths > 0]] = IGNORED
     return labels
 
 

@@ -10,8 +10,10 @@
     StreamTrainer(model, TrainingArguments(..., max_steps=1000, ignore_data_skip=True), train_dataset=packs).train()
 
 The loader above is handed to the Trainer as it is: accelerate would shard it a second time, and `PackedStream` has taken
-this rank's packs already. `packs.state_dict()` belongs into the checkpoint. With worker processes the packs come in the
-same order, but the state lives in the workers: use torchdata's `StatefulDataLoader` to save it there.
+this rank's packs already. `packs.state_dict()` belongs into the checkpoint. Rows of a streaming dataset as above are read
+without worker processes: in a worker it gives that worker's share only, so several workers would lose rows, and are
+refused. Rows of a plain iterable may be read by several workers: each reads all of them, the packs come in the same order,
+but the state lives in the workers: use torchdata's `StatefulDataLoader` to save it there.
 """
 
 from __future__ import annotations
@@ -31,10 +33,14 @@ class PackedStream(IterableDataset):
     """One rank's packs of a stream, collated.
 
     Args:
-        rows: an iterable of `{"input_ids", "labels"}` that starts anew each time it is iterated.
+        rows: an iterable of `{"input_ids", "labels"}` that starts anew each time it is iterated, with all rows in
+            every process that does.
         collator: makes the batches; its `filler()` stands in where a rank has no pack in the last group.
         rank, world_size: None for those of `torch.distributed`, where it runs.
         options: `capacity`, `buffer`, `window`, `max_documents` of `Stream`.
+
+    Raises:
+        PlanError: no such rank; while iterating, several loader workers over rows that share themselves out among them.
     """
 
     def __init__(
@@ -57,6 +63,13 @@ class PackedStream(IterableDataset):
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
         workers, own = (worker.num_workers, worker.id) if worker else (1, 0)
+        if workers > 1 and isinstance(self.stream.rows, IterableDataset):  # one of `datasets` is one of torch, too
+            raise PlanError(
+                "the rows share themselves out among loader workers, and every worker must read them all",
+                key="num_workers",
+                value=workers,
+                fix="load with num_workers=0 (1 is exact as well)",
+            )
         for number, group in enumerate(self.stream):
             if number % workers == own:  # the loader asks its workers in turn, so the order stays
                 pack = [row | {"example_id": number} for number, row in group[self.rank]]

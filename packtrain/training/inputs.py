@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from packtrain.data.examples import Examples, build_examples
-from packtrain.data.sources import open_rows, texts
+from packtrain.data.formats import FORMATS, find_format
+from packtrain.data.sources import Rows, open_rows, texts
 from packtrain.packing.cost import Cost
 from packtrain.packing.plan import Plan, make_plan
 from packtrain.recipe import Recipe
@@ -65,25 +66,38 @@ def load_inputs(recipe: Recipe) -> Inputs:
         format=data.format,
         max_length=data.max_length,
         overflow=data.overflow,
-        completion_only_loss=data.completion_only_loss,
         assistant_only_loss=data.assistant_only_loss,
         on_bad_row=data.on_bad_row,
         num_proc=data.num_proc,
         tokenizer_key=tokenizer_key_of(recipe),
     )
-    train = build_examples(rows, tokenizer, **options)
+    train = build_examples(rows, tokenizer, completion_only_loss=_completion_only(recipe, rows), **options)
     held_out = None
     if data.eval_path or data.eval_split:
         eval_rows = open_rows(
             data.eval_path or data.path, name=data.name, split=data.eval_split or data.split, seed=seed
         )
-        held_out = build_examples(eval_rows, tokenizer, **options)
+        completion_only = _completion_only(recipe, eval_rows)
+        held_out = build_examples(eval_rows, tokenizer, completion_only_loss=completion_only, **options)
     elif data.eval_size:
         train, held_out = train.hold_out(data.eval_size, seed)
     chosen = choose_objective(
         **recipe.objective.model_dump(), tokenizer=tokenizer, train=train, held_out=held_out, seed=seed
     )
     return Inputs(tokenizer=tokenizer, chosen=chosen)
+
+
+def _completion_only(recipe: Recipe, rows: Rows) -> bool | None:
+    """`data.completion_only_loss`; where it says nothing, a diffusion model learns completions of all rows that have any.
+
+    A causal model may learn the words of a user beside those of the assistant. For a diffusion model they are the
+    prompt, which stands there in clear when it answers, so they are no part of the canvas.
+    """
+    data = recipe.data
+    if recipe.objective.name == "causal_lm" or data.completion_only_loss is not None or data.assistant_only_loss:
+        return data.completion_only_loss
+    format, _ = find_format(rows.columns, data.format)
+    return None if FORMATS[format].completion_only is None else True
 
 
 def equal_lengths(recipe: Recipe) -> bool:
@@ -94,10 +108,11 @@ def equal_lengths(recipe: Recipe) -> bool:
 def plan_training(recipe: Recipe, lengths: np.ndarray, *, world_size: int, cost: Cost | None = None) -> Plan:
     """The plan of the recipe's whole run over examples of these `lengths` (int, `[n]`)."""
     training, batching = recipe.training, recipe.batching
+    data_seed = training.get("data_seed")
     return make_plan(
         lengths,
         strategy=batching.strategy,
-        seed=training.get("data_seed") or training["seed"],
+        seed=training["seed"] if data_seed is None else data_seed,
         examples_per_step=batching.examples_per_step,
         max_tokens=batching.max_tokens,
         max_length=recipe.data.max_length,
@@ -112,13 +127,15 @@ def plan_training(recipe: Recipe, lengths: np.ndarray, *, world_size: int, cost:
 
 
 def plan_evaluation(recipe: Recipe, lengths: np.ndarray, *, layout: str, world_size: int) -> Plan:
-    """One step over all of `lengths`, in the layout of training."""
+    """One epoch over `lengths` in the layout of training: one step, or with `equal_lengths` steps as long as in training,
+    so that a long document lengthens those beside it only. Evaluation sums over the steps."""
+    equal = equal_lengths(recipe)
     return make_plan(
         lengths,
         strategy=FLAT_EVALUATION if layout == "flat" else PADDED_EVALUATION,
-        examples_per_step=len(lengths),
+        examples_per_step=recipe.batching.examples_per_step if equal else len(lengths),
         max_tokens=recipe.batching.max_tokens,
         max_length=recipe.data.max_length,
         world_size=world_size,
-        equal_lengths=equal_lengths(recipe),
+        equal_lengths=equal,
     )

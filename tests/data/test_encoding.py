@@ -54,7 +54,6 @@ def test_any_row_is_an_example_or_named(format, mask, chat_tokenizer, data):
         format,
         completion_only=mask == "completion_only",
         assistant_only=mask == "assistant_only",
-        chosen_labels=format == "input_ids",
     )
     rows = data.draw(st.lists(_row(format), min_size=1, max_size=4))
     found = encoder(rows).to_pylist()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import datasets
 import pytest
+from trl import SFTConfig, SFTTrainer
 
+from packtrain.data.examples import Examples
 from packtrain.data.formats import FORMATS, find_format
 from packtrain.data.sources import open_rows, texts
 from packtrain.errors import DataError
 from tests.data.conftest import CHAT_TEMPLATE, make_tokenizer, shown
+from tests.tiny import tiny_model
 
 USER = {"role": "user", "content": "What is 2+2?"}
 ASSISTANT = {"role": "assistant", "content": "It is 4."}
@@ -103,6 +107,32 @@ def test_pretokenised_rows_with_masks(build, tokenizer):
     rows = [{"input_ids": [5, 6, 7, 8], "completion_mask": [0, 1, 1, 1], "assistant_masks": [True, True, True, False]}]
     (example,) = build(rows, tokenizer)
     assert example["labels"].tolist() == [-100, 6, 7, -100]
+
+
+LABELS, COMPLETION = {"labels": [5, -100, 7, 8]}, {"completion_mask": [0, 1, 1, 0]}
+MASKS = {"assistant_masks": [0, 0, 1, 1]}
+GIVEN = [{}, LABELS, COMPLETION, MASKS, COMPLETION | MASKS]
+
+
+@pytest.mark.parametrize("columns", [*GIVEN, LABELS | COMPLETION, LABELS | COMPLETION | MASKS])
+def test_labels_and_masks_mean_what_they_mean_to_trl(columns, build, tokenizer, tmp_path):
+    """In a file, in a dataset, and where TRL has prepared it; given labels are the last word."""
+    row = {"input_ids": [5, 6, 7, 8]} | columns
+    dataset = datasets.Dataset.from_list([row])
+    args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[], completion_only_loss=True)
+    prepared = SFTTrainer(tiny_model("llama"), args, train_dataset=dataset, processing_class=tokenizer).train_dataset
+    expected = [-100, *prepared[0]["labels"][1:]]
+    for examples in (build([row], tokenizer), Examples.from_dataset(dataset), Examples.from_dataset(prepared)):
+        assert examples[0]["labels"].tolist() == expected
+
+
+@pytest.mark.parametrize("late", [{"labels": [-100, -100, 7]}, {"completion_mask": [0, 0, 1]}])
+def test_labels_that_come_late_count_as_well(late, build, tokenizer):
+    """The columns of a file are those of its first rows; labels may begin further down."""
+    examples = build([{"input_ids": [5, 6, 7]}] * 150 + [{"input_ids": [5, 6, 7], **late}], tokenizer)
+    assert examples[149]["labels"].tolist() == [-100, 6, 7]
+    assert examples[150]["labels"].tolist() == [-100, -100, 7]
+    assert examples.supervised[149:].tolist() == [2, 1]
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,38 @@ def test_parquet_names_invalid_utf8(tmp_path):
     assert reasons(tmp_path / "rows.parquet") == {"rows.parquet, row 1": "invalid UTF-8 at byte 0 of a column"}
 
 
+def _calls(arguments: dict) -> dict:
+    call = {"type": "function", "function": {"name": "add", "arguments": arguments}}
+    tool = {"name": "add", "parameters": {"required": sorted(arguments), "properties": arguments}}
+    return {"messages": [{"role": "assistant", "tool_calls": [call]}], "tools": [tool]}
+
+
+CALLS = [_calls({"x": 1}), _calls({"y": [2, 3]}), {"messages": [], "tools": None}]
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "saved"])
+def test_a_table_gives_back_the_keys_that_each_row_had(name, tmp_path):
+    """Arrow has one type for all rows of a column, and nulls where a row lacks what another has."""
+    table = pa.Table.from_pylist(CALLS)
+    assert table.to_pylist() != CALLS, "control: so it is"
+    if name == "saved":
+        datasets.Dataset(table).save_to_disk(tmp_path / name)
+    else:
+        pq.write_table(table, tmp_path / name)
+    assert list(open_rows(tmp_path / name)) == CALLS
+
+
+def test_a_table_keeps_nulls_of_columns_and_of_lists(tmp_path):
+    rows = [{"text": None, "n": [1, None], "turns": [{"a": [None, "b"]}, None]}, {"text": "one", "n": [2], "turns": []}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    assert list(open_rows(tmp_path / "rows.parquet")) == rows
+
+
+def test_nulls_that_were_written_down_stay(write_rows):
+    row = _calls({"x": None})
+    assert list(open_rows(write_rows(row))) == [row]
+
+
 @pytest.mark.parametrize(
     ("name", "contents", "message"),
     [

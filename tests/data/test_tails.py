@@ -9,6 +9,7 @@ import pytest
 from packtrain.data.examples import Examples
 from packtrain.data.tails import CONTENT, EOS, PROMPT, TAIL, Canvas, Tail, TailedExamples, parts_of
 from packtrain.errors import DataError
+from tests.data.conftest import make_tokenizer
 
 E = 9  # eos
 P = (20, 21, 22)  # pads
@@ -97,6 +98,41 @@ def test_what_follows_the_answer_is_no_part_of_it():
     assert tailed[0]["input_ids"].tolist() == [1, 3, E, 2, 4, 5, E, E]
     assert tailed[0]["labels"].tolist() == [-100, 3, E, -100, 4, 5, E, E]
     assert tailed.supervised.tolist() == [6]
+
+
+CHATML = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>BEHIND{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("behind", ["", "\n", " \n\n"])
+@pytest.mark.parametrize("answer", ["four", "four\n"])
+@pytest.mark.parametrize("chosen", [{}, {"overflow": "drop", "max_length": 40}], ids=["all", "a view"])
+def test_a_chat_template_may_put_blanks_behind_its_eos(build, behind, answer, chosen):
+    """ChatML ends every turn, the last one too, in an eos and a newline."""
+    tokenizer = make_tokenizer(chat_template=CHATML.replace("BEHIND", behind), bos=False, eos_token="<|end|>")
+    rows = [{"question": "one", "answer": answer}, {"question": "one " * 50, "answer": answer}]
+    made = build(rows, tokenizer, **chosen)
+    tail = Tail(kind="eos", eos_token_id=tokenizer.eos_token_id)
+    tailed = TailedExamples(made, tail, Canvas(policy="multiple_of", size=8))
+    turn = f"<|user|>\none<|end|>{behind}<|assistant|>\n"
+    shown = tailed[0]
+    learnt = shown["labels"] != -100
+    assert tokenizer.decode(shown["input_ids"][~learnt]) == turn
+    assert tokenizer.decode(shown["input_ids"][learnt]).replace("<|end|>", "") == answer
+    parts = parts_of(shown["input_ids"], shown["labels"], tailed.lengths[:1], tail)
+    assert tokenizer.decode(shown["input_ids"][parts == CONTENT]) == answer and (parts == EOS).sum() == 1
+    # a causal model learns what the template renders, to its last token
+    assert tokenizer.decode(made[0]["input_ids"][made[0]["labels"] != -100]) == f"{answer}<|end|>{behind}"
+
+
+def test_blanks_that_no_eos_stands_before_belong_to_the_answer(build):
+    template = CHATML.replace("<|end|>BEHIND", "\n")
+    tokenizer = make_tokenizer(chat_template=template, bos=False, eos_token="<|end|>")
+    tail = Tail(kind="none", eos_token_id=tokenizer.eos_token_id)
+    tailed = TailedExamples(build([{"question": "one", "answer": "four"}], tokenizer), tail)
+    assert tokenizer.decode(tailed[0]["input_ids"]) == "<|user|>\none\n<|assistant|>\nfour\n<|end|>"
 
 
 def test_an_empty_answer_is_an_eos():

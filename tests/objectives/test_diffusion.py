@@ -79,6 +79,24 @@ def test_a_noised_batch_literally():
     np.testing.assert_allclose(batch["loss_weights"][0], expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("layout", ["flat", "padded"])
+def test_rows_of_a_stock_trainer_have_no_first_label(layout):
+    """Without labels a row is canvas from its second token on."""
+    rows = [{"input_ids": [7, 8, 10, E], "example_id": i} for i in range(20)]
+    batch = collator(layout=layout)(rows)
+    firsts = batch["position_ids"] == 0
+    if layout == "padded":
+        firsts &= batch["attention_mask"].bool()
+    assert (batch["input_ids"][firsts] == 7).all() and (batch["loss_weights"][firsts] == 0).all()
+    assert (batch["labels"][firsts] == -100).all() and (batch["parts"][firsts] == PROMPT).all()
+    assert (batch["loss_weights"] > 0).any() and ((batch["loss_weights"] > 0) <= (batch["labels"] != -100)).all()
+    levels, coins = draw_masks(np.full(20, 4), np.arange(20), seed=5, epoch=0)
+    masked = coins.reshape(20, 4) & [False, True, True, True]
+    per_document = masked.sum(axis=1) / (3 * levels)  # three tokens of canvas
+    assert batch["loss_weights"].sum().item() == pytest.approx(per_document.sum(), rel=1e-5)
+    assert coins.reshape(20, 4)[:, 0].any(), "control: a first token would have been masked"
+
+
 def test_draws_depend_on_seed_epoch_and_example_alone():
     lengths, ids = np.array([40, 30]), np.array([11, 12])
     levels, coins = draw_masks(lengths, ids, seed=1, epoch=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,10 +16,11 @@ from packtrain.errors import PacktrainError, PlanError, RecipeError
 from packtrain.experiments.rainbow.verbs import evaluate, sample
 from packtrain.packing.plan import make_plan
 from packtrain.recipe import load_recipe
-from packtrain.training.inputs import load_inputs, plan_training
+from packtrain.training.inputs import load_inputs, plan_evaluation, plan_training
 from packtrain.training.run import build_trainer, train
 
 QUIET = Console(quiet=True)
+RECIPES = Path(__file__).parents[2] / "recipes"
 RECIPE = """
 model:
   config: {model_type: llama, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 1, num_attention_heads: 2,
@@ -99,6 +101,49 @@ def test_block_diffusion_trains(recipe_path):
     assert summary.updates == 12 and summary.held_out_loss_after < summary.held_out_loss_before
 
 
+CONVERSATION = [
+    ("system", "short"),
+    ("user", "two and two"),
+    ("assistant", "four"),
+    ("user", "more"),
+    ("assistant", "8"),
+]
+MASKED = "objective={name: masked_diffusion, tail: eos, canvas: batch_max}"
+BLOCKS = "objective={name: block_diffusion, block_size: 8}"
+
+
+@pytest.mark.parametrize("format", ["messages", "sharegpt"])
+@pytest.mark.parametrize(
+    ("overrides", "learnt"),
+    [
+        ([MASKED], "8<|eos|>"),
+        ([BLOCKS], "8<|eos|>"),
+        ([MASKED, "data.completion_only_loss=true"], "8<|eos|>"),
+        ([MASKED, "data.assistant_only_loss=true"], "four<|eos|>8<|eos|>"),
+        (  # controls: what a causal model learns by default, and a diffusion model by request
+            ["objective={name: causal_lm}"],
+            "<|system|>short<|user|>two and two<|assistant|>four<|eos|><|user|>more<|assistant|>8<|eos|>",
+        ),
+        (
+            [MASKED, "data.completion_only_loss=false"],
+            "<|system|>short<|user|>two and two<|assistant|>four<|eos|><|user|>more<|assistant|>8<|eos|>",
+        ),
+    ],
+)
+def test_of_a_conversation_only_the_answer_is_canvas(recipe_path, tmp_path, format, overrides, learnt):
+    column, role, content = {
+        "messages": ("messages", "role", "content"),
+        "sharegpt": ("conversations", "from", "value"),
+    }[format]
+    row = json.dumps({column: [{role: who, content: what} for who, what in CONVERSATION]})
+    (tmp_path / "chats.jsonl").write_text(f"{row}\n{row}\n")
+    data = f"data={{path: {tmp_path / 'chats.jsonl'}, max_length: 128, overflow: drop, eval_size: 1}}"
+    inputs = load_inputs(load_recipe(recipe_path, [data, *overrides]))
+    for examples in (inputs.train, inputs.held_out):
+        own = getattr(examples, "examples", examples)[0]  # without the copies of block diffusion
+        assert inputs.tokenizer.decode(own["input_ids"][own["labels"] != -100]) == learnt
+
+
 @pytest.mark.parametrize("strategy", ["balanced", "padding_free", "bfd"])
 def test_capacity_counts_the_views_of_block_diffusion(recipe_path, strategy):
     batching = f"batching={{strategy: {strategy}, examples_per_step: 8, max_tokens: 600}}"
@@ -133,6 +178,42 @@ def test_all_documents_of_an_update_become_as_long_as_its_longest(strategy):
         assert sorted(np.concatenate([b.example_ids for b in micro_batches])) == sorted(plan.examples(step))
     with pytest.raises(PlanError, match="longest document"):
         make_plan(lengths, strategy="bfd", max_tokens=130, equal_lengths=True)
+
+
+LORA_RECIPE = RECIPES / "llada_8b_rainbow_lora.yaml"  # batch_max, 48 examples in an update, 8,192 tokens at once
+
+
+def test_batch_max_fills_held_out_documents_as_those_of_training():
+    """One long document lengthens those of its own update only."""
+    lengths = np.array([60] * 299 + [2000])
+    plan = plan_evaluation(load_recipe(LORA_RECIPE), lengths, layout="padded", world_size=2)
+    parts = [part for step in range(plan.total_steps) for rank in range(2) for part in plan.micro_batches(step, rank)]
+    assert sorted(np.concatenate([part.example_ids for part in parts])) == list(range(300))
+    assert sum(part.lengths.sum() for part in parts) == 48 * 2000 + 252 * 60
+    sampled = load_recipe(RECIPES / "rainbow_cpu.yaml")  # control: where documents have their own lengths, all at once
+    assert plan_evaluation(sampled, lengths, layout="flat", world_size=2).total_steps == 1
+
+
+def test_batch_max_evaluates_every_document_in_its_update(recipe_path):
+    overrides = ["objective.canvas=batch_max", "objective.canvas_size=null", "batching.examples_per_step=3"]
+    trainer, inputs = build_trainer(load_recipe(recipe_path, [*overrides, "data.eval_size=7"]), console=QUIET)
+    plan, nll, widths = trainer.eval_plan, 0.0, set()
+    for part in (part for step in range(3) for part in plan.micro_batches(step, 0)):
+        for example_id, length in zip(part.example_ids, part.lengths, strict=True):
+            one = np.array([example_id])
+            ids, labels = inputs.held_out.gather(one, stops=np.array([length]))
+            batch = trainer.collator.collate(ids, labels, np.array([length]), one)
+            nll += trainer.objective.losses(trainer.model.eval(), batch).weighted_sum().item()
+            widths.add(int(length))
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(nll / 7, rel=1e-5)
+    assert plan.total_steps == 3 and len(widths) > 1
+
+
+@pytest.mark.parametrize(("given", "seed"), [([], 7), (["training.data_seed=0"], 0), (["training.data_seed=3"], 3)])
+def test_the_seed_of_the_data_may_be_zero(recipe_path, given, seed):
+    recipe = load_recipe(recipe_path, ["training.seed=7", *given])
+    assert plan_training(recipe, np.full(60, 9), world_size=1).scope.seed == seed
 
 
 @pytest.mark.parametrize(

@@ -172,6 +172,29 @@ def test_a_dataset_resumes_with_skip():
         packed(rank=3, world_size=3)
 
 
+def rows_of(shards):
+    for shard in shards:
+        yield from ({"input_ids": row["input_ids"]} for row in ROWS[shard])
+
+
+@pytest.mark.parametrize("shards", [[slice(40)], [slice(25), slice(25, 40)]], ids=["one shard", "two shards"])
+def test_rows_that_share_themselves_out_among_workers_are_refused(shards):
+    """`datasets` gives each of several workers its own shards, and every worker must read all rows."""
+    import datasets
+
+    rows = datasets.IterableDataset.from_generator(rows_of, gen_kwargs={"shards": shards})
+    assert rows.num_shards == len(shards)
+
+    def read(workers: int) -> list[int]:
+        packs = PackedStream(rows, PackCollator(), capacity=20, buffer=8)
+        batches = DataLoader(packs, batch_size=None, num_workers=workers)
+        return sorted(token for batch in batches for token in batch["input_ids"][0].tolist())
+
+    assert read(0) == read(1) == sorted(token for row in ROWS for token in row["input_ids"])
+    with pytest.raises(PlanError, match="num_workers=0"):
+        read(2)
+
+
 def test_a_stock_trainer_takes_the_packs_as_they_are(tmp_path):
     """The example of the module's docstring: one epoch, every row in one step, and a second one when steps are left."""
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
