@@ -40,7 +40,8 @@ from packtrain.modeling.attention import bounds_from_cu_seq_lens, documents_of
 from packtrain.modeling.attention.kernels import attend_one
 from packtrain.modeling.attention.pattern import Pattern
 from packtrain.objectives.causal import CAUSAL_LM
-from packtrain.packing.collator import FILLER_TOKENS, IGNORED, Batch, PackCollator, collate_flat
+from packtrain.packing.collator import IGNORED, Batch, PackCollator, collate_flat
+from packtrain.packing.scopes import FILLER_TOKENS
 from packtrain.packing.shuffle import derive_key
 
 BLOCK_DIFFUSION = CAUSAL_LM  # on batches of a `BlockCollator`
