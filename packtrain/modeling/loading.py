@@ -33,6 +33,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from packtrain.errors import ModelError, refused_by
 from packtrain.modeling.attention import register
 from packtrain.modeling.hub_errors import explained, first_line
+from packtrain.modeling.router_loss import refuse_router_loss
 from packtrain.modeling.tokenizer import train_bpe
 from packtrain.recipe.values import did_you_mean
 
@@ -204,9 +205,11 @@ def load_model(
         attn_implementation: what `attention.choose_implementation` has chosen.
 
     Raises:
-        ModelError: not a causal LM, weights missing from the checkpoint, or an attention it doesn't support.
+        ModelError: not a causal LM, weights missing from the checkpoint, an attention it doesn't support, or a router
+            loss that the objectives don't have.
     """
     register()
+    refuse_router_loss(config)
     key = "model.model_name_or_path" if model_name_or_path else "model.config"
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not trust_remote_code:
         raise ModelError(f"{config.model_type} is not a causal language model", key=key)

@@ -85,8 +85,16 @@ def make_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fresh:
 
     A fresh row begins as the mean of all rows and a hundredth of their spread, so that pads differ from the start
     and none is likelier than text (the idea of transformers' `resize_token_embeddings(mean_resizing=True)`).
+
+    Raises:
+        ModelError: ZeRO-3 has sharded the embedding, so that its rows are not here to be counted, averaged or set.
     """
-    rows = model.get_input_embeddings().weight.shape[0]
+    weight = model.get_input_embeddings().weight
+    if hasattr(weight, "ds_id"):  # DeepSpeed's mark of a partitioned parameter
+        what = f"{len(fresh)} tokens need rows that begin as a mean of all, and ZeRO-3 has sharded the embedding"
+        fix = "use ZeRO-2, or a mask_token that the tokenizer has and a tail without pads of its own (none, eos)"
+        raise ModelError(what, key="objective.name", fix=fix)
+    rows = weight.shape[0]
     if len(tokenizer) > rows:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         note = f"{len(fresh)}, for which the embedding grew from {rows:,} to {len(tokenizer):,} rows"

@@ -40,7 +40,8 @@ from packtrain.modeling.attention import bounds_from_cu_seq_lens, documents_of
 from packtrain.modeling.attention.kernels import attend_one
 from packtrain.modeling.attention.pattern import Pattern
 from packtrain.objectives.causal import CAUSAL_LM
-from packtrain.packing.collator import FILLER_TOKENS, IGNORED, Batch, PackCollator, collate_flat
+from packtrain.packing.collator import IGNORED, Batch, PackCollator, collate_flat
+from packtrain.packing.scopes import FILLER_TOKENS
 from packtrain.packing.shuffle import derive_key
 
 BLOCK_DIFFUSION = CAUSAL_LM  # on batches of a `BlockCollator`
@@ -156,7 +157,13 @@ def register(block_size: int) -> str:
     return name
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=1)
+def view_masks(lengths: frozenset[int], block_size: int, device: torch.device) -> dict[int, Tensor]:
+    """`view_mask` of every length in a micro-batch: all its layers ask for the same, and a mask is large (0.6 GiB at
+    8,192 tokens), so those of one micro-batch are kept and no more."""
+    return {length: view_mask(length, block_size, device) for length in lengths}
+
+
 def view_mask(length: int, block_size: int, device: torch.device | str = "cpu") -> Tensor:
     """Who attends whom among the three copies of a document: bool `[3 length, 3 length]`, True attends."""
     position = torch.arange(COPIES * length, device=device)
@@ -196,12 +203,14 @@ def block_attention(
         what = f"the model has a window of {window}, which block attention doesn't apply"
         fix = f"keep examples within {window} tokens"
         raise ModelError(what, key="data.max_length", value=documents.longest // COPIES, fix=fix)
+    lengths = [length // COPIES for length in documents.lengths]
+    masks = view_masks(frozenset(lengths), block_size, query.device)
     outputs = []
-    for start, stop in pairwise(documents.bounds):
+    for length, (start, stop) in zip(lengths, pairwise(documents.bounds), strict=True):
         pattern = Pattern(
             scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
             causal=False,
-            mask=view_mask((stop - start) // COPIES, block_size, query.device)[None, None],
+            mask=masks[length][None, None],
             softcap=softcap,
             sinks=s_aux,
             dropout=dropout,

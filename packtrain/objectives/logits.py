@@ -88,9 +88,11 @@ def _model_inputs(model: nn.Module, batch: Mapping[str, object]) -> dict[str, ob
 
 
 def _innermost(model: nn.Module) -> nn.Module:
-    """The transformers model under peft, DDP and DeepSpeed wrappers, the one whose signature counts."""
+    """The transformers model under torch.compile, peft, DDP and DeepSpeed wrappers, whose signature counts."""
     while True:
-        if hasattr(model, "get_base_model"):
+        if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod
+        elif hasattr(model, "get_base_model"):
             model = model.get_base_model()
         elif isinstance(getattr(model, "module", None), nn.Module):
             model = model.module

@@ -119,6 +119,9 @@ def denoise(
 ) -> Samples:
     """Write every mask of `canvas`.
 
+    The mask is no token to write, so it is never chosen. LLaDA's code leaves that to the model: a mask that it chooses
+    counts as written and stays one.
+
     Args:
         predict: `(rows int64 [R], their canvases int64 [R, G], start, stop) -> logits [R, stop - start, V]`.
         canvas: int64 `[B, G]`, usually all masks.
@@ -139,7 +142,7 @@ def denoise(
                 break
             logits = predict(rows, canvas[rows], here.start, here.stop)  # [R, length, V]
             evaluations[rows] += 2 if sampling.cfg_scale else 1
-            tokens, certainty = choose(logits, sampling, generator)  # [R, length] each
+            tokens, certainty = choose(logits, sampling, mask_token_id, generator)  # [R, length] each
             masked = canvas[rows, here] == mask_token_id
             written = surest(certainty.masked_fill(~masked, -torch.inf), quota[rows, step]) & masked
             canvas[rows, here] = torch.where(written, tokens, canvas[rows, here])
@@ -151,9 +154,12 @@ def denoise(
     )
 
 
-def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-    """The token each position would take, int64 `[R, L]`, and how sure it is, float64 `[R, L]`."""
-    logits = logits.double()
+def choose(
+    logits: Tensor, sampling: Sampling, mask_token_id: int, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """The token each position would take, int64 `[R, L]`, never a mask, and how sure it is, float64 `[R, L]`."""
+    logits = logits.to(torch.float64, copy=True)
+    logits[..., mask_token_id : mask_token_id + 1] = -torch.inf  # nothing, where it is beyond the vocabulary
     banned = {"suppress_logits": sampling.end_token_ids, "ban_pad": sampling.pad_token_ids}
     if forbidden := banned.get(sampling.end_token_policy):
         logits[..., list(forbidden)] = -torch.inf

@@ -15,9 +15,9 @@ import numpy as np
 
 from packtrain.packing.accumulation import micro_batch_tokens
 from packtrain.packing.plan import MicroBatch, Plan
+from packtrain.packing.scopes import FILLER_TOKENS
 
 SAMPLED_STEPS = 1000
-FILLER_TOKENS = 2  # what a filler micro-batch computes, see collator.py
 
 
 @dataclass(frozen=True, kw_only=True)

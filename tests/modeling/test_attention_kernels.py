@@ -6,11 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from packtrain.modeling.attention import cuda as kernels
 from packtrain.modeling.attention.cuda import fused_kernel
-from packtrain.modeling.attention.kernels import attend
+from packtrain.modeling.attention.kernels import attend, sdpa_takes_groups
 from packtrain.modeling.attention.pattern import Pattern, causal_mask, window_mask
 from tests.modeling.attention_reference import (
     Case,
@@ -89,6 +90,18 @@ def test_sinks_get_gradients():
     reference(*inputs, case.lengths, Pattern(scaling=0.2, sinks=theirs)).square().sum().backward()
     assert theirs.grad.abs().min() > 0
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("dim", "value_dim"), [(64, 64), (20, 20), (48, 24), (15, 15)])
+def test_sinks_keep_to_sizes_that_fused_kernels_take(monkeypatch, dim, value_dim):
+    """In half precision CUDA's kernels for a mask want head sizes that 8 divides; others form all scores."""
+    seen, sdpa = [], F.scaled_dot_product_attention
+    spy = lambda *states, **options: seen.extend(x.shape[-1] for x in states) or sdpa(*states, **options)  # noqa: E731
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    case = Case(name="x", lengths=(5, 9), kv_heads=2, dim=dim, value_dim=value_dim)
+    assert max(errors(case, "cpu", torch.float32, sinks=torch.tensor([0.5, -1.0, 3.0, 0.0])).values()) < 1e-5
+    assert seen and all(size % 8 == 0 for size in seen), seen
+    assert max(seen) <= dim + 8
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -186,6 +199,22 @@ def test_fused_kernels_are_chosen_only_for_what_they_can_do(ampere):
 def test_a_card_before_ampere_takes_sdpa(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert fused_kernel(on_cuda(), on_cuda(), Pattern(scaling=0.1)) is None
+
+
+def test_grouped_heads_go_to_sdpa_only_where_it_has_a_kernel_for_them(monkeypatch):
+    plain = on_cuda(dim=256)
+    assert sdpa_takes_groups(plain, plain, None)
+    assert not sdpa_takes_groups(plain, plain, torch.ones(8, 8))
+    assert not sdpa_takes_groups(on_cuda(dim=512), on_cuda(dim=512), None)
+    assert not sdpa_takes_groups(on_cuda(dim=64), on_cuda(dim=32), None)
+    assert not sdpa_takes_groups(on_cuda(torch.float32), on_cuda(torch.float32), None)
+    grouped, sdpa = [], F.scaled_dot_product_attention
+    spy = lambda *states, **options: grouped.append(options["enable_gqa"]) or sdpa(*states, **options)  # noqa: E731
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    for size, value_dim in ((32, 32), (32, 16), (264, 264)):
+        case = Case(name="x", lengths=(5,), kv_heads=2, dim=size, value_dim=value_dim)
+        assert max(errors(case, "cpu", torch.float32).values()) < 1e-5
+    assert grouped == [True, False, False]
 
 
 def test_window_sizes_of_the_kernels_literally():

@@ -17,6 +17,7 @@ from packtrain.modeling.audit.causes import mask_builders, recurrent_layers
 from packtrain.modeling.audit.models import tiny_model
 from packtrain.modeling.audit.padding import router_losses
 from packtrain.modeling.audit.report import Finding
+from packtrain.modeling.audit.subject import Subject
 
 QUICK = {"modes": ("eval",), "padding": False}
 EARLIER = [(i, j) for i in range(4) for j in range(i)]
@@ -250,6 +251,22 @@ def test_quick_check_in_bfloat16():
     model = tiny_model("llama").to(torch.bfloat16)
     assert quick_check(model, "flat").verdict == "isolated"
     assert quick_check(tiny_model("bert").to(torch.bfloat16), "flat").verdict == "leaks"
+
+
+@pytest.mark.parametrize("compute_dtype", [None, torch.float32, torch.bfloat16])
+def test_quick_check_computes_in_what_training_computes_in(compute_dtype):
+    model, expected, seen = tiny_model("llama"), compute_dtype or torch.float32, set()
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args: seen.add(args[0].dtype))
+    finding = quick_check(model, "flat", NAME, compute_dtype=compute_dtype)
+    assert finding.verdict == "isolated" and seen == {expected}
+    subject = Subject.of(model, compute_dtype)
+    assert subject.tolerance == probe.PRECISION[expected] * subject.scale
+    assert quick_check(tiny_model("bert"), "flat", compute_dtype=compute_dtype).verdict == "leaks"
+    if not torch.cuda.is_available():
+        refusal = quick_check(model, "flat", "flash_attention_2", compute_dtype=compute_dtype)
+        assert f"not on cpu in {expected}" in refusal.error
+    assert not torch.is_autocast_enabled("cpu")
 
 
 def test_a_large_model_is_checked_by_its_first_layers(monkeypatch):

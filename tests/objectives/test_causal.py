@@ -104,6 +104,16 @@ def test_a_micro_batch_without_supervised_tokens_has_zero_loss_and_zero_gradient
         assert parameter.grad is not None and parameter.grad.abs().sum() == 0, name
 
 
+def test_a_compiled_model_has_the_same_losses():
+    """Twice in the same shapes: what was compiled for the positions of the first batch must not be used for others."""
+    model = tiny_model("llama")
+    compiled = torch.compile(model, backend="eager")
+    for first, second in ((6, 11), (11, 6)):  # [2, 11] and 13 supervised tokens each
+        batch = padded_batch(random_documents([first, second], seed=first))
+        found = causal_lm_losses(compiled, batch, head=model.get_output_embeddings())
+        torch.testing.assert_close(found.nll, causal_lm_losses(model, batch).nll)
+
+
 def test_a_model_without_a_head_is_refused():
     with pytest.raises(ModelError, match="no output embeddings.*Linear"):
         output_head(nn.Linear(2, 2))

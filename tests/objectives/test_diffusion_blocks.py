@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import datasets
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from packtrain.data.views import ViewedExamples
 from packtrain.errors import PlanError
 from packtrain.modeling.attention import NAME
 from packtrain.modeling.attention import register as register_varlen
+from packtrain.objectives import block_diffusion
 from packtrain.objectives.block_diffusion import BLOCK_DIFFUSION, BlockCollator, draw_block_masks, register, view_mask
 from packtrain.objectives.diffusion import make_bidirectional
 from packtrain.packing.collator import MicroBatches
@@ -100,6 +103,22 @@ def test_the_mask_literally():
     """.split()
     drawn = ["".join(".1"[int(x)] for x in row) for row in view_mask(4, 2)]
     assert drawn == expected
+
+
+def test_masks_are_built_once_for_all_layers_and_kept_for_one_batch_only(monkeypatch):
+    def alive() -> list[int]:
+        tensors = [o for o in gc.get_objects() if type(o) is torch.Tensor and o.dtype == torch.bool and o.dim() == 2]
+        return sorted({t.shape[0] // 3 for t in tensors if t.shape[0] == t.shape[1] > 3 * 500})
+
+    model, built = model_for(16), []
+    original = block_diffusion.view_mask
+    with torch.no_grad():
+        for lengths in ((512,), (544, 560, 544), (528,)):
+            logits_of(model, collator(block_size=16)(rows(lengths)))
+        assert alive() == [528]
+        monkeypatch.setattr(block_diffusion, "view_mask", lambda *args: built.append(args[0]) or original(*args))
+        logits_of(model, collator(block_size=16)(rows((16, 48, 32, 48))))
+    assert sorted(built) == [16, 32, 48], "two layers, and two documents of one length"
 
 
 @pytest.mark.parametrize("epoch", range(3))

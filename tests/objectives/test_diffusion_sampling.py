@@ -194,6 +194,20 @@ def test_written_tokens_are_never_changed_and_every_mask_is_written():
     assert samples.unmasked_at[1].bincount().tolist() == [3, 3, 2]
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_mask_is_never_written(temperature):
+    """A model that finds the mask likeliest everywhere, in float64 as an exact denoiser gives it."""
+    logits = torch.zeros(1, 8, VOCABULARY, dtype=torch.float64)
+    logits[..., MASK], logits[..., 10] = 9.0, 5.0
+    given = logits.clone()
+    sampling = Sampling(steps=4, temperature=temperature, end_token_policy="ban_pad", pad_token_ids=(PAD,))
+    generator = torch.Generator().manual_seed(0)
+    samples = denoise(lambda *_: logits, torch.full((1, 8), MASK), sampling, mask_token_id=MASK, generator=generator)
+    assert not (samples.tokens == MASK).any() and (samples.tokens == 10).any()
+    assert samples.unmasked_at[0].bincount().tolist() == [2, 2, 2, 2]
+    assert torch.equal(logits, given), "the caller's logits are left as they are"
+
+
 def test_an_answer_without_end_is_the_whole_canvas():
     samples = denoise(a_model_that_ends, torch.full((1, 4), MASK), Sampling(steps=4), mask_token_id=MASK)
     assert samples.lengths().tolist() == [4]

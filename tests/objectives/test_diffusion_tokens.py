@@ -71,6 +71,17 @@ def test_rows_are_added_only_where_there_are_none(tokenizer, vocab_size, tied):
     assert (fresh - weight[:size].mean(dim=0)).norm(dim=1).max() < 0.1 * weight[:size].norm(dim=1).mean()
 
 
+def test_rows_of_a_sharded_embedding_are_refused(tokenizer):
+    """ZeRO-3 leaves a weight of shape [0] and says in `ds_id` and `ds_shape` what it stands for."""
+    model = tiny_model("llama", vocab_size=300)
+    fresh = find_tail_tokens(tokenizer, kind="rainbow", count=3).fresh
+    weight = model.get_input_embeddings().weight
+    weight.ds_id, weight.ds_shape, weight.data = 0, weight.shape, torch.empty(0)
+    with pytest.raises(ModelError, match="ZeRO-3") as refused:
+        make_rows(model, tokenizer, fresh)
+    assert "ZeRO-2" in refused.value.fix and model.config.vocab_size == 300
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_under_lora_both_rows_of_a_pad_train_and_others_do_not(tokenizer, family, tied):

@@ -48,6 +48,18 @@ class Curve:
         )
 
 
+class LeakingCollator(PackCollator):
+    """A flat batch whose documents see each other: the bounds say that there is one, and nothing else is changed."""
+
+    def collate(self, *args, **kwargs):
+        batch = super().collate(*args, **kwargs)
+        total = batch["input_ids"].shape[1]
+        for side in "qk":
+            batch[f"cu_seq_lens_{side}"] = batch[f"cu_seq_lens_{side}"].new_tensor([0, total])
+            batch[f"max_length_{side}"] = total
+        return batch
+
+
 def make_trainer(
     output_dir: Path,
     *,

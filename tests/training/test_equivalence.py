@@ -45,6 +45,12 @@ def test_layouts_do_not_change_the_updates(tmp_path, family, loss_weighting, lor
         assert difference < 1e-4, f"{strategy}: {difference:.2e}"
 
 
+def test_compiling_does_not_change_the_updates(tmp_path):
+    plain = run(tmp_path, strategy="balanced", max_steps=4)
+    compiled = run(tmp_path, strategy="balanced", max_steps=4, torch_compile=True, torch_compile_backend="eager")
+    assert compiled.difference(plain) < 1e-4
+
+
 def test_weightings_differ(tmp_path):
     """Control: the two weightings are not the same loss, so agreeing within each says something."""
     token, example = (run(tmp_path, strategy="balanced", loss_weighting=w) for w in ("token", "example"))

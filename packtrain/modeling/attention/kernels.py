@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from packtrain.modeling.attention.cuda import fused_kernel
+from packtrain.modeling.attention.cuda import HALF, fused_kernel
 from packtrain.modeling.attention.pattern import (
     Documents,
     Pattern,
@@ -80,7 +80,7 @@ def attend_one(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern) -> T
     if pattern.sinks is not None:
         query, key, value, mask = add_sink(query, key, value, mask, pattern)
     grouped = query.shape[1] != key.shape[1]
-    if grouped and mask is not None:  # enable_gqa with a mask falls back to the math kernel on CUDA
+    if grouped and not sdpa_takes_groups(key, value, mask):
         key, value, grouped = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1]), False
     return F.scaled_dot_product_attention(
         query,
@@ -94,6 +94,14 @@ def attend_one(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern) -> T
     )[..., :width]
 
 
+def sdpa_takes_groups(key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    """Whether SDPA has a fused kernel for grouped heads as they are. Elsewhere it falls back to one that forms all
+    `[H, L, L]` scores, which costs more than repeating keys and values (transformers' `use_gqa_in_sdpa`)."""
+    if key.device.type == "cuda" and key.dtype not in HALF:
+        return False
+    return mask is None and key.shape[-1] == value.shape[-1] <= 256
+
+
 def add_sink(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, pattern: Pattern
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -102,15 +110,17 @@ def add_sink(
 
         (q, 1) . (k, 0) * scaling = q . k * scaling          (q, 1) . (0, sink / scaling) * scaling = sink
 
-    No `[H, L, L]` scores are ever formed, as spelling it out would.
+    More components, 1 and 0 throughout, fill the width up to a multiple of 8, without which half precision has no fused
+    kernel on CUDA. So no `[H, L, L]` scores are ever formed, as spelling it out would.
     """
     heads, dim = query.shape[1], query.shape[3]
+    more = 8 - dim % 8
     key, value = repeat_heads(key, heads), repeat_heads(value, heads)
     sink = (pattern.sinks / pattern.scaling).to(key.dtype).view(1, heads, 1, 1)
-    sink = F.pad(sink, (dim, 0)).expand(key.shape[0], -1, -1, -1)  # [B, H, 1, D + 1]
-    query = F.pad(query, (0, 1), value=1.0)
-    key = torch.cat([sink, F.pad(key, (0, 1))], dim=2)  # [B, H, L + 1, D + 1]
-    value = F.pad(value, (0, 1, 1, 0))  # the fused kernels want one width for all
+    sink = F.pad(sink, (dim, more - 1)).expand(key.shape[0], -1, -1, -1)  # [B, H, 1, D8]
+    query = F.pad(query, (0, more), value=1.0)
+    key = torch.cat([sink, F.pad(key, (0, more))], dim=2)  # [B, H, L + 1, D8]
+    value = F.pad(value, (0, 8 - value.shape[-1] % 8, 1, 0))  # as wide as the keys, if it was: flash wants one width
     if mask is not None:
         mask = F.pad(mask, (1, 0), value=True if mask.dtype == torch.bool else 0.0)
     return query, key, value, mask

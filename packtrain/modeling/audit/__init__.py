@@ -30,6 +30,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from packtrain.modeling.attention import NAME, check_implementation, choose_implementation
+from packtrain.modeling.attention.cuda import HALF
 from packtrain.modeling.audit import probe
 from packtrain.modeling.audit.causes import advice, cause
 from packtrain.modeling.audit.models import tiny_model
@@ -107,7 +108,13 @@ def audit_model(
     )
 
 
-def quick_check(model: nn.Module, layout: str, attn_implementation: str | None = None) -> Finding:
+def quick_check(
+    model: nn.Module,
+    layout: str,
+    attn_implementation: str | None = None,
+    *,
+    compute_dtype: torch.dtype | None = None,
+) -> Finding:
     """The check that training makes before its first step, on the real model: one layout, the implementation in force.
 
     A large model runs its first layers only, as many as show every kind of layer it has: a leak is a property of a
@@ -116,11 +123,16 @@ def quick_check(model: nn.Module, layout: str, attn_implementation: str | None =
     Args:
         layout: "flat" or "padded".
         attn_implementation: to check another than the one in force.
+        compute_dtype: what training computes in; where that is half precision and the weights are not, the check runs
+            under autocast as training does, and so by the same kernels. None for the weights' own.
     """
     register_counted()
+    weight = next(model.parameters())
+    half = compute_dtype if compute_dtype in HALF and compute_dtype != weight.dtype else None
     large = sum(weight.numel() for weight in model.parameters()) > LARGE
-    with quietly(), _first_layers(model) if large else nullcontext() as checked:
-        subject = Subject.of(model)
+    autocast = nullcontext() if half is None else torch.autocast(weight.device.type, half)
+    with quietly(), autocast, _first_layers(model) if large else nullcontext() as checked:
+        subject = Subject.of(model, half)
         implementation = attn_implementation or subject.own
         finding = _examine(subject, implementation, layout, "eval")
         return replace(finding, cause=cause(finding, [finding], base(model)), checked=checked)
@@ -135,8 +147,8 @@ def _examine(subject: Subject, implementation: str, layout: str, mode: str) -> F
     modes = {"train": settings.get("train", False), "checkpointing": settings.get("checkpointing", False)}
     calls = COUNTED.calls
     try:
-        weight = next(model.parameters())
-        choose_implementation(implementation, "flat", weight.device, weight.dtype)  # not every one runs everywhere
+        device = next(model.parameters()).device
+        choose_implementation(implementation, "flat", device, subject.dtype)  # not every one runs everywhere
         with using(model, name), in_mode(model, **modes):
             with torch.no_grad():
                 laid = probe.LAYOUTS[layout](subject.documents, subject.start, subject.pad)
@@ -150,7 +162,7 @@ def _examine(subject: Subject, implementation: str, layout: str, mode: str) -> F
     difference = max(probe.largest(ours, theirs) for ours, theirs in pairs)
     others = matrix.masked_fill(torch.eye(len(matrix), dtype=torch.bool), 0.0)
     sees = [(i, j) for i, j in (others > subject.tolerance).nonzero().tolist()]
-    off = difference > 10 * subject.tolerance or (gradient or 0.0) > 100 * probe.precision(model)
+    off = difference > 10 * subject.tolerance or (gradient or 0.0) > 100 * probe.precision(subject.dtype)
     if subject.context <= 3 * subject.tolerance:
         verdict = UNCLEAR
     else:

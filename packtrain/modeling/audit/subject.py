@@ -16,9 +16,13 @@ from packtrain.modeling.positions import position_start
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A model, its documents, and what it says of each of them alone with an attention that is not ours."""
+    """A model, its documents, and what it says of each of them alone with an attention that is not ours.
+
+    `dtype` is what it computes in: that of its weights, or of the autocast around it.
+    """
 
     model: nn.Module
+    dtype: torch.dtype
     own: str
     reference: str
     documents: list[Tensor]
@@ -28,7 +32,7 @@ class Subject:
     context: float
 
     @classmethod
-    def of(cls, model: nn.Module) -> Subject:
+    def of(cls, model: nn.Module, dtype: torch.dtype | None = None) -> Subject:
         inner = base(model)
         documents = probe.sample_documents(model)
         pad = getattr(inner.config.get_text_config(), "pad_token_id", None)
@@ -42,6 +46,7 @@ class Subject:
             raise ModelError(f"cannot run a single document: {short(error)}", value=type(inner).__name__) from error
         return cls(
             model=model,
+            dtype=dtype or next(model.parameters()).dtype,
             own=inner.config._attn_implementation,
             reference=reference,
             documents=documents,
@@ -72,7 +77,7 @@ class Subject:
 
     @property
     def tolerance(self) -> float:
-        return probe.precision(self.model) * max(self.scale, 1e-3)
+        return probe.precision(self.dtype) * max(self.scale, 1e-3)
 
 
 def _context(model: nn.Module, documents: list[Tensor], expected: list[Tensor]) -> float:
