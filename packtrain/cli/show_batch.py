@@ -32,7 +32,7 @@ from packtrain.recipe import Recipe
 from packtrain.training.inputs import Inputs, load_inputs, plan_training
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 SUPERVISED, PROMPT, FILLER = "bold green", "blue", "dim red"
 
@@ -115,28 +115,33 @@ def show_batch(
     documents: int = 8,
     world_size: int = 1,
 ) -> None:
-    """Prints one micro-batch of the recipe's plan, or the examples whose ids are given (`3,17`).
+    """Prints one micro-batch of the recipe's plan, or the examples whose ids are given (`3,17`), as in epoch 0.
 
     Raises:
         PacktrainError: bad data, or no such step, rank, micro-batch or example.
     """
     inputs = load_inputs(recipe)
+    config, epoch = _config(recipe, inputs), 0
     if examples is not None:
         ids = _example_ids(examples, len(inputs.train))
         lengths = np.asarray(inputs.train.lengths[ids], dtype=np.int64)
         chosen = MicroBatch(example_ids=ids, starts=np.zeros_like(ids), stops=lengths)
         head = f"{len(ids)} example{'s' if len(ids) > 1 else ''}"
     else:
-        plan = _plan(recipe, inputs, world_size)
+        cost = Cost.of_config(config)
+        plan = plan_training(recipe, inputs.train.lengths, world_size=world_size, cost=cost)
         chosen, head = _micro_batch(plan, step, rank, micro_batch)
+        epoch, _ = plan.locate(step)
     strategy = resolve_strategy(recipe.batching.strategy)
     collator = inputs.chosen.collator(
         layout=strategy.layout,
         pad_token_id=inputs.tokenizer.pad_token_id,
         padded_to=strategy.padded_to,
         max_length=recipe.data.max_length,
+        position_start=_position_start(config),
     )
-    print_batch(MicroBatches(inputs.train, collator)[chosen], inputs, console, head=head, texts=documents)
+    batch = MicroBatches(inputs.train, collator).at_epoch(epoch)[chosen]
+    print_batch(batch, inputs, console, head=head, texts=documents)
 
 
 def print_batch(batch: Mapping[str, Any], inputs: Inputs, console: Console, *, head: str, texts: int) -> None:
@@ -176,12 +181,25 @@ def print_batch(batch: Mapping[str, Any], inputs: Inputs, console: Console, *, h
         console.print(f"... and {len(found) - texts} more; see --documents", style="dim", highlight=False)
 
 
-def _plan(recipe: Recipe, inputs: Inputs, world_size: int) -> Plan:
+def _config(recipe: Recipe, inputs: Inputs) -> PreTrainedConfig:
     from packtrain.modeling.loading import load_config
 
     named = recipe.model.model_dump(include={"model_name_or_path", "config", "revision", "trust_remote_code"})
-    cost = Cost.of_config(load_config(**named, tokenizer=inputs.tokenizer))
-    return plan_training(recipe, inputs.train.lengths, world_size=world_size, cost=cost)
+    return load_config(**named, tokenizer=inputs.tokenizer)
+
+
+def _position_start(config: PreTrainedConfig) -> int:
+    """As of the model itself, of which no weight is made; 0 for one whose code is not transformers' own."""
+    import torch
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    from packtrain.modeling.loading import load_model
+    from packtrain.modeling.positions import position_start
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return 0
+    with torch.device("meta"):
+        return position_start(load_model(config, attn_implementation="eager"))
 
 
 def _micro_batch(plan: Plan, step: int, rank: int, number: int) -> tuple[MicroBatch, str]:

@@ -77,6 +77,18 @@ class PlanLoader:
             raise RuntimeError(f"{_DIED} while its batch was on the way ({error})") from error
 
 
+def values_of_plan(plan: Plan, values: tuple) -> tuple:
+    """What `Trainer.set_initial_training_values` gives, with epochs, updates and micro-batches as the plan has them.
+
+    Trainer takes every epoch to be as long as the first. Order-dependent packers vary: it would begin too few epochs,
+    and end before the plan does. An epoch that ends before its longest is no matter to it.
+    """
+    _, _, examples, samples, batch_size, _, _ = values
+    per_epoch = max(plan.steps_in_epoch(epoch) for epoch in range(plan.num_epochs))
+    micro_batches = per_epoch * plan.gradient_accumulation_steps
+    return plan.num_epochs, per_epoch, examples, samples, batch_size, micro_batches, plan.total_steps
+
+
 _DIED = "DataLoader worker was killed"
 
 

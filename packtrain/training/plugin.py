@@ -6,8 +6,8 @@
 
 The trainer keeps its own order of examples, loss, optimizer, callbacks, evaluation and logs. What changes is what a
 micro-batch looks like: the examples of each update are dealt anew over ranks and accumulation steps by a strategy.
-Only the instance is touched: its `get_train_dataloader`, and the attention of its model through
-`set_attn_implementation`.
+Only the instance is touched: its `get_train_dataloader` and `set_initial_training_values`, and the attention of its
+model through `set_attn_implementation`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from packtrain.packing.cost import Cost
 from packtrain.packing.plan import MicroBatch, Plan, make_plan
 from packtrain.packing.scopes import StepScope
 from packtrain.packing.strategies import resolve_strategy
-from packtrain.training.loader import PlanLoader
+from packtrain.training.loader import PlanLoader, values_of_plan
 from packtrain.training.meters import Meter
 from packtrain.training.plugin_checks import refuse_contradictions, without_effect
 from packtrain.training.trainer import StepEnd
@@ -106,7 +106,9 @@ def attach(
             "prefetch_factor": args.dataloader_prefetch_factor if args.dataloader_num_workers else None,
         },
     )
+    before = trainer.set_initial_training_values
     trainer.get_train_dataloader = lambda: loader
+    trainer.set_initial_training_values = lambda *given: values_of_plan(plan, before(*given))
     trainer.add_callback(StepEnd(plan, Meter()))
     for ignored in without_effect(trainer, plan.layout):
         logger.warning("packtrain: %s", ignored)

@@ -37,7 +37,7 @@ from packtrain.packing.plan import Plan
 from packtrain.recipe import Recipe
 from packtrain.training.checkpoints.checkpoint import Checkpoints
 from packtrain.training.checkpoints.restricted import restricted_unpickling, runs_code
-from packtrain.training.loader import PlanLoader, leave_signals_to_the_run
+from packtrain.training.loader import PlanLoader, leave_signals_to_the_run, values_of_plan
 from packtrain.training.memory.out_of_memory import ProbeMemory, explained
 from packtrain.training.meters import Meter
 from packtrain.training.nonfinite import FiniteUpdates
@@ -151,11 +151,7 @@ class PackTrainer(Trainer):
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> tuple:
         """Epochs, updates per epoch and updates in all as the plan has them; the rest as Trainer computes it."""
-        _, _, examples, samples, batch_size, _, _ = super().set_initial_training_values(args, dataloader)
-        epochs = self.plan.locate(self.plan.total_steps - 1)[0] + 1
-        per_epoch = max(self.plan.steps_in_epoch(epoch) for epoch in range(epochs))
-        micro_batches = per_epoch * self.plan.gradient_accumulation_steps
-        return epochs, per_epoch, examples, samples, batch_size, micro_batches, self.plan.total_steps
+        return values_of_plan(self.plan, super().set_initial_training_values(args, dataloader))
 
     # Loss
 

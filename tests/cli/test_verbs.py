@@ -327,6 +327,52 @@ def test_show_of_given_examples_and_of_what_is_not_there(capsys, wide):
         assert part in capsys.readouterr().err
 
 
+def what_show_prints(monkeypatch, recipe: Path, *args: str) -> dict:
+    """The batch that `show` makes visible."""
+    printed = []
+    monkeypatch.setattr("packtrain.cli.show_batch.print_batch", lambda batch, *_, **__: printed.append(batch))
+    assert run("show", str(recipe), *args) == 0
+    return printed[0]
+
+
+def what_training_sees(recipe: Path, overrides: list[str], step: int) -> dict:
+    """The first micro-batch of an update, from the trainer's own loader."""
+    from packtrain.recipe import load_recipe
+    from packtrain.training.run import build_trainer
+
+    trainer, _ = build_trainer(load_recipe(recipe, overrides), console=Console(quiet=True))
+    trainer.state.global_step = step
+    return next(iter(trainer.get_train_dataloader()))
+
+
+ROBERTA = (
+    "config={model_type: roberta, is_decoder: true, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 1, "
+    "num_attention_heads: 2, max_position_embeddings: 2050}"
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "overrides"),
+    [
+        ("quickstart", 9, []),
+        ("quickstart", 0, [ROBERTA]),
+        ("quickstart", 0, [ROBERTA, "strategy=pad_longest"]),
+        ("rainbow_cpu", 1, []),
+        ("rainbow_cpu", 9, []),
+    ],
+)
+def test_show_prints_the_very_batch(tmp_path, monkeypatch, name, step, overrides):
+    """Masks are those of the update's epoch, positions begin where the model's do."""
+    recipe = QUICKSTART.parent / f"{name}.yaml"
+    small = [*SMALL, "num_train_epochs=3", "use_cpu=true", f"training.output_dir={tmp_path}", *overrides]
+    shown = what_show_prints(monkeypatch, recipe, "--step", str(step), *sets(small))
+    seen = what_training_sees(recipe, small, step)
+    assert shown.keys() == seen.keys()
+    for key, value in seen.items():
+        assert torch.equal(shown[key], value) if isinstance(value, torch.Tensor) else shown[key] == value, key
+    assert (shown["position_ids"].min() > 0) == (ROBERTA in overrides)
+
+
 # ------------------------------------------------------------------------------------------------------ train
 
 

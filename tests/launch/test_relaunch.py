@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from packtrain.cli import main
 from packtrain.errors import LaunchError
 from packtrain.training.engines.relaunch import find_launch_file, launch_command, relaunch
 
@@ -24,6 +25,28 @@ def test_the_command_is_the_documented_one(monkeypatch):
     assert launch_command(file, words, devices=0) == [*ACCELERATE, str(file), *packtrain]  # the file's own number
     alone = find_launch_file("single_gpu")
     assert launch_command(alone, words, devices=8) == [*ACCELERATE, str(alone), *packtrain]
+
+
+@pytest.mark.parametrize(
+    ("name", "devices", "processes"),
+    [("ddp", 1, "1"), ("zero3_offload_cpu", 1, "1"), ("multi_node", 8, "16"), ("multi_node", 0, None)],
+)
+def test_one_process_for_every_gpu_of_every_host(name, devices, processes):
+    command = launch_command(find_launch_file(name), ["train", "recipe.yaml"], devices=devices)
+    given = command[command.index("--num_processes") + 1] if "--num_processes" in command else None
+    assert given == processes
+
+
+@pytest.mark.parametrize(("use_cpu", "given"), [("false", True), ("true", False)])
+def test_a_run_on_the_cpu_has_the_processes_of_its_file(monkeypatch, use_cpu, given):
+    """Also where there are GPUs, which it leaves alone."""
+    started = []
+    monkeypatch.setattr("os.execv", lambda file, command: started.append(command) or sys.exit(0))
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: 8)
+    with pytest.raises(SystemExit):
+        recipe = str(LAUNCH.parent / "recipes/quickstart.yaml")
+        main(["train", recipe, "--launch", "cpu", "--set", f"use_cpu={use_cpu}"])
+    assert ("--num_processes" in started[0]) == given
 
 
 def test_elsewhere_its_deepspeed_config_is_still_found(tmp_path, monkeypatch):

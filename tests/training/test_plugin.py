@@ -17,6 +17,7 @@ from transformers import (
     DataCollatorForLanguageModeling,
     PreTrainedTokenizerFast,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 from trl import SFTConfig, SFTTrainer
@@ -212,6 +213,61 @@ def test_packing_the_epoch_says_what_it_changes(tmp_path, documents, caplog):
     assert "updates see other examples" in caplog.text
     trainer.train()
     assert trainer.state.global_step == trainer.args.max_steps
+
+
+@pytest.mark.parametrize(
+    ("strategy", "seed", "per_epoch"),
+    [
+        ("next_fit", 8, [9, 10, 10]),
+        ("next_fit", 24, [9, 10, 10]),
+        ("random", 6, [8, 9, 9]),
+        ("random", 11, [8, 9, 9]),
+        ("bfd", 8, [8, 8, 8]),
+        ("balanced", 8, [8, 8, 8]),
+    ],
+)
+def test_every_epoch_is_whole_however_long(tmp_path, strategy, seed, per_epoch):
+    """Each planned epoch is an epoch of the trainer and sees every example once; also where it was resumed."""
+    documents = datasets.Dataset.from_list(random_documents(long_tailed_lengths(60)))
+    everything = sorted(map(tuple, documents["input_ids"]))
+    settings = dict(num_train_epochs=3, data_seed=seed, save_strategy="steps", save_steps=1)
+
+    def trained(resume=None) -> tuple[Trainer, list[list[tuple]]]:
+        trainer, seen = stock_trainer(tmp_path, documents, **settings), []
+        packtrain.attach(trainer, strategy=strategy, max_tokens=48 if strategy != "balanced" else None)
+        plan = trainer.get_train_dataloader().plan
+        assert [plan.steps_in_epoch(epoch) for epoch in range(3)] == per_epoch
+        trainer.add_callback(Epochs(seen))
+        step = trainer.training_step
+
+        def recorded(model, inputs, *args):
+            bounds = inputs["cu_seq_lens_q"].tolist()
+            rows = [tuple(inputs["input_ids"][0, i:j].tolist()) for i, j in zip(bounds, bounds[1:], strict=False)]
+            seen[-1] += [row for row in rows if row in everything]  # a micro-batch of filler alone is none
+            return step(model, inputs, *args)
+
+        trainer.training_step = recorded
+        trainer.train(resume_from_checkpoint=resume)
+        assert trainer.state.global_step == trainer.state.max_steps == sum(per_epoch)
+        assert trainer.state.epoch == 3.0
+        return trainer, seen
+
+    unbroken, seen = trained()
+    assert [sorted(epoch) for epoch in seen] == [everything] * 3
+    resumed, rest = trained(str(tmp_path / f"checkpoint-{per_epoch[0] + 1}"))
+    assert [sorted(epoch) for epoch in rest[1:]] == [everything] and 0 < len(rest[0]) < len(everything)
+    for mine, theirs in zip(resumed.model.parameters(), unbroken.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+class Epochs(TrainerCallback):
+    """A new list in `seen` for every epoch that the trainer begins."""
+
+    def __init__(self, seen: list):
+        self.seen = seen
+
+    def on_epoch_begin(self, *args, **kwargs):
+        self.seen.append([])
 
 
 @pytest.mark.parametrize(
