@@ -1,8 +1,13 @@
 """A run that is told to stop finishes its update, saves once, and exits with 75 (EX_TEMPFAIL: try again).
 
 SIGTERM (a preempted job), SIGINT (Ctrl-C) and SIGUSR1 (`#SBATCH --signal=USR1@120`) all mean the same, and it is
-enough that one rank hears it. A second signal exits at once, with 128 + its number: 130 for Ctrl-C. Outside of
-training the signals do what they always do. torchrun and accelerate turn the 75 of their ranks into a 1.
+enough that one rank hears it. A second signal exits at once, with 128 + its number: 130 for Ctrl-C. It counts as a second
+one after `PAUSE` seconds: Ctrl-C and schedulers signal a whole process group, and the launcher in it forwards its own to
+the ranks, which have it already. Outside of training the signals do what they always do.
+
+torchrun and accelerate turn the 75 of their ranks into a 1. Signalled themselves, they give their ranks 30 seconds and
+then kill them, so update and save have to be done by then (`TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300` allows five minutes
+where torch knows it, 2.13 does); SIGUSR1 they don't forward but die of, unless it is ignored (`launch/slurm.sh`).
 """
 
 from __future__ import annotations
@@ -10,6 +15,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +30,7 @@ if TYPE_CHECKING:
     from packtrain.training.trainer import PackTrainer
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
+PAUSE = 5.0  # seconds; a launcher forwards a signal within one, and whoever means it a second time waits that long
 
 
 class StopOnSignal(TrainerCallback):
@@ -32,6 +39,7 @@ class StopOnSignal(TrainerCallback):
     def __init__(self, trainer: PackTrainer):
         self.trainer = trainer
         self.heard: int = 0
+        self._heard_at: float = 0.0  # `time.monotonic`
         self.agreed: int = 0
 
     @contextmanager
@@ -49,10 +57,13 @@ class StopOnSignal(TrainerCallback):
 
     def _hear(self, number: int, frame: object) -> None:
         if self.heard:
-            os._exit(128 + number)
-        self.heard = number
+            if time.monotonic() - self._heard_at > PAUSE:
+                os._exit(128 + number)
+            return
+        self.heard, self._heard_at = number, time.monotonic()
         name = signal.Signals(number).name
-        os.write(2, f"{name}: stopping after this update, with a checkpoint; once more stops at once\n".encode())
+        once_more = f"once more, after {PAUSE:.0f} seconds, stops at once"
+        os.write(2, f"{name}: stopping after this update, with a checkpoint; {once_more}\n".encode())
 
     def on_step_end(self, args, state, control, **kwargs):
         heard = torch.tensor([self.heard], device=args.device)
