@@ -6,7 +6,7 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=64
 #SBATCH --time=24:00:00
-#SBATCH --signal=USR1@120
+#SBATCH --signal=TERM@120
 #SBATCH --requeue
 set -euo pipefail
 
@@ -28,9 +28,10 @@ sys.exit(not any(is_sealed(path) for path in run.glob("checkpoint-*")))
 END
 then set -- "$@" --resume; fi
 
-# SIGUSR1, two minutes before the end, is for the ranks: it would kill the launcher, and them with it.
+# Two minutes before the end, and before a preemption, SLURM signals its tasks alone: `exec` makes the launcher one, which
+# forwards SIGTERM (not SIGUSR1, of which it dies) to its ranks, and gives them that long to save.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110
 srun --kill-on-bad-exit=1 bash -c '
-    trap "" USR1
-    accelerate launch --config_file "$CONFIG" --num_machines "$SLURM_NNODES" --num_processes "$PROCESSES" \
+    exec accelerate launch --config_file "$CONFIG" --num_machines "$SLURM_NNODES" --num_processes "$PROCESSES" \
         --machine_rank "$SLURM_NODEID" --main_process_ip "$HEAD_NODE" --main_process_port 29500 \
         -m packtrain train "$@"' packtrain "$@"

@@ -98,7 +98,7 @@ def test_the_second_signal_exits_at_once(tmp_path):
 
 
 def test_a_signal_that_was_ignored_before_is_heard_while_training(tmp_path):
-    """As SIGUSR1 is where the launcher was told to ignore it, which its ranks inherit."""
+    """As where a shell was told to ignore it, which what it starts inherits."""
     stop = StopOnSignal(make_trainer(tmp_path, strategy="balanced"))
     before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,8 @@ from tests.launch.helpers import RECIPE, ROOT
 STAND_INS = {
     "python": f'exec "{sys.executable}" "$@"',
     "scontrol": "echo host0",
-    "srun": 'while [ "${1#-}" != "$1" ]; do shift; done; exec "$@"',
-    "accelerate": 'kill -USR1 $$ && echo "launched: $*"',
+    "srun": 'while [ "${1#-}" != "$1" ]; do shift; done; echo "the task is $$"; exec "$@"',
+    "accelerate": 'echo "launched by $$, to forward and then wait $TORCH_ELASTIC_SHUTDOWN_TIMEOUT s"; echo "$*"',
 }
 
 
@@ -66,7 +67,9 @@ def test_a_requeued_job_resumes_once_there_is_a_checkpoint(tmp_path, submitted):
     assert "--resume" not in submitted(0)  # a new job begins anew
 
 
-def test_its_launcher_survives_the_signal_before_the_time_limit(submitted):
-    """SIGUSR1 reaches every process of a step; the stand-in sends it to itself before it says anything."""
-    assert "#SBATCH --signal=USR1@" in (ROOT / "launch/slurm.sh").read_text()
-    assert "launched" in submitted(0)
+def test_its_launcher_is_what_slurm_signals(submitted):
+    """SLURM signals the task that srun starts and none of its children; of launchers' signals ranks get SIGTERM."""
+    said = submitted(0)
+    assert re.search(r"the task is (\d+)", said)[1] == re.search(r"launched by (\d+)", said)[1]
+    assert "#SBATCH --signal=TERM@120\n" in (ROOT / "launch/slurm.sh").read_text()
+    assert "and then wait 110 s" in said
