@@ -6,6 +6,7 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=64
 #SBATCH --time=24:00:00
+#SBATCH --signal=TERM@120
 #SBATCH --requeue
 set -euo pipefail
 
@@ -14,8 +15,23 @@ export PROCESSES=$((SLURM_NNODES * SLURM_GPUS_ON_NODE))
 CONFIG=${CONFIG:-launch/multi_node.yaml}
 export CONFIG
 
-# A requeued job goes on from its last checkpoint: pass --resume once there is one.
+# A requeued job goes on from its newest checkpoint, if it had come to one.
+if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && python - "$@" <<'END'
+import sys
+from pathlib import Path
+from packtrain.recipe import load_recipe
+from packtrain.training.checkpoints.sealing import is_sealed
+
+sets = [value for option, value in zip(sys.argv, sys.argv[1:]) if option == "--set"]
+run = Path(load_recipe(sys.argv[1], sets).training["output_dir"])
+sys.exit(not any(is_sealed(path) for path in run.glob("checkpoint-*")))
+END
+then set -- "$@" --resume; fi
+
+# Two minutes before the end, and before a preemption, SLURM signals its tasks alone: `exec` makes the launcher one, which
+# forwards SIGTERM (not SIGUSR1, of which it dies) to its ranks, and gives them that long to save.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110
 srun --kill-on-bad-exit=1 bash -c '
-    accelerate launch --config_file "$CONFIG" --num_machines "$SLURM_NNODES" --num_processes "$PROCESSES" \
+    exec accelerate launch --config_file "$CONFIG" --num_machines "$SLURM_NNODES" --num_processes "$PROCESSES" \
         --machine_rank "$SLURM_NODEID" --main_process_ip "$HEAD_NODE" --main_process_port 29500 \
         -m packtrain train "$@"' packtrain "$@"

@@ -1,13 +1,13 @@
 """A run that is told to stop finishes its update, saves once, and exits with 75 (EX_TEMPFAIL: try again).
 
-SIGTERM (a preempted job), SIGINT (Ctrl-C) and SIGUSR1 (`#SBATCH --signal=USR1@120`) all mean the same, and it is
-enough that one rank hears it. A second signal exits at once, with 128 + its number: 130 for Ctrl-C. It counts as a second
+SIGTERM (a preempted job, `#SBATCH --signal=TERM@120`), SIGINT (Ctrl-C) and SIGUSR1 all mean the same, and it is enough
+that one rank hears it. A second signal exits at once, with 128 + its number: 130 for Ctrl-C. It counts as a second
 one after `PAUSE` seconds: Ctrl-C and schedulers signal a whole process group, and the launcher in it forwards its own to
 the ranks, which have it already. Outside of training the signals do what they always do.
 
 torchrun and accelerate turn the 75 of their ranks into a 1. Signalled themselves, they give their ranks 30 seconds and
 then kill them, so update and save have to be done by then (`TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300` allows five minutes
-where torch knows it, 2.13 does); SIGUSR1 they don't forward but die of, unless it is ignored (`launch/slurm.sh`).
+where torch knows it, 2.13 does). SIGUSR1 is for a rank itself: they don't forward it but die of it.
 """
 
 from __future__ import annotations

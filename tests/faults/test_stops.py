@@ -16,8 +16,10 @@ from pathlib import Path
 import pytest
 
 from packtrain.training.checkpoints.sealing import is_sealed
+from packtrain.training.stops import PAUSE, StopOnSignal
 from tests.faults.runs import (
     STEPS,
+    Reading,
     log_of,
     run,
     run_ranks,
@@ -30,6 +32,7 @@ from tests.faults.runs import (
     what_counts,
     write_recipe,
 )
+from tests.training.helpers import make_trainer
 
 NO_SAVES = ("--set", "training.save_strategy=no")
 
@@ -56,15 +59,55 @@ def test_a_signal_saves_once_and_the_run_goes_on_bitwise(tmp_path, unbroken, nam
     assert same(weights(tmp_path / "run"), weights(unbroken))
 
 
-def test_the_second_signal_exits_at_once(tmp_path):
+def test_a_signal_that_comes_twice_at_once_is_one(tmp_path):
+    """To a whole process group, and once more from the launcher that got it, too."""
     recipe = write_recipe(tmp_path)
     process = start(recipe, *NO_SAVES)
     wait_for(process, lambda: training(recipe))
-    for number in (signal.SIGSTOP, signal.SIGINT, signal.SIGTERM, signal.SIGCONT):  # both at once, the lower one first
+    for number in (signal.SIGSTOP, signal.SIGINT, signal.SIGTERM, signal.SIGCONT):  # both before either is heard
         os.kill(process.pid, number)
     process.join()
+    assert process.exitcode == 75, log_of(recipe)
+    (saved,) = checkpoints(recipe)
+    assert is_sealed(saved)
+
+
+class Endless(Reading):
+    """Its third update takes longer than any test."""
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == 2:
+            print("in the third update", flush=True)
+            time.sleep(3600)
+        return super().training_step(*args, **kwargs)
+
+
+def test_the_second_signal_exits_at_once(tmp_path):
+    recipe = write_recipe(tmp_path)
+    (process,) = start_ranks(recipe, 1, resume=False, overrides=NO_SAVES[1:], trainer_class=Endless)
+    wait_for(process, lambda: training(recipe) and "in the third update" in log_of(recipe))
+    os.kill(process.pid, signal.SIGINT)
+    wait_for(process, lambda: "SIGINT: stopping after this update" in log_of(recipe))
+    os.kill(process.pid, signal.SIGTERM)  # too soon to be a second one
+    time.sleep(1.5 * PAUSE)
+    assert process.is_alive(), log_of(recipe)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join()
     assert process.exitcode == 128 + signal.SIGTERM, log_of(recipe)
-    assert not any(is_sealed(path) for path in checkpoints(recipe))
+    assert not checkpoints(recipe)
+
+
+def test_a_signal_that_was_ignored_before_is_heard_while_training(tmp_path):
+    """As where a shell was told to ignore it, which what it starts inherits."""
+    stop = StopOnSignal(make_trainer(tmp_path, strategy="balanced"))
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+        with stop.listening():
+            os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.heard == signal.SIGUSR1
+        assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_epoch_saves_do_not_save_a_second_time(tmp_path):

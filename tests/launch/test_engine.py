@@ -81,13 +81,13 @@ def test_a_checkpoint_of_deepspeed_is_refused_without_it(tmp_path):
 
 def test_an_optimizer_that_is_elsewhere_than_the_run_is_refused(tmp_path):
     """The failure of universal checkpoints under ZeRO-3: step counters shared by groups, so ahead of the run."""
-    trainer = make_trainer(tmp_path, strategy="balanced", max_steps=2)
+    trainer = make_trainer(tmp_path, strategy="balanced", max_steps=2, save_strategy="steps", save_steps=2)
     trainer.train()
-    mend_resumed_optimizer(trainer, tmp_path)
+    mend_resumed_optimizer(trainer, tmp_path / "checkpoint-2")
     state = next(iter(trainer.optimizer.optimizer.state.values()))
     state["step"] = torch.tensor(4.0)
-    with pytest.raises(LaunchError, match="the optimizer has done 2, 4 updates, the run 2"):
-        mend_resumed_optimizer(trainer, tmp_path)
+    with pytest.raises(LaunchError, match="the optimizer says that it has done 2, 4 updates, and 2 when it was saved"):
+        mend_resumed_optimizer(trainer, tmp_path / "checkpoint-2")
 
 
 def test_bytes_of_views_count_once():

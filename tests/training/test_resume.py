@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
+from packtrain.training.engines.engine import fit
 from tests.training.helpers import make_trainer
 
 DROPOUT = {"gpt2": dict(resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1), "llama": dict(attention_dropout=0.1)}
@@ -75,3 +77,42 @@ def test_a_resumed_run_reads_on_where_it_stopped(tmp_path):
     resumed = record(trainer_at(tmp_path, "gpt2", "balanced", max_steps=STEPS_PER_EPOCH))
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert sorted(read) == list(range(len(first.train_dataset)))
+
+
+def test_updates_that_a_gradient_scaler_left_out_do_not_break_resuming(tmp_path):
+    """In float16 the first gradients overflow: the optimizer has done fewer updates than the run."""
+
+    def scaled():
+        trainer = trainer_at(tmp_path, "llama", "balanced", max_steps=8, max_grad_norm=0.0)
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-20)
+        return trainer
+
+    first = scaled()
+    fit(first)
+    (steps,) = {int(state["step"]) for state in first.optimizer.state.values()}
+    assert 0 < steps < 8
+    resumed = scaled()
+    fit(resumed, str(tmp_path / "checkpoint-6"))
+    assert all(torch.equal(value, weights(first)[name]) for name, value in weights(resumed).items())
+
+
+def test_parameters_that_had_no_gradient_in_some_update_do_not_break_resuming(tmp_path):
+    """As an expert that got no token: its counter is behind the others'."""
+
+    def partly():
+        trainer = trainer_at(tmp_path, "llama", "balanced", max_steps=4)
+
+        class Leave(TrainerCallback):
+            def on_pre_optimizer_step(self, args, state, control, **kwargs):
+                if state.global_step == 1:
+                    next(trainer.model.parameters()).grad = None
+
+        trainer.add_callback(Leave())
+        return trainer
+
+    first = partly()
+    fit(first)
+    assert {int(state["step"]) for state in first.optimizer.state.values()} == {3, 4}
+    resumed = partly()
+    fit(resumed, str(tmp_path / "checkpoint-2"))
+    assert all(torch.equal(value, weights(first)[name]) for name, value in weights(resumed).items())

@@ -25,7 +25,7 @@ from transformers import TrainerCallback
 from packtrain.errors import CheckpointError, PacktrainError
 from packtrain.recipe import Recipe
 from packtrain.training.checkpoints.changes import changes, redacted
-from packtrain.training.checkpoints.resharding import added_later
+from packtrain.training.checkpoints.resharding import added_later, optimizer_steps
 from packtrain.training.checkpoints.sealing import MANIFEST, UNFINISHED, begin, is_sealed, read_manifest, seal, verify
 from packtrain.training.summary import package_versions
 
@@ -103,7 +103,7 @@ class Checkpoints(TrainerCallback):
         self.trainer.accelerator.wait_for_everyone()  # until every rank has written its files
         if args.should_save:
             about = {"step": state.global_step, "sealed_at": time.time_ns(), "world_size": args.world_size}
-            about |= {"skipped_updates": self.trainer.finite.skipped}
+            about |= {"skipped_updates": self.trainer.finite.skipped, "optimizer_steps": optimizer_steps(self.trainer)}
             seal(directory, about | self.facts | {"versions": package_versions()})
             self._remove_old(directory, best=state.best_model_checkpoint)
         self.trainer.accelerator.wait_for_everyone()

@@ -10,7 +10,8 @@ per rank. Where the number differs they are first converted to its universal for
 
 Loading it under ZeRO-3, deepspeed 0.19 gives all parameter groups one shared step counter, which Adam then advances
 once per group (9 after 3 + 3 updates with two groups), and the hyperparameters of the first group (weight decay on
-norms). Both are mended after loading, and the counters are compared with the updates done, whatever the stage.
+norms). Both are mended after loading, and the counters are compared with those of the manifest, whatever the engine: not
+with the run's own updates, as a gradient scaler leaves some out, and an expert without a token has none.
 
 From states on NVMe it resumes with other weights than it saved (a loss 2e-4 off at once, weights 1e-3 off three updates
 later), so that is refused.
@@ -132,27 +133,36 @@ def _to_universal(shards: Path) -> None:
 
 
 def mend_resumed_optimizer(trainer: PackTrainer, checkpoint: str | Path) -> None:
-    """After loading: undo what DeepSpeed does wrong, and compare every step counter with the updates done.
+    """After loading: undo what DeepSpeed does wrong, and compare every step counter with those that were saved.
 
     Raises:
-        LaunchError: the optimizer is not where the run is.
+        LaunchError: the optimizer is not where it was.
     """
-    optimizer = trainer.optimizer
-    while hasattr(optimizer, "optimizer"):  # accelerate's and DeepSpeed's wrappers
-        optimizer = optimizer.optimizer
-    engine = trainer.deepspeed  # None with another engine
+    optimizer, engine = _innermost(trainer), trainer.deepspeed  # the latter is None with another engine
     if engine is not None and engine.load_universal_checkpoint():
         if engine.zero_optimization_stage() == 3:
             _restore_groups(optimizer, Path(checkpoint))
         for state in optimizer.state.values():
             if isinstance(state.get("step"), torch.Tensor):
                 state["step"] = state["step"].clone()  # one counter each
-    skipped = trainer.finite.skipped + getattr(engine, "skipped_steps", 0)  # the latter in float16, on overflow
-    expected = trainer.state.global_step - skipped
-    found = {int(state["step"]) for state in optimizer.state.values() if "step" in state}
-    if found - {expected}:
-        what = f"the optimizer has done {', '.join(map(str, sorted(found)))} updates, the run {expected}"
+    saved, found = read_manifest(Path(checkpoint)).get("optimizer_steps"), optimizer_steps(trainer)
+    if saved is not None and set(found) - set(saved):
+        found, saved = (", ".join(map(str, steps)) or "none" for steps in (found, saved))
+        what = f"the optimizer says that it has done {found} updates, and {saved} when it was saved"
         raise LaunchError(what, where=str(checkpoint), fix="resume on the number of ranks that wrote it")
+
+
+def optimizer_steps(trainer: PackTrainer) -> list[int]:
+    """The different values of the optimizer's step counters, sorted; none where it keeps none by parameter."""
+    return sorted({int(state["step"]) for state in _innermost(trainer).state.values() if "step" in state})
+
+
+def _innermost(trainer: PackTrainer) -> torch.optim.Optimizer:
+    """The optimizer in accelerate's and DeepSpeed's wrappers."""
+    optimizer = trainer.optimizer
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
 
 
 def _restore_groups(optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
