@@ -40,7 +40,7 @@ def train(
 
         sets = [part for override in overrides or [] for part in ("--set", override)]
         more = [*(["--resume", resume] if resume else []), *(["--allow-changes"] if allow_changes else [])]
-        relaunch(launch, ["train", str(recipe), *sets, *more])
+        relaunch(launch, ["train", str(recipe), *sets, *more], use_cpu=bool(loaded.training.get("use_cpu")))
     from packtrain.training.run import train as run
 
     console = Console(quiet=RANK != 0)

@@ -20,8 +20,11 @@ from packtrain.recipe.values import did_you_mean
 CHECKOUT = Path(__file__).parents[3]
 
 
-def relaunch(name: str, arguments: Sequence[str]) -> None:
+def relaunch(name: str, arguments: Sequence[str], *, use_cpu: bool = False) -> None:
     """Replace this process by accelerate's launcher, running `packtrain` with `arguments`; doesn't return.
+
+    Args:
+        use_cpu: whether the run leaves GPUs alone.
 
     Raises:
         LaunchError: no such file, or a launcher has started this process already.
@@ -30,16 +33,19 @@ def relaunch(name: str, arguments: Sequence[str]) -> None:
         raise LaunchError("a launcher has already started this process", key="--launch", value=name, fix="leave it out")
     import torch
 
-    command = launch_command(find_launch_file(name), arguments, devices=torch.accelerator.device_count())
+    command = launch_command(
+        find_launch_file(name), arguments, devices=0 if use_cpu else torch.accelerator.device_count()
+    )
     os.execv(sys.executable, command)
 
 
 def launch_command(file: Path, arguments: Sequence[str], *, devices: int) -> list[str]:
-    """The command that starts `packtrain` with `arguments`, on `devices` GPUs if there are several."""
+    """The command that starts `packtrain` with `arguments`, on every one of this host's `devices` GPUs; without
+    any, in as many processes as the file says."""
     config = yaml.safe_load(file.read_text(encoding="utf-8"))
     options = ["--config_file", str(file)]
-    if devices > 1 and config.get("distributed_type") != "NO":
-        options += ["--num_processes", str(devices)]
+    if devices and config.get("distributed_type") != "NO":
+        options += ["--num_processes", str(devices * config.get("num_machines", 1))]
     deepspeed = (config.get("deepspeed_config") or {}).get("deepspeed_config_file")
     if deepspeed and not Path(deepspeed).exists():  # it is relative to the directory that launch/ is in
         options += ["--deepspeed_config_file", str(file.parent.parent / deepspeed)]
