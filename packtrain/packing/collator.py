@@ -24,11 +24,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from packtrain.data.formats import IGNORED
 from packtrain.errors import DataError, PlanError
 from packtrain.packing.packs import offsets_of
 from packtrain.packing.plan import MicroBatch
 
-IGNORED = -100  # the label that no loss looks at
 FILLER_TOKENS = 2  # of a filler micro-batch: the shortest document with something to predict
 
 Batch = dict[str, Any]
