@@ -58,7 +58,7 @@ class Examples:
             return self._partial_view
         count = len(self._documents.lengths)
         return View(
-            rows=np.arange(count),
+            rows=None,
             starts=np.broadcast_to(np.int32(0), count),
             lengths=self._documents.lengths,
             supervised=self._documents.supervised,
@@ -74,10 +74,10 @@ class Examples:
         """int32 `[n]`, tokens with a label other than -100; the first token of an example has none."""
         return self._view.supervised
 
-    @property
+    @functools.cached_property
     def rows(self) -> np.ndarray:
-        """int64 `[n]`, the source row of each example."""
-        return self._view.rows
+        """int64 `[n]`, the source row of each example; made when it is first asked for."""
+        return self._view.documents(np.arange(len(self)))
 
     @property
     def blanks(self) -> np.ndarray:
@@ -86,10 +86,12 @@ class Examples:
         A chat template may put them there (ChatML's last newline). 0 for pieces of rows, and for datasets that were
         tokenised elsewhere.
         """
-        blanks, view = self._documents.tokens.blanks, self._view
+        blanks = self._documents.tokens.blanks
         if blanks is None:
             return np.zeros(len(self), dtype=np.int32)
-        return np.where(view.lengths == self._documents.lengths[view.rows], blanks[view.rows], 0)
+        if self._partial_view is None:
+            return blanks
+        return np.where(self.lengths == self._documents.lengths[self.rows], blanks[self.rows], 0)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -102,7 +104,7 @@ class Examples:
         return digest.hexdigest()
 
     def __len__(self) -> int:
-        return len(self._view.rows)
+        return len(self._view.lengths)
 
     def __getitem__(self, example_id: int) -> dict[str, np.ndarray]:
         """`{"input_ids": int64 [L], "labels": int64 [L]}`."""
@@ -132,7 +134,7 @@ class Examples:
         starts = np.zeros_like(first) if starts is None else np.asarray(starts)
         stops = lengths if stops is None else np.asarray(stops)
         assert ((0 <= starts) & (starts <= stops) & (stops <= lengths)).all(), "a piece leaves its example"
-        return self._documents.tokens.gather(view.rows[ids], first + starts, first + stops)
+        return self._documents.tokens.gather(view.documents(ids), first + starts, first + stops)
 
     def take(self, indices: Sequence[int] | np.ndarray) -> Examples:
         """These examples in this order, renumbered from 0; nothing is copied but the view."""

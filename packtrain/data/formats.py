@@ -26,7 +26,7 @@ from packtrain.data.report import BadRow
 from packtrain.errors import DataError, shorten
 
 IGNORED = -100  # the label of a token that is not supervised
-_MASKS = ("completion_mask", "assistant_masks", "attention_mask")  # columns that may hold booleans
+MASKS = ("completion_mask", "assistant_masks")  # columns that say what is learnt: where all of them are not 0
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _SHAREGPT_ROLES = {
     "human": "user",
@@ -176,7 +176,7 @@ def _parse_input_ids(row: Row, chat: bool) -> Ids:
         raise BadRow("'input_ids' is empty")
     given = row.get("labels") is not None  # they have the last word: masks beside them say nothing
     labels = _integers(row, "labels", len(ids)) if given else ids.copy()
-    for column in () if given else ("completion_mask", "assistant_masks"):
+    for column in () if given else MASKS:
         if row.get(column) is not None:
             labels[_integers(row, column, len(ids)) == 0] = IGNORED
     if row.get("attention_mask") is not None and not _integers(row, "attention_mask", len(ids)).all():
@@ -195,7 +195,7 @@ FORMATS: dict[str, Format] = {
 }
 # Columns beyond the needed ones that a format reads where it finds them.
 OPTIONAL_COLUMNS: dict[str, tuple[str, ...]] = {
-    "input_ids": ("labels", "completion_mask", "assistant_masks", "attention_mask"),
+    "input_ids": ("labels", *MASKS, "attention_mask"),
     "messages": ("tools",),
     "prompt_completion": ("tools",),
     "sharegpt": ("tools",),
@@ -280,7 +280,7 @@ def _integers(row: Row, column: str, length: int | None = None) -> np.ndarray:
         raise BadRow(f"'{column}' is missing" if column not in row else f"'{column}' is null")
     if not isinstance(value, list):
         raise BadRow(f"'{column}' is {_kind(value)}, not a list of integers: {shorten(value, 40)}")
-    if odd := set(map(type, value)) - ({int, bool} if column in _MASKS else {int}):
+    if odd := set(map(type, value)) - ({int, bool} if column in (*MASKS, "attention_mask") else {int}):
         example = next(item for item in value if type(item) in odd)
         raise BadRow(f"'{column}' holds {shorten(example, 40)}, which is not an integer")
     if length is not None and len(value) != length:

@@ -29,18 +29,25 @@ BAD_ROW_CHOICES = ("error", "skip")
 class View:
     """Pieces of documents; arrays `[n]`."""
 
-    rows: np.ndarray  # int64: the document, which is the source row
+    rows: np.ndarray | None  # int64: the document, which is the source row; None: all of them, in their order
     starts: np.ndarray  # int32: its first token
     lengths: np.ndarray  # int32
     supervised: np.ndarray  # int32: labels other than -100
 
     def __getitem__(self, index: np.ndarray) -> View:
         return View(
-            rows=self.rows[index],
+            rows=self.documents(index),
             starts=self.starts[index],
             lengths=self.lengths[index],
             supervised=self.supervised[index],
         )
+
+    def documents(self, index: np.ndarray) -> np.ndarray:
+        """The documents of some pieces, int64 `[k]`."""
+        if self.rows is not None:
+            return self.rows[index]
+        assert (index >= 0).all(), "examples are numbered from 0"
+        return index
 
 
 def select(

@@ -166,7 +166,12 @@ class TailedExamples:
             canvases = canvas.lengths(canvases, seed=seed)
         self.lengths = self.contents + canvases - self.answers
         self.supervised = supervised + canvases - self.answers
-        self.rows, self.fingerprint = examples.rows, f"{examples.fingerprint} {tail} {canvas} {seed}"
+        self.fingerprint = f"{examples.fingerprint} {tail} {canvas} {seed}"
+
+    @property
+    def rows(self) -> np.ndarray:
+        """int64 `[n]`, the source row of each example."""
+        return self.examples.rows
 
     @property
     def report(self) -> DataReport:

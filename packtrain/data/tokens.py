@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from packtrain.data.formats import IGNORED
+from packtrain.data.formats import IGNORED, MASKS
 from packtrain.errors import DataError
 
 if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
 
-MASKS = ("learnt", "completion_mask", "assistant_masks")  # learnt from where all of those present are not 0
+_MASKS = ("learnt", *MASKS)  # ours, and those of datasets tokenised elsewhere
 _COUNTED_AT_ONCE = 1 << 22  # tokens
 
 
@@ -119,7 +119,7 @@ class Tokens:
 
     @cached_property
     def _masks(self) -> list[ListColumn]:
-        return [self._column(name) for name in MASKS if name in self._table.column_names]
+        return [self._column(name) for name in _MASKS if name in self._table.column_names]
 
     @cached_property
     def blanks(self) -> np.ndarray | None:
@@ -226,7 +226,7 @@ def _table_of_files(paths: list[str]) -> pa.Table:
 def _table_of_dataset(dataset: datasets.Dataset) -> pa.Table:
     import pyarrow as pa
 
-    wanted = ("input_ids", "labels", "attention_mask", *MASKS)
+    wanted = ("input_ids", "labels", "attention_mask", *_MASKS)
     columns = [name for name in dataset.column_names if name in wanted]
     if "input_ids" not in columns or not len(dataset):
         found = f"{len(dataset)} rows with {', '.join(dataset.column_names) or 'no columns'}"

@@ -37,8 +37,13 @@ class ViewedExamples:
     def __init__(self, examples: Examples, fill_token_id: int, *, block_size: int):
         self.examples, self.fill_token_id, self.block_size = examples, fill_token_id, block_size
         self.lengths = occupied(np.asarray(examples.lengths, dtype=np.int64), block_size)
-        self.supervised, self.rows = examples.supervised, examples.rows
+        self.supervised = examples.supervised
         self.fingerprint = f"{examples.fingerprint} views of {block_size}"
+
+    @property
+    def rows(self) -> np.ndarray:
+        """int64 `[n]`, the source row of each example."""
+        return self.examples.rows
 
     @property
     def report(self) -> DataReport:

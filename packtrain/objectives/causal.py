@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from packtrain.data.formats import IGNORED
 from packtrain.objectives.logits import logits_at
 from packtrain.objectives.objective import Objective, TokenLosses
-
-IGNORE_INDEX = -100
 
 
 def causal_lm_losses(
@@ -34,7 +33,7 @@ def causal_lm_losses(
         ModelError: the model has no output embeddings, or does not call them in its forward.
     """
     labels, weights = batch["labels"], batch["loss_weights"]
-    row, column = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)  # [N]; position column predicts column + 1
+    row, column = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)  # [N]; position column predicts column + 1
     index = row * labels.shape[1] + column + 1  # [N], of the targets
     logits = logits_at(model, batch, index - 1, head=head)  # [N, V]
     return TokenLosses(

@@ -24,12 +24,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from packtrain.data.formats import IGNORED
 from packtrain.errors import DataError, PlanError
 from packtrain.packing.packs import offsets_of
 from packtrain.packing.plan import MicroBatch
 from packtrain.packing.scopes import FILLER_TOKENS
-
-IGNORED = -100  # the label that no loss looks at
 
 Batch = dict[str, Any]
 

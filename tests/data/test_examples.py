@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import pickle
+import tracemalloc
 
 import datasets
 import numpy as np
@@ -133,6 +135,23 @@ def test_pickle_holds_paths_not_arrays(build, tokenizer):
     assert np.array_equal(again.gather([3, 1]), more.gather([3, 1]))
     view = pickle.loads(pickle.dumps(more.take([7, 7])))
     assert view.rows.tolist() == [7, 7] and view.report == more.take([7, 7]).report
+
+
+def test_reading_holds_nothing_per_example(examples):
+    """Every data worker has the examples; what it needs of a million is their number."""
+    count = 1_000_000
+    lengths = np.broadcast_to(examples.lengths[3:4], count)
+    documents = dataclasses.replace(examples._documents, lengths=lengths, supervised=lengths, reopen=None)
+    tracemalloc.start()
+    try:
+        many = Examples(documents, None, examples.report)
+        read = many.gather([3])[0].tolist()
+        _, peak = tracemalloc.get_traced_memory()
+        assert len(many) == count and read == examples[3]["input_ids"].tolist()
+        assert peak < count
+        assert len(many.rows) == count and tracemalloc.get_traced_memory()[1] >= 8 * count, "control: it is measured"
+    finally:
+        tracemalloc.stop()
 
 
 def test_another_process_reads_the_same(examples):
