@@ -9,6 +9,7 @@ without its memory (`activations`), and buffers whose size is the engine's affai
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -246,7 +247,8 @@ def _itemsize(parameters: Sequence[Any]) -> int:
 
 def parse_bytes(text: str) -> int:
     """`80GiB`, `80 GB`, `512MiB` as bytes. Raises PlanError."""
-    match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?I?B)\s*", text.upper())
-    if not match or match[1].count(".") > 1 or float(match[1]) <= 0:
+    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*((?:[KMGT]I?)?B)\s*", text.upper())
+    amount = float(match[1]) * UNITS[match[2]] if match else 0
+    if not 1 <= amount < math.inf:
         raise PlanError("is not an amount of memory", key="--memory", value=text, fix="write for example 80GiB")
-    return int(float(match[1]) * UNITS[match[2]])
+    return int(amount)
