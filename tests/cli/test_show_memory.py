@@ -14,6 +14,7 @@ from packtrain.cli.show_memory import show_memory
 from packtrain.recipe import load_recipe
 from packtrain.training.engines.relaunch import CHECKOUT, engine_of
 from packtrain.training.inputs import plan_training
+from packtrain.training.memory.plan import parse_bytes
 from packtrain.training.memory.states import ENGINES
 
 QUICKSTART = CHECKOUT / "recipes/quickstart.yaml"
@@ -102,6 +103,11 @@ def test_every_launch_file_has_its_formulas():
     [
         (["--memory", "80 apples"], "is not an amount of memory"),
         (["--memory", "-1GiB"], "is not an amount of memory"),
+        (["--memory", "80IB"], "is not an amount of memory"),
+        (["--memory", ".GiB"], "is not an amount of memory"),
+        (["--memory", "1.2.3GiB"], "is not an amount of memory"),
+        (["--memory", "0.1B"], "is not an amount of memory"),
+        (["--memory", "9" * 400 + "GiB"], "is not an amount of memory"),
         (["--memory", "80GiB", "--launch", "zero4"], "there is no such launch file"),
         (["--launch", "zero3"], "needs --memory"),
     ],
@@ -110,6 +116,14 @@ def test_what_cannot_be_planned_is_our_error(capsys, args, message):
     code, error = run(capsys, *args)
     assert code == 2
     assert error.startswith("error: ") and message in error and "fix: " in error
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("80GiB", 80 * 2**30), ("80 gb", 80 * 10**9), (".5MiB", 2**19), ("1.TiB", 2**40), ("7B", 7), ("2KB", 2000)],
+)
+def test_amounts_of_memory(text, size):
+    assert parse_bytes(text) == size
 
 
 def test_an_engine_without_formulas_is_refused(capsys, tmp_path: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import nullcontext
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from packtrain.modeling.audit.models import tiny_model
 from packtrain.training.memory.activations import (
     COUNTING,
     activation_formula,
@@ -88,6 +90,32 @@ def test_the_count_without_memory_is_what_is_kept(family, autocast, lora):
     measured = per_token(build(config, lora=lora), autocast=autocast)
     assert counted.basis == "measured"
     assert counted.bytes(1000, checkpointing=False) == pytest.approx(1000 * measured, rel=0.02)
+
+
+@pytest.mark.parametrize(("architecture", "attention"), [("mamba", "eager"), ("bamba", "sdpa")])
+def test_layers_without_attention_are_counted_too(architecture, attention):
+    """Their configs derive the kinds of their layers from the number of layers."""
+    register_counting_attention()
+    config = tiny_model(architecture).config
+    counted = count_activations(lambda c: build(c, attention=COUNTING), config, autocast=None)
+    measured = per_token(build(config, attention=attention))
+    assert counted.bytes(1000, checkpointing=False) == pytest.approx(1000 * measured, rel=0.1)
+
+
+def test_a_count_that_fails_prints_nothing(caplog):
+    """Shapes that depend on the data: torch would log a traceback for every one of them."""
+    register_counting_attention()
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    log.addHandler(caplog.handler)
+    try:
+        with pytest.raises(RuntimeError):
+            config = tiny_model("mixtral").config
+            count_activations(lambda c: build(c, attention=COUNTING), config, autocast=None)
+        assert not caplog.records
+        log.error("as before")
+        assert caplog.records
+    finally:
+        log.removeHandler(caplog.handler)
 
 
 def test_checkpointed_layers_keep_their_input():

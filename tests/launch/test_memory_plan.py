@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from packtrain.errors import ModelError
 from packtrain.modeling.attention import register
 from packtrain.modeling.loading import load_config, load_model
 from packtrain.objectives.causal import causal_lm_losses
@@ -75,6 +76,31 @@ def test_the_model_is_described_without_its_weights(lora):
     assert (counted.trained_itemsize, counted.frozen_itemsize) == (4, 2 if lora else 4)
     assert model.vocabulary == recipe.model.tokenizer_vocab_size
     assert model.activations.basis == "measured"
+
+
+def of_architecture(model_type: str, **fields) -> ModelMemory:
+    sizes = {"model_type": model_type, "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 128, **fields}
+    recipe = load_recipe(RECIPE)
+    return describe_model(recipe.model_copy(update={"model": recipe.model.model_copy(update={"config": sizes})}))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "why"),
+    [
+        ("falcon", "it takes no attention but its own"),
+        ("mpt", "AttributeError: 'NoneType' object has no attribute 'to'"),
+        ("xlstm", "ValueError: num_hidden_layers is not how many layers it has"),
+    ],
+)
+def test_what_cannot_be_counted_is_our_error(architecture, why):
+    with pytest.raises(ModelError, match=f"the activations of {architecture} can't be counted: {why}.*\n.*probe"):
+        of_architecture(architecture, **{"num_heads" if architecture == "xlstm" else "num_attention_heads": 2})
+
+
+def test_a_model_without_attention_has_a_plan():
+    model = of_architecture("mamba", state_size=8)
+    assert model.activations.basis == "measured" and model.activations.layer > 0
+    assert model.heads == 0 and model.layers == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])

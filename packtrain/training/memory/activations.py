@@ -18,8 +18,9 @@ checkpointing a layer keeps its input, and one layer at a time all of this.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -97,6 +98,7 @@ def count_activations(build: Callable[[Any], nn.Module], config: Any, *, autocas
 
     Raises:
         RuntimeError: the model's shapes depend on its data.
+        ValueError: it has as many layers whatever its config says; and whatever else a model may raise.
     """
     import torch
 
@@ -105,7 +107,7 @@ def count_activations(build: Callable[[Any], nn.Module], config: Any, *, autocas
         shallow = copy.deepcopy(config)
         text = shallow.get_text_config()
         text.num_hidden_layers = layers
-        if getattr(text, "layer_types", None):
+        if len(getattr(text, "layer_types", None) or ()) > layers:  # of Mamba and its kin it follows by itself
             text.layer_types = text.layer_types[:layers]
         with torch.device("meta"):
             model = build(shallow)
@@ -114,6 +116,8 @@ def count_activations(build: Callable[[Any], nn.Module], config: Any, *, autocas
         few, many = (_kept_bytes(backbone, tokens, autocast) for tokens in TOKENS)
         per_token[layers] = (many - few) / (TOKENS[1] - TOKENS[0])
     layer = per_token[2] - per_token[1]
+    if layer <= 0:
+        raise ValueError("num_hidden_layers is not how many layers it has")
     embedding = backbone.get_input_embeddings().weight
     return Activations(
         layer=layer,
@@ -145,11 +149,22 @@ def _kept_bytes(backbone: nn.Module, tokens: int, autocast: torch.dtype | None) 
             "position_ids": torch.arange(tokens)[None],
         }
         context = torch.autocast("cpu", dtype=autocast) if autocast is not None else nullcontext()
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), context:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), context, _without_its_log():
             torch.func.functional_call(backbone, own, kwargs={**inputs, "use_cache": False})
     for tensor in (*own.values(), *inputs.values()):
         kept.pop(tensor.untyped_storage()._cdata, None)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@contextmanager
+def _without_its_log() -> Iterator[None]:
+    """While open, torch doesn't print where a fake tensor has no shape: what follows from it is said elsewhere."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 def register_counting_attention() -> str:

@@ -9,15 +9,17 @@ without its memory (`activations`), and buffers whose size is the engine's affai
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from packtrain.errors import PlanError
+from packtrain.errors import ModelError, PlanError
 from packtrain.packing.accumulation import micro_batch_tokens
 from packtrain.packing.plan import MicroBatch, Plan
 from packtrain.recipe import Recipe
@@ -162,7 +164,7 @@ def describe_model(recipe: Recipe) -> ModelMemory:
     """Parameters and activations of the recipe's model, from shapes alone: no weights are read or made.
 
     Raises:
-        ModelError: the model can't be had, or takes no such adapter.
+        ModelError: the model can't be had, takes no such adapter, or keeps activations that nobody can count.
     """
     import torch
 
@@ -179,16 +181,17 @@ def describe_model(recipe: Recipe) -> ModelMemory:
         config.get_text_config().vocab_size = section.tokenizer_vocab_size
     half = "bfloat16" if recipe.training.get("bf16") else "float16" if recipe.training.get("fp16") else None
     register_counting_attention()
-    with torch.device("meta"):
+    with _countable(config), torch.device("meta"):
         parameters = parameters_of(_build(recipe, config))
     text = config.get_text_config()
 
     def activations(dtype: str | None, autocast: str | None, itemsize: int) -> Activations:
         cast = getattr(torch, autocast) if autocast else None
-        try:
-            return count_activations(partial(_build, recipe, dtype=dtype), config, autocast=cast)
-        except RuntimeError:  # shapes that depend on the data, as in a mixture of experts
-            return activation_formula(config, itemsize=itemsize)
+        with _countable(config):
+            try:
+                return count_activations(partial(_build, recipe, dtype=dtype), config, autocast=cast)
+            except RuntimeError:  # shapes that depend on the data, as in a mixture of experts
+                return activation_formula(config, itemsize=itemsize)
 
     loaded = parameters.frozen_itemsize if parameters.frozen else parameters.trained_itemsize
     return ModelMemory(
@@ -196,9 +199,24 @@ def describe_model(recipe: Recipe) -> ModelMemory:
         activations=activations(None, half, 2 if half else loaded),
         activations_deepspeed=activations(half or "float32", None, 2 if half else 4),
         vocabulary=text.vocab_size,
-        heads=text.num_attention_heads,
+        heads=getattr(text, "num_attention_heads", 0),  # Mamba has none
         layers=text.num_hidden_layers,
     )
+
+
+@contextmanager
+def _countable(config: Any) -> Iterator[None]:
+    """Around what asks a model for its sizes: whatever it raises becomes a ModelError that says what is not counted."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ModelError) and COUNTING not in str(error):
+            raise
+        own = isinstance(error, ModelError)  # it looks the name up among those it knows
+        why = "it takes no attention but its own" if own else f"{type(error).__name__}: {error}".splitlines()[0]
+        what = f"the activations of {config.model_type} can't be counted: {why}"
+        fix = "leave --memory out; batching.probe_memory: true tries the largest micro-batch before the first update"
+        raise ModelError(what, key="--memory", fix=fix) from error
 
 
 def _build(recipe: Recipe, config: Any, dtype: str | None = None) -> nn.Module:
@@ -246,7 +264,8 @@ def _itemsize(parameters: Sequence[Any]) -> int:
 
 def parse_bytes(text: str) -> int:
     """`80GiB`, `80 GB`, `512MiB` as bytes. Raises PlanError."""
-    match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?I?B)\s*", text.upper())
-    if not match or match[1].count(".") > 1 or float(match[1]) <= 0:
+    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*((?:[KMGT]I?)?B)\s*", text.upper())
+    amount = float(match[1]) * UNITS[match[2]] if match else 0
+    if not 1 <= amount < math.inf:
         raise PlanError("is not an amount of memory", key="--memory", value=text, fix="write for example 80GiB")
-    return int(float(match[1]) * UNITS[match[2]])
+    return int(amount)
