@@ -185,7 +185,7 @@ def _config(recipe: Recipe, inputs: Inputs) -> PreTrainedConfig:
     from packtrain.modeling.loading import load_config
 
     named = recipe.model.model_dump(include={"model_name_or_path", "config", "revision", "trust_remote_code"})
-    return load_config(**named, tokenizer=inputs.tokenizer)
+    return load_config(**named, tokenizer=inputs.tokenizer, new_tokens=inputs.chosen.new_tokens)
 
 
 def _position_start(config: PreTrainedConfig) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,10 +122,14 @@ def load_config(
     revision: str | None = None,
     trust_remote_code: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    new_tokens: Collection[int] = (),
 ) -> PreTrainedConfig:
     """The config of a pretrained model, or one from scratch from the fields in `config` (with `model_type`).
 
     From scratch, the vocabulary size and the special token ids are the tokenizer's unless given.
+
+    Args:
+        new_tokens: ids of the tokenizer that the model need not have yet: rows will be made for them.
 
     Raises:
         ModelError: the model can't be had, a field doesn't exist, or the tokenizer doesn't fit the model.
@@ -139,7 +143,7 @@ def load_config(
     else:
         result = _config_from_scratch(config or {}, tokenizer)
     rows = getattr(result.get_text_config(), "vocab_size", None)
-    if tokenizer is not None and rows is not None and len(tokenizer) > rows:
+    if tokenizer is not None and rows is not None and rows + sum(id >= rows for id in new_tokens) < len(tokenizer):
         what = f"the tokenizer has {len(tokenizer)} tokens, the model only {rows}"
         key = "model.config.vocab_size" if model_name_or_path is None else "model.tokenizer_name_or_path"
         raise ModelError(what, key=key, fix="use the model's own tokenizer, or a larger `vocab_size`")

@@ -57,6 +57,11 @@ class Chosen:
     prepare: Callable[[PreTrainedModel, PreTrainedTokenizerBase], Prepared]
     tokens: TailTokens | None = None
 
+    @property
+    def new_tokens(self) -> tuple[int, ...]:
+        """Ids for which `prepare` makes rows."""
+        return () if self.tokens is None else self.tokens.fresh
+
 
 def choose_objective(
     *,

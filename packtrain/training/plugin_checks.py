@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from transformers import Trainer
 
 from packtrain.errors import PacktrainError
+from packtrain.modeling.router_loss import has_router_loss
 
 
 def refuse_contradictions(trainer: Trainer, scope: str, max_tokens: int | None) -> None:
@@ -59,6 +60,8 @@ def without_effect(trainer: Trainer, layout: str) -> Iterator[str]:
         yield "dataloader_persistent_workers is for evaluation only: every epoch starts its workers"
     if layout == "flat" and args.neftune_noise_alpha:
         yield "neftune_noise_alpha scales its noise by the length of a row, which is now that of all its documents"
+    if has_router_loss(trainer.accelerator.unwrap_model(trainer.model).config):
+        yield "output_router_logits adds a router loss of each micro-batch, which depends on its layout"
     if _averages_micro_batches(trainer):
         yield "its loss is a mean of micro-batches' means, so it depends a little on which examples share one"
 

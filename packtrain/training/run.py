@@ -86,7 +86,9 @@ def build_trainer(
     world_size = asked_world_size()
     inputs = load_inputs(recipe)
     pretrained = recipe.model.model_dump(include={"model_name_or_path", "revision", "trust_remote_code"})
-    config = load_config(**pretrained, config=recipe.model.config, tokenizer=inputs.tokenizer)
+    config = load_config(
+        **pretrained, config=recipe.model.config, tokenizer=inputs.tokenizer, new_tokens=inputs.chosen.new_tokens
+    )
     plan = plan_training(recipe, inputs.train.lengths, world_size=world_size, cost=Cost.of_config(config))
     args = training_arguments(recipe, plan, evaluate=inputs.held_out is not None)
     set_seed(args.seed)

@@ -12,8 +12,9 @@ import pytest
 from rich.console import Console
 
 from packtrain.cli import main
-from packtrain.errors import PacktrainError, PlanError, RecipeError
+from packtrain.errors import ModelError, PacktrainError, PlanError, RecipeError
 from packtrain.experiments.rainbow.verbs import evaluate, sample
+from packtrain.modeling.loading import load_config
 from packtrain.packing.plan import make_plan
 from packtrain.recipe import load_recipe
 from packtrain.training.inputs import load_inputs, plan_evaluation, plan_training
@@ -59,6 +60,19 @@ def test_train_sample_evaluate(recipe_path, overrides):
     assert table.count("\n") == 3 and (Path(summary.output_dir) / "evaluation/evaluation.json").exists()
     with pytest.raises(PacktrainError, match="other tokens"):
         sample(load_recipe(recipe_path, [*overrides, "data.num_rows=50"]), ["Mia has 3 coins.\n"], length=8)
+
+
+def test_a_model_without_spare_rows_gets_some(recipe_path):
+    """Its vocabulary is as large as its tokenizer's, until tails and masks add tokens."""
+    recipe = load_recipe(recipe_path, ["objective={name: causal_lm}", "max_steps=1"])
+    saved = train(recipe, console=QUIET).model_dir
+    pretrained = ["model.config=null", "model.tokenizer_vocab_size=null", f"model.model_name_or_path={saved}"]
+    trainer, inputs = build_trainer(load_recipe(recipe_path, pretrained))
+    assert trainer.model.get_input_embeddings().weight.shape[0] == len(inputs.tokenizer) == 300 + 3 + 1
+    with pytest.raises(
+        ModelError, match="the tokenizer has 304 tokens, the model only 300"
+    ):  # control: nobody adds rows
+        load_config(model_name_or_path=saved, tokenizer=inputs.tokenizer, new_tokens=inputs.chosen.new_tokens[:-1])
 
 
 @pytest.mark.parametrize("lora", [False, True])

@@ -161,10 +161,11 @@ def test_a_model_whose_documents_see_each_other_is_refused(tmp_path, documents, 
 
 
 def test_what_has_no_effect_is_a_warning_and_what_changes_is_one_line(tmp_path, documents, caplog):
-    def told(**changes) -> list[str]:
+    def told(router_loss: bool = False, **changes) -> list[str]:
         caplog.clear()
         trainer = stock_trainer(tmp_path, documents, **changes)
         trainer.model.config.use_cache = True
+        trainer.model.config.output_router_logits = router_loss
         packtrain.attach(trainer)
         assert not trainer.model.config.use_cache
         return [record.getMessage() for record in caplog.records if record.name == "packtrain.training.plugin"]
@@ -177,6 +178,7 @@ def test_what_has_no_effect_is_a_warning_and_what_changes_is_one_line(tmp_path, 
     )
     assert any("neftune_noise_alpha" in line for line in told(neftune_noise_alpha=5.0))
     assert any("mean of micro-batches' means" in line for line in told(label_smoothing_factor=0.1))
+    assert any("router loss of each micro-batch" in line for line in told(router_loss=True))
     assert any("dispatch_batches" in line for line in told(accelerator_config={"dispatch_batches": True}))
 
 

@@ -79,7 +79,9 @@ def load_trained(recipe: Recipe) -> Trained:
         fix = "repeat the --set options of the training, those of data and objective above all"
         raise PacktrainError(what, key="training.output_dir", value=str(directory), fix=fix)
     pretrained = recipe.model.model_dump(include={"model_name_or_path", "revision", "trust_remote_code"})
-    config = load_config(**pretrained, config=recipe.model.config, tokenizer=inputs.tokenizer)
+    config = load_config(
+        **pretrained, config=recipe.model.config, tokenizer=inputs.tokenizer, new_tokens=inputs.chosen.new_tokens
+    )
     chosen = inputs.chosen
     attention = NAME if not recipe.model.trust_remote_code else "sdpa"
     if (directory / "adapter_config.json").exists():
