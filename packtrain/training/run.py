@@ -148,7 +148,7 @@ def training_arguments(recipe: Recipe, plan: Plan, *, evaluate: bool) -> Trainin
         "logging_nan_inf_filter": False,
         "disable_tqdm": True,  # RichProgress shows it
     }
-    training = {"eval_on_start": evaluate, "use_cpu": not torch.accelerator.is_available()} | recipe.training | decided
+    training = {"eval_on_start": evaluate, "use_cpu": use_cpu_by_default()} | recipe.training | decided
     training["deepspeed"] = deepspeed_config(
         training,
         world_size=plan.world_size,
@@ -157,6 +157,11 @@ def training_arguments(recipe: Recipe, plan: Plan, *, evaluate: bool) -> Trainin
     )
     with refused_by("transformers", "training", training):
         return TrainingArguments(**training)
+
+
+def use_cpu_by_default() -> bool:
+    """Where there is no accelerator, or Apple's, which has no float64: sums over tokens are made in it."""
+    return not torch.accelerator.is_available() or torch.accelerator.current_accelerator().type == "mps"
 
 
 def _compute_dtype(args: TrainingArguments, recipe: Recipe) -> torch.dtype:
