@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 from transformers import TrainerCallback
 
@@ -135,3 +137,11 @@ def test_another_engine_is_a_change_that_may_be_allowed_and_another_learning_rat
         "training.deepspeed": True,
         "training.learning_rate": False,
     }
+
+
+def test_a_checkpoint_without_an_optimizer_is_passed_over_and_refused(tmp_path):
+    saving(tmp_path, max_steps=2, save_only_model=True).train()
+    assert not (tmp_path / "checkpoint-2/optimizer.pt").exists()
+    for resume in (True, str(tmp_path / "checkpoint-2")):
+        with pytest.raises(CheckpointError, match="has no optimizer state"):
+            saving(tmp_path, max_steps=4).train(resume_from_checkpoint=resume)
