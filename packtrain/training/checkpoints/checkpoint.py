@@ -86,6 +86,7 @@ class Checkpoints(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.reading.close()
+        state.compute_steps(args, state.max_steps)  # a resumed state has those of the run that it is of
 
     def begin(self, directory: Path) -> None:
         """Before Trainer's first file: an empty, marked directory; what stands there already is moved aside."""
