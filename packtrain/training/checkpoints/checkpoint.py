@@ -62,6 +62,7 @@ class Checkpoints(TrainerCallback):
         self.trainer, self.recipe, self.keep = trainer, recipe, keep
         self.saving: Path | None = None  # the directory that is being written
         self.chosen: Path | None = None  # by `choose_checkpoint`: verified, so it may be read
+        self.begun = False  # all that the trainer is made of is there; what fails now is no setting
         self.reading = ExitStack()  # what holds until a checkpoint is read
         self._facts: dict[str, Any] | None = None
 
@@ -85,6 +86,7 @@ class Checkpoints(TrainerCallback):
         return str(resume)
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.begun = True
         self.reading.close()
         state.compute_steps(args, state.max_steps)  # a resumed state has those of the run that it is of
 

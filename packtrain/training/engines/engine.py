@@ -148,8 +148,7 @@ def fit(trainer: PackTrainer, checkpoint: str | None = None, *, console: Console
     if trainer.is_deepspeed_enabled:  # 0.19 calls what torch 2.13 has renamed, in every layer of every step
         warnings.filterwarnings("ignore", message=r".torch\.distributed\.", category=FutureWarning)
     asked = asked_engine(trainer.args, trainer.args.deepspeed)
-    report = EngineReport(trainer, asked, resumed_from=checkpoint, console=console)
-    trainer.add_callback(report)
+    trainer.add_callback(EngineReport(trainer, asked, resumed_from=checkpoint, console=console))
     stop = StopOnSignal(trainer)
     trainer.add_callback(stop)
     try:
@@ -160,7 +159,7 @@ def fit(trainer: PackTrainer, checkpoint: str | None = None, *, console: Console
         failure = worker_failure(error) or unsaved or (of_optimizer(trainer) if is_out_of_memory(error) else None)
         if failure is not None:
             raise failure from error
-        if not report.record:  # optimizer, scheduler, engine and loggers are made before
+        if not trainer.checkpoints.begun:  # optimizer, scheduler, engine and loggers are made before
             with refused_by("the trainer", "training", vars(trainer.args)):
                 raise
         raise
