@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from io import StringIO
 
 import pytest
 import torch
-from transformers import TrainingArguments
+from rich.console import Console
+from transformers import TrainerCallback, TrainingArguments
 
 from packtrain.errors import LaunchError, PacktrainError
 from packtrain.training.checkpoints.resharding import mend_resumed_optimizer, prepare_resume
 from packtrain.training.engines.engine import Engine, asked_engine, differences, fit
 from packtrain.training.memory.plan import parse_bytes
 from packtrain.training.memory.state_bytes import state_bytes
+from packtrain.training.progress import RichProgress
 from tests.training.helpers import make_trainer
 
 ZERO2 = Engine(
@@ -124,3 +127,20 @@ def test_a_setting_that_the_trainer_refuses_is_named(tmp_path):
     trainer = make_trainer(tmp_path, strategy="balanced", max_steps=2, lr_scheduler_kwargs={"nonsense": 1})
     with pytest.raises(PacktrainError, match="the trainer refuses it.*nonsense"):
         fit(trainer)
+
+
+def test_the_terminal_is_given_back_when_training_breaks(tmp_path):
+    console = Console(file=StringIO(), force_terminal=True, width=80)
+    trainer = make_trainer(tmp_path, strategy="balanced", max_steps=3)
+    trainer.add_callback(RichProgress(console))
+
+    class Break(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise RuntimeError("broken")
+
+    trainer.add_callback(Break())
+    with pytest.raises(RuntimeError, match="broken"):
+        fit(trainer)
+    written = console.file.getvalue()
+    hidden, shown = "\x1b[?25l", "\x1b[?25h"
+    assert written.count(hidden) == written.count(shown) == 1

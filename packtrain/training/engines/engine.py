@@ -35,6 +35,7 @@ from packtrain.training.engines.launch import asked_world_size
 from packtrain.training.loader import worker_failure
 from packtrain.training.memory.out_of_memory import is_out_of_memory, of_optimizer
 from packtrain.training.memory.state_bytes import state_bytes
+from packtrain.training.progress import RichProgress
 from packtrain.training.stops import StopOnSignal
 
 if TYPE_CHECKING:
@@ -163,6 +164,10 @@ def fit(trainer: PackTrainer, checkpoint: str | None = None, *, console: Console
             with refused_by("the trainer", "training", vars(trainer.args)):
                 raise
         raise
+    finally:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, RichProgress):
+                callback.stop()
     if (stopped := stop.early()) is not None:
         leave(trainer)
         raise stopped
