@@ -303,6 +303,11 @@ BAD: dict[str, tuple[str, list[str], list[str]]] = {
     "averaging": (GOOD, ["average_tokens_across_devices=false"], ["must stay True"]),
     "label smoothing": (GOOD, ["label_smoothing_factor=0.1"], ["must stay 0.0", "no label smoothing"]),
     "cache": (GOOD, ["training.use_cache=true"], ["joins the documents"]),
+    "an update that the scaler would miss": (
+        GOOD,
+        ["fp16=true", "on_nonfinite=skip"],
+        ["batching.on_nonfinite: skip can't be had with `training.fp16`"],
+    ),
     "two precisions": (GOOD, ["bf16=true", "fp16=true"], ["contradicts `training.bf16`"]),
     "no epochs": (GOOD, ["num_train_epochs=0"], ["trains for no epoch"]),
     "accumulation": (GOOD, ["gradient_accumulation_steps=some"], ["must be a whole number above 0 or auto"]),

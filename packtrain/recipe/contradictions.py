@@ -87,6 +87,12 @@ def _one_precision(settings: Settings) -> Verdicts:
         yield "training.fp16", "contradicts `training.bf16`", "keep one of them"
 
 
+def _overflow_is_the_scalers(settings: Settings) -> Verdicts:
+    if settings.get("training.fp16") and settings["batching.on_nonfinite"] == "skip":
+        fix = "use bf16, or on_nonfinite: stop; the scaler leaves updates out whose gradients overflow"
+        yield "batching.on_nonfinite", "skip can't be had with `training.fp16`, whose scaler needs every gradient", fix
+
+
 def _some_training(settings: Settings) -> Verdicts:
     if settings.get("training.num_train_epochs", 1) <= 0 and settings.get("training.max_steps", -1) <= 0:
         yield "training.num_train_epochs", "trains for no epoch and no step", "set it above 0"
@@ -229,6 +235,7 @@ _RULES = (
     _decided_by_us,
     _names_are_plain,
     _one_precision,
+    _overflow_is_the_scalers,
     _some_training,
     _one_model,
     _config_names_architecture,

@@ -7,7 +7,7 @@ stops (`batching.on_nonfinite: stop`), or the update is left out, `max_skipped_u
     packtrain show RECIPE --examples results/run/nonfinite.jsonl
 
 DeepSpeed updates inside the backward pass, so there only the losses are looked at, before it. Under fp16 the gradients
-are those of a scaled loss, which may overflow and are the scaler's business.
+are those of a scaled loss, which may overflow and are the scaler's business; it needs all of them, so recipes refuse `skip`.
 """
 
 from __future__ import annotations

@@ -51,6 +51,10 @@ class RichProgress(TrainerCallback):
             self.progress.update(self.progress.task_ids[0], last=SHOWN["loss"].format(logs["loss"]))
 
     def on_train_end(self, args, state, control, **kwargs):
+        self.stop()
+
+    def stop(self) -> None:
+        """Give the terminal back; also after an error, where `on_train_end` does not come."""
         if self.progress:
             self.progress.stop()
             self.progress = None

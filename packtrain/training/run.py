@@ -16,7 +16,6 @@ from transformers import PrinterCallback, TrainingArguments, set_seed
 
 from packtrain.errors import PacktrainError, refused_by
 from packtrain.modeling.attention import choose_implementation
-from packtrain.modeling.audit import quick_check
 from packtrain.modeling.loading import add_lora, count_parameters, load_config, load_model
 from packtrain.modeling.positions import position_start
 from packtrain.packing.cost import Cost
@@ -27,6 +26,7 @@ from packtrain.training.checkpoints.changes import redacted
 from packtrain.training.checkpoints.checkpoint import choose_checkpoint
 from packtrain.training.engines.deepspeed_config import deepspeed_config
 from packtrain.training.engines.engine import fit, leave
+from packtrain.training.engines.isolation import check_isolation
 from packtrain.training.engines.launch import asked_world_size, check_processes
 from packtrain.training.inputs import Inputs, load_inputs, plan_evaluation, plan_training
 from packtrain.training.memory.peak import peak_memory, reset_peak
@@ -131,12 +131,11 @@ def build_trainer(
     if console and prepared.note and trainer.is_world_process_zero():
         trained = "; these rows train beside the adapters" if prepared.lora and recipe.lora is not None else ""
         console.print(f"new tokens   {prepared.note}{trained}", highlight=False)
-    sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled  # such weights run in the engine only
-    if not sharded and recipe.objective.name != "block_diffusion":  # whose attention isolates and takes no other batch
-        isolation = quick_check(model, plan.layout)
-        isolation.refuse(allow_contamination=recipe.batching.allow_contamination)
+    if recipe.objective.name != "block_diffusion":  # whose attention isolates and takes no other batch
+        allow = recipe.batching.allow_contamination
+        found = check_isolation(model, plan.layout, args.device, allow_contamination=allow)
         if console and trainer.is_world_process_zero():
-            console.print(f"documents of a {plan.layout} batch: {isolation.what()}", highlight=False)
+            console.print(f"documents of a {plan.layout} batch: {found}", highlight=False, soft_wrap=True)
     check_processes(world_size=args.world_size, n_gpu=args.n_gpu)
     return trainer, inputs
 
@@ -151,7 +150,7 @@ def training_arguments(recipe: Recipe, plan: Plan, *, evaluate: bool) -> Trainin
         "logging_nan_inf_filter": False,
         "disable_tqdm": True,  # RichProgress shows it
     }
-    training = {"eval_on_start": evaluate, "use_cpu": not torch.accelerator.is_available()} | recipe.training | decided
+    training = {"eval_on_start": evaluate, "use_cpu": use_cpu_by_default()} | recipe.training | decided
     training["deepspeed"] = deepspeed_config(
         training,
         world_size=plan.world_size,
@@ -160,6 +159,11 @@ def training_arguments(recipe: Recipe, plan: Plan, *, evaluate: bool) -> Trainin
     )
     with refused_by("transformers", "training", training):
         return TrainingArguments(**training)
+
+
+def use_cpu_by_default() -> bool:
+    """Where there is no accelerator, or Apple's, which has no float64: sums over tokens are made in it."""
+    return not torch.accelerator.is_available() or torch.accelerator.current_accelerator().type == "mps"
 
 
 def _compute_dtype(args: TrainingArguments, recipe: Recipe) -> torch.dtype:

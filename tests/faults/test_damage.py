@@ -12,7 +12,7 @@ from rich.console import Console
 from packtrain.errors import CheckpointError
 from packtrain.recipe import load_recipe
 from packtrain.training.checkpoints.checkpoint import find_last_checkpoint
-from packtrain.training.checkpoints.sealing import MANIFEST, read_manifest, verify
+from packtrain.training.checkpoints.sealing import MANIFEST, read_manifest, seal, verify
 from packtrain.training.run import train
 from tests.faults.runs import STEPS, same, weights, write_recipe
 
@@ -83,6 +83,21 @@ def test_names_that_lead_out_of_the_directory_are_refused(run_dir, tmp_path):
     for name in ("../scheduler.pt", str(newest / "scheduler.pt")):
         with pytest.raises(CheckpointError, match="leads out of it"):
             verify(newest, {"files": files | {name: files["scheduler.pt"]}})
+
+
+@pytest.mark.parametrize("text", [b"global_step\xb32", b"", b"/", b"\0"])
+def test_a_damaged_name_of_shards_is_found_like_any_damage(run_dir, text):
+    """`latest` names what a conversion may have added since, so it is read before it is verified."""
+    newest = run_dir / f"checkpoint-{STEPS}"
+    (newest / "latest").write_text("global_step12")
+    seal(newest, {key: value for key, value in read_manifest(newest).items() if key not in ("format", "files")})
+    assert find_last_checkpoint(run_dir, say=pytest.fail)[0] == newest  # control
+    (newest / "latest").write_bytes(text)
+    said = []
+    assert find_last_checkpoint(run_dir, said.append)[0].name == f"checkpoint-{STEPS - 1}"
+    assert "latest has" in said[0]
+    with pytest.raises(CheckpointError, match="latest has"):
+        train(load_recipe(write_recipe(run_dir.parent)), resume=str(newest))
 
 
 def test_nothing_good_left_is_an_error_with_every_reason(run_dir):

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from io import StringIO
 
 import pytest
 import torch
-from transformers import TrainingArguments
+from rich.console import Console
+from transformers import TrainerCallback, TrainingArguments
 
-from packtrain.errors import LaunchError
+from packtrain.errors import LaunchError, PacktrainError
 from packtrain.training.checkpoints.resharding import mend_resumed_optimizer, prepare_resume
 from packtrain.training.engines.engine import Engine, asked_engine, differences, fit
 from packtrain.training.memory.plan import parse_bytes
 from packtrain.training.memory.state_bytes import state_bytes
+from packtrain.training.progress import RichProgress
 from tests.training.helpers import make_trainer
 
 ZERO2 = Engine(
@@ -105,3 +108,39 @@ def test_amounts_of_memory(text, size):
     assert parse_bytes(text) == size
     with pytest.raises(ValueError, match="is not an amount of memory"):
         parse_bytes(text[:-1] + "x")
+
+
+def test_an_error_of_the_first_forward_pass_is_not_taken_for_a_refused_setting(tmp_path):
+    """Tried before the first update, when the trainer has taken its settings."""
+    trainer = make_trainer(tmp_path, strategy="balanced", max_steps=2, probe_memory=True)
+
+    def broken(*args):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    trainer.model.register_forward_pre_hook(broken)
+    with pytest.raises(RuntimeError, match="^CUDA error") as raised:
+        fit(trainer)
+    assert not isinstance(raised.value, PacktrainError)
+
+
+def test_a_setting_that_the_trainer_refuses_is_named(tmp_path):
+    trainer = make_trainer(tmp_path, strategy="balanced", max_steps=2, lr_scheduler_kwargs={"nonsense": 1})
+    with pytest.raises(PacktrainError, match="the trainer refuses it.*nonsense"):
+        fit(trainer)
+
+
+def test_the_terminal_is_given_back_when_training_breaks(tmp_path):
+    console = Console(file=StringIO(), force_terminal=True, width=80)
+    trainer = make_trainer(tmp_path, strategy="balanced", max_steps=3)
+    trainer.add_callback(RichProgress(console))
+
+    class Break(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise RuntimeError("broken")
+
+    trainer.add_callback(Break())
+    with pytest.raises(RuntimeError, match="broken"):
+        fit(trainer)
+    written = console.file.getvalue()
+    hidden, shown = "\x1b[?25l", "\x1b[?25h"
+    assert written.count(hidden) == written.count(shown) == 1

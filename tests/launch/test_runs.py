@@ -113,6 +113,18 @@ def test_shards_are_not_read_by_another_engine_or_stage(tmp_path):
 
 
 @needs_deepspeed
+def test_documents_that_see_each_other_are_refused_where_weights_are_whole(tmp_path):
+    """OPT builds its mask without position_ids, so sdpa leaks. ZeRO-3 shards while it loads and can't tell."""
+    opt = "{model_type: opt, hidden_size: 32, ffn_dim: 64, num_hidden_layers: 2, num_attention_heads: 4, "
+    leaking = (f"model.config={opt}word_embed_proj_dim: 32}}", "model.attn_implementation=sdpa", "training.max_steps=1")
+    refused = start(tmp_path / "zero2", "zero2", 2, *leaking)
+    assert refused.wait() != 0
+    assert "don't keep to themselves with sdpa: leaks" in log(tmp_path / "zero2")
+    run(tmp_path / "allowed", "zero2", 2, *leaking, "batching.allow_contamination=true")  # control
+    run(tmp_path / "zero3", "zero3", 2, *leaking)
+
+
+@needs_deepspeed
 def test_states_on_a_drive(tmp_path):
     """ZeRO-Infinity on plain disk: the same losses; resuming, which DeepSpeed gets wrong, is refused.
 

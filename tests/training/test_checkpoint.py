@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 from transformers import TrainerCallback
 
@@ -135,3 +137,21 @@ def test_another_engine_is_a_change_that_may_be_allowed_and_another_learning_rat
         "training.deepspeed": True,
         "training.learning_rate": False,
     }
+
+
+def test_a_checkpoint_without_an_optimizer_is_passed_over_and_refused(tmp_path):
+    saving(tmp_path, max_steps=2, save_only_model=True).train()
+    assert not (tmp_path / "checkpoint-2/optimizer.pt").exists()
+    for resume in (True, str(tmp_path / "checkpoint-2")):
+        with pytest.raises(CheckpointError, match="has no optimizer state"):
+            saving(tmp_path, max_steps=4).train(resume_from_checkpoint=resume)
+
+
+def test_how_often_to_save_and_log_is_what_the_resumed_run_asks_for(tmp_path):
+    saving(tmp_path, max_steps=8, save_total_limit=None).train()
+    for step in range(3, 9):
+        shutil.rmtree(tmp_path / f"checkpoint-{step}")
+    resumed = saving(tmp_path, max_steps=8, save_steps=4, logging_steps=3)
+    resumed.train(resume_from_checkpoint=True)
+    assert names(tmp_path) == {"checkpoint-1", "checkpoint-2", "checkpoint-4", "checkpoint-8"}
+    assert [entry["step"] for entry in resumed.state.log_history if "loss" in entry] == [1, 2, 3, 6]

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from packtrain.errors import ModelError, PacktrainError
 from packtrain.recipe import load_recipe
 from packtrain.training.checkpoints.sealing import read_manifest, verify
-from packtrain.training.run import train
+from packtrain.training.run import train, use_cpu_by_default
 
 RECIPE = """
 model:
@@ -99,6 +99,14 @@ def test_a_model_whose_documents_see_each_other_is_refused(recipe_file):
         train(load_recipe(recipe_file, leaking))
     train(load_recipe(recipe_file, [*leaking, "allow_contamination=true"]))
     train(load_recipe(recipe_file, [*leaking, "strategy=pad_longest"]))  # control: padded, the same model is fine
+
+
+@pytest.mark.parametrize(("device", "use_cpu"), [("mps", True), ("cuda", False), (None, True)])
+def test_a_device_without_float64_is_left_alone(monkeypatch, device, use_cpu):
+    """Apple's: sums over tokens are float64."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: device is not None)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *args: device and torch.device(device))
+    assert use_cpu_by_default() is use_cpu
 
 
 def test_nothing_to_resume_is_an_error(recipe_file):

@@ -14,7 +14,7 @@ import errno
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,6 +62,7 @@ class Checkpoints(TrainerCallback):
         self.trainer, self.recipe, self.keep = trainer, recipe, keep
         self.saving: Path | None = None  # the directory that is being written
         self.chosen: Path | None = None  # by `choose_checkpoint`: verified, so it may be read
+        self.begun = False  # all that the trainer is made of is there; what fails now is no setting
         self.reading = ExitStack()  # what holds until a checkpoint is read
         self._facts: dict[str, Any] | None = None
 
@@ -85,7 +86,9 @@ class Checkpoints(TrainerCallback):
         return str(resume)
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.begun = True
         self.reading.close()
+        state.compute_steps(args, state.max_steps)  # a resumed state has those of the run that it is of
 
     def begin(self, directory: Path) -> None:
         """Before Trainer's first file: an empty, marked directory; what stands there already is moved aside."""
@@ -103,6 +106,7 @@ class Checkpoints(TrainerCallback):
         self.trainer.accelerator.wait_for_everyone()  # until every rank has written its files
         if args.should_save:
             about = {"step": state.global_step, "sealed_at": time.time_ns(), "world_size": args.world_size}
+            about |= {"save_only_model": args.save_only_model}
             about |= {"skipped_updates": self.trainer.finite.skipped, "optimizer_steps": optimizer_steps(self.trainer)}
             seal(directory, about | self.facts | {"versions": package_versions()})
             self._remove_old(directory, best=state.best_model_checkpoint)
@@ -187,7 +191,7 @@ def find_last_checkpoint(output_dir: Path, say: Say = print) -> tuple[Path, dict
             say(passed[-1])
     for path, manifest in _sealed_in(output_dir):
         try:
-            verify(path, manifest, later=added_later(path))
+            _verify(path, manifest)
             return path, manifest
         except CheckpointError as error:
             passed.append(f"{path.name} passed over: {error.what}")
@@ -206,7 +210,7 @@ def _choose(trainer: PackTrainer, resume: str | bool, allow_changes: bool, say: 
     else:
         path = Path(resume)
         manifest = read_manifest(path)
-        verify(path, manifest, later=added_later(path))
+        _verify(path, manifest)
     found = changes(manifest, trainer.checkpoints.facts)
     if found:
         lines = "".join(f"\n    {change}" for change in found)
@@ -222,6 +226,14 @@ def _choose(trainer: PackTrainer, resume: str | bool, allow_changes: bool, say: 
         say(f"resuming with changes:{lines}")
     say(f"resuming after step {manifest['step']} from {path.name}")
     return str(path)
+
+
+def _verify(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Raises CheckpointError: it is damaged, or not enough to go on from."""
+    if manifest.get("save_only_model"):
+        fix = "start a new run from its weights (model.model_name_or_path); training.save_only_model: false keeps the rest"
+        raise CheckpointError("has no optimizer state", where=str(path), fix=fix)
+    verify(path, manifest, later=added_later(path))
 
 
 def _sealed_in(output_dir: Path) -> list[tuple[Path, dict[str, Any]]]:

@@ -87,11 +87,12 @@ def _stages(shards: Path) -> tuple[int, ...]:
 
 
 def added_later(checkpoint: Path) -> set[str]:
-    """What a conversion has added to a sealed checkpoint: names at its top."""
-    latest = checkpoint / LATEST
-    return (
-        {LATEST_UNIVERSAL, _universal_of(checkpoint / latest.read_text().strip()).name} if latest.is_file() else set()
-    )
+    """What a conversion has added to a sealed checkpoint: names at its top. Read before it is verified, so maybe damaged."""
+    try:
+        latest = (checkpoint / LATEST).read_text(encoding="utf-8").strip()
+        return {LATEST_UNIVERSAL, _universal_of(checkpoint / latest).name}
+    except (OSError, ValueError):
+        return set()
 
 
 def _universal_of(shards: Path) -> Path:

@@ -35,6 +35,7 @@ from packtrain.training.engines.launch import asked_world_size
 from packtrain.training.loader import worker_failure
 from packtrain.training.memory.out_of_memory import is_out_of_memory, of_optimizer
 from packtrain.training.memory.state_bytes import state_bytes
+from packtrain.training.progress import RichProgress
 from packtrain.training.stops import StopOnSignal
 
 if TYPE_CHECKING:
@@ -148,8 +149,7 @@ def fit(trainer: PackTrainer, checkpoint: str | None = None, *, console: Console
     if trainer.is_deepspeed_enabled:  # 0.19 calls what torch 2.13 has renamed, in every layer of every step
         warnings.filterwarnings("ignore", message=r".torch\.distributed\.", category=FutureWarning)
     asked = asked_engine(trainer.args, trainer.args.deepspeed)
-    report = EngineReport(trainer, asked, resumed_from=checkpoint, console=console)
-    trainer.add_callback(report)
+    trainer.add_callback(EngineReport(trainer, asked, resumed_from=checkpoint, console=console))
     stop = StopOnSignal(trainer)
     trainer.add_callback(stop)
     try:
@@ -160,10 +160,14 @@ def fit(trainer: PackTrainer, checkpoint: str | None = None, *, console: Console
         failure = worker_failure(error) or unsaved or (of_optimizer(trainer) if is_out_of_memory(error) else None)
         if failure is not None:
             raise failure from error
-        if not report.record:  # optimizer, scheduler, engine and loggers are made before
+        if not trainer.checkpoints.begun:  # optimizer, scheduler, engine and loggers are made before
             with refused_by("the trainer", "training", vars(trainer.args)):
                 raise
         raise
+    finally:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, RichProgress):
+                callback.stop()
     if (stopped := stop.early()) is not None:
         leave(trainer)
         raise stopped

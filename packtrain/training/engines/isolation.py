@@ -1,0 +1,41 @@
+"""Do documents of a batch keep to themselves? Asked of the model before its engine takes it.
+
+DeepSpeed and FSDP take whole weights from the CPU, where the question can be asked, but for those that were sharded while
+they were loaded (ZeRO-3, which runs them in its engine only).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from packtrain.errors import ModelError
+from packtrain.modeling.audit import quick_check
+
+
+def check_isolation(model: nn.Module, layout: str, device: torch.device, *, allow_contamination: bool = False) -> str:
+    """What `quick_check` finds, in words for people, or why it could not be asked: "not checked: ...".
+
+    Args:
+        model: as it was loaded, not wrapped by an engine yet.
+        layout: "flat" or "padded".
+        device: where it will train; until then DeepSpeed and FSDP leave it on the CPU.
+        allow_contamination: warn instead of refusing.
+
+    Raises:
+        ModelError: documents see each other, or the model can't run at all.
+    """
+    weights = list(model.parameters())
+    if any(hasattr(weight, "ds_id") or isinstance(weight, DTensor) for weight in weights):
+        return "not checked: weights are sharded already; `packtrain audit` tries the architecture on one process"
+    if any(weight.is_meta for weight in weights):  # of FSDP, which loads them on one rank of every host
+        return "not checked: weights are on another rank, which checks them"
+    try:
+        finding = quick_check(model, layout)
+    except ModelError as error:
+        if weights[0].device.type == device.type:
+            raise
+        return f"not checked: {error.what}, on the {weights[0].device.type} where weights are until training"
+    finding.refuse(allow_contamination=allow_contamination)
+    return finding.what()

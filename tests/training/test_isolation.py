@@ -1,0 +1,57 @@
+"""Whether documents keep to themselves is asked before the first step, under every engine that lets it be asked."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from packtrain.errors import ModelError
+from packtrain.modeling.audit.models import tiny_model
+from packtrain.training.engines.isolation import check_isolation
+from tests.tiny import tiny_model as tiny_llama
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def leaking() -> nn.Module:
+    """OPT builds its mask without position_ids."""
+    model = tiny_model("opt")
+    model.set_attn_implementation("sdpa")
+    return model
+
+
+def test_whole_weights_are_asked_wherever_they_will_be_taken():
+    for device in (CPU, CUDA):  # DeepSpeed and FSDP move them later
+        with pytest.raises(ModelError, match="keep to themselves with sdpa: leaks"):
+            check_isolation(leaking(), "flat", device)
+    assert "isolated" in check_isolation(tiny_llama("llama", attn_implementation="sdpa"), "flat", CPU)
+    assert "leaks" in check_isolation(leaking(), "flat", CPU, allow_contamination=True)
+
+
+def test_sharded_weights_are_not_asked_and_that_is_said():
+    of_deepspeed = leaking()
+    next(of_deepspeed.parameters()).ds_id = 0
+    assert check_isolation(of_deepspeed, "flat", CPU).startswith("not checked: weights are sharded already")
+
+
+def test_weights_that_are_elsewhere_are_not_asked():
+    """FSDP loads them on one rank of a host, and leaves the others' without values."""
+    assert "not checked" in check_isolation(leaking().to("meta"), "flat", CPU)
+
+
+def test_an_attention_that_needs_the_device_is_no_refusal_where_the_weights_are_not_there_yet():
+    class Elsewhere(nn.Module):
+        """A kernel for another device."""
+
+        def forward(self, *args, **kwargs):
+            raise RuntimeError("only on CUDA")
+
+    def broken():
+        model = leaking()
+        model.model.decoder.layers[0].self_attn = Elsewhere()
+        return model
+
+    assert "not checked: cannot run a single document: RuntimeError" in check_isolation(broken(), "flat", CUDA)
+    with pytest.raises(ModelError, match="cannot run a single document"):  # control: it will never run
+        check_isolation(broken(), "flat", CPU)
