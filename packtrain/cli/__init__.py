@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import zip_longest
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -52,7 +53,8 @@ class Verbs(TyperGroup):
 
 
 def fill_bare_resume(args: Sequence[str]) -> list[str]:
-    """`--resume` at the end or before another option gets the value `last`; options can't have optional values.
+    """`--resume` at the end, before another option or before the recipe gets the value `last`; options can't have
+    optional values. A checkpoint is a directory, so what is a file, or is named like a recipe, is the recipe.
 
     >>> fill_bare_resume(["train", "r.yaml", "--resume", "--set", "a=1"])
     ['train', 'r.yaml', '--resume', 'last', '--set', 'a=1']
@@ -60,9 +62,13 @@ def fill_bare_resume(args: Sequence[str]) -> list[str]:
     filled = []
     for word, following in zip_longest(args, args[1:], fillvalue="-"):
         filled.append(word)
-        if word == "--resume" and following.startswith("-"):
+        if word == "--resume" and (following.startswith("-") or _is_recipe(following)):
             filled.append(LAST)
     return filled
+
+
+def _is_recipe(word: str) -> bool:
+    return word.endswith((".yaml", ".yml")) or Path(word).is_file()
 
 
 app = typer.Typer(

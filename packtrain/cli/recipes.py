@@ -14,13 +14,17 @@ from rich.text import Text
 from packtrain.cli.options import LAST, RANK, Gpus, Overrides, RecipePath, load_checked
 from packtrain.errors import PacktrainError, hidden
 
+STRATEGY, MAX_TOKENS = "balanced", 16384  # of `plan --lengths`, without a recipe
+
 
 def train(
     recipe: RecipePath,
     overrides: Overrides = None,
     resume: Annotated[
         str | None,
-        typer.Option(metavar="[PATH]", help="Go on from a checkpoint; without PATH from the newest good one."),
+        typer.Option(
+            metavar="[PATH]", help="After RECIPE: go on from a checkpoint; without PATH from the newest good one."
+        ),
     ] = None,
     allow_changes: Annotated[
         bool, typer.Option("--allow-changes", help="Resume although harmless keys of the recipe have changed.")
@@ -93,10 +97,13 @@ def plan(
         bool,
         typer.Option("--counts", help="Of --lengths FILE, the number of packs alone: one pass, hardly any memory."),
     ] = False,
-    strategy: Annotated[str, typer.Option(metavar="NAME", help="Without a recipe: the strategy.")] = "balanced",
+    strategy: Annotated[
+        str | None, typer.Option(metavar="NAME", help=f"Without a recipe: the strategy ({STRATEGY} by default).")
+    ] = None,
     max_tokens: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Without a recipe: most tokens in a micro-batch.")
-    ] = 16384,
+        int | None,
+        typer.Option(min=1, metavar="N", help=f"Without a recipe: most tokens in a micro-batch ({MAX_TOKENS})."),
+    ] = None,
     recommend: Annotated[bool, typer.Option("--recommend", help="Say which strategy to use, and why.")] = False,
     memory: Annotated[
         str | None,
@@ -124,14 +131,14 @@ def plan(
         show_lengths(
             lengths,
             Console(),
-            strategy=strategy,
-            max_tokens=max_tokens,
+            strategy=strategy or STRATEGY,
+            max_tokens=max_tokens or MAX_TOKENS,
             every=every,
             world_size=gpus,
             counts_only=counts,
         )
         return
-    if counts or strategy != "balanced" or max_tokens != 16384:
+    if counts or strategy is not None or max_tokens is not None:
         raise PacktrainError(
             "--counts, --strategy and --max-tokens are for --lengths without a recipe",
             key="plan",

@@ -172,6 +172,16 @@ def test_plan_without_all_compares_with_plain_padding(tmp_path, capsys, wide):
     assert "updates see other examples" not in out
 
 
+@pytest.mark.parametrize("option", [["--strategy", "balanced"], ["--max-tokens", "16384"], ["--strategy", "bfd"]])
+def test_plan_of_a_recipe_takes_its_strategy_from_it(tmp_path, capsys, option):
+    """Also where the option says what it would be without a recipe."""
+    np.save(tmp_path / "lengths.npy", np.array([1, 9, 1, 9], dtype=np.int32))
+    recipe = str(write(tmp_path, GOOD))
+    assert run("plan", recipe, "--lengths", str(tmp_path / "lengths.npy"), *option) == 2
+    assert "are for --lengths without a recipe" in capsys.readouterr().err
+    assert run("plan", "--lengths", str(tmp_path / "lengths.npy"), *option) == 0
+
+
 def test_plan_says_what_a_strategy_cannot_do(tmp_path, capsys, wide):
     """`wrapped` may cut what doesn't fit; with --all the others say that they can't."""
     np.save(tmp_path / "lengths.npy", np.array([30, 5, 5], dtype=np.int32))
@@ -383,6 +393,10 @@ def test_show_prints_the_very_batch(tmp_path, monkeypatch, name, step, overrides
         (["train", "r.yaml", "--resume"], ["train", "r.yaml", "--resume", "last"]),
         (["train", "r.yaml", "--resume", "--set", "a=1"], ["train", "r.yaml", "--resume", "last", "--set", "a=1"]),
         (["train", "r.yaml", "--resume", "run/checkpoint-5"], ["train", "r.yaml", "--resume", "run/checkpoint-5"]),
+        (["train", "--resume", "r.yaml"], ["train", "--resume", "last", "r.yaml"]),
+        (["train", "--resume", str(QUICKSTART)], ["train", "--resume", "last", str(QUICKSTART)]),
+        (["train", "--resume", __file__], ["train", "--resume", "last", __file__]),  # whatever the recipe's name
+        (["train", "--resume", "run/checkpoint-5", "r.yaml"], ["train", "--resume", "run/checkpoint-5", "r.yaml"]),
         ([], []),
     ],
 )
