@@ -27,7 +27,6 @@ from transformers import Trainer
 from packtrain.data.examples import Examples
 from packtrain.errors import PacktrainError
 from packtrain.modeling.attention import choose_implementation
-from packtrain.modeling.audit import quick_check
 from packtrain.modeling.positions import position_start
 from packtrain.objectives.logits import NOT_MODEL_INPUTS
 from packtrain.packing.collator import MicroBatches, PackCollator
@@ -35,6 +34,7 @@ from packtrain.packing.cost import Cost
 from packtrain.packing.plan import MicroBatch, Plan, make_plan
 from packtrain.packing.scopes import StepScope
 from packtrain.packing.strategies import resolve_strategy
+from packtrain.training.engines.isolation import NOT_CHECKED, check_isolation, compute_dtype
 from packtrain.training.loader import PlanLoader, values_of_plan
 from packtrain.training.meters import Meter
 from packtrain.training.plugin_checks import refuse_contradictions, without_effect
@@ -122,16 +122,16 @@ def _prepare_model(trainer: Trainer, layout: str, attn_implementation: str, allo
     model = trainer.accelerator.unwrap_model(trainer.model)
     base, changes = _without_adapter(model), []
     before = base.config._attn_implementation
-    chosen = choose_implementation(attn_implementation, layout, trainer.args.device, _compute_dtype(trainer, base))
+    args, dtype = trainer.args, compute_dtype(trainer.args, base.dtype)
+    chosen = choose_implementation(attn_implementation, layout, args.device, dtype)
     if chosen is not None and chosen != before:
         base.set_attn_implementation(chosen)
         changes.append(f"attn_implementation {before} -> {chosen}")
     if base.config.use_cache:
         base.config.use_cache = False
         changes.append("use_cache True -> False")
-    if not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):  # sharded weights run in the engine only
-        quick_check(model, layout).refuse(allow_contamination=allow_contamination)
-    return changes
+    found = check_isolation(model, layout, args.device, dtype=dtype, allow_contamination=allow_contamination)
+    return [*changes, f"whether documents see each other is {found}"] if found.startswith(NOT_CHECKED) else changes
 
 
 def _without_adapter(model: torch.nn.Module) -> transformers.PreTrainedModel:
@@ -244,9 +244,3 @@ def _pad_token_id(trainer: Trainer) -> int:
         if getattr(owner, "pad_token_id", None) is not None:
             return owner.pad_token_id
     return 0
-
-
-def _compute_dtype(trainer: Trainer, model: transformers.PreTrainedModel) -> torch.dtype:
-    if trainer.args.bf16 or trainer.args.fp16:
-        return torch.bfloat16 if trainer.args.bf16 else torch.float16
-    return model.dtype

@@ -26,7 +26,7 @@ from packtrain.training.checkpoints.changes import redacted
 from packtrain.training.checkpoints.checkpoint import choose_checkpoint
 from packtrain.training.engines.deepspeed_config import deepspeed_config
 from packtrain.training.engines.engine import fit, leave
-from packtrain.training.engines.isolation import check_isolation
+from packtrain.training.engines.isolation import check_isolation, compute_dtype
 from packtrain.training.engines.launch import asked_world_size, check_processes
 from packtrain.training.inputs import Inputs, load_inputs, plan_evaluation, plan_training
 from packtrain.training.memory.peak import peak_memory, reset_peak
@@ -92,12 +92,15 @@ def build_trainer(
     plan = plan_training(recipe, inputs.train.lengths, world_size=world_size, cost=Cost.of_config(config))
     args = training_arguments(recipe, plan, evaluate=inputs.held_out is not None)
     set_seed(args.seed)
+    auto = recipe.model.dtype == "auto"
+    weights = (config.dtype or torch.float32) if auto else getattr(torch, recipe.model.dtype)
+    dtype = compute_dtype(args, weights)
     model = load_model(
         config,
         **pretrained,
         dtype=recipe.model.dtype,
         attn_implementation=choose_implementation(
-            recipe.model.attn_implementation, layout=plan.layout, device=args.device, dtype=_compute_dtype(args, recipe)
+            recipe.model.attn_implementation, layout=plan.layout, device=args.device, dtype=dtype
         ),
     )
     prepared = inputs.chosen.prepare(model, inputs.tokenizer)
@@ -133,7 +136,7 @@ def build_trainer(
         console.print(f"new tokens   {prepared.note}{trained}", highlight=False)
     if recipe.objective.name != "block_diffusion":  # whose attention isolates and takes no other batch
         allow = recipe.batching.allow_contamination
-        found = check_isolation(model, plan.layout, args.device, allow_contamination=allow)
+        found = check_isolation(model, plan.layout, args.device, dtype=dtype, allow_contamination=allow)
         if console and trainer.is_world_process_zero():
             console.print(f"documents of a {plan.layout} batch: {found}", highlight=False, soft_wrap=True)
     check_processes(world_size=args.world_size, n_gpu=args.n_gpu)
@@ -164,13 +167,6 @@ def training_arguments(recipe: Recipe, plan: Plan, *, evaluate: bool) -> Trainin
 def use_cpu_by_default() -> bool:
     """Where there is no accelerator, or Apple's, which has no float64: sums over tokens are made in it."""
     return not torch.accelerator.is_available() or torch.accelerator.current_accelerator().type == "mps"
-
-
-def _compute_dtype(args: TrainingArguments, recipe: Recipe) -> torch.dtype:
-    """What attention computes in: the autocast dtype, else that of the weights."""
-    if args.bf16 or args.fp16:
-        return torch.bfloat16 if args.bf16 else torch.float16
-    return torch.float32 if recipe.model.dtype == "auto" else getattr(torch, recipe.model.dtype)
 
 
 def _checkpoints_activations(args: TrainingArguments) -> bool:

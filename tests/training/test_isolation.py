@@ -25,6 +25,7 @@ def test_whole_weights_are_asked_wherever_they_will_be_taken():
     for device in (CPU, CUDA):  # DeepSpeed and FSDP move them later
         with pytest.raises(ModelError, match="keep to themselves with sdpa: leaks"):
             check_isolation(leaking(), "flat", device)
+    assert "isolated" in check_isolation(tiny_llama("llama"), "flat", CPU, dtype=torch.bfloat16)
     assert "isolated" in check_isolation(tiny_llama("llama", attn_implementation="sdpa"), "flat", CPU)
     assert "leaks" in check_isolation(leaking(), "flat", CPU, allow_contamination=True)
 

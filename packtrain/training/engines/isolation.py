@@ -9,18 +9,36 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers import TrainingArguments
 
 from packtrain.errors import ModelError
 from packtrain.modeling.audit import quick_check
 
+NOT_CHECKED = "not checked: "
 
-def check_isolation(model: nn.Module, layout: str, device: torch.device, *, allow_contamination: bool = False) -> str:
+
+def compute_dtype(args: TrainingArguments, weights: torch.dtype) -> torch.dtype:
+    """What attention computes in: the autocast dtype, else that of the weights."""
+    if args.bf16 or args.fp16:
+        return torch.bfloat16 if args.bf16 else torch.float16
+    return weights
+
+
+def check_isolation(
+    model: nn.Module,
+    layout: str,
+    device: torch.device,
+    *,
+    dtype: torch.dtype | None = None,
+    allow_contamination: bool = False,
+) -> str:
     """What `quick_check` finds, in words for people, or why it could not be asked: "not checked: ...".
 
     Args:
         model: as it was loaded, not wrapped by an engine yet.
         layout: "flat" or "padded".
         device: where it will train; until then DeepSpeed and FSDP leave it on the CPU.
+        dtype: what it will compute in there, see `compute_dtype`; None for that of its weights.
         allow_contamination: warn instead of refusing.
 
     Raises:
@@ -28,14 +46,14 @@ def check_isolation(model: nn.Module, layout: str, device: torch.device, *, allo
     """
     weights = list(model.parameters())
     if any(hasattr(weight, "ds_id") or isinstance(weight, DTensor) for weight in weights):
-        return "not checked: weights are sharded already; `packtrain audit` tries the architecture on one process"
+        return f"{NOT_CHECKED}weights are sharded already; `packtrain audit` tries the architecture on one process"
     if any(weight.is_meta for weight in weights):  # of FSDP, which loads them on one rank of every host
-        return "not checked: weights are on another rank, which checks them"
+        return f"{NOT_CHECKED}weights are on another rank, which checks them"
     try:
-        finding = quick_check(model, layout)
+        finding = quick_check(model, layout, compute_dtype=dtype)
     except ModelError as error:
         if weights[0].device.type == device.type:
             raise
-        return f"not checked: {error.what}, on the {weights[0].device.type} where weights are until training"
+        return f"{NOT_CHECKED}{error.what}, on the {weights[0].device.type} where weights are until training"
     finding.refuse(allow_contamination=allow_contamination)
     return finding.what()
