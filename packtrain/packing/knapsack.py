@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 Knapsack = tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]
-_BETTER = 1e-12  # less than this is rounding
+BETTER = 1e-12  # less than this is rounding
 
 
 def any_items(lengths: np.ndarray, prices: np.ndarray, capacity: int) -> Knapsack:
@@ -28,7 +28,7 @@ def any_items(lengths: np.ndarray, prices: np.ndarray, capacity: int) -> Knapsac
         number = fitting[room]
         values = worth[room - lengths[:number]] + prices[:number]
         best = values.argmax()
-        if values[best] > worth[room - 1] + _BETTER:
+        if values[best] > worth[room - 1] + BETTER:
             worth[room], item[room] = values[best], best
         else:
             worth[room] = worth[room - 1]
@@ -54,7 +54,7 @@ def few_items(lengths: np.ndarray, prices: np.ndarray, capacity: int, most: int)
         fewer, item = worth.copy(), np.full(capacity + 1, -1)
         for index, (length, price) in enumerate(zip(lengths.tolist(), prices.tolist(), strict=True)):
             values = fewer[: capacity + 1 - length] + price
-            better = np.flatnonzero(values > worth[length:] + _BETTER) + length
+            better = np.flatnonzero(values > worth[length:] + BETTER) + length
             worth[better] = values[better - length]
             item[better] = index
         layers.append(item)
