@@ -177,6 +177,7 @@ def test_what_has_no_effect_is_a_warning_and_what_changes_is_one_line(tmp_path, 
     )
     assert any("neftune_noise_alpha" in line for line in told(neftune_noise_alpha=5.0))
     assert any("mean of micro-batches' means" in line for line in told(label_smoothing_factor=0.1))
+    assert any("dataloader_in_order" in line for line in told(dataloader_in_order=False, dataloader_num_workers=1))
     assert any("dispatch_batches" in line for line in told(accelerator_config={"dispatch_batches": True}))
 
 
