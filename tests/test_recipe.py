@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from packtrain.errors import RecipeError
+from packtrain.packing.strategies import STRATEGIES
 from packtrain.recipe import Recipe, load_recipe
 from packtrain.recipe.reflection import library_fields
 from packtrain.recipe.sections import OWN_SECTIONS, fields_of
@@ -308,6 +309,25 @@ BAD: dict[str, tuple[str, list[str], list[str]]] = {
         ["fp16=true", "on_nonfinite=skip"],
         ["batching.on_nonfinite: skip can't be had with `training.fp16`"],
     ),
+    "evaluation batches": (GOOD, ["per_device_eval_batch_size=4"], ["cannot be set", "set `batching.max_tokens`"]),
+    "evaluation in halves": (GOOD, ["bf16_full_eval=true", "fp16_full_eval=true"], ["bf16_full_eval: must", "fp16_f"]),
+    "evaluation by a switch": (GOOD, ["do_eval=true"], ["training.do_eval: cannot be set", "data.eval_size"]),
+    "kept predictions": (GOOD, ["eval_accumulation_steps=4"], ["keeps no predictions"]),
+    "wanted predictions": (GOOD, ["prediction_loss_only=false"], ["must stay True: evaluation sums losses"]),
+    "inputs for metrics": (GOOD, ["include_for_metrics=[inputs]"], ["must stay []"]),
+    "other metrics": (GOOD, ["batch_eval_metrics=true", "eval_use_gather_object=true"], ["batch_eval_m", "eval_use_g"]),
+    "apart": (GOOD, ["eval_do_concat_batches=false"], ["must stay True: evaluation keeps no predictions"]),
+    "lasting workers": (GOOD, ["dataloader_persistent_workers=true"], ["every epoch starts its own workers"]),
+    "other workers": (GOOD, ["dataloader_multiprocessing_context=spawn"], ["as Python starts them"]),
+    "batches out of order": (GOOD, ["dataloader_in_order=false"], ["must stay True"]),
+    "batches read again": (GOOD, ["ignore_data_skip=false"], ["must stay True", "goes on at the update"]),
+    "another bar": (GOOD, ["disable_tqdm=false"], ["must stay True", "packtrain's own way"]),
+    "accelerate's loader": (
+        GOOD,
+        ["accelerator_config={split_batches: true, non_blocking: true}"],
+        ["accelerator_config: has no effect by `split_batches`", "leave `non_blocking` out"],
+    ),
+    "noise by rows": (GOOD, ["neftune_noise_alpha=5"], ["a row of this strategy is many documents", "pad_longest"]),
     "two precisions": (GOOD, ["bf16=true", "fp16=true"], ["contradicts `training.bf16`"]),
     "no epochs": (GOOD, ["num_train_epochs=0"], ["trains for no epoch"]),
     "accumulation": (GOOD, ["gradient_accumulation_steps=some"], ["must be a whole number above 0 or auto"]),
@@ -373,6 +393,21 @@ def test_one_mistake_is_one_problem(tmp_path):
         "data.pth",
         "training.output_dir",
     ]
+
+
+def test_what_is_done_anyway_may_be_said(tmp_path):
+    done = ["prediction_loss_only=true", "ignore_data_skip=true", "disable_tqdm=true", "dataloader_in_order=true"]
+    done += ["bf16_full_eval=false", "include_for_metrics=[]", "accelerator_config={use_configured_state: false}"]
+    assert load_recipe(write(tmp_path, GOOD), done).training["ignore_data_skip"]
+
+
+def test_noise_goes_with_a_document_to_a_row(tmp_path):
+    for name, strategy in STRATEGIES.items():
+        overrides = ["neftune_noise_alpha=5", f"strategy={name}"]
+        if strategy.layout == "flat":
+            assert "neftune_noise_alpha" in str(problems(write(tmp_path, GOOD), overrides))
+        else:
+            assert load_recipe(write(tmp_path, GOOD), overrides).training["neftune_noise_alpha"] == 5
 
 
 def test_wrapped_cuts_examples_so_they_fit(tmp_path):

@@ -8,8 +8,8 @@
     torchrun --nproc_per_node 2 -m packtrain train recipes/sft.yaml
 
 What a user can mend is printed without a traceback, with exit code 2; Ctrl-C exits with 130. A training run that is
-told to stop saves a checkpoint and exits with 75; a second signal ends it at once. Heavy libraries are imported by the
-verb that needs them, so that help and errors come at once.
+told to stop saves a checkpoint and exits with 75; a second signal, five seconds later or more, ends it at once.
+Heavy libraries are imported by the verb that needs them, so that help and errors come at once.
 """
 
 from __future__ import annotations

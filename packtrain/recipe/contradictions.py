@@ -49,6 +49,33 @@ _DECIDED_BY_US: dict[str, tuple[object, str, str]] = {
         "use `packtrain train RECIPE --resume`",
     ),
     "do_train": (True, "training is what `packtrain train` does", "leave it out"),
+    "do_eval": (
+        _NEVER,
+        "there is evaluation where there are data for it",
+        "set `data.eval_size`, and `training.eval_strategy` for more than at the end",
+    ),
+    "per_device_eval_batch_size": (
+        _NEVER,
+        "the planner sizes the micro-batches of evaluation, and the loss does not depend on them",
+        "set `batching.max_tokens`",
+    ),
+    **dict.fromkeys(
+        ("bf16_full_eval", "fp16_full_eval"),
+        (False, "evaluation computes in the precision of training", "set `training.bf16` or `training.fp16`"),
+    ),
+    "prediction_loss_only": (True, "evaluation sums losses and keeps no predictions", "leave it out"),
+    "include_for_metrics": ([], "evaluation sums losses and keeps nothing for metrics", "leave it out"),
+    **dict.fromkeys(
+        ("batch_eval_metrics", "eval_use_gather_object"),
+        (False, "evaluation sums losses and has no other metrics", "leave it out"),
+    ),
+    "eval_do_concat_batches": (True, "evaluation keeps no predictions", "leave it out"),
+    "eval_accumulation_steps": (_NEVER, "evaluation keeps no predictions that would fill the device", "leave it out"),
+    "dataloader_persistent_workers": (False, "every epoch starts its own workers", "leave it out"),
+    "dataloader_multiprocessing_context": (_NEVER, "workers are started as Python starts them", "leave it out"),
+    "dataloader_in_order": (True, "an update's micro-batches are those next to each other", "leave it out"),
+    "ignore_data_skip": (True, "the plan goes on at the update that a run stopped at by itself", "leave it out"),
+    "disable_tqdm": (True, "progress is shown in packtrain's own way", "leave it out"),
     "do_predict": (False, "there is nothing to predict on", "leave it out"),
     "hub_token": (_NEVER, "a secret does not belong in a recipe", "set the environment variable HF_TOKEN"),
 }
@@ -73,6 +100,24 @@ def _decided_by_us(settings: Settings) -> Verdicts:
         key = f"training.{name}"
         if key in settings and (allowed is _NEVER or settings[key] != allowed):
             yield key, f"cannot be set: {why}" if allowed is _NEVER else f"must stay {allowed}: {why}", fix
+
+
+def _loader_is_ours(settings: Settings) -> Verdicts:
+    given = settings.get("training.accelerator_config")
+    for name in ("split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler", "non_blocking"):
+        if isinstance(given, Mapping) and name in given:
+            what = f"has no effect by `{name}`: the plan deals micro-batches to ranks, not accelerate"
+            yield "training.accelerator_config", what, f"leave `{name}` out"
+
+
+def _noise_goes_by_rows(settings: Settings) -> Verdicts:
+    if settings.get("training.neftune_noise_alpha") and settings["batching.strategy"] not in _PADDED:
+        what = "scales its noise by 1 / sqrt(tokens of a row), and a row of this strategy is many documents"
+        fix = f"leave it out, or choose a strategy with a document to a row: {', '.join(_PADDED)}"
+        yield "training.neftune_noise_alpha", what, fix
+
+
+_PADDED = ("pad_max", "pad_longest", "group_by_length")
 
 
 def _names_are_plain(settings: Settings) -> Verdicts:
@@ -233,6 +278,8 @@ _WITHOUT_FILLER = ("group_by_length", "pad_longest")  # where all documents of a
 
 _RULES = (
     _decided_by_us,
+    _loader_is_ours,
+    _noise_goes_by_rows,
     _names_are_plain,
     _one_precision,
     _overflow_is_the_scalers,

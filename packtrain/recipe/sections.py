@@ -52,7 +52,7 @@ class DataSection(_Section):
     format: Text = "auto"
     max_length: Positive = 2048  # tokens of one example
     overflow: Literal["error", "truncate", "drop", "split"] = "error"  # of examples longer than that
-    completion_only_loss: Flag | None = None  # default: where a row has a prompt and a completion
+    completion_only_loss: Flag | None = None  # default: of rows with prompt and completion; diffusion: of all
     assistant_only_loss: Flag = False
     on_bad_row: Literal["error", "skip"] = "error"
     num_rows: Positive | None = None  # the first rows only; packtrain:arithmetic makes that many

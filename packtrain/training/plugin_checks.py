@@ -58,6 +58,9 @@ def without_effect(trainer: Trainer, layout: str) -> Iterator[str]:
             yield f"accelerator_config.{name} is for evaluation only: the plan deals micro-batches to ranks"
     if args.dataloader_persistent_workers:
         yield "dataloader_persistent_workers is for evaluation only: every epoch starts its workers"
+    for name, plain in (("dataloader_multiprocessing_context", (None, "fork")), ("dataloader_in_order", (True,))):
+        if args.dataloader_num_workers and getattr(args, name, plain[0]) not in plain:
+            yield f"{name} is for evaluation only: training starts its workers as Python does, and keeps their order"
     if layout == "flat" and args.neftune_noise_alpha:
         yield "neftune_noise_alpha scales its noise by the length of a row, which is now that of all its documents"
     if has_router_loss(trainer.accelerator.unwrap_model(trainer.model).config):

@@ -160,6 +160,25 @@ def test_a_model_whose_documents_see_each_other_is_refused(tmp_path, documents, 
     packtrain.attach(trainer())  # control: packtrain_varlen keeps them apart
 
 
+@pytest.mark.parametrize("engine", ["deepspeed", "fsdp"])
+def test_an_engine_is_no_reason_not_to_ask_the_model(tmp_path, documents, caplog, engine):
+    """Before training begins its weights are whole, unless ZeRO-3 made them in shards: then it is said."""
+
+    def trainer() -> Trainer:
+        args = TrainingArguments(output_dir=str(tmp_path), **COMMON)
+        made = Trainer(audited_model("opt"), args, train_dataset=documents, data_collator=pad)
+        setattr(made, f"is_{engine}_enabled", True)
+        return made
+
+    with pytest.raises(PacktrainError, match="don't keep to themselves"):
+        packtrain.attach(trainer(), attn_implementation="sdpa")
+    assert "not checked" not in caplog.text
+    sharded = trainer()
+    next(sharded.model.parameters()).ds_id = 0
+    packtrain.attach(sharded, attn_implementation="sdpa")
+    assert "whether documents see each other is not checked: weights are sharded already" in caplog.text
+
+
 def test_what_has_no_effect_is_a_warning_and_what_changes_is_one_line(tmp_path, documents, caplog):
     def told(router_loss: bool = False, **changes) -> list[str]:
         caplog.clear()
@@ -179,6 +198,7 @@ def test_what_has_no_effect_is_a_warning_and_what_changes_is_one_line(tmp_path, 
     assert any("neftune_noise_alpha" in line for line in told(neftune_noise_alpha=5.0))
     assert any("mean of micro-batches' means" in line for line in told(label_smoothing_factor=0.1))
     assert any("router loss of each micro-batch" in line for line in told(router_loss=True))
+    assert any("dataloader_in_order" in line for line in told(dataloader_in_order=False, dataloader_num_workers=1))
     assert any("dispatch_batches" in line for line in told(accelerator_config={"dispatch_batches": True}))
 
 

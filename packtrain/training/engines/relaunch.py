@@ -1,7 +1,8 @@
 """`packtrain train RECIPE --launch zero2`: the same as `accelerate launch --config_file launch/zero2.yaml ...`.
 
 The file is looked for in `launch/` of the working directory, then of the checkout that packtrain is installed from; a path
-to an accelerate config does as well. It is started on every visible GPU, or on as many processes as it says.
+to an accelerate config does as well. It is started on every visible GPU (of each of its hosts), or, without any or with
+`training.use_cpu`, on as many processes as it says.
 """
 
 from __future__ import annotations
