@@ -68,7 +68,7 @@ def throughput(summary: Summary) -> str | None:
         ax.set_xlim(0, max(ends) * 1.2)
         ax.axvline(1, color=COLOURS["muted"], linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
         ax.set_title("Speed: real tokens/s")
-        ax.set_xlabel(f"times {summary.reference.name}; line: 95% interval over rounds")
+        ax.set_xlabel(f"times {summary.reference.name}; line: 95% interval")
     return figure.svg
 
 
