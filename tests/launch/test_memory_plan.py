@@ -89,6 +89,7 @@ def of_architecture(model_type: str, **fields) -> ModelMemory:
     [
         ("falcon", "it takes no attention but its own"),
         ("mpt", "AttributeError: 'NoneType' object has no attribute 'to'"),
+        ("bloom", "ValueError: a token keeps more the longer its row"),
         ("xlstm", "ValueError: num_hidden_layers is not how many layers it has"),
     ],
 )

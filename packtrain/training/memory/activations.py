@@ -22,6 +22,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -29,7 +30,14 @@ if TYPE_CHECKING:
     from torch import nn
 
 COUNTING = "packtrain_count"
-TOKENS = (64, 128)  # of the counted passes: what doesn't grow with tokens (autocast's copies of weights) cancels out
+TOKENS = (
+    64,
+    128,
+    256,
+)  # of the counted passes: what doesn't grow with tokens (autocast's copies of weights) cancels out
+LINEAR = (
+    1.05  # how much more per token a row twice as long may keep: scans of state-space models 1.02, T x T scores 1.3
+)
 LAYER_NORM = {"gpt2", "gpt_neo", "gpt_neox", "gptj", "opt", "phi", "falcon", "stablelm", "starcoder2"}
 UNGATED_TENSORS = {"gpt2": 5, "gpt_neo": 5, "gptj": 5}  # kept by gelu_new, which is plain Python; 2 otherwise
 QK_NORM = {"qwen3", "qwen3_moe", "gemma3", "gemma3_text"}
@@ -98,11 +106,12 @@ def count_activations(build: Callable[[Any], nn.Module], config: Any, *, autocas
 
     Raises:
         RuntimeError: the model's shapes depend on its data.
-        ValueError: it has as many layers whatever its config says; and whatever else a model may raise.
+        ValueError: it has as many layers whatever its config says, or keeps more per token the longer the row; and
+            whatever else a model may raise.
     """
     import torch
 
-    per_token = {}
+    per_token: dict[int, list[float]] = {}  # of a model of so many layers, between each two numbers of tokens
     for layers in (1, 2):
         shallow = copy.deepcopy(config)
         text = shallow.get_text_config()
@@ -113,16 +122,18 @@ def count_activations(build: Callable[[Any], nn.Module], config: Any, *, autocas
             model = build(shallow)
         model = model.get_base_model() if hasattr(model, "get_base_model") else model
         backbone = getattr(model, model.base_model_prefix).train()
-        few, many = (_kept_bytes(backbone, tokens, autocast) for tokens in TOKENS)
-        per_token[layers] = (many - few) / (TOKENS[1] - TOKENS[0])
-    layer = per_token[2] - per_token[1]
+        kept = [_kept_bytes(backbone, tokens, autocast) for tokens in TOKENS]
+        per_token[layers] = [(b - a) / (n - m) for (a, b), (m, n) in zip(pairwise(kept), pairwise(TOKENS), strict=True)]
+    shorter, layer = (two - one for one, two in zip(per_token[1], per_token[2], strict=True))
     if layer <= 0:
         raise ValueError("num_hidden_layers is not how many layers it has")
+    if layer > LINEAR * shorter:
+        raise ValueError("a token keeps more the longer its row, as where attention of its own keeps all scores")
     embedding = backbone.get_input_embeddings().weight
     return Activations(
         layer=layer,
         residual=embedding.shape[1] * embedding.element_size(),
-        outside=per_token[1] - layer,
+        outside=per_token[1][-1] - layer,
         layers=config.get_text_config().num_hidden_layers,
         basis="measured",
     )
