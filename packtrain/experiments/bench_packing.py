@@ -39,7 +39,7 @@ from packtrain.training.summary import describe_machine
 
 OURS = ("bfd", "ffd", "optimal", "next_fit")
 COMPILED = "packtrain bfd, compiled"
-LARGE_ROWS = 32_768  # of tokens; with a million of them TRL's table of nulls alone takes tens of gigabytes
+LARGE_ROWS = 32_768  # tokens; TRL is not asked to fill these, as a million documents for them keep it for many minutes
 COMMAND = "python -m packtrain.experiments.bench_packing"
 BILLION = 1_000_000_000
 PACKAGES = ("numpy", "scipy", "numba", "trl", "transformers", "datasets", "lightbinpack", "seqpacker")

@@ -52,9 +52,6 @@ def _noise_goes_by_rows(settings: Settings) -> Verdicts:
         yield "training.neftune_noise_alpha", what, fix
 
 
-_PADDED = ("pad_max", "pad_longest", "group_by_length")
-
-
 def _names_are_plain(settings: Settings) -> Verdicts:
     for key in ("training.output_dir", "training.run_name"):
         name = settings.get(key)
@@ -209,6 +206,7 @@ def _remote_code_sees_no_filler(settings: Settings) -> Verdicts:
         yield "batching.strategy", what, fix
 
 
+_PADDED = ("pad_max", "pad_longest", "group_by_length")  # strategies that give every document a row
 _WITHOUT_FILLER = ("group_by_length", "pad_longest")  # where all documents of an update are equally long
 
 _RULES = (

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from packtrain.cli import main
 from packtrain.experiments.rainbow.oracle import World, decode, exact_denoiser, length_prior, run_grid, write_results
 
 
@@ -93,3 +94,21 @@ def test_it_is_deterministic_and_written_down(tmp_path):
     table = (tmp_path / "oracle.md").read_text()
     assert "| eos | 1.00 / 5.84 | 0.24 / 1.89 |" in table
     assert "| rainbow K=3 | 1.00 / 5.84 | 1.00 / 5.84 |" in table
+
+
+def test_the_verb_runs_the_grid_of_a_file_and_drops_no_setting(tmp_path, monkeypatch, capsys):
+    def compare(*options: str) -> int:
+        with pytest.raises(SystemExit) as ended:
+            main(["compare", str(path), *options])
+        return ended.value.code
+
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "small.yaml"
+    grid = "rainbow_oracle: {ambiguities: [2], rainbows: [3], randoms: [], canvases: [30]"
+    path.write_text(grid + ", prompts: 4}\n")
+    assert compare() == 2 and "rainbow_oracle.prompts" in capsys.readouterr().err
+    path.write_text(grid + "}\n")
+    assert compare("--set", "canvases=[32]") == 2 and "takes no --set" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert compare() == 0
+    assert "| rainbow K=3 | 1.00 / 5.84 |" in (tmp_path / "out/compare_small/oracle.md").read_text()

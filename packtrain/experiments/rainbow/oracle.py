@@ -1,6 +1,6 @@
 """Why answers end early, and what a rainbow changes: an exact denoiser, no training, a minute.
 
-    packtrain compare recipes/compare/rainbow_oracle.yaml      # the grid into results/rainbow/oracle/
+    packtrain compare recipes/compare/rainbow_oracle.yaml      # the grid into out/compare_rainbow_oracle/
 
 The world: an answer has L content tokens, L drawn from a known prior. Each content token could as well be worded in
 B ways, all equally likely (the *ambiguity*). Then come one eos and the tail. The denoiser is perfect: from the tokens
@@ -222,7 +222,7 @@ def run_recipe(path: str | Path, *, output_dir: str | Path | None = None) -> Pat
         if key not in known:
             fix = f"known: {', '.join(known)}"
             raise PacktrainError("is not a key", where=str(path), key=f"rainbow_oracle.{key}", fix=fix)
-    directory = Path(output_dir or "results/rainbow/oracle")
+    directory = Path(output_dir or Path("out", f"compare_{Path(path).stem}"))
     write_results(run_grid(**settings), directory)
     return directory
 
