@@ -22,6 +22,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from packtrain.training.engines.leaving import settle
 from packtrain.training.memory.plan import parameters_of
 from packtrain.training.memory.state_bytes import state_bytes
 from packtrain.training.memory.states import DEVICE, EXACT, HOST, model_states
@@ -157,6 +158,7 @@ def main(path: str) -> None:
     if dist.get_rank() == 0:
         Path(path).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     dist.barrier()
+    settle()
     dist.destroy_process_group()
 
 

@@ -25,9 +25,10 @@ from packtrain.recipe import Recipe
 from packtrain.training.checkpoints.changes import redacted
 from packtrain.training.checkpoints.checkpoint import choose_checkpoint
 from packtrain.training.engines.deepspeed_config import deepspeed_config
-from packtrain.training.engines.engine import fit, leave
+from packtrain.training.engines.engine import fit
 from packtrain.training.engines.isolation import check_isolation, compute_dtype
 from packtrain.training.engines.launch import asked_world_size, check_processes
+from packtrain.training.engines.leaving import leave
 from packtrain.training.inputs import Inputs, load_inputs, plan_evaluation, plan_training
 from packtrain.training.memory.peak import peak_memory, reset_peak
 from packtrain.training.progress import RichProgress
@@ -71,7 +72,7 @@ def train(
     summary = _summarise(trainer, recipe, inputs, model_dir, after.get("eval_loss"))
     if trainer.is_world_process_zero():
         summary.save(output_dir)
-    leave(trainer)
+    leave(trainer.accelerator)
     return summary
 
 

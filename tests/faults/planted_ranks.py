@@ -13,7 +13,8 @@ import torch
 
 from packtrain.errors import CheckpointError
 from packtrain.recipe import load_recipe
-from packtrain.training.engines.engine import fit, leave
+from packtrain.training.engines.engine import fit
+from packtrain.training.engines.leaving import leave
 from packtrain.training.run import build_trainer
 
 
@@ -28,7 +29,7 @@ def main(recipe: str, directory: str, *settings: str) -> None:
         except CheckpointError as error:
             came_to[path.parent.name] = str(error)
     Path(directory, f"rank{trainer.args.process_index}.json").write_text(json.dumps(came_to))
-    leave(trainer)
+    leave(trainer.accelerator)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from packtrain.modeling.attention import register
 from packtrain.objectives.causal import causal_lm_losses
 from packtrain.objectives.logits import output_head
 from packtrain.packing.collator import PackCollator
+from packtrain.training.engines.leaving import settle
 from tests.tiny import random_documents, tiny_model
 
 STEPS = 3
@@ -47,6 +48,7 @@ def main() -> None:
     if dist.get_rank() == 0:
         print("losses agree", found)
     dist.barrier()
+    settle()
     dist.destroy_process_group()
 
 

@@ -18,7 +18,8 @@ import torch
 from transformers import TrainerCallback
 
 from packtrain.recipe import load_recipe
-from packtrain.training.engines.engine import fit, leave
+from packtrain.training.engines.engine import fit
+from packtrain.training.engines.leaving import leave
 from packtrain.training.run import build_trainer
 
 
@@ -67,7 +68,7 @@ def main(recipe: str, out: str, *words: str) -> None:
         "attention": trainer.model.config._attn_implementation,
     }
     Path(out, f"rank{trainer.args.process_index}.json").write_text(json.dumps(result))
-    leave(trainer)
+    leave(trainer.accelerator)
 
 
 if __name__ == "__main__":

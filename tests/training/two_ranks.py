@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from packtrain.training.engines.engine import leave
+from packtrain.training.engines.leaving import leave
 from tests.training.helpers import make_trainer
 
 
@@ -33,7 +33,7 @@ def main(output_dir: Path, strategy: str) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
     result = {"read": read, "losses": losses, "norms": norms, "epoch": trainer.state.epoch}
     (output_dir / f"rank{trainer.args.process_index}.json").write_text(json.dumps(result))
-    leave(trainer)
+    leave(trainer.accelerator)
 
 
 if __name__ == "__main__":

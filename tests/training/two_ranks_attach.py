@@ -12,7 +12,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 import packtrain
-from packtrain.training.engines.engine import leave
+from packtrain.training.engines.leaving import leave
 from tests.tiny import random_documents, tiny_model
 from tests.training.attach_helpers import COMMON, pad
 from tests.training.helpers import long_tailed_lengths
@@ -43,7 +43,7 @@ def main(output_dir: Path, attached: bool) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
     result = {"read": read, "losses": losses}
     (output_dir / f"rank{args.process_index}.json").write_text(json.dumps(result))
-    leave(trainer)
+    leave(trainer.accelerator)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from packtrain.training.checkpoints.resharding import mend_resumed_optimizer, pr
 from packtrain.training.checkpoints.sealing import read_manifest
 from packtrain.training.engines.deepspeed_config import offload_devices
 from packtrain.training.engines.launch import asked_world_size
+from packtrain.training.engines.leaving import leave
 from packtrain.training.loader import worker_failure
 from packtrain.training.memory.out_of_memory import is_out_of_memory, of_optimizer
 from packtrain.training.memory.state_bytes import state_bytes
@@ -169,14 +170,8 @@ def fit(trainer: PackTrainer, checkpoint: str | None = None, *, console: Console
             if isinstance(callback, RichProgress):
                 callback.stop()
     if (stopped := stop.early()) is not None:
-        leave(trainer)
+        leave(trainer.accelerator)
         raise stopped
-
-
-def leave(trainer: PackTrainer) -> None:
-    """The end of a run of several processes. Without it a rank that is done sometimes aborts while another works."""
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
 
 
 class EngineReport(TrainerCallback):
