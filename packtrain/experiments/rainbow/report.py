@@ -23,6 +23,7 @@ COLUMNS = {  # field -> heading
     "content": "content",
     "ends_in_first_half": "ends in first half",
 }
+COMPARED = {"early": "Early stops", "exact": "Exact answers", "mean_length": "Mean length"}  # with the baseline
 HOW_IT_WAS_FOUND = (
     "The setting was chosen after pilots of one seed in which rainbow K=7 was seen, too (`trained.py` says what came of "
     "them)."
@@ -95,7 +96,7 @@ def table(settings: Sequence[Setting]) -> str:
 def verdict(results: Sequence[dict]) -> list[str]:
     """Sentences: whether the task was learnt, then for every tail what it changes against eos."""
     seeds, settings = len({result["seed"] for result in results}), settings_of(results)
-    comparisons = 2 * sum(setting.blocks == 1 and setting.tail != BASELINE for setting in settings)
+    comparisons = len(COMPARED) * sum(setting.blocks == 1 and setting.tail != BASELINE for setting in settings)
     chance = (
         f"With {seeds} seeds chance alone gives all differences the same sign in {2.0 ** (1 - seeds):.0%} of cases, and "
         f"there are {comparisons} comparisons above."
@@ -131,12 +132,15 @@ def _what_tails_change(settings: Sequence[Setting]) -> Iterator[str]:
     for tail in dict.fromkeys(setting.tail for setting in whole):
         own = [setting for setting in whole if setting.tail == tail]
         rates = ", ".join(f"{s.mean('early'):.2f} at {s.canvas}" for s in own)
-        late, exact = (", ".join(f"{s.mean(field):.2f}" for s in own) for field in ("late", "exact"))
-        text = f"**{tail}** stops early in {rates} tokens (late in {late}; exact {exact})."
+        means = {field: ", ".join(f"{s.mean(field):.2f}" for s in own) for field in ("late", "exact", "mean_length")}
+        text = (
+            f"**{tail}** stops early in {rates} tokens (late in {means['late']}; exact {means['exact']}; mean length "
+            f"{means['mean_length']})."
+        )
         if tail != BASELINE and baseline:
-            early = "; ".join(f"at {s.canvas} {_compare(s, baseline[s.canvas], 'early')}" for s in own)
-            right = "; ".join(f"at {s.canvas} {_compare(s, baseline[s.canvas], 'exact')}" for s in own)
-            text += f" Against {BASELINE}, early stops: {early}. Exact answers: {right}."
+            for field, name in COMPARED.items():
+                changes = "; ".join(f"at {s.canvas} {_compare(s, baseline[s.canvas], field)}" for s in own)
+                text += f" {name} against {BASELINE}: {changes}."
         yield text
 
 
