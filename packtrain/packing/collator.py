@@ -138,6 +138,9 @@ class PackCollator:
         max_length: the width with `padded_to="max_length"`.
         loss_weighting, position_start, padding_side: see `collate_flat` and `collate_padded`.
 
+    A model that is given flat batches has to keep documents apart by itself; `packtrain audit` says which do, and
+    `packtrain.attach` asks and prepares it.
+
         >>> collator = PackCollator(layout="flat", pad_token_id=0)
         >>> collator([{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9]}])["position_ids"]
         tensor([[0, 1, 2, 0, 1]])

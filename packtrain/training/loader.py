@@ -83,7 +83,9 @@ def values_of_plan(plan: Plan, values: tuple) -> tuple:
     Trainer takes every epoch to be as long as the first. Order-dependent packers vary: it would begin too few epochs,
     and end before the plan does. An epoch that ends before its longest is no matter to it.
     """
-    _, _, examples, samples, batch_size, _, _ = values
+    *_, batch_size, _, _ = values
+    examples, (epoch, index) = len(plan.lengths), plan.locate(plan.total_steps - 1)
+    samples = round(examples * (epoch + (index + 1) / plan.steps_in_epoch(epoch)))
     per_epoch = max(plan.steps_in_epoch(epoch) for epoch in range(plan.num_epochs))
     micro_batches = per_epoch * plan.gradient_accumulation_steps
     return plan.num_epochs, per_epoch, examples, samples, batch_size, micro_batches, plan.total_steps

@@ -13,36 +13,33 @@ model through `set_attn_implementation`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from torch.utils.data import Dataset, SequentialSampler
+from torch.utils.data import Dataset
 from transformers import Trainer
 
 from packtrain.data.examples import Examples
-from packtrain.errors import PacktrainError
+from packtrain.errors import DataError, PacktrainError
 from packtrain.modeling.attention import choose_implementation
 from packtrain.modeling.positions import position_start
 from packtrain.objectives.logits import NOT_MODEL_INPUTS
 from packtrain.packing.collator import MicroBatches, PackCollator
-from packtrain.packing.cost import Cost
-from packtrain.packing.plan import MicroBatch, Plan, make_plan
-from packtrain.packing.scopes import StepScope
+from packtrain.packing.plan import MicroBatch, Plan
 from packtrain.packing.strategies import resolve_strategy
 from packtrain.training.engines.isolation import NOT_CHECKED, check_isolation, compute_dtype
 from packtrain.training.loader import PlanLoader, values_of_plan
 from packtrain.training.meters import Meter
-from packtrain.training.plugin_checks import refuse_contradictions, without_effect
+from packtrain.training.plugin_checks import agreed_settings, refuse_changes, refuse_contradictions, without_effect
+from packtrain.training.plugin_plan import TrainersOrder, examples_per_step, fits, plan_attached
+from packtrain.training.plugin_proof import Proof
 from packtrain.training.trainer import StepEnd
 
 logger = logging.getLogger(__name__)
-
-NO_LIMIT = np.iinfo(np.int32).max
 
 
 def attach(
@@ -52,12 +49,14 @@ def attach(
     max_tokens: int | None = None,
     attn_implementation: str = "auto",
     allow_contamination: bool = False,
+    allow_differences: bool = False,
 ) -> Trainer:
     """Give `trainer` packtrain's layout of its training batches; returns the same trainer.
 
     A step-scope strategy (`balanced`, `padding_free`, `group_by_length`, ...) keeps the examples of every update, so
-    losses and gradients stay those of the trainer before. An epoch-scope one (`bfd`, `optimal`, ...) packs the
-    whole epoch: updates then see other examples, and the log says how many.
+    losses and gradients stay those of the trainer before; its own loss is asked about some documents of the first update
+    in both layouts, and must say the same. An epoch-scope strategy (`bfd`, `optimal`, ...) packs the whole epoch: updates
+    then see other examples, and the log says how many.
 
     Args:
         trainer: a `transformers.Trainer` or `trl.SFTTrainer` over a tokenised `datasets.Dataset` (columns `input_ids`,
@@ -67,27 +66,17 @@ def attach(
             `gradient_accumulation_steps`; with `max_tokens` it is raised until every micro-batch fits.
         attn_implementation: "auto" is `packtrain_varlen` for flat layouts.
         allow_contamination: train even where the model lets documents of a batch see each other.
+        allow_differences: train even where the trainer's own batches of the same documents have another loss.
 
     Raises:
-        PacktrainError: something in the trainer contradicts the layout, or documents of a batch see each other (the
-            model itself is asked); says what to change.
+        PacktrainError: something in the trainer contradicts the layout, documents of a batch see each other (the model
+            itself is asked), or their loss is another than before (the trainer itself is asked); says what to change, and
+            leaves the trainer as it was.
     """
-    rule = resolve_strategy(strategy)
-    refuse_contradictions(trainer, rule.scope, max_tokens)
-    examples = Examples.from_dataset(trainer.train_dataset)
-    plan = _plan(trainer, examples, strategy, max_tokens)
-    changes = [f"{strategy} lays out its training batches"]
-    changes += _prepare_model(trainer, plan.layout, attn_implementation, allow_contamination)
-    args, ours = trainer.args, plan.gradient_accumulation_steps
-    if ours != args.gradient_accumulation_steps:
-        changes.append(f"gradient_accumulation_steps {args.gradient_accumulation_steps} -> {ours}")
-    if rule.scope == "epoch":
-        mean, theirs = len(examples) / plan.steps_in_epoch(0), _examples_per_step(trainer)
-        changes.append(f"updates see other examples: {mean:.1f} on average, where the trainer had {theirs}")
-        args.max_steps = plan.total_steps
-    args.gradient_accumulation_steps = ours
-    args.ignore_data_skip = True  # the plan starts at global_step by itself
-
+    refuse_contradictions(trainer, strategy, max_tokens)
+    rule, order = resolve_strategy(strategy), TrainersOrder(trainer)
+    examples = _examples(trainer)
+    plan = plan_attached(trainer, examples, strategy, max_tokens, order)
     collator = PackCollator(
         layout=plan.layout,
         pad_token_id=_pad_token_id(trainer),
@@ -95,9 +84,26 @@ def attach(
         max_length=int(examples.lengths.max()),
         position_start=position_start(trainer.model),
     )
+    batches = _ModelInputs(MicroBatches(examples, collator))
+    changes = [f"{strategy} lays out its training batches"]
+    with _as_it_was_if_refused(trainer):
+        changes += _without_cache(trainer)
+        proof = Proof(trainer, order.loader, plan, max_tokens)
+        changes += _prepare_model(trainer, plan.layout, attn_implementation, allow_contamination)
+        changes.append(proof.of(batches, allow_differences=allow_differences or allow_contamination))
+    args, ours = trainer.args, plan.gradient_accumulation_steps
+    if ours != args.gradient_accumulation_steps:
+        changes.append(f"gradient_accumulation_steps {args.gradient_accumulation_steps} -> {ours}")
+    if rule.scope == "epoch":
+        mean, theirs = len(examples) / plan.steps_in_epoch(0), examples_per_step(trainer)
+        changes.append(f"updates see other examples: {mean:.1f} on average, where the trainer had {theirs}")
+        args.max_steps = plan.total_steps
+    args.gradient_accumulation_steps = ours
+    args.ignore_data_skip = True  # the plan starts at global_step by itself
+
     loader = PlanLoader(
         plan=plan,
-        dataset=_ModelInputs(MicroBatches(examples, collator)),
+        dataset=batches,
         rank=args.process_index,
         global_step=lambda: trainer.state.global_step,
         dataloader_kwargs={
@@ -106,19 +112,57 @@ def attach(
             "prefetch_factor": args.dataloader_prefetch_factor if args.dataloader_num_workers else None,
         },
     )
-    before = trainer.set_initial_training_values
-    trainer.get_train_dataloader = lambda: loader
+    agreed, before = agreed_settings(trainer), trainer.set_initial_training_values
+
+    def at_training() -> PlanLoader:
+        refuse_changes(trainer, agreed)
+        if rule.scope == "step":
+            _take_todays_order(order, plan, max_tokens)
+        return loader
+
+    trainer.get_train_dataloader = at_training
     trainer.set_initial_training_values = lambda *given: values_of_plan(plan, before(*given))
     trainer.add_callback(StepEnd(plan, Meter()))
-    for ignored in without_effect(trainer, plan.layout):
+    for ignored in without_effect(trainer, plan.layout, one_denominator=proof.one_denominator):
         logger.warning("packtrain: %s", ignored)
     logger.warning("packtrain: %s", "; ".join(changes))
     return trainer
 
 
+def _take_todays_order(order: TrainersOrder, plan: Plan, max_tokens: int | None) -> None:
+    """Trainer takes its seed for the order when it begins to train, which may be another than when it was attached."""
+    attached = order(0)
+    order.renew()
+    if max_tokens is not None and not np.array_equal(attached, order(0)) and not fits(plan, max_tokens):
+        what = "the order of examples is another than when the trainer was attached, and micro-batches no longer fit"
+        raise PacktrainError(what, key="max_tokens", value=max_tokens, fix="call set_seed before attach")
+
+
+# The model
+
+
+@contextmanager
+def _as_it_was_if_refused(trainer: Trainer) -> Iterator[None]:
+    base = _without_adapter(trainer.accelerator.unwrap_model(trainer.model))
+    implementation, use_cache = base.config._attn_implementation, base.config.use_cache
+    try:
+        yield
+    except PacktrainError:
+        base.config.use_cache = use_cache
+        if base.config._attn_implementation != implementation:
+            base.set_attn_implementation(implementation)
+        raise
+
+
+def _without_cache(trainer: Trainer) -> list[str]:
+    config = _without_adapter(trainer.accelerator.unwrap_model(trainer.model)).config
+    changed, config.use_cache = config.use_cache, False
+    return ["use_cache True -> False"] if changed else []
+
+
 def _prepare_model(trainer: Trainer, layout: str, attn_implementation: str, allow_contamination: bool) -> list[str]:
-    """Set the model's attention and cache for batches of this layout, and ask it whether documents stay apart; what
-    was changed, in words."""
+    """Set the model's attention for batches of this layout, and ask it whether documents stay apart; what was changed,
+    in words."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     base, changes = _without_adapter(model), []
     before = base.config._attn_implementation
@@ -127,9 +171,6 @@ def _prepare_model(trainer: Trainer, layout: str, attn_implementation: str, allo
     if chosen is not None and chosen != before:
         base.set_attn_implementation(chosen)
         changes.append(f"attn_implementation {before} -> {chosen}")
-    if base.config.use_cache:
-        base.config.use_cache = False
-        changes.append("use_cache True -> False")
     found = check_isolation(model, layout, args.device, dtype=dtype, allow_contamination=allow_contamination)
     return [*changes, f"whether documents see each other is {found}"] if found.startswith(NOT_CHECKED) else changes
 
@@ -138,90 +179,15 @@ def _without_adapter(model: torch.nn.Module) -> transformers.PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-# The plan: the trainer's own order, packtrain's layout
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _GivenOrder(StepScope):
-    """An update is the next `examples_per_step` of the order that the trainer's own sampler has in that epoch."""
-
-    order: Callable[[int], np.ndarray]
-
-    def examples(self, epoch: int, index: int) -> np.ndarray:
-        start = index * self.examples_per_step
-        return self.order(epoch)[start : start + self.examples_per_step]
-
-
-def _plan(trainer: Trainer, examples: Examples, strategy: str, max_tokens: int | None) -> Plan:
-    args = trainer.args
-    rule = resolve_strategy(strategy)
-    settings: dict[str, Any] = dict(
-        strategy=strategy,
-        seed=args.data_seed if args.data_seed is not None else args.seed,
-        examples_per_step=_examples_per_step(trainer),
-        world_size=args.world_size,
-        num_epochs=args.num_train_epochs,
-        max_steps=args.max_steps,
-        cost=Cost.of_config(trainer.accelerator.unwrap_model(trainer.model).config),
-    )
-    if rule.scope == "epoch":
-        return make_plan(examples.lengths, max_tokens=max_tokens, **settings)
-    order = _order_of(trainer)
-    micro_steps = args.gradient_accumulation_steps
-    while True:
-        plan = make_plan(examples.lengths, max_tokens=NO_LIMIT, gradient_accumulation_steps=micro_steps, **settings)
-        fields = {name: getattr(plan.scope, name) for name in plan.scope.__dataclass_fields__}
-        plan = replace(plan, scope=_GivenOrder(**fields, order=order))
-        if max_tokens is None or _fits(plan, max_tokens, rule.padded_to):
-            return plan
-        if micro_steps >= settings["examples_per_step"]:
-            longest = int(examples.lengths.max())
-            raise PacktrainError(f"an example has {longest} tokens", key="max_tokens", value=max_tokens)
-        micro_steps += 1
-
-
-def _fits(plan: Plan, max_tokens: int, padded_to: str | None) -> bool:
-    """Whether every micro-batch of the run is within `max_tokens`, filler included."""
-    widest = int(plan.lengths.max())
-
-    def size(part: MicroBatch) -> int:
-        if plan.layout == "flat" or not len(part):
-            return int(part.lengths.sum())
-        return len(part) * (widest if padded_to == "max_length" else int(part.lengths.max()))
-
-    return all(size(part) <= max_tokens for step in range(plan.total_steps) for part in plan.layout_of(step))
-
-
-def _examples_per_step(trainer: Trainer) -> int:
-    args = trainer.args
-    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-
-
-def _order_of(trainer: Trainer) -> Callable[[int], np.ndarray]:
-    """epoch -> the order in which the trainer's own data loader would read its examples, int64 `[n]`.
-
-    Taken from the sampler under the prepared loader, which accelerate seeds by epoch, so it is the same on every rank.
-    """
-    loader = trainer.get_train_dataloader()
-    sampler = loader.get_sampler() if hasattr(loader, "get_sampler") else loader.sampler
-    if not hasattr(sampler, "set_epoch") and not isinstance(sampler, SequentialSampler):
-        raise PacktrainError(
-            "the trainer's sampler has no seed per epoch, so its order can't be known",
-            key="train_dataset sampler",
-            value=type(sampler).__name__,
-            fix="leave accelerator_config.use_seedable_sampler on",
-        )
-
-    @lru_cache(maxsize=1)
-    def order(epoch: int) -> np.ndarray:
-        if hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(epoch)
-        return np.fromiter(sampler, dtype=np.int64)
-
-    return order
-
-
 # The batch: what the trainer's own loss passes to the model
+
+
+def _examples(trainer: Trainer) -> Examples:
+    try:
+        return Examples.from_dataset(trainer.train_dataset)
+    except DataError as error:
+        fix = "mend these rows, or leave them out of train_dataset (`train_dataset.filter`)"
+        raise DataError(error.what, where=error.where, key="train_dataset", value=error.value, fix=fix) from None
 
 
 class _ModelInputs(Dataset):

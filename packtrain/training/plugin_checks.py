@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
 from packtrain.errors import PacktrainError
 from packtrain.modeling.router_loss import has_router_loss
+from packtrain.packing.strategies import resolve_strategy
+
+LIBRARIES = ("transformers.", "trl.")
+AGREED = ("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps")
 
 
-def refuse_contradictions(trainer: Trainer, scope: str, max_tokens: int | None) -> None:
-    """Raises PacktrainError for what cannot be had together with a plan of scope "step" or "epoch"."""
+def refuse_contradictions(trainer: Trainer, strategy: str, max_tokens: int | None) -> None:
+    """Raises PacktrainError for what cannot be had together with a plan by this strategy."""
     if not isinstance(trainer, Trainer):
         raise PacktrainError("is not a transformers.Trainer", key="trainer", value=type(trainer).__name__)
+    if not isinstance(strategy, str):
+        raise PacktrainError("is not the name of a strategy", key="strategy", value=strategy)
+    if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 1):
+        raise PacktrainError("is not a number of tokens", key="max_tokens", value=max_tokens)
+    _refuse_models(trainer)
     args, data = trainer.args, trainer.train_dataset
     if "get_train_dataloader" in vars(trainer):
         raise PacktrainError("has its batches laid out already", key="trainer", fix="attach once")
@@ -21,8 +31,19 @@ def refuse_contradictions(trainer: Trainer, scope: str, max_tokens: int | None) 
         what, fix = "the trainer has packed its examples already", "build it with packing=False"
         raise PacktrainError(what, key="packing", value=True, fix=fix)
     if not hasattr(data, "column_names") or not hasattr(data, "__len__"):
-        what, fix = "packtrain needs a tokenised datasets.Dataset of known length", "load it without streaming"
+        what = "packtrain needs a tokenised datasets.Dataset of known length"
+        fix = (
+            "datasets.Dataset.from_list makes one of rows" if hasattr(data, "__len__") else "load it without streaming"
+        )
         raise PacktrainError(what, key="train_dataset", value=type(data).__name__, fix=fix)
+    if data.format["type"] == "custom":
+        what, fix = "its transform is made whenever a row is read, and packtrain reads the table", "use `dataset.map`"
+        raise PacktrainError(what, key="train_dataset", value="with_transform", fix=fix)
+    owner = next(cls for cls in type(trainer).__mro__ if "get_train_dataloader" in vars(cls))
+    if not owner.__module__.startswith(LIBRARIES):
+        what = "has a `get_train_dataloader` of its own, and packtrain would lay out all of train_dataset in its place"
+        fix = "give the rows by train_dataset, and their order by a sampler with `set_epoch(epoch)`"
+        raise PacktrainError(what, key="trainer", value=owner.__name__, fix=fix)
     if getattr(trainer.data_collator, "mlm", False):
         what, fix = "its collator masks tokens at random, which packtrain's batches don't", "give it mlm=False"
         raise PacktrainError(what, key="data_collator.mlm", value=True, fix=fix)
@@ -41,16 +62,45 @@ def refuse_contradictions(trainer: Trainer, scope: str, max_tokens: int | None) 
     if shared > 1:
         what = "packtrain deals every rank examples of its own, and these ranks share theirs"
         raise PacktrainError(what, key="parallelism_config", value=shared, fix="use data parallelism (DDP, FSDP, ZeRO)")
-    if scope == "epoch" and max_tokens is None:
+    if resolve_strategy(strategy).scope == "epoch" and max_tokens is None:
         raise PacktrainError("a strategy that packs the whole epoch needs the size of a pack", key="max_tokens")
 
 
-def without_effect(trainer: Trainer, layout: str) -> Iterator[str]:
-    """What the user has set and training will not follow, or not as before, each in a sentence."""
-    args, collator = trainer.args, trainer.data_collator
-    if not type(collator).__module__.startswith(("transformers.", "trl.")):
-        name = getattr(collator, "__name__", type(collator).__name__)
-        yield f"data_collator {name} is asked for evaluation only: training reads input_ids and labels from the dataset"
+def _refuse_models(trainer: Trainer) -> None:
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(base, PreTrainedModel):
+        raise PacktrainError("is not a model of transformers", key="trainer.model", value=type(base).__name__)
+    if base.config.is_encoder_decoder:
+        what, fix = "packtrain lays out one sequence per document, this model reads two", "take a decoder or an encoder"
+        raise PacktrainError(what, key="trainer.model", value=type(base).__name__, fix=fix)
+    if trainer.model_init is not None:
+        what, fix = "makes another model when training begins, which is not the one that is attached", "pass `model`"
+        raise PacktrainError(what, key="trainer.model_init", fix=fix)
+
+
+def agreed_settings(trainer: Trainer) -> dict[str, Any]:
+    """What the plan was made of, to be asked again when training begins."""
+    return {name: getattr(trainer.args, name) for name in AGREED} | {"train_dataset": trainer.train_dataset}
+
+
+def refuse_changes(trainer: Trainer, agreed: Mapping[str, Any]) -> None:
+    """Raises PacktrainError for what is no longer as it was when the trainer was attached."""
+    for name, now in agreed_settings(trainer).items():
+        if now is not agreed[name] and (name not in AGREED or now != agreed[name]):
+            value = now if name in AGREED else type(now).__name__
+            raise PacktrainError(
+                "has changed since the trainer was attached", key=name, value=value, fix="set it before"
+            )
+
+
+def without_effect(trainer: Trainer, layout: str, *, one_denominator: bool) -> Iterator[str]:
+    """What the user has set and training will not follow, or not as before, each in a sentence.
+
+    Args:
+        one_denominator: whether the trainer divides by the labels of an update, see `plugin_proof.Answer`.
+    """
+    args = trainer.args
     if isinstance(getattr(args, "pad_to_multiple_of", None), int):
         yield f"pad_to_multiple_of {args.pad_to_multiple_of} is for evaluation only"
     for name in ("split_batches", "dispatch_batches"):
@@ -65,14 +115,12 @@ def without_effect(trainer: Trainer, layout: str) -> Iterator[str]:
         yield "neftune_noise_alpha scales its noise by the length of a row, which is now that of all its documents"
     if has_router_loss(trainer.accelerator.unwrap_model(trainer.model).config):
         yield "output_router_logits adds a router loss of each micro-batch, which depends on its layout"
-    if _averages_micro_batches(trainer):
+    if _averages_micro_batches(trainer, one_denominator):
         yield "its loss is a mean of micro-batches' means, so it depends a little on which examples share one"
 
 
-def _averages_micro_batches(trainer: Trainer) -> bool:
-    """Whether the trainer does without the one denominator for all tokens of an update."""
+def _averages_micro_batches(trainer: Trainer, one_denominator: bool) -> bool:
     args = trainer.args
     micro_batches = args.gradient_accumulation_steps * args.world_size
-    counts = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
     across_ranks = args.average_tokens_across_devices or args.world_size == 1
-    return micro_batches > 1 and (not counts or not across_ranks or bool(args.label_smoothing_factor))
+    return micro_batches > 1 and not (one_denominator and across_ranks)

@@ -24,6 +24,16 @@ def compute_dtype(args: TrainingArguments, weights: torch.dtype) -> torch.dtype:
     return weights
 
 
+def cannot_ask(model: nn.Module) -> str | None:
+    """Why this rank can't run the model before its engine takes it; None where it can."""
+    weights = list(model.parameters())
+    if any(hasattr(weight, "ds_id") or isinstance(weight, DTensor) for weight in weights):
+        return "weights are sharded already; `packtrain audit` tries the architecture on one process"
+    if any(weight.is_meta for weight in weights):  # of FSDP, which loads them on one rank of every host
+        return "weights are on another rank, which checks them"
+    return None
+
+
 def check_isolation(
     model: nn.Module,
     layout: str,
@@ -44,11 +54,9 @@ def check_isolation(
     Raises:
         ModelError: documents see each other, or the model can't run at all.
     """
+    if (reason := cannot_ask(model)) is not None:
+        return f"{NOT_CHECKED}{reason}"
     weights = list(model.parameters())
-    if any(hasattr(weight, "ds_id") or isinstance(weight, DTensor) for weight in weights):
-        return f"{NOT_CHECKED}weights are sharded already; `packtrain audit` tries the architecture on one process"
-    if any(weight.is_meta for weight in weights):  # of FSDP, which loads them on one rank of every host
-        return f"{NOT_CHECKED}weights are on another rank, which checks them"
     try:
         finding = quick_check(model, layout, compute_dtype=dtype)
     except ModelError as error:
