@@ -45,6 +45,11 @@ def show_audit(
         raise ModelError("is not a layout", key="--layout", value=unknown[0], fix=f"some of {', '.join(LAYOUTS)}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        what = f"is not a device of this machine: {str(error).splitlines()[0]}"
+        raise ModelError(what, key="--device", value=device, fix="auto, cpu or cuda") from None
     recipe = _recipe(target)
     model = (_of_recipe(recipe, device) if recipe else _of_name(target)).to(device)
     if recipe and implementations is not None:

@@ -67,7 +67,7 @@ class TextReader:
 
 
 def open_jsonl(path: Path, label: str) -> TextReader:
-    """One JSON object per line; blank lines are passed over."""
+    """One JSON object per line; empty lines are passed over."""
     spans, fingerprint = _scan_lines(path)
     rows = np.flatnonzero(~_is_blank(path, spans))
     return TextReader(path, label, spans=spans[rows], lines=rows + 1, parse=_parse_json, fingerprint=fingerprint)

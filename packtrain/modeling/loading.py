@@ -275,7 +275,7 @@ def add_lora(model: PreTrainedModel, lora: dict[str, Any], *, gradient_checkpoin
         if "target modules" in str(error).lower():
             linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
             names = sorted({name.rpartition(".")[2] for name in linear})
-            fix = f"`lora.target_modules` may be all-linear or some of {', '.join(names)}"
+            fix = f"`lora.target_modules` may be all-linear or a list of some of {', '.join(names)}"
         raise ModelError(f"no adapter: {first_line(error)}", key="lora", value=lora, fix=fix) from error
     if gradient_checkpointing:
         model.enable_input_require_grads()

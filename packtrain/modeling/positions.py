@@ -1,8 +1,12 @@
-"""Where a model begins to count positions."""
+"""Where a model begins to count positions, and how far it can."""
 
 from __future__ import annotations
 
 from torch import nn
+
+from packtrain.errors import ModelError
+
+TABLES = ("wpe", "position_embeddings", "embed_positions")  # of learnt positions
 
 
 def position_start(model: nn.Module) -> int:
@@ -15,3 +19,25 @@ def position_start(model: nn.Module) -> int:
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             return module.padding_idx + 1
     return 0
+
+
+def check_positions(model: nn.Module, longest: int) -> str | None:
+    """Whether a document of `longest` tokens has positions in the model; what is to be said where they were never trained.
+
+    Raises:
+        ModelError: the model's table of learnt positions is shorter.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in TABLES:
+            rows = module.num_embeddings - getattr(module, "offset", position_start(model))
+            if longest > rows:
+                what, fix = (
+                    f"an example has {longest:,} tokens, and the model {rows:,} positions",
+                    f"set it to {rows} or less",
+                )
+                raise ModelError(what, key="data.max_length", fix=fix)
+            return None
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if most is not None and longest > most:
+        return f"the longest example has {longest:,} tokens, and the model was made for {most:,} positions"
+    return None

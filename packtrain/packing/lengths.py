@@ -14,6 +14,7 @@ import numpy as np
 from packtrain.errors import PlanError, shorten
 
 LONGEST = (1 << 24) - 1  # tokens in one example; packing keeps one counter per possible length
+MOST_EPOCHS = 100_000  # every one is planned
 CHUNK = 1 << 22  # lengths read at once: 16 MiB of int32
 
 

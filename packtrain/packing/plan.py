@@ -24,7 +24,7 @@ import numpy as np
 from packtrain.errors import PlanError
 from packtrain.packing.accumulation import first_misfit, smallest_accumulation
 from packtrain.packing.cost import Cost
-from packtrain.packing.lengths import check_lengths, chunks
+from packtrain.packing.lengths import MOST_EPOCHS, check_lengths, chunks
 from packtrain.packing.scopes import EpochScope, MicroBatch, StepScope
 from packtrain.packing.strategies import resolve_strategy
 
@@ -266,6 +266,9 @@ def _check_examples(lengths: np.ndarray, max_tokens: int, max_length: int | None
 def _schedule(scope: StepScope | EpochScope, num_epochs: float, max_steps: int) -> tuple[tuple[int, ...], int]:
     """(first step of each epoch begun, steps of the run), as transformers.Trainer counts them: `max_steps` when
     positive, else the whole epochs and the rounded-up part of the last."""
+    if max_steps > 0 and max_steps > MOST_EPOCHS * scope.steps_in_epoch(0):
+        what = f"is more than {MOST_EPOCHS:,} epochs of {scope.steps_in_epoch(0)} updates"
+        raise PlanError(what, key="training.max_steps", value=max_steps, fix="set it to the updates that you want")
     starts, steps, epoch = [], 0, 0
     while steps < max_steps if max_steps > 0 else epoch < num_epochs:
         starts.append(steps)

@@ -15,6 +15,7 @@ from packtrain.recipe.decided import DECIDED_BY_US, NEVER
 from packtrain.recipe.sections import DEFAULTS
 
 MOST_EPOCHS = 100_000  # every one is planned
+LONGEST = (1 << 24) - 1  # tokens in one example: packing keeps one counter per possible length
 SECRETS = ("training.hub_token",)  # never shown
 
 Settings = Mapping[str, Any]  # "section.key" -> checked value, ours also where it is the default
@@ -57,6 +58,8 @@ def _names_are_plain(settings: Settings) -> Verdicts:
         name = settings.get(key)
         if isinstance(name, str) and (not name.isprintable() or ".." in re.split(r"[/\\]", name)):
             yield key, "leads out of where it stands, or can't be printed", "write a plain path without `..`"
+        elif isinstance(name, str) and "$" in name:
+            yield key, "holds a `$`, and variables are not filled in", "write the path out; `~` is your home directory"
 
 
 def _one_precision(settings: Settings) -> Verdicts:
@@ -73,6 +76,8 @@ def _overflow_is_the_scalers(settings: Settings) -> Verdicts:
 def _some_training(settings: Settings) -> Verdicts:
     if settings.get("training.num_train_epochs", 1) <= 0 and settings.get("training.max_steps", -1) <= 0:
         yield "training.num_train_epochs", "trains for no epoch and no step", "set it above 0"
+    elif settings.get("training.max_steps") == 0:
+        yield "training.max_steps", "is no limit", "set it above 0, or leave it out to train by `num_train_epochs`"
     if settings.get("training.num_train_epochs", 1) > MOST_EPOCHS:
         yield "training.num_train_epochs", f"is more than {MOST_EPOCHS:,}", "set training.max_steps instead"
 
@@ -154,6 +159,8 @@ def _evaluation_has_data(settings: Settings) -> Verdicts:
 
 def _longest_example_fits(settings: Settings) -> Verdicts:
     max_tokens, max_length = settings["batching.max_tokens"], settings["data.max_length"]
+    if max_length > LONGEST:
+        yield "data.max_length", f"is more than {LONGEST:,}", "set it to what the model can read"
     if max_tokens < max_length and settings["batching.strategy"] != "wrapped":  # which cuts documents to fit
         fix = f"raise it to {max_length} or more, or lower `data.max_length` to {max_tokens}"
         yield "batching.max_tokens", f"is below `data.max_length` ({max_length}): an example may not fit", fix

@@ -9,10 +9,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr
 
 from packtrain.recipe.reflection import library_fields
 from packtrain.recipe.values import Amount, Flag, Mapping, Positive, Text, Whole
@@ -142,7 +143,7 @@ SECTIONS = (*OWN_SECTIONS, *LIBRARY_SECTIONS)
 # Where a recipe may say more, or must say more, than the library's annotation.
 _REFINED: dict[str, dict[str, Any]] = {
     "training": {
-        "output_dir": Text,
+        "output_dir": Annotated[Text, AfterValidator(os.path.expanduser)],
         "seed": Seed,
         "data_seed": Seed | None,
         "dataloader_num_workers": Annotated[Whole, Field(ge=0), "a whole number from 0 on"],

@@ -60,6 +60,8 @@ class PlanLoader:
 
     def __iter__(self) -> Iterator[dict[str, object]]:
         start = self.global_step()
+        if start >= self.plan.total_steps:  # resumed at the end
+            return
         epoch, index = self.plan.locate(start)
         stop = min(start + self.plan.steps_in_epoch(epoch) - index, self.plan.total_steps)
         batches = DataLoader(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -67,16 +67,22 @@ class Meter:
         self.seconds += time.perf_counter() - self._began
         self.steps += 1
 
-    def since(self, earlier: Meter) -> dict[str, float]:
-        """Rates of this rank between an `earlier` copy and now, as they appear in the logs."""
-        seconds = self.seconds - earlier.seconds
-        real = self.counts.real - earlier.counts.real
-        computed = self.counts.computed - earlier.counts.computed
+    def since(
+        self, earlier: Meter, over_ranks: Callable[[list[int]], list[int]] = lambda counts: counts
+    ) -> dict[str, float]:
+        """Rates between an `earlier` copy and now, as they appear in the logs; the wait for data is this rank's.
+
+        Args:
+            over_ranks: sums counts of this rank over all.
+        """
+        seconds, now, then = self.seconds - earlier.seconds, self.counts, earlier.counts
+        own = [now.real - then.real, now.computed - then.computed, now.supervised - then.supervised]
+        real, computed, supervised = over_ranks(own)
         if not seconds or not computed:
             return {}
         return {
             "real_tokens_per_second": round(real / seconds, 1),
-            "supervised_tokens_per_second": round((self.counts.supervised - earlier.counts.supervised) / seconds, 1),
+            "supervised_tokens_per_second": round(supervised / seconds, 1),
             "filler_share": round(1 - real / computed, 4),
             "data_wait_share": round((self.data_seconds - earlier.data_seconds) / seconds, 4),
         }

@@ -13,6 +13,7 @@ are those of a scaled loss, which may overflow and are the scaler's business; it
 from __future__ import annotations
 
 import json
+import logging
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from packtrain.training.trainer import PackTrainer
 
 FILE = "nonfinite.jsonl"
+logger = logging.getLogger(__name__)
 SHOWN = 12  # example ids in a message; the file has all
 
 
@@ -96,6 +98,9 @@ class FiniteUpdates:
                 file.write(json.dumps(record | {"micro_batches": figures}) + "\n")
         if self.on_nonfinite == "skip" and self.skipped < self.max_skipped:
             self.skipped += 1
+            if self.trainer.is_world_process_zero():
+                left_out = f"{self.skipped} of at most {self.max_skipped}, examples in {path}"
+                logger.warning("update %d is left out: its %s is not finite (%s)", step, what, left_out)
             return
         skipped = f", after {self.skipped} that were left out" if self.skipped else ""
         where = f"update {step} (rank {found[0]['rank']}, micro-batch {found[0]['micro_batch']})" if found else ""

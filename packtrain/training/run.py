@@ -7,6 +7,7 @@ torchrun --nproc_per_node 2 -m packtrain train recipes/quickstart.yaml
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from transformers import PrinterCallback, TrainingArguments, set_seed
 from packtrain.errors import PacktrainError, refused_by
 from packtrain.modeling.attention import choose_implementation
 from packtrain.modeling.loading import add_lora, count_parameters, load_config, load_model
-from packtrain.modeling.positions import position_start
+from packtrain.modeling.positions import check_positions, position_start
 from packtrain.packing.cost import Cost
 from packtrain.packing.plan import Plan
 from packtrain.packing.strategies import resolve_strategy
@@ -31,6 +32,7 @@ from packtrain.training.engines.launch import asked_world_size, check_processes
 from packtrain.training.engines.leaving import leave
 from packtrain.training.inputs import Inputs, load_inputs, plan_evaluation, plan_training
 from packtrain.training.memory.peak import peak_memory, reset_peak
+from packtrain.training.nonfinite import FILE as UPDATES_FILE
 from packtrain.training.progress import RichProgress
 from packtrain.training.summary import Summary, describe_machine, package_versions
 from packtrain.training.trainer import PackTrainer
@@ -62,6 +64,8 @@ def train(
     say = lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True)  # noqa: E731
     checkpoint = choose_checkpoint(trainer, resume, allow_changes=allow_changes, say=say)
     if trainer.is_world_process_zero():
+        if checkpoint is None:
+            _say_what_is_there(output_dir, say)
         (output_dir / "recipe.yaml").write_text(yaml.safe_dump(redacted(recipe.to_dict()), sort_keys=False))
     reset_peak()
     fit(trainer, checkpoint, console=console)
@@ -135,6 +139,9 @@ def build_trainer(
     if console and prepared.note and trainer.is_world_process_zero():
         trained = "; these rows train beside the adapters" if prepared.lora and recipe.lora is not None else ""
         console.print(f"new tokens   {prepared.note}{trained}", highlight=False)
+    far = check_positions(model, int(inputs.train.lengths.max()))
+    if far and console and trainer.is_world_process_zero():
+        console.print(f"warning      {far}", highlight=False)
     if recipe.objective.name != "block_diffusion":  # whose attention isolates and takes no other batch
         allow = recipe.batching.allow_contamination
         found = check_isolation(model, plan.layout, args.device, dtype=dtype, allow_contamination=allow)
@@ -162,7 +169,11 @@ def training_arguments(recipe: Recipe, plan: Plan, *, evaluate: bool) -> Trainin
         use_cpu=training["use_cpu"],
     )
     with refused_by("transformers", "training", training):
-        return TrainingArguments(**training)
+        args = TrainingArguments(**training)
+    if args.fp16 and args.device.type == "cpu" and training["deepspeed"] is None:
+        what, fix = "has no effect on a CPU, where nothing would compute in it", "take bf16: true, or leave it out"
+        raise PacktrainError(what, key="training.fp16", value=True, fix=fix)
+    return args
 
 
 def use_cpu_by_default() -> bool:
@@ -185,6 +196,14 @@ def _output_dir(recipe: Recipe) -> Path:
     except OSError as error:
         what, fix = f"nothing can be written there: {error.strerror}", "choose a directory on a drive with room"
         raise PacktrainError(what, key="training.output_dir", value=str(path), fix=fix) from None
+
+
+def _say_what_is_there(output_dir: Path, say: Callable[[str], None]) -> None:
+    """Of a run that another one has left in its directory."""
+    (output_dir / UPDATES_FILE).unlink(missing_ok=True)  # updates that were not finite, of that run
+    if (output_dir / "summary.json").exists() or any(output_dir.glob("checkpoint-*")):
+        fix = "--resume goes on with it; choose another training.output_dir to keep it"
+        say(f"{output_dir} holds another run, whose model, recipe and checkpoints this one will replace ({fix})")
 
 
 def _summarise(trainer: PackTrainer, recipe: Recipe, inputs: Inputs, model_dir: Path, after: float | None) -> Summary:
@@ -210,6 +229,7 @@ def _summarise(trainer: PackTrainer, recipe: Recipe, inputs: Inputs, model_dir: 
         train_loss_first=losses[0] if losses else None,
         train_loss_last=losses[-1] if losses else None,
         updates=trainer.state.global_step,
+        skipped_updates=trainer.finite.skipped,
         micro_batches_per_update=plan.gradient_accumulation_steps,
         examples=len(inputs.train),
         epochs=round(trainer.state.epoch or 0, 4),

@@ -31,6 +31,7 @@ class Summary:
     train_loss_first: float | None
     train_loss_last: float | None
     updates: int
+    skipped_updates: int = 0  # of these, left out because they were not finite
     micro_batches_per_update: int
     examples: int
     epochs: float
@@ -71,6 +72,7 @@ class Summary:
         frozen = f", {self.frozen_parameters:,} frozen" if self.frozen_parameters else ""
         return lines + [
             ("updates", f"{self.updates:,} ({self.micro_batches_per_update} x {self.world_size} micro-batches each)"),
+            *([("left out", f"{self.skipped_updates:,} updates that were not finite")] if self.skipped_updates else []),
             ("examples", f"{self.examples:,} x {self.epochs:g} epochs"),
             ("time in updates", f"{self.seconds:.1f} s"),
             ("peak memory", f"{self.peak_memory / 2**20:,.0f} MiB ({self.peak_memory_of})"),

@@ -266,10 +266,13 @@ class PackTrainer(Trainer):
 
     # Logs
 
+    def _over_ranks(self, counts: list[int]) -> list[int]:
+        return self.accelerator.reduce(torch.tensor(counts, device=self.args.device), reduction="sum").tolist()
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Training logs gain this rank's real tokens/s, filler share and the objective's figures since the last one."""
+        """Training logs gain real tokens/s, filler share and the objective's figures since the last one, of all ranks."""
         if "loss" in logs:
-            logs |= self.meter.since(self._logged_meter)
+            logs |= self.meter.since(self._logged_meter, self._over_ranks)
             self._logged_meter = copy.copy(self.meter)
             logs |= means_of(self._sums, skip=("loss",))
             self._sums.clear()

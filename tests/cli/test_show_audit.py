@@ -66,3 +66,9 @@ def test_a_recipe_is_judged_by_what_it_trains_with(tmp_path):
     recipe.write_text(RECIPE.format(attention="sdpa", strategy="balanced").replace("llama", "biogpt"))
     safe, text = audit(recipe)
     assert not safe and "the recipe's own, sdpa and flat (train): leaks" in text
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "tpu"])
+def test_a_device_that_is_not_there_is_our_error(device):
+    with pytest.raises(ModelError, match="--device: is not a device of this machine"):
+        show_audit("llama", Console(file=StringIO()), implementations=None, layouts=None, device=device)

@@ -14,6 +14,7 @@ from packtrain.experiments.comparison.results import (
     read_runs,
     run_path,
     slug,
+    write_atomically,
 )
 from tests.experiments.synthetic_runs import make_manifest, make_run, make_update, store
 
@@ -68,3 +69,10 @@ def test_slugs_are_file_names():
         "balanced-8k",
         "my.mod-fn-..-x",
     ]
+
+
+def test_a_report_that_cannot_be_written_is_our_error(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file" / "report.html", tmp_path):  # below a file, and in the place of a directory
+        with pytest.raises(PacktrainError, match="can't be written"):
+            write_atomically(path, "text")

@@ -299,7 +299,7 @@ def test_gradients_pass_frozen_embeddings_only_when_asked(saved):
 @pytest.mark.parametrize(
     ("lora", "parts"),
     [
-        ({"target_modules": ["q_prj"]}, ["q_prj", "all-linear or some of", "q_proj"]),
+        ({"target_modules": ["q_prj"]}, ["q_prj", "all-linear or a list of some of", "q_proj"]),
         ({"r": 0, "target_modules": "all-linear"}, ["positive"]),
         ({"init_lora_weights": "gausian", "target_modules": "all-linear"}, ["gausian"]),
     ],

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from packtrain.errors import ModelError
 from packtrain.modeling.audit.models import tiny_model
-from packtrain.modeling.positions import position_start
+from packtrain.modeling.positions import check_positions, position_start
 
 
 @pytest.mark.parametrize(
@@ -44,3 +45,31 @@ def test_positions_from_the_start_change_nothing_and_others_do(architecture, fie
         ):  # control, for absolute positions
             shifted = model(input_ids=document, position_ids=torch.arange(9)[None] + start + 1)[0]
             assert (shifted - alone).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "opt", "bert", "roberta"])
+def test_a_document_beyond_the_learnt_positions_is_refused(architecture):
+    """The longest that is let through runs, and one token more does not."""
+    model = tiny_model(architecture)
+    most = next(longest for longest in range(model.config.max_position_embeddings, 0, -1) if fits(model, longest))
+    ids = torch.full((1, most), 5)
+    model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    with pytest.raises(ModelError, match=f"and the model {most:,} positions"):
+        check_positions(model, most + 1)
+    with pytest.raises((IndexError, RuntimeError)):
+        ids = torch.full((1, most + 1), 5)
+        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+
+
+def fits(model, longest: int) -> bool:
+    try:
+        return check_positions(model, longest) is None
+    except ModelError:
+        return False
+
+
+def test_a_document_beyond_rotary_positions_is_said():
+    model = tiny_model("llama")
+    most = model.config.max_position_embeddings
+    assert check_positions(model, most) is None
+    assert f"made for {most:,} positions" in check_positions(model, most + 1)

@@ -227,3 +227,8 @@ def test_planning_needs_no_torch():
         "describe(make_plan([3, 4, 5])); sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'datasets')))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_more_epochs_than_can_be_planned_are_refused(sft_lengths):
+    with pytest.raises(PlanError, match="training.max_steps: is more than 100,000 epochs"):
+        make_plan(sft_lengths, strategy="balanced", max_steps=10**12)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -134,6 +137,58 @@ def test_killed_and_resumed_ends_with_the_weights_of_an_unbroken_run(tmp_path, r
     assert all(torch.equal(resumed[name], value) for name, value in unbroken.items())
 
 
+def test_resuming_a_finished_run_changes_nothing(tmp_path, recipe_file):
+    """Also where `max_steps` ends within an epoch, and where the run ends with its last one."""
+    for settings in (["max_steps=3"], []):
+        recipe_file.write_text(RECIPE.replace("OUT", str(tmp_path / f"run{len(settings)}")))
+        first = train(load_recipe(recipe_file, settings))
+        weights = weights_of(Path(first.model_dir))
+        again = train(load_recipe(recipe_file, settings), resume=True)
+        assert again.updates == first.updates and again.epochs == first.epochs
+        assert all(torch.equal(weights[name], value) for name, value in weights_of(Path(again.model_dir)).items())
+
+
+def test_a_directory_under_home_is_one_directory(tmp_path, recipe_file, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    summary = train(load_recipe(recipe_file, ["training.output_dir=~/run", "max_steps=1"]))
+    assert summary.output_dir == str(tmp_path / "home/run")
+    found = {path.name for path in (tmp_path / "home/run").iterdir()}
+    assert {"model", "recipe.yaml", "summary.json", "engine.json", "checkpoint-1"} <= found
+
+
+def test_a_run_that_will_be_replaced_is_said(tmp_path, recipe_file):
+    out, recipe = io.StringIO(), load_recipe(recipe_file, ["max_steps=1"])
+    train(recipe, console=Console(file=out))
+    assert "holds another run" not in out.getvalue()
+    (tmp_path / "run/nonfinite.jsonl").write_text("of the first run")
+    train(recipe, console=Console(file=out))
+    assert "holds another run" in out.getvalue() and "--resume goes on with it" in out.getvalue()
+    assert not (tmp_path / "run/nonfinite.jsonl").exists()
+
+
+def test_updates_that_are_left_out_are_said(tmp_path, recipe_file, caplog):
+    summary = train(load_recipe(recipe_file, ["on_nonfinite=skip", "learning_rate=1e12", "max_steps=4"]))
+    assert summary.skipped_updates >= 1 and summary_of(tmp_path)["skipped_updates"] == summary.skipped_updates
+    assert caplog.text.count("is left out: its") == summary.skipped_updates
+    assert any(name == "left out" for name, _ in summary._lines())
+
+
+def test_half_precision_on_a_cpu_is_refused(recipe_file):
+    with pytest.raises(PacktrainError, match="training.fp16: has no effect on a CPU"):
+        train(load_recipe(recipe_file, ["fp16=true"]))
+
+
+def test_examples_beyond_the_positions_of_the_model(recipe_file):
+    """Learnt ones are an error before training, others a warning."""
+    gpt2 = "model.config={model_type: gpt2, n_layer: 1, n_embd: 16, n_head: 2, n_positions: 16}"
+    with pytest.raises(PacktrainError, match=r"data.max_length: an example has \d+ tokens, and the model 16 positions"):
+        train(load_recipe(recipe_file, [gpt2, "attn_implementation=auto", "max_steps=1"]))
+    out = io.StringIO()
+    short = ["model.config.max_position_embeddings=16", "max_steps=1"]
+    train(load_recipe(recipe_file, short), console=Console(file=out, width=200))
+    assert "the model was made for 16 positions" in out.getvalue()
+
+
 def test_two_processes_train_the_recipe_as_one_does(tmp_path, recipe_file):
     alone = train(load_recipe(recipe_file, ["model.config.attention_dropout=0"]))
     done = subprocess.run(
@@ -142,6 +197,8 @@ def test_two_processes_train_the_recipe_as_one_does(tmp_path, recipe_file):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     both = summary_of(tmp_path)
+    rates = [float(rate.replace(",", "")) for rate in re.findall(r"([\d,]+) real tokens/s", done.stdout)]
+    assert max(rates[1:]) > 0.6 * both["real_tokens_per_second"]  # of both ranks, as in the summary
     assert both["world_size"] == 2 and both["real_tokens"] == alone.real_tokens
     assert both["train_loss_last"] == pytest.approx(alone.train_loss_last, rel=1e-5)
     assert both["held_out_loss_after"] == pytest.approx(alone.held_out_loss_after, rel=1e-5)

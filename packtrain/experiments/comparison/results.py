@@ -203,11 +203,22 @@ def _record(data: dict[str, Any]) -> Update | HeldOut | End:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write all of `text` or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    """Write all of `text` or nothing.
+
+    Raises:
+        PacktrainError: it can't be written there.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    except OSError as error:
+        what, fix = (
+            f"can't be written: {error.strerror}",
+            "name a file in a directory with room, or a directory for one",
+        )
+        raise PacktrainError(what, where=str(path), fix=fix) from None
 
 
 def write_manifest(directory: Path, manifest: Mapping[str, Any]) -> None:

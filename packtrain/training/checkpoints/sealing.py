@@ -72,6 +72,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         if not isinstance(manifest["files"], dict) or told != _self_hash(manifest):
             raise ValueError("not what was written")
     except FileNotFoundError:
+        if not directory.is_dir():
+            raise CheckpointError("there is no such directory", where=str(directory)) from None
         ours = (directory / UNFINISHED).exists()
         what = (
             "is unfinished: it has no manifest"
