@@ -9,6 +9,7 @@ Lines count from 1, as editors show them; rows of a table from 0, as `dataset[i]
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,9 @@ from packtrain.data.cache import hash_of, stat_files
 from packtrain.data.formats import FORMATS, Chat, Ids, find_format
 from packtrain.data.readers import OPENERS, Reader, Row, TableReader
 from packtrain.data.report import BadRow
-from packtrain.errors import DataError
+from packtrain.errors import DataError, shorten
+
+logger = logging.getLogger(__name__)
 
 _LOOKED_AT = 100  # rows whose keys are the columns
 _AT_ONCE = 1000  # rows read at once while iterating
@@ -250,6 +253,10 @@ def _files_of(directory: Path, split: str) -> list[Path]:
     if len(kinds) > 1:
         fix = "name one file, or keep files of one kind in the directory"
         raise DataError(f"holds files of several kinds: {', '.join(sorted(kinds))}", where=str(directory), fix=fix)
+    if unnamed := [path.name for path in files.get("", ()) if path not in chosen]:
+        logger.warning(
+            "%s: not read, as their names say no split, and those of others do: %s", directory, shorten(unnamed)
+        )
     return chosen
 
 

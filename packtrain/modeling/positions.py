@@ -31,11 +31,8 @@ def check_positions(model: nn.Module, longest: int) -> str | None:
         if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in TABLES:
             rows = module.num_embeddings - getattr(module, "offset", position_start(model))
             if longest > rows:
-                what, fix = (
-                    f"an example has {longest:,} tokens, and the model {rows:,} positions",
-                    f"set it to {rows} or less",
-                )
-                raise ModelError(what, key="data.max_length", fix=fix)
+                what = f"an example has {longest:,} tokens, and the model {rows:,} positions"
+                raise ModelError(what, key="data.max_length", fix=f"set it to {rows} or less")
             return None
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if most is not None and longest > most:

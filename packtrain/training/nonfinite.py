@@ -27,8 +27,9 @@ from packtrain.errors import NonFiniteError, PacktrainError
 if TYPE_CHECKING:
     from packtrain.training.trainer import PackTrainer
 
-FILE = "nonfinite.jsonl"
 logger = logging.getLogger(__name__)
+
+FILE = "nonfinite.jsonl"
 SHOWN = 12  # example ids in a message; the file has all
 
 
