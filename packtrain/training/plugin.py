@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from torch.utils.data import Dataset
 from transformers import Trainer
 
 from packtrain.data.examples import Examples
 from packtrain.errors import DataError, PacktrainError
 from packtrain.modeling.attention import choose_implementation
+from packtrain.modeling.audit.settings import base
 from packtrain.modeling.positions import position_start
 from packtrain.objectives.logits import NOT_MODEL_INPUTS
 from packtrain.packing.collator import MicroBatches, PackCollator
@@ -34,7 +34,12 @@ from packtrain.packing.strategies import resolve_strategy
 from packtrain.training.engines.isolation import NOT_CHECKED, check_isolation, compute_dtype
 from packtrain.training.loader import PlanLoader, values_of_plan
 from packtrain.training.meters import Meter
-from packtrain.training.plugin_checks import agreed_settings, refuse_changes, refuse_contradictions, without_effect
+from packtrain.training.plugin_checks import (
+    agreed_settings,
+    refuse_changes,
+    refuse_contradictions,
+    without_effect,
+)
 from packtrain.training.plugin_plan import TrainersOrder, examples_per_step, fits, plan_attached
 from packtrain.training.plugin_proof import Proof
 from packtrain.training.trainer import StepEnd
@@ -65,7 +70,7 @@ def attach(
         max_tokens: most tokens in one micro-batch. By default a step-scope strategy keeps the trainer's
             `gradient_accumulation_steps`; with `max_tokens` it is raised until every micro-batch fits.
         attn_implementation: "auto" is `packtrain_varlen` for flat layouts.
-        allow_contamination: train even where the model lets documents of a batch see each other.
+        allow_contamination: train even where the model lets documents of a batch see each other, which changes losses.
         allow_differences: train even where the trainer's own batches of the same documents have another loss.
 
     Raises:
@@ -74,8 +79,8 @@ def attach(
             leaves the trainer as it was.
     """
     refuse_contradictions(trainer, strategy, max_tokens)
-    rule, order = resolve_strategy(strategy), TrainersOrder(trainer)
-    examples = _examples(trainer)
+    rule, examples = resolve_strategy(strategy), _examples(trainer)
+    order = TrainersOrder(trainer)
     plan = plan_attached(trainer, examples, strategy, max_tokens, order)
     collator = PackCollator(
         layout=plan.layout,
@@ -143,19 +148,19 @@ def _take_todays_order(order: TrainersOrder, plan: Plan, max_tokens: int | None)
 
 @contextmanager
 def _as_it_was_if_refused(trainer: Trainer) -> Iterator[None]:
-    base = _without_adapter(trainer.accelerator.unwrap_model(trainer.model))
-    implementation, use_cache = base.config._attn_implementation, base.config.use_cache
+    inner = base(trainer.accelerator.unwrap_model(trainer.model))
+    implementation, use_cache = inner.config._attn_implementation, inner.config.use_cache
     try:
         yield
     except PacktrainError:
-        base.config.use_cache = use_cache
-        if base.config._attn_implementation != implementation:
-            base.set_attn_implementation(implementation)
+        inner.config.use_cache = use_cache
+        if inner.config._attn_implementation != implementation:
+            inner.set_attn_implementation(implementation)
         raise
 
 
 def _without_cache(trainer: Trainer) -> list[str]:
-    config = _without_adapter(trainer.accelerator.unwrap_model(trainer.model)).config
+    config = base(trainer.accelerator.unwrap_model(trainer.model)).config
     changed, config.use_cache = config.use_cache, False
     return ["use_cache True -> False"] if changed else []
 
@@ -164,19 +169,15 @@ def _prepare_model(trainer: Trainer, layout: str, attn_implementation: str, allo
     """Set the model's attention for batches of this layout, and ask it whether documents stay apart; what was changed,
     in words."""
     model = trainer.accelerator.unwrap_model(trainer.model)
-    base, changes = _without_adapter(model), []
-    before = base.config._attn_implementation
-    args, dtype = trainer.args, compute_dtype(trainer.args, base.dtype)
+    inner, changes = base(model), []
+    before = inner.config._attn_implementation
+    args, dtype = trainer.args, compute_dtype(trainer.args, inner.dtype)
     chosen = choose_implementation(attn_implementation, layout, args.device, dtype)
     if chosen is not None and chosen != before:
-        base.set_attn_implementation(chosen)
+        inner.set_attn_implementation(chosen)
         changes.append(f"attn_implementation {before} -> {chosen}")
     found = check_isolation(model, layout, args.device, dtype=dtype, allow_contamination=allow_contamination)
     return [*changes, f"whether documents see each other is {found}"] if found.startswith(NOT_CHECKED) else changes
-
-
-def _without_adapter(model: torch.nn.Module) -> transformers.PreTrainedModel:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 # The batch: what the trainer's own loss passes to the model
@@ -186,6 +187,8 @@ def _examples(trainer: Trainer) -> Examples:
     try:
         return Examples.from_dataset(trainer.train_dataset)
     except DataError as error:
+        if "on_bad_row" not in (error.fix or ""):  # of a recipe
+            raise
         fix = "mend these rows, or leave them out of train_dataset (`train_dataset.filter`)"
         raise DataError(error.what, where=error.where, key="train_dataset", value=error.value, fix=fix) from None
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from numbers import Integral
 from typing import Any
 
 from transformers import PreTrainedModel, Trainer
 
 from packtrain.errors import PacktrainError
+from packtrain.modeling.audit.settings import base
 from packtrain.modeling.router_loss import has_router_loss
 from packtrain.packing.strategies import resolve_strategy
 
@@ -21,7 +23,7 @@ def refuse_contradictions(trainer: Trainer, strategy: str, max_tokens: int | Non
         raise PacktrainError("is not a transformers.Trainer", key="trainer", value=type(trainer).__name__)
     if not isinstance(strategy, str):
         raise PacktrainError("is not the name of a strategy", key="strategy", value=strategy)
-    if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 1):
+    if max_tokens is not None and (not isinstance(max_tokens, Integral) or max_tokens < 1):
         raise PacktrainError("is not a number of tokens", key="max_tokens", value=max_tokens)
     _refuse_models(trainer)
     args, data = trainer.args, trainer.train_dataset
@@ -67,13 +69,12 @@ def refuse_contradictions(trainer: Trainer, strategy: str, max_tokens: int | Non
 
 
 def _refuse_models(trainer: Trainer) -> None:
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if not isinstance(base, PreTrainedModel):
-        raise PacktrainError("is not a model of transformers", key="trainer.model", value=type(base).__name__)
-    if base.config.is_encoder_decoder:
+    inner = base(trainer.accelerator.unwrap_model(trainer.model))
+    if not isinstance(inner, PreTrainedModel):
+        raise PacktrainError("is not a model of transformers", key="trainer.model", value=type(inner).__name__)
+    if inner.config.is_encoder_decoder:
         what, fix = "packtrain lays out one sequence per document, this model reads two", "take a decoder or an encoder"
-        raise PacktrainError(what, key="trainer.model", value=type(base).__name__, fix=fix)
+        raise PacktrainError(what, key="trainer.model", value=type(inner).__name__, fix=fix)
     if trainer.model_init is not None:
         what, fix = "makes another model when training begins, which is not the one that is attached", "pass `model`"
         raise PacktrainError(what, key="trainer.model_init", fix=fix)

@@ -120,7 +120,7 @@ class Proof:
         self.dtype = compute_dtype(trainer.args, weight.dtype)
         self.tolerance = tolerance(self.dtype, weight.device)
         self.before, self.not_asked = None, cannot_ask(model)
-        if weight.device.type != trainer.args.device.type:
+        if self.not_asked is None and weight.device.type != trainer.args.device.type:
             self.not_asked = f"weights are on the {weight.device.type} until training"
         if self.not_asked is None and has_router_loss(model.config):
             self.not_asked = "the router loss depends on the layout"

@@ -139,7 +139,8 @@ def build_trainer(
     if console and prepared.note and trainer.is_world_process_zero():
         trained = "; these rows train beside the adapters" if prepared.lora and recipe.lora is not None else ""
         console.print(f"new tokens   {prepared.note}{trained}", highlight=False)
-    far = check_positions(model, int(inputs.train.lengths.max()))
+    longest = max(int(part.lengths.max()) for part in (inputs.train, inputs.held_out) if part is not None)
+    far = check_positions(model, longest)
     if far and console and trainer.is_world_process_zero():
         console.print(f"warning      {far}", highlight=False)
     if recipe.objective.name != "block_diffusion":  # whose attention isolates and takes no other batch

@@ -119,7 +119,7 @@ def test_asking_draws_no_random_numbers_and_leaves_training_mode(tmp_path, docum
     trainer = make(tmp_path, documents)
     trainer.model.train()
     state = torch.get_rng_state()
-    packtrain.attach(trainer)
+    packtrain.attach(trainer, max_tokens=np.int64(4096))
     assert torch.equal(torch.get_rng_state(), state)
     assert trainer.model.training
 
@@ -245,6 +245,8 @@ def test_a_bad_row_is_reported_with_what_can_be_done_here(tmp_path):
     rows = datasets.Dataset.from_dict({"input_ids": [[5, 6], []]})
     with pytest.raises(PacktrainError, match="row 1.*\n.*train_dataset.filter"):
         packtrain.attach(make(tmp_path, rows))
+    with pytest.raises(PacktrainError, match="no rows with a column 'input_ids'.*\n.*tokenise the rows"):
+        packtrain.attach(make(tmp_path, datasets.Dataset.from_dict({"text": ["one"]})))
 
 
 # Between attaching and training

@@ -198,7 +198,7 @@ def test_two_processes_train_the_recipe_as_one_does(tmp_path, recipe_file):
     assert done.returncode == 0, done.stderr[-2000:]
     both = summary_of(tmp_path)
     rates = [float(rate.replace(",", "")) for rate in re.findall(r"([\d,]+) real tokens/s", done.stdout)]
-    assert max(rates[1:]) > 0.6 * both["real_tokens_per_second"]  # of both ranks, as in the summary
+    assert max(rates) >= round(both["real_tokens_per_second"])  # the mean of the run: rates are of both ranks, too
     assert both["world_size"] == 2 and both["real_tokens"] == alone.real_tokens
     assert both["train_loss_last"] == pytest.approx(alone.train_loss_last, rel=1e-5)
     assert both["held_out_loss_after"] == pytest.approx(alone.held_out_loss_after, rel=1e-5)
