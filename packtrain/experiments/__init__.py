@@ -1,1 +1,0 @@
-"""Comparisons and benchmarks: the sixth room."""

@@ -1,1 +1,0 @@
-"""`packtrain compare`: variants run side by side, and the report of it."""

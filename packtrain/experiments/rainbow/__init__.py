@@ -1,1 +1,0 @@
-"""Tails of diffusion models: the oracle, the trained experiment, `packtrain sample` and `evaluate`."""

@@ -1,5 +1,0 @@
-"""`python -m packtrain.experiments.rainbow`."""
-
-from packtrain.experiments.rainbow.trained import main
-
-main()

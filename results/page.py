@@ -1,0 +1,51 @@
+"""Writes what the pages of all studies share: the command, the machine and the packages that figures come from."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from packtrain.training.summary import describe_machine, name_machine, package_versions
+
+RESULTS = Path(__file__).resolve().parent
+
+
+def command_line(study: str) -> str:
+    """The command as it was given: `python results/attach/run.py --rounds 1`."""
+    return shlex.join(["python", f"results/{study}/run.py", *sys.argv[1:]])
+
+
+def origin(study: str) -> dict[str, Any]:
+    """The command, the machine, the packages and the number of torch's threads."""
+    return {
+        "command": command_line(study),
+        "machine": describe_machine(),
+        "packages": package_versions(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def origin_lines(result: Mapping[str, Any], *packages: str) -> list[str]:
+    """The same as the last lines of a page, with the versions of `packages`."""
+    versions = ", ".join(f"{name} {result['packages'][name]}" for name in packages)
+    machine = name_machine(result["machine"], result["threads"])
+    return ["", f"Machine: {machine}; {versions}.", "", f"    {result['command']}", ""]
+
+
+def limits(text: str) -> list[str]:
+    """The paragraph of a page about what its figures do not show."""
+    return ["", *textwrap.wrap("**What this does not show.** " + text, width=118)]
+
+
+def store(directory: Path, result: Mapping[str, Any], page: str) -> None:
+    """Write `bench.json` and `README.md`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "bench.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (directory / "README.md").write_text(page, encoding="utf-8")
