@@ -19,8 +19,8 @@ export CONFIG
 if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && python - "$@" <<'END'
 import sys
 from pathlib import Path
-from packtrain.recipe import load_recipe
-from packtrain.training.checkpoints.sealing import is_sealed
+from packtrain import load_recipe
+from packtrain.training.sealing import is_sealed
 
 sets = [value for option, value in zip(sys.argv, sys.argv[1:]) if option == "--set"]
 run = Path(load_recipe(sys.argv[1], sets).training["output_dir"])

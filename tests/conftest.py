@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from packtrain.data.examples import Examples
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -42,3 +50,29 @@ def sft_lengths() -> np.ndarray:
     """2,000 lengths like those of instruction data: lognormal, median ~90, longest 1,024."""
     draws = np.random.default_rng(0).lognormal(4.5, 0.9, 2000)
     return np.clip(draws, 5, 1024).astype(np.int32)
+
+
+@pytest.fixture
+def write_rows(tmp_path: Path) -> Callable[..., Path]:
+    """Write rows as JSON lines; a string or bytes is a line as it stands."""
+
+    def write(*rows: dict | str | bytes, name: str = "rows.jsonl") -> Path:
+        lines = [row if isinstance(row, str | bytes) else json.dumps(row) for row in rows]
+        path = tmp_path / name
+        path.write_bytes(b"".join((line if isinstance(line, bytes) else line.encode()) + b"\n" for line in lines))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def build(write_rows) -> Callable[..., Examples]:
+    """Examples of rows written down in the test."""
+
+    def build(rows: Iterable[dict], tokenizer: PreTrainedTokenizerFast, **options) -> Examples:
+        from packtrain.data.examples import build_examples
+        from packtrain.data.sources import open_rows
+
+        return build_examples(open_rows(write_rows(*rows)), tokenizer, **options)
+
+    return build

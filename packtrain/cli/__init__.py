@@ -1,4 +1,4 @@
-"""The command line: `packtrain train | plan | show | audit | compare | report | sample | evaluate`.
+"""The command line: `packtrain init | train | plan | show | audit | keys | compare | report | sample | evaluate`.
 
     packtrain train recipes/quickstart.yaml
     packtrain audit gpt_oss
@@ -7,7 +7,7 @@
     packtrain show recipes/sft.yaml --step 3
     torchrun --nproc_per_node 2 -m packtrain train recipes/sft.yaml
 
-What a user can mend is printed without a traceback, with exit code 2; Ctrl-C exits with 130. A training run that is
+What a user can fix is printed without a traceback, with exit code 2; Ctrl-C exits with 130. A training run that is
 told to stop saves a checkpoint and exits with 75; a second signal, five seconds later or more, ends it at once.
 Heavy libraries are imported by the verb that needs them, so that help and errors come at once.
 """
@@ -25,10 +25,17 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from packtrain import __version__
-from packtrain.cli.diffusion import evaluate, sample
-from packtrain.cli.experiments import audit, compare, report
+from packtrain.cli.audit import audit
+from packtrain.cli.compare import compare
+from packtrain.cli.evaluate import evaluate
+from packtrain.cli.init import init
+from packtrain.cli.keys import keys
 from packtrain.cli.options import LAST, RANK
-from packtrain.cli.recipes import plan, show, train
+from packtrain.cli.plan import plan
+from packtrain.cli.report import report
+from packtrain.cli.sample import sample
+from packtrain.cli.show import show
+from packtrain.cli.train import train
 from packtrain.errors import PacktrainError, Stopped
 
 
@@ -96,7 +103,7 @@ def _options(
     pass
 
 
-for verb in (train, plan, show, audit, compare, report, sample, evaluate):
+for verb in (init, train, plan, show, audit, keys, compare, report, sample, evaluate):
     app.command()(verb)
 
 

@@ -1,1 +1,1 @@
-"""Rows -> examples: the first room."""
+"""Rows -> examples."""

@@ -1,4 +1,8 @@
-"""Rows -> token ids and what is learnt from: one batch of rows in, one Arrow table out.
+"""Rows -> tokenised documents on disk, each row once: token ids, and which of them are learnt.
+
+`tokenize` maps rows through an `Encoder` by `datasets.map`, in as many processes as asked for. The dataset that is mapped
+holds row numbers only; every process reads and parses its own rows. The result goes to packtrain's own cache (see
+`packtrain.data.store`), under a fingerprint of all that decides it.
 
 What a chat template renders is the template's own affair, its BOS and its end of turn included. Plain text gets
 the tokenizer's BOS (if it puts one) in front and one eos behind, neither ever twice:
@@ -25,20 +29,119 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from packtrain.data.formats import FORMATS, IGNORED, Chat, Ids, Row, Text
+from packtrain.data import store
+from packtrain.data.formats import FORMATS, IGNORED, OPTIONAL_COLUMNS, Chat, Ids, Row, Text, find_format
 from packtrain.data.report import BadRow
+from packtrain.data.sources import Rows
+from packtrain.data.store import Documents, ListColumn
 from packtrain.errors import DataError
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from transformers import PreTrainedTokenizerBase
 
+
 MERGED, UNLIKE, NO_EOS = 1, 2, 4  # flags of a row, in the column `flags`
 _GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_BATCH = 1000  # rows tokenised in one call, and of one Arrow record batch
+
+
+def tokenize(
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    format: str = "auto",
+    completion_only_loss: bool | None = None,
+    assistant_only_loss: bool = False,
+    num_proc: int | None = None,
+    cache_dir: str | Path | None = None,
+) -> Documents:
+    """Makes one document per row, or finds them in the cache; arguments as for `build_examples`.
+
+    Raises:
+        DataError: columns, options and tokenizer don't go together. Bad rows are in `problems`.
+    """
+    format, also = find_format(rows.columns, format)
+    encoder = Encoder(
+        tokenizer,
+        format,
+        completion_only=completion_only_loss,
+        assistant_only=assistant_only_loss,
+    )
+    fingerprint = store.hash_of(
+        store.STORE_VERSION,
+        rows.fingerprint,
+        store.tokenizer_fingerprint(tokenizer),
+        format,
+        encoder.completion_only,
+        encoder.assistant_only,
+    )
+    found = store.find_store(fingerprint, cache_dir)
+    if found is not None:
+        return found
+    with store.staging(cache_dir) as directory, store.one_builder(fingerprint, cache_dir):
+        found = store.find_store(fingerprint, cache_dir)  # built by another rank while this one waited
+        if found is not None:
+            return found
+        table = _map(rows, encoder, directory, num_proc)
+        np.save(directory / "lengths.npy", ListColumn("input_ids", table["input_ids"]).lengths())
+        np.save(directory / "supervised.npy", table["supervised"].to_numpy())
+        bad = np.flatnonzero(table["problem"].is_valid().to_numpy()).tolist()
+        facts = {
+            "fingerprint": fingerprint,
+            "format": format,
+            "problems": [(row, table["problem"][row].as_py()) for row in bad],
+            "notes": _notes(rows, format, also) + notes_of(table["flags"].to_numpy(), tokenizer),
+        }
+        return store.publish(directory, facts, cache_dir)
+
+
+def encode_batch(batch: dict[str, list[int]], *, rows: Rows, encoder: Encoder) -> pa.Table:
+    """Tokenises rows `batch["row"]`, which follow one another; worker processes run it."""
+    return encoder(rows.read(batch["row"][0], batch["row"][-1] + 1))
+
+
+def _map(rows: Rows, encoder: Encoder, directory: Path, num_proc: int | None) -> pa.Table:
+    """Tokenises all rows into `directory/tokens*.arrow` and returns the table, one row per row."""
+    import datasets
+    import pyarrow as pa
+
+    schema = encoder([]).schema
+    processes = min(num_proc or 1, -(-len(rows) // _BATCH))
+    mapped = datasets.Dataset.from_dict({"row": np.arange(len(rows))}).map(
+        encode_batch,
+        batched=True,
+        batch_size=_BATCH,
+        fn_kwargs={"rows": rows, "encoder": encoder},
+        remove_columns=["row"],
+        features=datasets.Features.from_arrow_schema(schema),
+        num_proc=processes if processes > 1 else None,
+        cache_file_name=str(directory / "tokens.arrow"),
+        load_from_cache_file=False,
+        new_fingerprint=directory.name.strip("."),  # that of `datasets` would hash all rows and the tokenizer
+        desc="Tokenizing",
+    )
+    files = [file["filename"] for file in mapped.cache_files]
+    return pa.concat_tables(pa.ipc.open_stream(pa.memory_map(file)).read_all() for file in files)
+
+
+def _notes(rows: Rows, format: str, also: Sequence[str]) -> list[str]:
+    notes = []
+    if also:
+        notes.append(f"the columns also fit the format {' and '.join(also)}; `data.format` chooses")
+    used = set(FORMATS[format].columns + OPTIONAL_COLUMNS.get(format, ()))
+    unused = [column for column in rows.columns if column not in used]
+    if unused:
+        notes.append(f"columns not used: {', '.join(unused)}")
+    return notes
+
+
+# ------------------------------------------------------------------ one batch of rows in, one Arrow table out
 
 
 @dataclass(kw_only=True)
@@ -86,11 +189,11 @@ class Encoder:
 
     @property
     def all_learnt(self) -> bool:
-        """Every label is its token, but for the first of each example. Rows of token ids may bring labels of their own."""
+        """Whether every label but the first of each example is its token. Rows of token ids may bring their own labels."""
         return not (self.completion_only or self.assistant_only or self.format == "input_ids")
 
     def __call__(self, rows: Sequence[Row | BadRow]) -> pa.Table:
-        """Tokenise a batch: a table with one row for each row.
+        """Tokenises a batch: a table with one row for each row.
 
         Columns: `input_ids` list<int32>; `labels` list<int32> or `learnt` list<uint8> (neither where all is
         learnt); `supervised` int32; `blanks` int32, tokens of nothing but white space behind an eos at the end (of
@@ -185,7 +288,7 @@ class Encoder:
         return _checked(_Draft(ids=ids.astype(np.int32), labels=labels.astype(np.int32)))
 
     def _tokenise(self, drafts: list[_Draft]) -> None:
-        """Tokenise wholes and prompts, each in one call, and finish the drafts in place."""
+        """Tokenises wholes and prompts, each in one call, and finishes the drafts in place."""
         wholes = self._ids([draft.text for draft in drafts])
         prompts = iter(self._ids([draft.prompt for draft in drafts if draft.prompt]))
         for draft, whole in zip(drafts, wholes, strict=True):
@@ -200,7 +303,7 @@ class Encoder:
             self._finish(draft, np.array(whole, dtype=np.int32), np.arange(len(whole)) >= start)
 
     def _join(self, draft: _Draft, whole: list[int], prompt: list[int]) -> tuple[list[int], int]:
-        """Ids of the whole and the position of its first completion token."""
+        """Returns the ids of the whole and the position of its first completion token."""
         if whole[: len(prompt)] == prompt:
             return whole, len(prompt)
         if draft.text.startswith(draft.prompt):
@@ -211,7 +314,7 @@ class Encoder:
         return whole, parting
 
     def _continuation(self, text: str) -> list[int]:
-        """Ids of a text that does not start its sequence: without the blank some SentencePiece models put first."""
+        """Returns the ids of a text inside a sequence: without the blank that some SentencePiece models put first."""
         newline, behind = self._ids(["\n", "\n" + text])
         return behind[len(newline) :] if behind[: len(newline)] == newline else self._ids([text])[0]
 
@@ -262,7 +365,7 @@ class Encoder:
 
 
 def _checked(draft: _Draft) -> _Draft:
-    """The draft, or one with a problem where nothing can be learnt from it."""
+    """Returns the draft, or one with a problem where nothing can be learnt from it."""
     if (draft.labels != IGNORED).any():
         return draft
     if len(draft.ids) < 2:
@@ -271,7 +374,7 @@ def _checked(draft: _Draft) -> _Draft:
 
 
 def _added_in_front(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that the tokenizer puts before a text by itself: usually `[bos]`, or nothing."""
+    """Returns the ids that the tokenizer puts before a text by itself: usually `[bos]`, or nothing."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
     starts = (i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare)
@@ -279,7 +382,7 @@ def _added_in_front(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def notes_of(flags: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What `flags` (uint8 `[rows]`) say, for the report."""
+    """Puts what `flags` (uint8 `[rows]`) say into words, for the report."""
     merged, unlike, no_eos = (int(np.count_nonzero(flags & flag)) for flag in (MERGED, UNLIKE, NO_EOS))
     notes = []
     if merged:

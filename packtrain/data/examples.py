@@ -1,37 +1,49 @@
 """Rows -> examples: tokenise once, then read token ids and labels of any examples in one call.
 
     rows = open_rows("train.jsonl")
-    examples = build_examples(rows, tokenizer, max_length=2048, overflow="truncate")
+    examples = build_examples(rows, tokenizer, max_length=2048, overflow="truncate")     # or a recipe's: load_examples
     examples.lengths                        # int32 [n]: all that a plan needs
     ids, labels = examples.gather([3, 1])   # int64 [L3 + L1]: two documents, end to end
 
 Tokens are stored once per rows, tokenizer and loss mask. What only chooses among them (`max_length`, `overflow`,
-`on_bad_row`, `take`, `hold_out`) is a view: example i is the tokens `starts[i] .. starts[i] + lengths[i]` of
-document `rows[i]`, so changing `max_length` tokenises nothing again.
+`on_bad_row`, `take`, `hold_out`) is a `View`: example i is the tokens `starts[i] .. starts[i] + lengths[i]` of
+document `rows[i]`, so changing `max_length` tokenises nothing again. Bad rows are left out, long ones treated as
+`overflow` says:
+
+    max_length 4      document a b c d e f g h i
+    truncate                   [a b c d]
+    split                      [a b c d] [e f g h]         [i] predicts nothing and is left out
+    drop                       (none)
+    error                      DataError
+
+The first token of a piece has no label, and a piece without any supervised token is no example. All of it works
+on arrays of lengths; tokens are read only to count the supervised ones of pieces.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from packtrain.data import cache
-from packtrain.data.report import DataReport
-from packtrain.data.selection import View, select
+from packtrain.data import store
+from packtrain.data.encoding import tokenize
+from packtrain.data.formats import FORMATS, find_format
+from packtrain.data.report import SHOWN, DataReport, bad_rows_error
 from packtrain.data.sources import Rows, describe_request, find_files, open_rows
-from packtrain.data.tokenizing import tokenize
-from packtrain.data.tokens import Documents, open_dataset
+from packtrain.data.store import Documents, open_dataset
 from packtrain.errors import DataError
+from packtrain.recipe.sections import MAX_LENGTH, DataSection
 
 if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerBase
+
 
 _HELD_OUT = 0x68656C64  # "held": keeps this draw apart from others of the same seed
 
@@ -39,12 +51,15 @@ _HELD_OUT = 0x68656C64  # "held": keeps this draw apart from others of the same 
 class Examples:
     """Token ids and labels of examples, numbered 0 to n-1.
 
-    Made by `build_examples`, `find_cached_examples` or `Examples.from_dataset`. A pickle holds paths and the
+    Made by `load_examples`, `find_examples`, `build_examples` or `Examples.from_dataset`. A pickle holds paths and the
     view, no tokens: a data loader's worker maps the same files.
+
+    Attributes:
+        source: the rows behind `rows`, where they are at hand (not in a worker, nor for a dataset or a cached store).
     """
 
-    def __init__(self, documents: Documents, view: View | None, report: DataReport):
-        self._documents, self._partial_view = documents, view
+    def __init__(self, documents: Documents, view: View | None, report: DataReport, source: Rows | None = None):
+        self._documents, self._partial_view, self.source = documents, view, source
         self.report = replace(
             report,
             examples=len(self),
@@ -107,7 +122,7 @@ class Examples:
         return len(self._view.lengths)
 
     def __getitem__(self, example_id: int) -> dict[str, np.ndarray]:
-        """`{"input_ids": int64 [L], "labels": int64 [L]}`."""
+        """Returns `{"input_ids": int64 [L], "labels": int64 [L]}`."""
         if not 0 <= example_id < len(self):
             raise IndexError(example_id)
         input_ids, labels = self.gather([example_id])
@@ -119,7 +134,7 @@ class Examples:
         starts: np.ndarray | None = None,
         stops: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Documents end to end, copied once, straight from the memory-mapped buffers.
+        """Returns documents end to end, copied once, straight from the memory-mapped buffers.
 
         Args:
             example_ids: int `[S]`.
@@ -137,11 +152,11 @@ class Examples:
         return self._documents.tokens.gather(view.documents(ids), first + starts, first + stops)
 
     def take(self, indices: Sequence[int] | np.ndarray) -> Examples:
-        """These examples in this order, renumbered from 0; nothing is copied but the view."""
-        return Examples(self._documents, self._view[np.asarray(indices, dtype=np.int64)], self.report)
+        """Returns these examples in this order, renumbered from 0; nothing is copied but the view."""
+        return Examples(self._documents, self._view[np.asarray(indices, dtype=np.int64)], self.report, self.source)
 
     def hold_out(self, eval_size: int | float, seed: int) -> tuple[Examples, Examples]:
-        """Split into (train, held out) by a seeded choice of source rows.
+        """Splits into (train, held out) by a seeded choice of source rows.
 
         Whole rows are held out, so that pieces of one long row never stand on both sides.
 
@@ -173,7 +188,7 @@ class Examples:
         overflow: str = "error",
         on_bad_row: str = "error",
     ) -> Examples:
-        """Examples of a tokenised `datasets.Dataset`, read where they lie.
+        """Makes examples of a tokenised `datasets.Dataset`, read where they lie.
 
         Args:
             dataset: with a column `input_ids`, and `labels`, or `completion_mask` and/or `assistant_masks` (a
@@ -206,12 +221,83 @@ class Examples:
         return cls(documents, *chosen)
 
 
+def load_examples(
+    section: DataSection,
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+    completions_only: bool = False,
+    tokenizer_key: str | None = None,
+) -> tuple[Examples, Examples | None]:
+    """Tokenises a recipe's rows, or finds them tokenised, and holds rows out: (training, held out or None).
+
+    Args:
+        section: the recipe's `data:`.
+        rows: of `open_rows(section.path, ...)`.
+        seed: of the rows that are held out.
+        completions_only: learn completions only wherever rows have any, unless the section says otherwise.
+        tokenizer_key: how `find_examples` will name this tokenizer, see `store.tokenizer_key`.
+
+    Raises:
+        DataError: with file and row, or key and value, and the fix.
+    """
+
+    def build(these: Rows) -> Examples:
+        return build_examples(
+            these,
+            tokenizer,
+            completion_only_loss=_completion_only(section, these, completions_only),
+            num_proc=section.num_proc,
+            tokenizer_key=tokenizer_key,
+            **section.model_dump(include=_CHOICES - {"completion_only_loss"}),
+        )
+
+    if section.eval_path or section.eval_split:
+        path, split = section.eval_path or section.path, section.eval_split or section.split
+        return build(rows), build(open_rows(path, name=section.name, split=split, seed=seed))
+    examples = build(rows)
+    return examples.hold_out(section.eval_size, seed) if section.eval_size else (examples, None)
+
+
+def find_examples(section: DataSection, tokenizer_key: str, *, seed: int) -> tuple[Examples | None, str]:
+    """Finds a recipe's training examples (without those held out) as `load_examples` tokenised them before.
+
+    Reads no rows and loads no tokenizer. Local files must have the size and time they had then; a Hub dataset is taken to
+    be unchanged.
+
+    Returns:
+        The examples and "", or None and why there are none.
+
+    Raises:
+        DataError: as `load_examples`, for what can be known without tokenising.
+    """
+    source = dict(name=section.name, split=section.split, num_rows=section.num_rows, seed=seed)
+    options = section.model_dump(include=_CHOICES)
+    documents = store.recall(
+        _request(describe_request(section.path, **source), tokenizer_key, options),
+        store.stat_files(find_files(section.path, section.split)),
+    )
+    if isinstance(documents, str):
+        return None, documents
+    reopen = functools.cache(lambda: open_rows(section.path, **source))
+    chosen = select(
+        documents,
+        max_length=section.max_length,
+        overflow=section.overflow,
+        on_bad_row=section.on_bad_row,
+        where=lambda row: reopen().where(row),  # read only where a message has to name a row
+    )
+    examples = Examples(documents, *chosen)
+    return (examples.hold_out(section.eval_size, seed)[0] if section.eval_size else examples), ""
+
+
 def build_examples(
     rows: Rows,
     tokenizer: PreTrainedTokenizerBase,
     *,
     format: str = "auto",
-    max_length: int = 2048,
+    max_length: int = MAX_LENGTH,
     overflow: str = "error",
     completion_only_loss: bool | None = None,
     assistant_only_loss: bool = False,
@@ -220,7 +306,7 @@ def build_examples(
     cache_dir: str | Path | None = None,
     tokenizer_key: str | None = None,
 ) -> Examples:
-    """Tokenise rows, or find them tokenised, and choose what to train on.
+    """Tokenises rows, or finds them tokenised, and chooses what to train on.
 
     Args:
         rows: see `open_rows`.
@@ -233,8 +319,8 @@ def build_examples(
         assistant_only_loss: learn from what the chat template marks with `{% generation %}`.
         on_bad_row: `error` lists them all at once; `skip` leaves them out and lists them in the report.
         num_proc: processes that tokenise.
-        cache_dir: see `packtrain.data.cache`.
-        tokenizer_key: how `find_cached_examples` will name this tokenizer, see `cache.tokenizer_key`.
+        cache_dir: see `packtrain.data.store`.
+        tokenizer_key: how `find_examples` will name this tokenizer, see `store.tokenizer_key`.
 
     Raises:
         DataError: with file and row, or key and value, and the fix.
@@ -242,55 +328,170 @@ def build_examples(
     options = dict(format=format, completion_only_loss=completion_only_loss, assistant_only_loss=assistant_only_loss)
     documents = tokenize(rows, tokenizer, **options, num_proc=num_proc, cache_dir=cache_dir)
     if tokenizer_key is not None:
-        request = {"rows": rows.request, "tokenizer": tokenizer_key, **options}
-        cache.remember(request, documents.fingerprint, rows.files, cache_dir)
+        request = _request(rows.request, tokenizer_key, options)
+        store.remember(request, documents.fingerprint, rows.files, cache_dir)
     chosen = select(documents, max_length=max_length, overflow=overflow, on_bad_row=on_bad_row, where=rows.where)
-    return Examples(documents, *chosen)
+    return Examples(documents, *chosen, rows)
 
 
-def find_cached_examples(
-    path: str | Path,
-    tokenizer_key: str,
-    *,
-    name: str | None = None,
-    split: str = "train",
-    num_rows: int | None = None,
-    seed: int = 0,
-    format: str = "auto",
-    max_length: int = 2048,
-    overflow: str = "error",
-    completion_only_loss: bool | None = None,
-    assistant_only_loss: bool = False,
-    on_bad_row: str = "error",
-    cache_dir: str | Path | None = None,
-) -> tuple[Examples | None, str]:
-    """Examples that `build_examples` tokenised before, without reading rows or loading a tokenizer.
+# Keys of `data:` that decide which tokens of the rows are examples.
+_CHOICES = {"format", "max_length", "overflow", "completion_only_loss", "assistant_only_loss", "on_bad_row"}
 
-    Local files must have the size and time they had then; a Hub dataset is taken to be unchanged.
+
+def _request(rows: object, tokenizer_key: str, options: Mapping[str, object]) -> dict[str, object]:
+    """Returns the key under which the store remembers what rows, tokenizer and loss mask gave."""
+    names = ("format", "completion_only_loss", "assistant_only_loss")
+    return {"rows": rows, "tokenizer": tokenizer_key, **{name: options[name] for name in names}}
+
+
+def _completion_only(section: DataSection, rows: Rows, completions_only: bool) -> bool | None:
+    """Returns `data.completion_only_loss`; unset, and where an objective wants completions only, True if rows have any.
+
+    A causal model may learn the words of a user next to those of the assistant. For a diffusion model they are the
+    prompt, which stands there in clear when it answers, so they are no part of the canvas.
+    """
+    if not completions_only or section.completion_only_loss is not None or section.assistant_only_loss:
+        return section.completion_only_loss
+    format, _ = find_format(rows.columns, section.format)
+    return None if FORMATS[format].completion_only is None else True
+
+
+# ------------------------------------------------------------ which tokens of which documents become examples
+
+OVERFLOWS = ("error", "truncate", "drop", "split")
+BAD_ROW_CHOICES = ("error", "skip")
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """Pieces of documents; arrays `[n]`."""
+
+    rows: np.ndarray | None  # int64: the document, which is the source row; None: all of them, in their order
+    starts: np.ndarray  # int32: its first token
+    lengths: np.ndarray  # int32
+    supervised: np.ndarray  # int32: labels other than -100
+
+    def __getitem__(self, index: np.ndarray) -> View:
+        return View(
+            rows=self.documents(index),
+            starts=self.starts[index],
+            lengths=self.lengths[index],
+            supervised=self.supervised[index],
+        )
+
+    def documents(self, index: np.ndarray) -> np.ndarray:
+        """Returns the documents of some pieces, int64 `[k]`."""
+        if self.rows is not None:
+            return self.rows[index]
+        assert (index >= 0).all(), "examples are numbered from 0"
+        return index
+
+
+def select(
+    documents: Documents, *, max_length: int | None, overflow: str, on_bad_row: str, where: Callable[[int], str]
+) -> tuple[View | None, DataReport]:
+    """Chooses the examples of some documents, in order of their rows.
+
+    Args:
+        documents: one per row.
+        max_length: most tokens of an example; None for no limit.
+        overflow, on_bad_row: see `build_examples`.
+        where: names a row in messages.
 
     Returns:
-        The examples and "", or None and why there are none.
+        The view, None where every document is an example as a whole; and the report without its totals.
 
     Raises:
-        DataError: as `build_examples`, for what can be known without tokenising.
+        DataError: bad rows or long rows where they are errors; nothing left.
     """
-    source = dict(name=name, split=split, num_rows=num_rows, seed=seed)
-    request = {
-        "rows": describe_request(path, **source),
-        "tokenizer": tokenizer_key,
-        "format": format,
-        "completion_only_loss": completion_only_loss,
-        "assistant_only_loss": assistant_only_loss,
-    }
-    documents = cache.recall(request, cache.stat_files(find_files(path, split)), cache_dir)
-    if isinstance(documents, str):
-        return None, documents
-    reopen = functools.cache(lambda: open_rows(path, **source))
-    chosen = select(
-        documents,
-        max_length=max_length,
-        overflow=overflow,
-        on_bad_row=on_bad_row,
-        where=lambda row: reopen().where(row),  # read only where a message has to name a row
+    _check(max_length, overflow, on_bad_row)
+    count = len(documents.lengths)
+    limit = max_length or np.iinfo(np.int32).max
+    long = np.flatnonzero(documents.lengths > limit)
+    if long.size and overflow == "error":
+        raise _too_long(documents, long, limit, where)
+    pieces = _cut(documents, long, limit, overflow)
+    hopeless = np.setdiff1d(long, pieces.rows) if overflow != "drop" else long[:0]
+    reason = f"no supervised token is left once it is cut to max_length={limit}"
+    problems = sorted([*documents.problems, *((row, reason) for row in hopeless.tolist())])
+    skipped = tuple((where(row), reason) for row, reason in problems)
+    if problems and on_bad_row == "error":
+        raise bad_rows_error(
+            skipped,
+            len(skipped),
+            what=f"{len(skipped):,} of {count:,} rows cannot be trained on",
+            key="data.on_bad_row",
+            fix="mend or remove them, or leave them out with `data.on_bad_row: skip`",
+        )
+    whole = np.ones(count, dtype=bool)
+    whole[long] = whole[[row for row, _ in problems]] = False
+    if len(problems) + len(long) and not whole.any() and not len(pieces.rows):
+        raise DataError(f"none of {count:,} rows is left to train on", key="data.path")
+
+    changed = np.setdiff1d(long, hopeless)
+    report = DataReport(
+        format=documents.format,
+        rows=count,
+        skipped=skipped,
+        truncated_rows=len(changed) if overflow == "truncate" else 0,
+        dropped_rows=len(changed) if overflow == "drop" else 0,
+        split_rows=len(changed) if overflow == "split" else 0,
+        tokens_lost=int(documents.lengths[changed].sum(dtype=np.int64) - pieces.lengths.sum()),
+        supervised_lost=int(documents.supervised[changed].sum(dtype=np.int64) - pieces.supervised.sum()),
+        notes=tuple(documents.notes),
     )
-    return Examples(documents, *chosen), ""
+    return (None if whole.all() else _merge(documents, np.flatnonzero(whole), pieces)), report
+
+
+def _cut(documents: Documents, long: np.ndarray, limit: int, overflow: str) -> View:
+    """Cuts long documents into the pieces that have a supervised token."""
+    lengths = documents.lengths[long].astype(np.int64)
+    counts = {"truncate": np.ones_like(lengths), "split": -(-lengths // limit)}.get(overflow, np.zeros_like(lengths))
+    number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)  # of a piece in its document
+    rows, starts = np.repeat(long, counts), number * limit
+    stops = np.minimum(starts + limit, np.repeat(lengths, counts))
+    supervised = documents.tokens.count_supervised(rows, starts, stops) if len(rows) else np.zeros(0, np.int32)
+    view = View(
+        rows=rows,
+        starts=starts.astype(np.int32),
+        lengths=(stops - starts).astype(np.int32),
+        supervised=supervised,
+    )
+    return view[supervised > 0]
+
+
+def _merge(documents: Documents, whole: np.ndarray, pieces: View) -> View:
+    """Joins whole documents and pieces into one view, in order of rows."""
+    rows = np.concatenate([whole, pieces.rows])
+    return View(
+        rows=rows,
+        starts=np.concatenate([np.zeros(len(whole), dtype=np.int32), pieces.starts]),
+        lengths=np.concatenate([documents.lengths[whole], pieces.lengths]),
+        supervised=np.concatenate([documents.supervised[whole], pieces.supervised]),
+    )[np.argsort(rows, kind="stable")]
+
+
+def _check(max_length: int | None, overflow: str, on_bad_row: str) -> None:
+    if max_length is not None and max_length < 2:
+        fix = "an example needs two tokens, one to predict from and one to predict"
+        raise DataError("is too short", key="data.max_length", value=max_length, fix=fix)
+    for key, value, known in (
+        ("data.overflow", overflow, OVERFLOWS),
+        ("data.on_bad_row", on_bad_row, BAD_ROW_CHOICES),
+    ):
+        if value not in known:
+            raise DataError("is no choice", key=key, value=value, fix=f"choose one of {', '.join(known)}")
+
+
+def _too_long(documents: Documents, long: np.ndarray, limit: int, where: Callable[[int], str]) -> DataError:
+    lengths = documents.lengths[long]
+    lost = int((lengths.astype(np.int64) - limit).sum())
+    longest_first = long[np.argsort(-lengths, kind="stable")]
+    return bad_rows_error(
+        [(where(row), f"{documents.lengths[row]:,} tokens") for row in longest_first[:SHOWN].tolist()],
+        len(long),
+        what=f"{len(long):,} of {len(documents.lengths):,} rows are longer than max_length={limit}, "
+        f"by {lost:,} tokens in all",
+        key="data.overflow",
+        fix=f"raise `data.max_length` to {lengths.max()}, or choose `data.overflow`: truncate, split or drop",
+    )

@@ -15,7 +15,6 @@ and raise `BadRow` with the reason; they know nothing of tokens.
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ import numpy as np
 
 from packtrain.data.report import BadRow
 from packtrain.errors import DataError, shorten
+from packtrain.recipe.fields import did_you_mean
 
 IGNORED = -100  # the label of a token that is not supervised
 MASKS = ("completion_mask", "assistant_masks")  # columns that say what is learnt: where all of them are not 0
@@ -83,7 +83,7 @@ Row = dict[str, object]
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """`parse(row, chat)` reads a row; `chat` tells whether there is a chat template to render with.
+    """A row format: `parse(row, chat)` reads a row; `chat` tells whether there is a chat template to render with.
 
     `completion_only` is whether only completions are learnt unless the user says otherwise; None where a row
     has no completion to single out.
@@ -95,7 +95,7 @@ class Format:
 
 
 def find_format(columns: Sequence[str], name: str = "auto") -> tuple[str, list[str]]:
-    """The format's name, and the other formats that the columns fit as well.
+    """Returns the format's name, and the other formats that the columns fit as well.
 
     Args:
         columns: columns of the rows.
@@ -106,8 +106,8 @@ def find_format(columns: Sequence[str], name: str = "auto") -> tuple[str, list[s
     """
     known = "; ".join(f"{key} ({', '.join(fmt.columns)})" for key, fmt in FORMATS.items())
     if name != "auto" and name not in FORMATS:
-        close = difflib.get_close_matches(name, FORMATS, n=1)
-        fix = f"did you mean `{close[0]}`?" if close else f"formats and the columns they need: {known}"
+        near = did_you_mean(name, FORMATS)
+        fix = f"did you mean `{near}`?" if near else f"formats and the columns they need: {known}"
         raise DataError("is no format of rows", key="data.format", value=name, fix=fix)
     fitting = [key for key, fmt in FORMATS.items() if set(fmt.columns) <= set(columns)]
     if name != "auto":
@@ -174,7 +174,7 @@ def _parse_input_ids(row: Row, chat: bool) -> Ids:
     ids = _integers(row, "input_ids")
     if not len(ids):
         raise BadRow("'input_ids' is empty")
-    given = row.get("labels") is not None  # they have the last word: masks beside them say nothing
+    given = row.get("labels") is not None  # they have the last word: masks next to them say nothing
     labels = _integers(row, "labels", len(ids)) if given else ids.copy()
     for column in () if given else MASKS:
         if row.get(column) is not None:
@@ -235,7 +235,7 @@ def _messages(row: Row, column: str) -> list[dict[str, object]]:
 
 
 def _message(message: dict[str, object], where: str) -> dict[str, object]:
-    """Role and content checked; keys without a value left out."""
+    """Returns a message with role and content checked, keys without a value left out."""
     message = {key: value for key, value in message.items() if value is not None}
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
@@ -254,7 +254,7 @@ def _message(message: dict[str, object], where: str) -> dict[str, object]:
 
 
 def _join_parts(parts: list[object], where: str) -> str:
-    """`[{"type": "text", "text": ...}, ...]` -> text; pictures and sound are refused."""
+    """Joins `[{"type": "text", "text": ...}, ...]` to text; pictures and sound are refused."""
     texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in parts]
     if not all(isinstance(text, str) for text in texts):
         raise BadRow(f"the content of {where} has parts that are not text: {shorten(parts, 40)}")
@@ -274,7 +274,7 @@ def _tools(row: Row) -> list[object] | None:
 
 
 def _integers(row: Row, column: str, length: int | None = None) -> np.ndarray:
-    """A row's list as int64 `[L]`."""
+    """Returns a row's list as int64 `[L]`."""
     value = row.get(column)
     if value is None:
         raise BadRow(f"'{column}' is missing" if column not in row else f"'{column}' is null")

@@ -3,12 +3,20 @@
 A reader holds no rows in memory and can be pickled, so that worker processes read their own share. A row that
 cannot be read does not stop the others: `read` returns a `BadRow` with the reason in its place, and whoever
 tokenises decides to stop or to skip.
+
+A text file (JSONL, JSON, CSV) is scanned once for the byte span of every row; parsing is left to the process that reads
+the row. So nothing is held in memory but the spans, and no schema is inferred over rows: a column may hold text in one
+row and a number in the next, only the odd row is bad, and it is named by its line. Tables are Parquet files and what
+`datasets` loads.
 """
 
 from __future__ import annotations
 
+import csv
 import functools
 import hashlib
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -16,16 +24,21 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from packtrain.data.report import BadRow
-from packtrain.data.text_files import Row, open_csv, open_json, open_jsonl
-from packtrain.errors import DataError
+from packtrain.errors import DataError, shorten
 
 if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
 
 
+Row = dict[str, object]
+_BLOCK = 1 << 24  # bytes read at once while scanning
+_BOM = b"\xef\xbb\xbf"
+_CSV_FIELD_LIMIT = 2**31 - 1  # csv's own guard of 131,072 characters is less than a long document
+
+
 class Reader(Protocol):
-    """What `Rows` joins: the rows of one file, one dataset or one generator."""
+    """A part of `Rows`: the rows of one file, one dataset or one generator."""
 
     fingerprint: str  # of the contents
 
@@ -36,11 +49,223 @@ class Reader(Protocol):
     def where(self, row: int) -> str: ...
 
 
+# ------------------------------------------------------------------------------------------------- text files
+
+
+class TextReader:
+    """Rows of a text file as byte spans.
+
+    Args:
+        path: the file; `label` is how messages call it.
+        spans: int64 `[n, 2]`, first byte and end of every row.
+        lines: int64 `[n]`, the line (from 1) on which it starts.
+        parse: bytes of one row -> row; raises BadRow.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        label: str,
+        *,
+        spans: np.ndarray,
+        lines: np.ndarray,
+        parse: Callable[[bytes], Row],
+        fingerprint: str,
+    ):
+        self.path, self.label, self.fingerprint = path, label, fingerprint
+        self._spans, self._lines, self._parse = spans, lines, parse
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def read(self, start: int, stop: int) -> list[Row | BadRow]:
+        spans = self._spans[start:stop]
+        if not len(spans):
+            return []
+        first = int(spans[0, 0])
+        with self.path.open("rb") as file:
+            file.seek(first)
+            block = file.read(int(spans[-1, 1]) - first)
+        return [_attempt(self._parse, block[a:b]) for a, b in (spans - first).tolist()]
+
+    def where(self, row: int) -> str:
+        return f"{self.label}, line {self._lines[row]}"
+
+
+def open_jsonl(path: Path, label: str) -> TextReader:
+    """Opens a file with one JSON object per line; empty lines are skipped."""
+    spans, fingerprint = _scan_lines(path)
+    rows = np.flatnonzero(~_is_blank(path, spans))
+    return TextReader(path, label, spans=spans[rows], lines=rows + 1, parse=_parse_json, fingerprint=fingerprint)
+
+
+def open_json(path: Path, label: str) -> TextReader:
+    """Opens a JSON array of objects, or JSON lines under another name.
+
+    Raises:
+        DataError: the array is broken (rows after the break cannot be told apart).
+    """
+    with path.open("rb") as file:
+        start = file.read(1 << 12).removeprefix(_BOM).lstrip()
+    if not start.startswith(b"["):
+        return open_jsonl(path, label)
+    contents = path.read_bytes()
+    try:
+        text = contents.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = contents.count(b"\n", 0, error.start) + 1
+        raise DataError(f"invalid UTF-8 at byte {error.start}", where=f"{label}, line {line}") from None
+    spans, lines = _scan_array(text, label)
+    fingerprint = hashlib.sha256(contents).hexdigest()
+    return TextReader(path, label, spans=spans, lines=lines, parse=_parse_json, fingerprint=fingerprint)
+
+
+def open_csv(path: Path, label: str, delimiter: str = ",") -> TextReader:
+    """Opens a table of text: a header line, then one record per row; fields may hold quoted newlines; all values are text.
+
+    Raises:
+        DataError: no usable header, or quoting so broken that records cannot be told apart.
+    """
+    csv.field_size_limit(_CSV_FIELD_LIMIT)
+    line_spans, fingerprint = _scan_lines(path)
+    records = []  # (first line, end line) of every record, from 0
+    with path.open("rb") as file:
+        if file.read(len(_BOM)) != _BOM:
+            file.seek(0)
+        text = (line.decode("utf-8", "surrogateescape") for line in file)
+        reader = csv.reader(text, delimiter=delimiter, strict=True)
+        start = 0
+        try:
+            header = [name.strip() for name in next(reader, [])]
+            start = reader.line_num
+            for fields in reader:
+                if fields:
+                    records.append((start, reader.line_num))
+                start = reader.line_num
+        except csv.Error as error:
+            raise DataError(f"broken CSV record: {error}", where=f"{label}, line {start + 1}") from None
+    if not all(header) or len(set(header)) < len(header) or not header:
+        fix = "name every column once in the first line"
+        raise DataError("the header is not usable", where=f"{label}, line 1", value=header, fix=fix)
+    bounds = np.array(records, dtype=np.int64).reshape(-1, 2)
+    spans = np.stack([line_spans[bounds[:, 0], 0], line_spans[bounds[:, 1] - 1, 1]], axis=1)
+    parse = functools.partial(_parse_csv, header=header, delimiter=delimiter)
+    return TextReader(path, label, spans=spans, lines=bounds[:, 0] + 1, parse=parse, fingerprint=fingerprint)
+
+
+def _attempt(parse: Callable[[bytes], Row], block: bytes) -> Row | BadRow:
+    try:
+        return parse(block)
+    except BadRow as bad:
+        return bad
+
+
+def _decode(block: bytes) -> str:
+    try:
+        return block.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadRow(f"invalid UTF-8 at byte {error.start} of the row") from None
+
+
+def _parse_json(block: bytes) -> Row:
+    text = _decode(block)
+    try:
+        row = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise BadRow(f"broken JSON: {error.msg} at column {error.pos + 1}") from None
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits; thousands of brackets
+        raise BadRow(f"unreadable JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise BadRow(f"not a JSON object: {shorten(row, 40)}")
+    return row
+
+
+def _parse_csv(block: bytes, *, header: list[str], delimiter: str) -> Row:
+    csv.field_size_limit(_CSV_FIELD_LIMIT)
+    fields = next(csv.reader([_decode(block)], delimiter=delimiter, strict=True))
+    if len(fields) != len(header):
+        raise BadRow(f"{len(fields)} fields where the header names {len(header)}")
+    return dict(zip(header, fields, strict=True))
+
+
+def _scan_lines(path: Path) -> tuple[np.ndarray, str]:
+    """Finds the byte spans of all lines without their newline, int64 `[lines, 2]`, and the SHA-256 of the file."""
+    digest, ends, size = hashlib.sha256(), [], 0
+    start = 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            if size == 0 and block.startswith(_BOM):
+                start = len(_BOM)
+            digest.update(block)
+            ends.append(np.flatnonzero(np.frombuffer(block, dtype=np.uint8) == ord("\n")) + size)
+            size += len(block)
+    newlines = np.concatenate(ends or [np.empty(0, dtype=np.int64)])
+    starts = np.concatenate([[start], newlines + 1])
+    stops = np.concatenate([newlines, [size]])
+    spans = np.stack([starts, stops], axis=1).astype(np.int64)
+    return (spans if starts[-1] < size else spans[:-1]), digest.hexdigest()
+
+
+def _is_blank(path: Path, spans: np.ndarray) -> np.ndarray:
+    """Returns bool `[lines]`: lines of nothing, or of one blank (the `\\r` of a Windows file); no object is as short."""
+    lengths = spans[:, 1] - spans[:, 0]
+    blank = lengths <= 0
+    single = np.flatnonzero(lengths == 1)
+    if single.size:
+        contents = np.memmap(path, dtype=np.uint8, mode="r")
+        blank[single] = np.isin(contents[spans[single, 0]], np.frombuffer(b" \t\r", dtype=np.uint8))
+    return blank
+
+
+def _scan_array(text: str, label: str) -> tuple[np.ndarray, np.ndarray]:
+    """Finds the byte spans and lines of the elements of a JSON array."""
+    decode, blanks = json.JSONDecoder().raw_decode, re.compile(r"\s*", re.ASCII)
+    bounds, line, seen = [], 1, 0  # `seen`: characters whose newlines are in `line`
+    lines = []
+
+    def skip(at: int) -> int:
+        return blanks.match(text, at).end()
+
+    def broken(what: str, at: int) -> DataError:
+        return DataError(f"broken JSON array: {what}", where=f"{label}, line {text.count(chr(10), 0, at) + 1}")
+
+    at = skip(text.index("[") + 1)
+    while text[at : at + 1] != "]":
+        try:
+            _, end = decode(text, at)
+        except json.JSONDecodeError as error:
+            raise broken(error.msg, error.pos) from None
+        except (ValueError, RecursionError) as error:
+            raise broken(error, at) from None
+        line, seen = line + text.count("\n", seen, at), at
+        bounds.append((at, end))
+        lines.append(line)
+        at = skip(end)
+        if text[at : at + 1] == ",":
+            at = skip(at + 1)
+        elif text[at : at + 1] != "]":
+            raise broken("expected ',' or ']'", at)
+    if skip(at + 1) != len(text):
+        raise broken("there is more after it", skip(at + 1))
+    spans = np.array(bounds, dtype=np.int64).reshape(-1, 2)
+    return (spans if text.isascii() else _bytes_of(text, spans)), np.array(lines, dtype=np.int64)
+
+
+def _bytes_of(text: str, spans: np.ndarray) -> np.ndarray:
+    """Turns character positions into byte positions in UTF-8."""
+    flat = spans.ravel().tolist()
+    sizes = [len(text[a:b].encode("utf-8")) for a, b in zip([0, *flat[:-1]], flat, strict=True)]
+    return np.cumsum(sizes, dtype=np.int64).reshape(-1, 2)
+
+
+# ----------------------------------------------------------------------------------------------------- tables
+
+
 class TableReader:
     """Rows of an Arrow-backed `datasets.Dataset`: a saved directory or a Hub dataset."""
 
     def __init__(self, dataset: datasets.Dataset, label: str):
-        self.label, self.fingerprint = label, dataset._fingerprint  # theirs: of the contents and what made them
+        self.label, self.fingerprint = label, dataset._fingerprint  # of the contents and what made them
         self._dataset = dataset.with_format("arrow")
 
     def __len__(self) -> int:
@@ -111,7 +336,7 @@ OPENERS: dict[str, Callable[[Path, str], Reader]] = {
 
 
 def _rows_of_table(table: pa.Table) -> list[Row | BadRow]:
-    """Rows as they were before Arrow gave all structs of a column the same keys, with nulls where one had none."""
+    """Returns rows as they were before Arrow gave all structs of a column the same keys, with nulls where one had none."""
     try:
         rows = table.to_pylist()
         for column in (field.name for field in table.schema if _holds_structs(field.type)):
@@ -131,7 +356,7 @@ def _holds_structs(type: pa.DataType) -> bool:
 
 
 def _without_nulls(value: object) -> object:
-    """The value with keys that have none left out, at any depth."""
+    """Returns the value without keys that are null, at any depth."""
     if isinstance(value, dict):
         return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value

@@ -1,5 +1,7 @@
 """What became of the rows: bad rows, the error that lists them, and the report that is printed and stored.
 
+It says, for example:
+
 7,473 rows (question_answer) -> 7,473 examples: 1,530,219 tokens, 803,422 of them supervised
 12 rows cut to max_length: 3,411 tokens lost, 3,399 of them supervised
 """
@@ -15,11 +17,11 @@ SHOWN = 10  # rows that a message lists before it says how many more there are
 
 
 class BadRow(ValueError):
-    """Why a row cannot become an example. Readers return it in the row's place, parsers raise it."""
+    """The reason why a row cannot become an example. Readers return it in the row's place, parsers raise it."""
 
 
 def bad_rows_error(first: Sequence[tuple[str, str]], total: int, *, what: str, key: str, fix: str) -> DataError:
-    """One error for many rows: their number is in `what`, the first of them follow as (where, reason)."""
+    """Makes one error for many rows: their number is in `what`, the first of them follow as (where, reason)."""
     lines = [f"\n    {where}: {reason}" for where, reason in first[:SHOWN]]
     more = f"\n    ... and {total - SHOWN:,} more" if total > SHOWN else ""
     return DataError(what + ":" + "".join(lines) + more, key=key, fix=fix)
@@ -48,11 +50,11 @@ class DataReport:
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, object]:
-        """Plain data, for JSON."""
+        """Returns plain data, for JSON."""
         return asdict(self)
 
     def lines(self) -> list[str]:
-        """The report as a person reads it, one statement a line."""
+        """Returns the report as a person reads it, one statement a line."""
         result = [
             f"{self.rows:,} rows ({self.format}) -> {self.examples:,} examples: "
             f"{self.tokens:,} tokens, {self.supervised_tokens:,} of them supervised"

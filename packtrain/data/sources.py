@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from packtrain.data import synthetic
-from packtrain.data.cache import hash_of, stat_files
 from packtrain.data.formats import FORMATS, Chat, Ids, find_format
 from packtrain.data.readers import OPENERS, Reader, Row, TableReader
 from packtrain.data.report import BadRow
+from packtrain.data.store import hash_of, stat_files
 from packtrain.errors import DataError, shorten
 
 logger = logging.getLogger(__name__)
@@ -69,14 +69,14 @@ class Rows:
 
     @property
     def fingerprint(self) -> str:
-        """Of the contents: the same for a file moved elsewhere, another for a file changed."""
+        """A hash of the contents: the same for a file moved elsewhere, another for a file changed."""
         return hash_of(self._count, [reader.fingerprint for reader in self._readers])
 
     def __len__(self) -> int:
         return self._count
 
     def __getitem__(self, row: int) -> Row:
-        """One row.
+        """Reads one row.
 
         Raises:
             DataError: it cannot be read.
@@ -92,7 +92,7 @@ class Rows:
                 yield self._good(found, row)
 
     def read(self, start: int, stop: int) -> list[Row | BadRow]:
-        """Rows `start..stop`, with a `BadRow` in the place of each that cannot be read."""
+        """Reads rows `start..stop`, with a `BadRow` in the place of each that cannot be read."""
         rows: list[Row | BadRow] = []
         stop = min(stop, len(self))
         while start < stop:
@@ -103,12 +103,12 @@ class Rows:
         return rows
 
     def where(self, row: int) -> str:
-        """What messages call a row: `train.jsonl, line 17`."""
+        """Names a row for messages: `train.jsonl, line 17`."""
         reader, first = self._locate(row)
         return reader.where(row - first)
 
     def _locate(self, row: int) -> tuple[Reader, int]:
-        """The reader of a row, and that reader's first row."""
+        """Returns the reader of a row, and that reader's first row."""
         part = int(np.searchsorted(self._bounds, row, side="right")) - 1
         return self._readers[part], int(self._bounds[part])
 
@@ -121,7 +121,7 @@ class Rows:
 def open_rows(
     path: str | Path, *, name: str | None = None, split: str = "train", num_rows: int | None = None, seed: int = 0
 ) -> Rows:
-    """Open rows without reading them all.
+    """Opens rows without reading them all.
 
     Args:
         path: a JSONL, JSON, CSV, TSV or Parquet file; a directory of files of one kind; a directory written by
@@ -136,11 +136,11 @@ def open_rows(
         DataError: nothing of that name, no such split, an unreadable file. Broken rows raise nothing yet.
     """
     request = describe_request(path, name=name, split=split, num_rows=num_rows, seed=seed)
-    if str(path) == synthetic.PATH:
+    if str(path) in synthetic.READERS:
         if split not in synthetic.SPLITS:
             raise _no_split(path, split, list(synthetic.SPLITS))
         count = synthetic.DEFAULT_ROWS if num_rows is None else num_rows
-        return Rows([synthetic.ArithmeticReader(count, seed=seed, split=split)], request=request)
+        return Rows([synthetic.READERS[str(path)](count, seed=seed, split=split)], request=request)
     files = find_files(path, split)
     stats = stat_files(files)  # before reading: a file that changes meanwhile is found changed next time
     local = Path(path).expanduser()
@@ -163,24 +163,24 @@ def open_rows(
 def describe_request(
     path: str | Path, *, name: str | None, split: str, num_rows: int | None, seed: int
 ) -> dict[str, object]:
-    """What `open_rows` was asked for, as plain data; local paths absolute."""
+    """Describes what `open_rows` was asked for, as plain data; local paths absolute."""
     local = Path(path).expanduser()
     return {
-        "path": str(local.resolve()) if local.exists() and str(path) != synthetic.PATH else str(path),
+        "path": str(local.resolve()) if local.exists() and str(path) not in synthetic.READERS else str(path),
         "name": name,
         "split": split,
         "num_rows": num_rows,
-        "seed": seed if str(path) == synthetic.PATH else None,
+        "seed": seed if str(path) in synthetic.READERS else None,
     }
 
 
 def find_files(path: str | Path, split: str = "train") -> list[Path]:
-    """The files behind a local path; none for the Hub and `packtrain:arithmetic`.
+    """Finds the files behind a local path; none for the Hub and `packtrain:arithmetic`.
 
     Raises:
         DataError: it looks local and is not there, or has no such split.
     """
-    if str(path) == synthetic.PATH:
+    if str(path) in synthetic.READERS:
         return []
     path = Path(path).expanduser()
     if path.is_dir():
@@ -198,7 +198,7 @@ def find_files(path: str | Path, split: str = "train") -> list[Path]:
 
 
 def texts(rows: Rows, format: str = "auto") -> Iterator[str]:
-    """The text of every good row, piece by piece, to train a tokenizer on.
+    """Yields the text of every good row, piece by piece, to train a tokenizer on.
 
     Raises:
         DataError: the rows are tokenised already, or of no known format.
@@ -228,7 +228,7 @@ def _is_saved(path: Path) -> bool:
 
 
 def _files_of(directory: Path, split: str) -> list[Path]:
-    """The data files of a directory that belong to a split."""
+    """Finds the data files of a directory that belong to a split."""
     files: dict[str, list[Path]] = {}
     try:
         paths = sorted(directory.rglob("*"))

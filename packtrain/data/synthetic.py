@@ -9,7 +9,9 @@ No download, no licence, and a model of a million weights learns the form of it 
 follows a log-normal law (median 4, sigma 1.2), so that lengths look like real fine-tuning data: under a BPE of
 1,000-2,000 entries the median is about 60 tokens and the 99th percentile beyond 600. The last line is GSM8K's.
 
-Row i of a seed is drawn from a generator of its own, by integers alone: it is the same on every platform,
+`packtrain:trend` tells the same stories with a class, `more`, `fewer` or `same`, for sequence classification.
+
+Row i of a seed is drawn from its own generator, by integers alone: it is the same on every platform,
 whatever the number of rows, and read in any order.
 """
 
@@ -20,7 +22,7 @@ from bisect import bisect_right
 
 import numpy as np
 
-PATH = "packtrain:arithmetic"
+PATH, TREND = "packtrain:arithmetic", "packtrain:trend"
 DEFAULT_ROWS = 20_000
 SPLITS = {"train": 0, "test": 1}  # disjoint streams
 HIGHEST = 99  # no total on the way is larger, none is negative
@@ -56,6 +58,7 @@ _SENTENCES = {
     "*": ("{name} doubles them.",),
     "/": ("{name} gives half of them away.",),
 }
+_NUMBER = re.compile(r"\d+")
 _FINAL = re.compile(r"####\s*(-?\d+)")
 
 
@@ -83,7 +86,7 @@ class ArithmeticReader:
 
 
 def arithmetic_row(seed: int, row: int, split: str = "train") -> dict[str, object]:
-    """Row `row` of a seed: a dict with the strings `prompt` and `completion`."""
+    """Makes row `row` of a seed: a dict with the strings `prompt` and `completion`."""
     random = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, SPLITS[split], row])))
     steps = _number_of_steps(int(random.integers(10_000)))
     draws = iter(random.integers(2**31, size=4 + 3 * steps).tolist())
@@ -101,8 +104,36 @@ def arithmetic_row(seed: int, row: int, split: str = "train") -> dict[str, objec
     return {"prompt": " ".join(told) + "\n", "completion": "\n".join([*worked, f"#### {total}"])}
 
 
+class TrendReader(ArithmeticReader):
+    """The same stories as rows with `text` and `label`: are there `more`, `fewer` or `same` in the end?"""
+
+    def __init__(self, num_rows: int = DEFAULT_ROWS, *, seed: int = 0, split: str = "train"):
+        super().__init__(num_rows, seed=seed, split=split)
+        self.fingerprint = f"{TREND} {_VERSION} {seed} {split} {num_rows}"
+
+    def read(self, start: int, stop: int) -> list[dict[str, object]]:
+        return [trend_row(row) for row in super().read(start, stop)]
+
+    def where(self, row: int) -> str:
+        return f"{TREND}, row {row}"
+
+
+def trend_row(row: dict[str, object]) -> dict[str, object]:
+    """Turns an arithmetic row into one to classify.
+
+    >>> trend_row({"prompt": "Mia has 12 coins. Mia loses 5. How many coins does Mia have now?\\n", "completion": "#### 7"})
+    {'text': 'Mia has 12 coins. Mia loses 5.', 'label': 'fewer'}
+    """
+    story = str(row["prompt"])[: str(row["prompt"]).rindex(" How many ")]
+    first, last = int(_NUMBER.search(story)[0]), int(_FINAL.search(str(row["completion"]))[1])
+    return {"text": story, "label": "more" if last > first else "fewer" if last < first else "same"}
+
+
+READERS = {PATH: ArithmeticReader, TREND: TrendReader}
+
+
 def check_answer(row: dict[str, object], text: str) -> bool:
-    """Whether `text` (what a model wrote) gives the right final answer to a row's prompt.
+    """Returns whether `text` (what a model wrote) gives the right final answer to a row's prompt.
 
     Only the first `#### number` counts; what follows it is no longer the answer.
     """
@@ -111,14 +142,14 @@ def check_answer(row: dict[str, object], text: str) -> bool:
 
 
 def _number_of_steps(percentile: int) -> int:
-    """Linear between the quantiles; `percentile` in [0, 10000)."""
+    """Interpolates between the quantiles; `percentile` in [0, 10000)."""
     place = bisect_right(_QUANTILES, (percentile, HIGHEST * HIGHEST))
     (low, few), (high, many) = _QUANTILES[place - 1], _QUANTILES[place]
     return few + (many - few) * (percentile - low) // (high - low)
 
 
 def _choose(total: int, which: int, how_many: int) -> tuple[str, int]:
-    """An operation that keeps the total between 0 and `HIGHEST`, and its operand."""
+    """Chooses an operation that keeps the total between 0 and `HIGHEST`, and its operand."""
     possible = [(sign, 1 + how_many % 9) for sign in "+-"]
     possible = [(sign, n) for sign, n in possible if 0 <= (total + n if sign == "+" else total - n) <= HIGHEST]
     if 0 < total <= HIGHEST // 2:

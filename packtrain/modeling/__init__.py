@@ -1,1 +1,1 @@
-"""Model, tokenizer, attention and the audit of both: the third room."""
+"""Model, tokenizer and attention, and the audit that measures whether attention leaks."""

@@ -1,28 +1,24 @@
-"""Tokenizer, model and adapter, loaded or made from scratch, with errors that say what to do.
+"""Config, model and adapter of a recipe, loaded or made from scratch, with errors that say what to do.
 
 What transformers lets pass is checked here: a config field that doesn't exist, a dropout above 1, weights that the
-checkpoint lacks, a tokenizer with more tokens than the model has rows, filler that would silently be the end token.
+checkpoint lacks, a tokenizer with more tokens than the model has rows, a router loss that packtrain's losses don't have.
 """
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import logging
 import re
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import fields
-from pathlib import Path
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModel,
-    AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -31,121 +27,52 @@ from transformers.initialization import no_init_weights
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from packtrain.errors import ModelError, refused_by
-from packtrain.modeling.attention import register
-from packtrain.modeling.hub_errors import explained, first_line
-from packtrain.modeling.router_loss import refuse_router_loss
-from packtrain.modeling.tokenizer import train_bpe
-from packtrain.recipe.values import did_you_mean
+from packtrain.modeling.attention.varlen import register
+from packtrain.modeling.hub import explained, first_line, warn_of_code
+from packtrain.recipe.fields import did_you_mean
+from packtrain.recipe.sections import ModelSection
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
+
 logger = logging.getLogger(__name__)
 
 
-# -------------------------------------------------------------------------------------------------- tokenizer
-
-
-def load_tokenizer(
-    *,
-    tokenizer_name_or_path: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    vocab_size: int | None = None,
-    chat_template: str | Path | None = None,
-    corpus: Iterable[str] = (),
-) -> PreTrainedTokenizerBase:
-    """The named tokenizer, or a byte-level BPE trained on `corpus`; it always has a pad token.
-
-    Args:
-        chat_template: path of a Jinja file that replaces the tokenizer's own template.
-        corpus: read only where a tokenizer is trained.
-
-    Raises:
-        ModelError: the tokenizer can't be had, or the template can't be read.
-    """
-    if tokenizer_name_or_path is None:
-        assert vocab_size is not None, "a tokenizer is either named or trained"
-        tokenizer = train_bpe(corpus, vocab_size)
-    else:
-        warn_of_code(tokenizer_name_or_path, revision, trust_remote_code)
-        with explained("model.tokenizer_name_or_path", tokenizer_name_or_path, revision):
-            tokenizer = AutoTokenizer.from_pretrained(
-                tokenizer_name_or_path, revision=revision, trust_remote_code=trust_remote_code
-            )
-    if chat_template is not None:
-        try:
-            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            fix = "give the path of a UTF-8 Jinja file"
-            raise ModelError(
-                f"cannot be read: {error}", key="model.chat_template", value=str(chat_template), fix=fix
-            ) from None
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = _filler(tokenizer)
-        logger.warning("the tokenizer has no pad token; filler is %s", tokenizer.pad_token)
-    return tokenizer
-
-
-def _filler(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The token that text needs least: one made for padding, a reserved one, unk, and at last eos.
-
-    Even eos is safe: labels are masked by position, never by token id, so the real end stays in the loss.
-    """
-    vocabulary = sorted(tokenizer.get_added_vocab()) or sorted(tokenizer.get_vocab())
-    for pattern in (r"[<\[|]+(\w+_)?pad(_\w+)?[>\]|]+", r"[<\[|]+(reserved|unused)\w*[>\]|]+"):
-        for token in vocabulary:
-            if re.fullmatch(pattern, token, re.IGNORECASE):
-                return token
-    for token in (tokenizer.unk_token, tokenizer.eos_token):
-        if token is not None:
-            return token
-    fix = "name another with `model.tokenizer_name_or_path`"
-    raise ModelError("the tokenizer has no pad, unk or eos token to fill with", fix=fix)
-
-
-# ------------------------------------------------------------------------------------------------------ model
-
-
-@functools.cache
-def warn_of_code(name: str, revision: str | None, trusted: bool) -> None:
-    """Once for each name: that code which comes with a model may run here."""
-    if trusted:
-        at = f" at revision {revision}" if revision else ""
-        logger.warning("model.trust_remote_code: code that comes with %s%s may run in this process", name, at)
-
-
 def load_config(
+    section: ModelSection,
     *,
-    model_name_or_path: str | None = None,
-    config: dict[str, Any] | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
     new_tokens: Collection[int] = (),
+    fields: Mapping[str, Any] | None = None,
 ) -> PreTrainedConfig:
-    """The config of a pretrained model, or one from scratch from the fields in `config` (with `model_type`).
+    """Returns the config of a pretrained model, or one from scratch from the fields of `model.config`.
 
     From scratch, the vocabulary size and the special token ids are the tokenizer's unless given.
 
     Args:
+        section: the recipe's `model:`.
         new_tokens: ids of the tokenizer that the model need not have yet: rows will be made for them.
+        fields: set on the config, whatever it says.
 
     Raises:
         ModelError: the model can't be had, a field doesn't exist, or the tokenizer doesn't fit the model.
     """
-    if model_name_or_path is not None:
-        warn_of_code(model_name_or_path, revision, trust_remote_code)
-        with explained("model.model_name_or_path", model_name_or_path, revision):
+    name = section.model_name_or_path
+    if name is not None:
+        warn_of_code(name, section.revision, section.trust_remote_code)
+        with explained("model.model_name_or_path", name, section.revision):
             result = AutoConfig.from_pretrained(
-                model_name_or_path, revision=revision, trust_remote_code=trust_remote_code
+                name, revision=section.revision, trust_remote_code=section.trust_remote_code
             )
     else:
-        result = _config_from_scratch(config or {}, tokenizer)
+        result = _config_from_scratch(section.config or {}, tokenizer)
+    for field, value in (fields or {}).items():
+        setattr(result, field, value)
     rows = getattr(result.get_text_config(), "vocab_size", None)
     if tokenizer is not None and rows is not None and rows + sum(id >= rows for id in new_tokens) < len(tokenizer):
         what = f"the tokenizer has {len(tokenizer)} tokens, the model only {rows}"
-        key = "model.config.vocab_size" if model_name_or_path is None else "model.tokenizer_name_or_path"
+        key = "model.config.vocab_size" if name is None else "model.tokenizer_name_or_path"
         raise ModelError(what, key=key, fix="use the model's own tokenizer, or a larger `vocab_size`")
     return result
 
@@ -176,9 +103,9 @@ def _config_from_scratch(given: dict[str, Any], tokenizer: PreTrainedTokenizerBa
 
 
 def _unknown_fields(config: PreTrainedConfig, given: dict[str, Any]) -> Iterator[tuple[str, str, str | None]]:
-    """`(name, config class, field that was probably meant)`. transformers keeps a field it doesn't know as an
-    attribute, without a word; older names that it translates (`rope_theta`) don't stay."""
-    known = {field.name for field in fields(config)} | set(config.attribute_map) | {"model_type"}
+    """Yields `(name, config class, field that was probably meant)`. transformers keeps a field it doesn't know as
+    an attribute, without a word; older names that it translates (`rope_theta`) don't stay."""
+    known = {field.name for field in dataclasses.fields(config)} | set(config.attribute_map) | {"model_type"}
     for name, value in given.items():
         if name in config.sub_configs and isinstance(value, dict):
             for path, owner, near in _unknown_fields(getattr(config, name), value):
@@ -187,68 +114,84 @@ def _unknown_fields(config: PreTrainedConfig, given: dict[str, Any]) -> Iterator
             yield name, type(config).__name__, did_you_mean(name, known)
 
 
-def _auto_class(config: PreTrainedConfig) -> type:
-    """AutoModelForCausalLM, unless the model's own code knows AutoModel only (Dream)."""
-    auto_map = getattr(config, "auto_map", None) or {}
-    return AutoModel if "AutoModel" in auto_map and "AutoModelForCausalLM" not in auto_map else AutoModelForCausalLM
-
-
 def load_model(
+    section: ModelSection,
     config: PreTrainedConfig,
     *,
-    model_name_or_path: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    dtype: str = "auto",
-    attn_implementation: str,
+    attn_implementation: str | None,
+    dtype: str | None = None,
+    auto_class: str = "AutoModelForCausalLM",
+    new_weights: tuple[str, ...] = (),
 ) -> PreTrainedModel:
-    """The causal LM of `config`, pretrained or with new weights, which torch's global generator draws.
+    """Returns the model of `config`, pretrained or with new weights, which torch's global generator draws.
 
     Args:
-        dtype: auto (as stored; float32 from scratch), float32, bfloat16 or float16, of the weights.
-        attn_implementation: what `attention.choose_implementation` has chosen.
+        section: the recipe's `model:`.
+        attn_implementation: what `choose_implementation` has chosen.
+        dtype: of the weights, in the place of the section's: auto (as stored; float32 from scratch), float32, bfloat16 or
+            float16.
+        auto_class: of transformers, by name.
+        new_weights: what the names of weights begin with that a checkpoint may lack; they are drawn.
 
     Raises:
-        ModelError: not a causal LM, weights missing from the checkpoint, an attention it doesn't support, or a router
-            loss that the objectives don't have.
+        ModelError: an architecture without such a head, weights missing from the checkpoint, an attention it doesn't
+            support, or a router loss that the objectives don't have.
     """
     register()
     refuse_router_loss(config)
-    key = "model.model_name_or_path" if model_name_or_path else "model.config"
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not trust_remote_code:
-        raise ModelError(f"{config.model_type} is not a causal language model", key=key)
-    with explained(key, model_name_or_path or config.model_type, revision):
-        if model_name_or_path is None:
-            dtype = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
+    name, trust = section.model_name_or_path, section.trust_remote_code
+    key = "model.model_name_or_path" if name else "model.config"
+    auto = getattr(transformers, auto_class)
+    if not has_class(config, auto_class) and not trust:
+        kind = "a causal language model" if auto_class == "AutoModelForCausalLM" else f"known to {auto_class}"
+        raise ModelError(f"{config.model_type} is not {kind}", key=key)
+    dtype = dtype or section.dtype
+    with explained(key, name or config.model_type, section.revision):
+        if name is None:
+            weights = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
             with refused_by("transformers", "model.config", vars(config)):
-                model = _from_scratch(config, dtype=dtype, attn_implementation=attn_implementation)
-        else:
-            model, found = _auto_class(config).from_pretrained(
-                model_name_or_path,
-                config=config,
-                revision=revision,
-                trust_remote_code=trust_remote_code,
-                dtype=dtype,
-                attn_implementation=attn_implementation,
-                ignore_mismatched_sizes=True,  # reported below, with the missing ones
-                output_loading_info=True,
-            )
-            if lacking := sorted(found["missing_keys"] | {name for name, *_ in found["mismatched_keys"]}):
-                what = f"the checkpoint lacks {len(lacking)} weights of the model, such as {lacking[0]}"
-                raise ModelError(what, key=key, value=model_name_or_path, fix="name a complete causal language model")
-    return model
+                return _from_scratch(auto, config, dtype=weights, attn_implementation=attn_implementation)
+        remote = getattr(config, "auto_map", None) or {}
+        if "AutoModel" in remote and auto_class not in remote:  # its own code knows no other class (Dream)
+            auto = AutoModel
+        model, found = auto.from_pretrained(
+            name,
+            config=config,
+            revision=section.revision,
+            trust_remote_code=trust,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            ignore_mismatched_sizes=True,  # reported below, with the missing ones
+            output_loading_info=True,
+        )
+        lacking = found["missing_keys"] | {name for name, *_ in found["mismatched_keys"]}
+        if lacking := sorted(weight for weight in lacking if not weight.startswith(new_weights or ("\0",))):
+            what = f"the checkpoint lacks {len(lacking)} weights of the model, such as {lacking[0]}"
+            raise ModelError(what, key=key, value=name, fix="name a complete causal language model")
+        return model
 
 
-def _from_scratch(config: PreTrainedConfig, **how: Any) -> PreTrainedModel:
-    """New weights, the same for the same seed whether ZeRO-3 shards them or not.
+def has_class(config: PreTrainedConfig, auto_class: str = "AutoModelForCausalLM") -> bool:
+    """Returns whether transformers itself has a model of this architecture for the auto class of that name."""
+    words = re.sub("(?<=[a-z])(?=[A-Z])", "_", auto_class.removeprefix("AutoModelFor"))  # CausalLM -> Causal_LM
+    return type(config) in getattr(transformers, f"MODEL_FOR_{words.upper()}_MAPPING")
+
+
+def weights_dtype(section: ModelSection, config: PreTrainedConfig) -> torch.dtype:
+    """Returns the dtype that `load_model` gives the weights."""
+    return (config.dtype or torch.float32) if section.dtype == "auto" else getattr(torch, section.dtype)
+
+
+def _from_scratch(auto: Any, config: PreTrainedConfig, **how: Any) -> PreTrainedModel:
+    """Draws new weights, the same for the same seed whether ZeRO-3 shards them or not.
 
     Under ZeRO-3 transformers skips what torch draws when modules are made, before it draws the weights themselves;
     the same is done here without it.
     """
     if is_deepspeed_zero3_enabled():
-        return AutoModelForCausalLM.from_config(config, **how)
+        return auto.from_config(config, **how)
     with no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, **how)
+        model = auto.from_config(config, **how)
     model.init_weights()
     return model
 
@@ -257,7 +200,7 @@ def _from_scratch(config: PreTrainedConfig, **how: Any) -> PreTrainedModel:
 
 
 def add_lora(model: PreTrainedModel, lora: dict[str, Any], *, gradient_checkpointing: bool = False) -> PeftModel:
-    """`model` with a LoRA adapter; everything else is frozen.
+    """Returns `model` with a LoRA adapter; everything else is frozen.
 
     Args:
         lora: fields of `peft.LoraConfig`; `task_type` is CAUSAL_LM unless given.
@@ -285,8 +228,35 @@ def add_lora(model: PreTrainedModel, lora: dict[str, Any], *, gradient_checkpoin
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """`(trainable, frozen)`; shared weights count once, and ZeRO-3's shards as the whole they are part of."""
+    """Counts `(trainable, frozen)`; shared weights count once, and ZeRO-3's shards as the whole they are part of."""
     counts = {True: 0, False: 0}
     for parameter in model.parameters():
         counts[parameter.requires_grad] += getattr(parameter, "ds_numel", parameter.numel())
     return counts[True], counts[False]
+
+
+COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
+
+
+def has_router_loss(config: PreTrainedConfig) -> bool:
+    """Returns whether the model's own loss adds one for its routers.
+
+    Such a loss is not a sum over tokens: it compares shares of a whole micro-batch, padding included, so it changes with
+    the layout.
+    """
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        weights = [getattr(part, name) for name in COEFFICIENTS if hasattr(part, name)]
+        if getattr(part, "output_router_logits", False) and (any(weights) or not weights):
+            return True
+    return False
+
+
+def refuse_router_loss(config: PreTrainedConfig) -> None:
+    """Raises ModelError for a router loss: to leave it out without a word would train another model than was asked for."""
+    if has_router_loss(config):
+        raise ModelError(
+            "asks for a router loss, which compares whole micro-batches and so depends on how they are laid out",
+            key="model.config.output_router_logits",
+            value=True,
+            fix="set it to False, in the config or on the model (`model.config.output_router_logits = False`)",
+        )

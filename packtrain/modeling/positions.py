@@ -1,4 +1,4 @@
-"""Where a model begins to count positions, and how far it can."""
+"""The positions of a model: the first one, and how far they reach."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ TABLES = ("wpe", "position_embeddings", "embed_positions")  # of learnt position
 
 
 def position_start(model: nn.Module) -> int:
-    """The position of a document's first token: 0, or past the padding row of the model's table of positions.
+    """Returns the position of a document's first token: 0, or past the padding row of the model's table of positions.
 
     RoBERTa and its kin keep the rows up to `padding_idx` of their position table for padding and begin behind them
     (at 2 for RoBERTa itself). Told no positions they know that by themselves; packed documents must be told theirs.
@@ -22,7 +22,7 @@ def position_start(model: nn.Module) -> int:
 
 
 def check_positions(model: nn.Module, longest: int) -> str | None:
-    """Whether a document of `longest` tokens has positions in the model; what is to be said where they were never trained.
+    """Checks that a document of `longest` tokens has positions in the model; says so where they were never trained.
 
     Raises:
         ModelError: the model's table of learnt positions is shorter.

@@ -1,1 +1,17 @@
-"""Batch -> loss: the fourth room."""
+"""What is learnt. A new objective is a file in this folder and a line in `OBJECTIVES`.
+
+Its class holds its keys of a recipe's section `objective:` and answers for everything a run asks about them; see
+`objective.py`. These files import torch only where something is computed, so that recipes are read without it.
+"""
+
+from packtrain.objectives.block_diffusion import BlockDiffusion
+from packtrain.objectives.causal import CausalLM
+from packtrain.objectives.masked_diffusion import MaskedDiffusion
+from packtrain.objectives.objective import Objective
+
+OBJECTIVES: dict[str, type[Objective]] = {
+    "causal_lm": CausalLM,
+    "masked_diffusion": MaskedDiffusion,
+    "block_diffusion": BlockDiffusion,
+}
+DEFAULT = "causal_lm"

@@ -10,20 +10,44 @@ code. Position t predicts token t+1, so t is scored where `labels[t+1] != -100`;
 from __future__ import annotations
 
 from collections.abc import Mapping
-
-import torch
-import torch.nn.functional as F
-from torch import nn
+from functools import partial
+from typing import TYPE_CHECKING, Literal
 
 from packtrain.data.formats import IGNORED
-from packtrain.objectives.logits import logits_at
-from packtrain.objectives.objective import Objective, TokenLosses
+from packtrain.objectives.objective import Loss, Objective, Task, TokenLosses
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from packtrain.data.examples import Examples
+
+
+class CausalLM(Objective):
+    """Predicts the next token."""
+
+    name: Literal["causal_lm"] = "causal_lm"
+    loss_weighting: Literal["token", "example"] = "token"
+    """What counts the same: every supervised token, or every example."""
+
+    def task(
+        self, tokenizer: PreTrainedTokenizerBase, train: Examples, held_out: Examples | None, *, seed: int
+    ) -> Task:
+        from packtrain.packing.collator import PackCollator
+
+        return Task(
+            tokenizer=tokenizer,
+            train=train,
+            held_out=held_out,
+            loss=CAUSAL_LM,
+            make_collator=partial(PackCollator, loss_weighting=self.loss_weighting),
+        )
 
 
 def causal_lm_losses(
-    model: nn.Module, batch: Mapping[str, torch.Tensor], *, head: nn.Module | None = None
+    model: torch.nn.Module, batch: Mapping[str, torch.Tensor], *, head: torch.nn.Module | None = None
 ) -> TokenLosses:
-    """Run `model` on a padded or flat batch and score every supervised token.
+    """Runs `model` on a padded or flat batch and scores every supervised token.
 
     Args:
         model, head: see `logits_at`.
@@ -32,20 +56,33 @@ def causal_lm_losses(
     Raises:
         ModelError: the model has no output embeddings, or does not call them in its forward.
     """
+    from torch.nn.functional import cross_entropy
+
+    from packtrain.objectives.logits import logits_at
+
     labels, weights = batch["labels"], batch["loss_weights"]
     row, column = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)  # [N]; position column predicts column + 1
     index = row * labels.shape[1] + column + 1  # [N], of the targets
     logits = logits_at(model, batch, index - 1, head=head)  # [N, V]
     return TokenLosses(
-        nll=F.cross_entropy(logits.float(), labels.flatten()[index], reduction="none"),
+        nll=cross_entropy(logits.float(), labels.flatten()[index], reduction="none"),
         weights=weights.flatten()[index],
         index=index,
     )
 
 
 def sum_of_weights(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """float64 scalar: the micro-batch's share of the denominator."""
+    """Returns the micro-batch's share of the denominator, a float64 scalar."""
+    import torch
+
     return batch["loss_weights"].sum(dtype=torch.float64)
 
 
-CAUSAL_LM = Objective(losses=causal_lm_losses, denominator=sum_of_weights)
+def output_embeddings(model: torch.nn.Module) -> torch.nn.Module:
+    """Returns the module that maps hidden states to logits. Raises ModelError when the model names none."""
+    from packtrain.objectives.logits import output_head
+
+    return output_head(model)
+
+
+CAUSAL_LM = Loss(losses=causal_lm_losses, denominator=sum_of_weights, head=output_embeddings)

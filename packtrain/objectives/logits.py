@@ -26,7 +26,7 @@ NOT_MODEL_INPUTS = ("labels", "loss_weights", "example_ids")
 def logits_at(
     model: nn.Module, batch: Mapping[str, object], index: torch.Tensor, *, head: nn.Module | None = None
 ) -> torch.Tensor:
-    """Logits `[N, V]` at the flat positions `index` `[N]` (row-major over `[B, T]`), from one forward pass.
+    """Computes logits `[N, V]` at the flat positions `index` `[N]` (row-major over `[B, T]`), from one forward pass.
 
     Args:
         model: a causal LM of transformers, bare or wrapped (peft, DDP, DeepSpeed, FSDP).
@@ -50,8 +50,24 @@ def logits_at(
     return logits[0]
 
 
+def head_outputs_at(
+    model: nn.Module, batch: Mapping[str, object], index: torch.Tensor, *, head: nn.Module
+) -> torch.Tensor:
+    """Returns what `head` gives at the flat positions `index` `[N]`, `[N, C]`, from one forward pass.
+
+    For models that pool what their head gives, which must see all of it; the pooled logits are not used.
+    """
+    seen: list[torch.Tensor] = []
+    handle = head.register_forward_hook(lambda module, args, output: seen.append(output))
+    try:
+        model(**_model_inputs(model, batch))
+    finally:
+        handle.remove()
+    return seen[-1].flatten(0, 1)[index]
+
+
 def output_head(model: nn.Module) -> nn.Module:
-    """The module that maps hidden states to logits. Raises ModelError when the model names none."""
+    """Returns the module that maps hidden states to logits. Raises ModelError when the model names none."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is None:
         raise ModelError(
@@ -64,7 +80,7 @@ def output_head(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def _head_sees_only(head: nn.Module, index: torch.Tensor) -> Iterator[list[bool]]:
-    """While open, `head` receives `[1, N, D]` instead of `[B, T, D]`; yields a list that is filled when it ran."""
+    """Gives `head` `[1, N, D]` instead of `[B, T, D]` while open; yields a list that is no longer empty when it ran."""
     seen: list[bool] = []
 
     def keep_supervised(_module: nn.Module, args: tuple) -> tuple:
@@ -80,7 +96,7 @@ def _head_sees_only(head: nn.Module, index: torch.Tensor) -> Iterator[list[bool]
 
 
 def _model_inputs(model: nn.Module, batch: Mapping[str, object]) -> dict[str, object]:
-    """The keys of `batch` that `model.forward` takes, and `use_cache=False` (a cache undoes isolation)."""
+    """Returns the keys of `batch` that `model.forward` takes, and `use_cache=False` (a cache undoes isolation)."""
     inputs = {key: value for key, value in batch.items() if key not in NOT_MODEL_INPUTS}
     inputs["use_cache"] = False
     accepted = _accepted_inputs(type(_innermost(model)))
@@ -88,7 +104,7 @@ def _model_inputs(model: nn.Module, batch: Mapping[str, object]) -> dict[str, ob
 
 
 def _innermost(model: nn.Module) -> nn.Module:
-    """The transformers model under torch.compile, peft, DDP and DeepSpeed wrappers, whose signature counts."""
+    """Returns the transformers model under torch.compile, peft, DDP and DeepSpeed wrappers, whose signature counts."""
     while True:
         if isinstance(getattr(model, "_orig_mod", None), nn.Module):
             model = model._orig_mod
@@ -102,7 +118,7 @@ def _innermost(model: nn.Module) -> nn.Module:
 
 @lru_cache
 def _accepted_inputs(model_class: type[nn.Module]) -> frozenset[str] | None:
-    """Names `model_class.forward` takes, or None when it takes any keyword."""
+    """Returns the names that `model_class.forward` takes, or None when it takes any keyword."""
     parameters = inspect.signature(model_class.forward).parameters.values()
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
         return None

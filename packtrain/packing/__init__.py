@@ -1,1 +1,1 @@
-"""Lengths -> strategy -> plan -> batch: the second room."""
+"""Lengths -> strategy -> plan -> batch."""

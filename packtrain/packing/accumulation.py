@@ -21,8 +21,8 @@ BLOCK_EXAMPLES = 1 << 20  # examples looked at together
 def step_blocks(
     lengths: np.ndarray, *, examples_per_step: int, seed: int, steps: int, equal_lengths: bool = False
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """(first step, matrix `[steps, examples]` of lengths), over the steps of a run; an epoch's short last step comes
-    as a matrix of its own."""
+    """Yields (first step, matrix `[steps, examples]` of lengths) over the steps of a run; an epoch's short last step comes
+    as its own matrix."""
     n, size = len(lengths), examples_per_step
     per_epoch = -(-n // size)
 
@@ -46,7 +46,7 @@ def smallest_accumulation(
     lengths: np.ndarray, strategy: Strategy, *, examples_per_step: int, seed: int, steps: int, ranks: int, capacity: int,
     width: int, cost: Cost, equal_lengths: bool = False,
 ) -> int:  # fmt: skip
-    """Micro-steps with which every micro-batch of every step holds at most `capacity` tokens.
+    """Returns the micro-steps with which every micro-batch of every step holds at most `capacity` tokens.
 
     Args:
         width: the padded width of a micro-batch (`pad_max`), or the longest length.
@@ -75,7 +75,7 @@ def first_misfit(
     lengths: np.ndarray, strategy: Strategy, micro_steps: int, *, examples_per_step: int, seed: int, steps: int, ranks: int,
     capacity: int, width: int, cost: Cost, equal_lengths: bool = False,
 ) -> tuple[int, int] | None:  # fmt: skip
-    """(step, micro-steps that it needs) of the first step that doesn't fit, or None."""
+    """Returns (step, micro-steps that it needs) of the first step that doesn't fit, or None."""
     rows = capacity // width
     if -(-min(examples_per_step, len(lengths)) // (micro_steps * ranks)) <= rows:
         return None
@@ -95,7 +95,7 @@ def first_misfit(
 def fits(
     matrix: np.ndarray, strategy: Strategy, micro_steps: int, ranks: int, capacity: int, width: int, cost: Cost
 ) -> np.ndarray:
-    """Whether each step (row of lengths) fits into `micro_steps * ranks` micro-batches: bool `[steps]`."""
+    """Returns whether each step (row of lengths) fits into `micro_steps * ranks` micro-batches: bool `[steps]`."""
     groups = micro_steps * ranks
     if groups >= matrix.shape[1]:
         return np.ones(len(matrix), dtype=bool)
@@ -121,14 +121,14 @@ def fits(
 
 
 def micro_batch_tokens(lengths: np.ndarray, strategy: Strategy, width: int) -> int:
-    """Tokens that a micro-batch of these documents computes, filler included."""
+    """Counts the tokens that a micro-batch of these documents computes, padding included."""
     if strategy.layout == "flat":
         return int(lengths.sum(dtype=np.int64))
     return len(lengths) * (width if strategy.padded_to == "max_length" else int(lengths.max(initial=0)))
 
 
 def _groups_within(matrix: np.ndarray, capacity: int) -> np.ndarray:
-    """Groups of neighbours in sorted order that rows x longest <= capacity cuts each row into: int64 `[steps]`."""
+    """Counts the groups of neighbours in sorted order, rows x longest <= capacity, of each row: int64 `[steps]`."""
     descending = -np.sort(-matrix.astype(np.int64), axis=1)
     steps, size = descending.shape
     place, groups = np.zeros(steps, dtype=np.int64), np.zeros(steps, dtype=np.int64)
@@ -140,7 +140,7 @@ def _groups_within(matrix: np.ndarray, capacity: int) -> np.ndarray:
 
 
 def _packable(matrix: np.ndarray, groups: int, capacity: int) -> np.ndarray:
-    """Whether best-fit decreasing packs each row into `groups` packs: bool `[steps]`."""
+    """Returns whether best-fit decreasing packs each row into `groups` packs: bool `[steps]`."""
     totals, longest = matrix.sum(axis=1, dtype=np.int64), matrix.max(axis=1).astype(np.int64)
     # Putting each document into the emptiest pack never passes total / groups + longest * (1 - 1 / groups).
     fit = totals + longest * (groups - 1) <= capacity * groups
@@ -153,7 +153,7 @@ def _packable(matrix: np.ndarray, groups: int, capacity: int) -> np.ndarray:
 
 
 def _best_fit(matrix: np.ndarray, groups: int, capacity: int) -> np.ndarray:
-    """Best-fit decreasing of all rows at once, document by document."""
+    """Runs best-fit decreasing on all rows at once, document by document; whether each row fits: bool `[steps]`."""
     descending = -np.sort(-matrix.astype(np.int64), axis=1)
     left = np.full((len(matrix), groups), capacity, dtype=np.int64)  # tokens left, [steps, groups]
     steps = np.arange(len(matrix))

@@ -2,7 +2,7 @@
 
 Under FSDP and ZeRO-3 the ranks meet in every micro-step, and the slowest one sets the pace. With documents of very
 different length, equal numbers of tokens are not equal work (attention grows with the square), and one long document
-can be dearer than the average micro-batch. So the micro-batches of one micro-step are made equally dear, and the
+can cost more than the average micro-batch. So the micro-batches of one micro-step are made equally expensive, and the
 micro-steps need not be:
 
     costs 9 5 4 4 2 1 1, two ranks, two micro-steps
@@ -12,8 +12,8 @@ micro-steps need not be:
     micro-step 1     [4 2]  [4 1]   slowest: 9 + 6           [4]  [2 1 1]    slowest: 9 + 4
 
 The levels are found first, from the longest documents down; then every document goes, longest first, to the micro-batch
-that is furthest below its level and has room for it; where there are few, they are moved and swapped as long as it helps
-(`exchange.py`). Which examples the step has is not touched.
+that is furthest below its level and has room for it. Where there are few documents, they are then moved and swapped as
+long as the update gets faster (`exchange`). Which examples the step has is not touched.
 """
 
 from __future__ import annotations
@@ -23,18 +23,17 @@ import heapq
 import numpy as np
 
 from packtrain.packing.cost import Cost
-from packtrain.packing.exchange import exchange
-from packtrain.packing.histogram import best_fit_decreasing
 from packtrain.packing.lengths import histogram
+from packtrain.packing.packers import best_fit_decreasing
 from packtrain.packing.packs import PatternPacks, sort_by_length
 
 
 def balanced(lengths: np.ndarray, *, micro_steps: int, ranks: int, capacity: int, cost: Cost) -> list[np.ndarray]:
-    """Partition a step's examples so that in each micro-step the ranks' costs are level, none above `capacity` tokens.
+    """Partitions a step's examples so that in each micro-step the ranks' costs are level, none above `capacity` tokens.
 
     Returns:
-        `micro_steps * ranks` index arrays, number `m * ranks + r` for rank r in micro-step m; micro-steps from the dearest
-        to the cheapest, and the ranks' sums over the micro-steps level too. If the examples don't fit, the one
+        `micro_steps * ranks` index arrays, number `m * ranks + r` for rank r in micro-step m; micro-steps from the most
+        expensive to the cheapest, and the ranks' sums over the micro-steps level too. If the examples don't fit, the one
         array too many (or more) is for the caller to notice.
 
         >>> parts = balanced(np.array([9, 5, 4, 4, 2, 1, 1]), micro_steps=2, ranks=2, capacity=10, cost=Cost())
@@ -44,7 +43,7 @@ def balanced(lengths: np.ndarray, *, micro_steps: int, ranks: int, capacity: int
     if not np.any(lengths):  # no documents, or none with a token
         return np.array_split(np.arange(len(lengths)), micro_steps * ranks)
     costs = cost(lengths)
-    order = np.argsort(-lengths.astype(np.int64), kind="stable")  # costs grow with length: the dearest first
+    order = np.argsort(-lengths.astype(np.int64), kind="stable")  # costs grow with length: the most expensive first
     for weights in (costs, costs / costs.mean() + lengths / lengths.mean(), lengths.astype(np.float64)):
         # Where memory is tight, level by cost may leave no room for the last documents: then mind the tokens too.
         parts = _fill(lengths, weights, order, np.repeat(levels(weights[order], micro_steps, ranks), ranks), capacity)
@@ -58,9 +57,9 @@ def balanced(lengths: np.ndarray, *, micro_steps: int, ranks: int, capacity: int
 
 
 def levels(descending: np.ndarray, micro_steps: int, ranks: int) -> np.ndarray:
-    """The cost that a micro-batch of each micro-step should have: float64 `[micro_steps]`, descending.
+    """Returns the cost that a micro-batch of each micro-step should have: float64 `[micro_steps]`, descending.
 
-    The average of what is left, or more where the longest document left is dearer than that (its micro-step is then
+    The average of what is left, or more where the longest document left costs more than that (its micro-step is then
     as long as that document at least, and the other ranks had better work as long).
 
         >>> levels(np.array([9.0, 8, 3, 3, 2, 2, 2, 1]), micro_steps=2, ranks=2).tolist()
@@ -76,9 +75,9 @@ def levels(descending: np.ndarray, micro_steps: int, ranks: int) -> np.ndarray:
 
 
 def into_micro_steps(costs: list[float], ranks: int) -> list[int]:
-    """An order of micro-batches that is level: `order[m * ranks + r]` is what rank r computes in micro-step m.
+    """Returns an order of micro-batches that is level: `order[m * ranks + r]` is what rank r computes in micro-step m.
 
-    Neighbours in cost share a micro-step; within it the dearest goes to the rank that has had least.
+    Neighbours in cost share a micro-step; within it the most expensive goes to the rank that has had least.
 
         >>> into_micro_steps([1.0, 9.0, 5.0, 8.0], ranks=2)
         [1, 3, 0, 2]
@@ -101,7 +100,7 @@ def _in_micro_steps(parts: list[np.ndarray], costs: np.ndarray, ranks: int) -> l
 
 
 def _fill(lengths, weights, order, targets, capacity) -> list[np.ndarray] | None:
-    """Each document, in this order, to the part furthest below its target among those with room; None if none has."""
+    """Puts each document, in this order, into the part furthest below its target that has room; None if none has."""
     parts: list[list[int]] = [[] for _ in targets]
     open_parts = [
         (-target, part, capacity) for part, target in enumerate(targets.tolist())
@@ -124,10 +123,78 @@ def _fill(lengths, weights, order, targets, capacity) -> list[np.ndarray] | None
 
 
 def _pack(lengths, number, capacity) -> list[np.ndarray]:
-    """The tightest packs, when memory is the only concern left."""
+    """Makes the tightest packs, when memory is the only concern left."""
     counts = histogram(lengths)
     patterns = best_fit_decreasing(counts, capacity)
     packs = list(
         PatternPacks(patterns=patterns, counts=counts, by_length=sort_by_length(lengths, counts), key=0, bound=0)
     )
     return packs + [np.zeros(0, dtype=np.int64)] * (number - len(packs))
+
+
+MOST_PAIRS = 1 << 14  # looked at in a round; beyond it there are documents enough for the greedy rule
+ROUNDS = 64
+_GAIN = 1e-9  # of the whole cost; less is rounding
+
+
+def exchange(
+    parts: list[np.ndarray], lengths: np.ndarray, costs: np.ndarray, ranks: int, capacity: int
+) -> list[np.ndarray]:
+    """Moves and swaps documents between micro-batches as long as the update gets faster.
+
+    A greedy partition of many documents is level to a few in a thousand; of a handful it may be a third too slow. The
+    time of an update is the sum over micro-steps of the most expensive rank, so only the most expensive micro-batches are
+    worth lightening: of all ways to give one of their documents away, or to swap it for another, the best is taken until
+    none helps. Every round is a matrix of (documents of these micro-batches) x (all documents and places), so updates of
+    many documents are left alone.
+
+    Args:
+        parts: index arrays, number `m * ranks + r` for rank r in micro-step m; none above `capacity` tokens.
+        lengths, costs: int64 and float64 `[documents]`.
+
+    Returns:
+        As many index arrays, in which each document occurs once.
+
+        >>> parts = [np.array([2]), np.array([0]), np.array([1]), np.array([], int)]
+        >>> [part.tolist() for part in exchange(parts, np.array([4, 4, 7]), np.array([4.0, 4, 7]), 2, 99)]
+        [[2], [0, 1], [], []]
+    """
+    number, documents = len(parts), len(lengths)
+    where = np.empty(documents, dtype=np.int64)
+    for part, own in enumerate(parts):
+        where[own] = part
+    # A place is a document to swap with, or the end of a part: nothing comes back.
+    given_costs, given_lengths = np.append(costs, np.zeros(number)), np.append(lengths, np.zeros(number, np.int64))
+    rows = np.arange(number) // ranks
+    for _ in range(ROUNDS):
+        load = np.bincount(where, weights=costs, minlength=number)
+        left = capacity - np.bincount(where, weights=lengths, minlength=number)
+        table = load.reshape(-1, ranks)
+        dearest = table.argmax(axis=1) + np.arange(len(table)) * ranks
+        first = table.max(axis=1)
+        second = np.partition(table, -2, axis=1)[:, -2] if ranks > 1 else np.zeros(len(table))
+        mine = np.flatnonzero(dearest[rows[where]] == where)  # documents of the most expensive parts, [B]
+        if len(mine) * (documents + number) > MOST_PAIRS:
+            break
+        place = np.append(where, np.arange(number))  # [P], the part of each place
+        moved = costs[mine, None] - given_costs  # [B, P]
+        tokens = lengths[mine, None] - given_lengths
+        here, there = where[mine], place
+        lighter = np.maximum(second[rows[here]][:, None], load[here][:, None] - moved)  # this micro-step's new maximum
+        heavier = load[there] + moved
+        same = rows[here][:, None] == rows[there]
+        gain = np.where(
+            same,
+            first[rows[here]][:, None] - np.maximum(lighter, heavier),
+            first[rows[here]][:, None] - lighter + np.minimum(first[rows[there]] - heavier, 0.0),
+        )
+        gain[(tokens > left[there]) | (-tokens > left[here][:, None]) | (here[:, None] == there)] = 0
+        best = int(gain.argmax())
+        document, other = mine[best // len(place)], best % len(place)
+        if gain.flat[best] <= _GAIN * first.sum():
+            break
+        if other < documents:
+            where[other] = where[document]
+        where[document] = place[other]
+    order = np.argsort(where, kind="stable")
+    return np.split(order, np.cumsum(np.bincount(where, minlength=number))[:-1])

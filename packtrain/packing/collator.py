@@ -12,7 +12,7 @@ Two documents of 3 and 2 tokens, prompt masked in the first, in the two layouts:
              cu_seq_lens_q [0, 3, 5]                           position_ids   [[ 0, 1, 2], [ 0, 1,  2]]
              seq_idx       [[ 0,  0,  0,  1,  1]]
 
-A flat batch has no `attention_mask`: with one, transformers lets documents see each other.
+A flat batch has no `attention_mask`: with one, transformers lets attention leak between documents.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def collate_flat(
     loss_weighting: Literal["token", "example"] = "token",
     position_start: int = 0,
 ) -> Batch:
-    """Documents end to end in one row.
+    """Lays documents end to end in one row.
 
     Args:
         input_ids, labels: int64 `[T]`, documents end to end, labels unshifted. Neither is changed.
@@ -55,8 +55,8 @@ def collate_flat(
         position_start: the model's first position (2 for RoBERTa).
 
     Returns:
-        The batch of the design's section "The batch": everything `[1, T]` but `cu_seq_lens_*` int32 `[S + 1]`,
-        `max_length_*` (Python int) and `example_ids` int64 `[S]`. `loss_weights` is 0 where the label is -100.
+        A flat batch: everything `[1, T]` but `cu_seq_lens_*` int32 `[S + 1]`, `max_length_*` (Python int) and
+        `example_ids` int64 `[S]`. `loss_weights` is 0 where the label is -100.
     """
     offsets = offsets_of(lengths)  # [S + 1]
     document = np.repeat(np.arange(len(lengths)), lengths)  # [T]
@@ -92,9 +92,9 @@ def collate_padded(
     position_start: int = 0,
     padding_side: Literal["right", "left"] = "right",
 ) -> Batch:
-    """One document per row, filled up to `width` (None: the longest).
+    """Lays out one document per row, padded to `width` (None: the longest).
 
-    Arguments as `collate_flat`. Filler is known by its place, never by its id: where the padding token is also the
+    Arguments as `collate_flat`. Padding is known by its place, never by its id: where the padding token is also the
     end-of-text token, the real one keeps its label.
 
     Returns:
@@ -129,17 +129,17 @@ def collate_padded(
 
 
 class PackCollator:
-    """Documents to a batch of one layout.
+    """Turns documents into a batch of one layout.
 
     Args:
         layout: "flat" or "padded".
-        pad_token_id: for padding and for filler micro-batches.
+        pad_token_id: for padding, and for micro-batches of padding only.
         padded_to: "longest" of the micro-batch, or "max_length".
         max_length: the width with `padded_to="max_length"`.
         loss_weighting, position_start, padding_side: see `collate_flat` and `collate_padded`.
 
-    A model that is given flat batches has to keep documents apart by itself; `packtrain audit` says which do, and
-    `packtrain.attach` asks and prepares it.
+    A model that is given flat batches has to isolate the documents itself; `packtrain audit` says which do, and
+    `packtrain.attach` checks and prepares it.
 
         >>> collator = PackCollator(layout="flat", pad_token_id=0)
         >>> collator([{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9]}])["position_ids"]
@@ -167,7 +167,7 @@ class PackCollator:
         self.loss_weighting, self.position_start, self.padding_side = loss_weighting, position_start, padding_side
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> Batch:
-        """A batch from rows with `input_ids` and, maybe, `labels` (default: the input_ids) and `example_id`."""
+        """Makes a batch from rows with `input_ids` and, maybe, `labels` (default: the input_ids) and `example_id`."""
         ids = [np.asarray(feature["input_ids"], dtype=np.int64) for feature in features]
         labels = [
             own if feature.get("labels") is None else np.asarray(feature["labels"], dtype=np.int64)
@@ -194,7 +194,7 @@ class PackCollator:
         example_ids: np.ndarray,
         supervised: np.ndarray | None = None,
     ) -> Batch:
-        """A batch from documents end to end; arguments as `collate_flat`."""
+        """Makes a batch from documents end to end; arguments as `collate_flat`."""
         options = {
             "supervised": supervised, "loss_weighting": self.loss_weighting, "position_start": self.position_start,
         }  # fmt: skip
@@ -206,18 +206,18 @@ class PackCollator:
         )  # fmt: skip
 
     def at_epoch(self, epoch: int) -> PackCollator:
-        """The collator of that epoch; this one draws nothing, so it is the same in all."""
+        """Returns the collator of that epoch; this one draws nothing, so it is the same in all."""
         return self
 
     def filler(self) -> Batch:
-        """The micro-batch of a rank that has no examples left in a step: one document of padding, weight zero."""
+        """Makes the micro-batch of a rank that has no examples left in a step: one document of padding, weight zero."""
         ids = np.full(FILLER_TOKENS, self.pad_token_id, dtype=np.int64)
         labels = np.full(FILLER_TOKENS, IGNORED, dtype=np.int64)
         return self.collate(ids, labels, np.array([FILLER_TOKENS]), np.array([-1]))
 
 
 class MicroBatches(Dataset):
-    """The examples seen as micro-batches: indexed by a `MicroBatch` of the plan, gives its finished batch.
+    """The examples as micro-batches: indexed by a `MicroBatch` of the plan, gives its finished batch.
 
     `examples` has `gather(example_ids, starts, stops) -> (input_ids [T], labels [T])` and `supervised`, int32 `[n]`.
     """
@@ -226,7 +226,7 @@ class MicroBatches(Dataset):
         self.examples, self.collator = examples, collator
 
     def at_epoch(self, epoch: int) -> MicroBatches:
-        """The same examples, collated as in that epoch (diffusion draws its masks from seed, epoch and example)."""
+        """Returns the same examples, collated as in that epoch (diffusion draws its masks from seed, epoch and example)."""
         return MicroBatches(self.examples, self.collator.at_epoch(epoch))
 
     def __getitem__(self, micro_batch: MicroBatch) -> Batch:
@@ -239,7 +239,7 @@ class MicroBatches(Dataset):
 
 
 def without_first_labels(labels: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """A copy in which the first token of every document is not supervised: nothing before it predicts it.
+    """Returns a copy in which the first token of every document is not supervised: nothing before it predicts it.
 
     Args:
         labels: int64 `[T]`, documents end to end.
@@ -251,7 +251,7 @@ def without_first_labels(labels: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 def _loss_weights(labels, document, documents, supervised, loss_weighting) -> np.ndarray:
-    """float32 `[T]`; 0 where nothing is supervised, so that their sum is the loss's denominator."""
+    """Returns float32 `[T]`, 0 where nothing is supervised, so that their sum is the loss's denominator."""
     counted = labels != IGNORED  # [T]
     if loss_weighting == "token":
         return counted.astype(np.float32)

@@ -12,13 +12,16 @@ A backward pass costs twice a forward pass, both terms alike, so it drops out of
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from packtrain.errors import PlanError
+from packtrain.recipe.sections import ModelSection
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +39,13 @@ class Cost:
             raise PlanError("a cost needs linear > 0 and quadratic >= 0", value=(self.linear, self.quadratic))
 
     def __call__(self, lengths: np.ndarray) -> np.ndarray:
-        """float64 cost of each length."""
+        """Returns the float64 cost of each length."""
         lengths = np.asarray(lengths, dtype=np.float64)
         return lengths * (self.linear + self.quadratic * lengths)
 
     @classmethod
     def of_config(cls, config: Mapping[str, Any] | Any, *, causal: bool = True) -> Cost:
-        """The cost model of a transformer from its config (a mapping, or an object with attributes).
+        """Returns the cost model of a transformer from its config (a mapping, or an object with attributes).
 
         linear = 2 * weights that a token meets in the layers: query, key, value and output projections (fewer
         key/value heads under GQA), MLP (three matrices when gated, two otherwise; for a mixture of experts the
@@ -80,7 +83,7 @@ class Cost:
 
 
 def _mlp_weights(first, hidden: int) -> int:
-    """Weights of one layer's MLP that a single token meets."""
+    """Counts the weights of one layer's MLP that a single token meets."""
     gated = first("model_type") not in {
         "gpt2",
         "gpt_neo",
@@ -104,9 +107,32 @@ def _mlp_weights(first, hidden: int) -> int:
 
 
 def _windowed_layers(first, layers: int) -> int:
-    """How many layers attend within a sliding window only."""
+    """Counts the layers that attend within a sliding window only."""
     types = first("layer_types")
     if types is not None:
         return sum(kind == "sliding_attention" for kind in types)
     use = first("use_sliding_window", default=True)
     return layers if use and first("sliding_window") else 0
+
+
+def find_cost(section: ModelSection) -> Cost | None:
+    """Returns the cost model of a recipe's architecture, or None (tokens count) where its config isn't at hand."""
+    try:
+        return Cost.of_config(_config_at_hand(section))
+    except PlanError:
+        return None
+
+
+def _config_at_hand(section: ModelSection) -> dict[str, Any]:
+    """Returns the fields of the config as far as they are known without the Hub and without importing transformers."""
+    if section.config is not None:
+        return section.config
+    path: Any = Path(section.model_name_or_path, "config.json")
+    if not path.parent.is_dir():
+        from huggingface_hub import try_to_load_from_cache
+
+        path = try_to_load_from_cache(section.model_name_or_path, "config.json", revision=section.revision)
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):  # TypeError: not in the cache
+        return {}

@@ -1,7 +1,9 @@
-"""Lengths, the only thing a plan looks at: checked once, at the door.
+"""Lengths, the only thing a plan looks at: checked once, when they come in.
 
-lengths = load_lengths("lengths.npy")     # memory-mapped: a billion lengths cost no memory
-lengths = check_lengths([12, 7, 2048])
+A list does, or an array, which may be memory-mapped and larger than memory:
+
+    lengths = load_lengths("lengths.npy")     # memory-mapped: a billion lengths cost no memory
+    lengths = check_lengths([12, 7, 2048])
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ CHUNK = 1 << 22  # lengths read at once: 16 MiB of int32
 
 
 def check_lengths(lengths: Sequence[int] | np.ndarray, *, where: str | None = None) -> np.ndarray:
-    """The lengths as a one-dimensional integer array, not copied when they are one already.
+    """Returns the lengths as a one-dimensional integer array, not copied when they are one already.
 
     Raises:
         PlanError: not one-dimensional, not integers (floats and NaN included), or negative; names the first
@@ -53,7 +55,7 @@ def check_lengths(lengths: Sequence[int] | np.ndarray, *, where: str | None = No
 
 
 def load_lengths(path: str | Path) -> np.ndarray:
-    """Lengths from a `.npy` file, memory-mapped and checked. Raises PlanError for any other kind of file."""
+    """Loads lengths from a `.npy` file, memory-mapped and checked. Raises PlanError for any other kind of file."""
     path = Path(path)
     fix = "write it with numpy.save('lengths.npy', lengths), lengths a one-dimensional integer array"
     if not path.is_file():
@@ -68,13 +70,13 @@ def load_lengths(path: str | Path) -> np.ndarray:
 
 
 def chunks(array: np.ndarray, size: int = CHUNK) -> Iterator[tuple[int, np.ndarray]]:
-    """(first index, slice) over an array that may be memory-mapped and larger than memory."""
+    """Yields (first index, slice) over an array that may be memory-mapped and larger than memory."""
     for start in range(0, len(array), size):
         yield start, array[start : start + size]
 
 
 def histogram(lengths: np.ndarray) -> np.ndarray:
-    """How many examples have each length: int64 `[longest + 1]`; memory O(longest), whatever the count."""
+    """Counts the examples of each length: int64 `[longest + 1]`; memory O(longest), whatever the count."""
     counts = np.zeros(1, dtype=np.int64)
     for _, chunk in chunks(lengths):
         part = np.bincount(chunk)

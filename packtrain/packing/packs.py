@@ -1,4 +1,4 @@
-"""What an epoch-scope strategy returns: packs, as arrays instead of a list of a hundred million lists.
+"""The packs that an epoch-scope strategy returns, as arrays instead of a list of a hundred million lists.
 
 Two kinds, with the same three operations (`len`, `packs[number]`, `packs.take(numbers)`):
 
@@ -52,7 +52,7 @@ class ListedPacks(Sequence):
         return self.items[self.offsets[number] : self.offsets[number + 1]]
 
     def take(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(items, offsets) of some packs, in the order asked for."""
+        """Returns (items, offsets) of some packs, in the order asked for."""
         sizes = self.offsets[numbers + 1] - self.offsets[numbers]
         return self.items[ranges(self.offsets[numbers], sizes)], offsets_of(sizes)
 
@@ -78,7 +78,7 @@ class Patterns:
 
     @classmethod
     def of_entries(cls, repeats, pattern, length, number, first) -> Patterns:
-        """From entries "each pack of `pattern` holds `number` examples of `length`, from rank `first` on"."""
+        """Makes patterns from entries "each pack of `pattern` holds `number` examples of `length`, from rank `first` on"."""
         order = np.argsort(pattern, kind="stable")
         pattern, length, number, first = pattern[order], length[order], number[order], first[order]
         documents = np.bincount(np.repeat(pattern, number), minlength=len(repeats))
@@ -93,14 +93,14 @@ class Patterns:
 
     @cached_property
     def ends(self) -> np.ndarray:
-        """int64 `[P]`: the number of packs up to and including each pattern."""
+        """int64 `[P]`, the number of packs up to and including each pattern."""
         return np.cumsum(self.repeats)
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
 
     def slots(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The documents of some packs: lengths `[m]`, ranks `[m]`, and offsets `[packs + 1]` into both."""
+        """Returns the documents of some packs: lengths `[m]`, ranks `[m]`, and offsets `[packs + 1]` into both."""
         pattern = np.searchsorted(self.ends, numbers, side="right")
         nth = numbers - (self.ends[pattern] - self.repeats[pattern])  # this is the nth pack of its pattern
         sizes = self.offsets[pattern + 1] - self.offsets[pattern]
@@ -135,7 +135,7 @@ class PatternPacks(Sequence):
         return len(self.patterns)
 
     def by_cost(self, cost: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-        """Numbers of all packs, the cheapest first; `cost` of lengths `[m]`."""
+        """Returns the numbers of all packs, the cheapest first; `cost` of lengths `[m]`."""
         slots = np.append(cost(self.patterns.slot_length), 0.0)
         costs = np.add.reduceat(slots, self.patterns.offsets[:-1]) if len(self) else np.zeros(0)
         order = np.argsort(costs, kind="stable")
@@ -148,14 +148,14 @@ class PatternPacks(Sequence):
         return self.take(np.array([range(len(self))[number]]))[0]
 
     def take(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(indices, offsets) of some packs, in the order asked for."""
+        """Returns (indices, offsets) of some packs, in the order asked for."""
         lengths, ranks, offsets = self.patterns.slots(numbers)
         ranks = permute(ranks, self.counts[lengths], self.key, stream=lengths)
         return self.by_length[self.starts[lengths] + ranks].astype(np.int64), offsets
 
 
 def sort_by_length(lengths: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Indices sorted by length, ties in index order: uint32 `[n]` (int64 from 2^32 on), chunk by chunk.
+    """Returns the indices sorted by length, ties in index order: uint32 `[n]` (int64 from 2^32 on), chunk by chunk.
 
     A counting sort: memory is the result plus a few arrays of one chunk.
     """
@@ -174,7 +174,7 @@ def sort_by_length(lengths: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def _stable_argsort(chunk: np.ndarray) -> np.ndarray:
-    """numpy sorts 16-bit integers by radix, several times faster than wider ones."""
+    """Sorts stably; 16-bit integers by radix, which in numpy is several times faster than wider ones."""
     assert len(chunk) <= CHUNK
     if chunk.max(initial=0) < 1 << 16:
         return np.argsort(chunk.astype(np.uint16), kind="stable")
@@ -183,10 +183,10 @@ def _stable_argsort(chunk: np.ndarray) -> np.ndarray:
 
 
 def ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """`[starts[0], starts[0] + 1, ..., starts[1], ...]`: the concatenation of `sizes[i]` integers from `starts[i]`."""
+    """Returns `[starts[0], starts[0] + 1, ..., starts[1], ...]`: `sizes[i]` integers from each `starts[i]`, end to end."""
     return np.repeat(starts - (np.cumsum(sizes) - sizes), sizes) + np.arange(sizes.sum())
 
 
 def offsets_of(sizes: np.ndarray) -> np.ndarray:
-    """int64 `[len(sizes) + 1]`: 0 and the running sum."""
+    """Returns int64 `[len(sizes) + 1]`: 0 and the running sum."""
     return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)

@@ -15,7 +15,7 @@ import inspect
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Literal
 
@@ -27,13 +27,16 @@ from packtrain.packing.cost import Cost
 from packtrain.packing.lengths import MOST_EPOCHS, check_lengths, chunks
 from packtrain.packing.scopes import EpochScope, MicroBatch, StepScope
 from packtrain.packing.strategies import resolve_strategy
+from packtrain.recipe.sections import EXAMPLES_PER_STEP, MAX_TOKENS, BatchingSection, Schedule
 
-__all__ = ["MicroBatch", "Plan", "make_plan"]
+__all__ = ["MicroBatch", "Plan", "make_plan", "plan_evaluation", "plan_run"]
+
+EVALUATION = {"flat": "balanced", "padded": "group_by_length"}  # layout -> strategy that lays held-out examples out
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Plan:
-    """See the module's docstring; built by `make_plan`.
+    """The micro-batches of every step and rank; built by `make_plan`.
 
     Attributes:
         strategy: its name.
@@ -62,26 +65,26 @@ class Plan:
         return self.scope.lengths
 
     def steps_in_epoch(self, epoch: int) -> int:
-        """Updates of a complete epoch (the run's last epoch may end earlier)."""
+        """Counts the updates of a complete epoch (the run's last epoch may end earlier)."""
         return self.scope.steps_in_epoch(epoch)
 
     def locate(self, step: int) -> tuple[int, int]:
-        """(epoch, index within the epoch) of an update of the run."""
+        """Returns (epoch, index within the epoch) of an update of the run."""
         if not 0 <= step < self.total_steps:
             raise IndexError(f"step {step} of a run of {self.total_steps} steps")
         epoch = bisect_right(self.epoch_starts, step) - 1
         return epoch, step - self.epoch_starts[epoch]
 
     def examples(self, step: int) -> np.ndarray:
-        """The ids of the examples that an update sees: int64, each once, whatever the world size."""
+        """Returns the ids of the examples that an update sees: int64, each once, whatever the world size."""
         return self.scope.examples(*self.locate(step))
 
     def layout_of(self, step: int) -> list[MicroBatch]:
-        """All micro-batches of an update: number `m * world_size + r` is that of rank r in micro-step m."""
+        """Returns all micro-batches of an update: number `m * world_size + r` is that of rank r in micro-step m."""
         return self.scope.micro_batches(*self.locate(step), self.gradient_accumulation_steps, self.world_size)
 
     def micro_batches(self, step: int, rank: int) -> list[MicroBatch]:
-        """What one rank computes for an update: `gradient_accumulation_steps` micro-batches, maybe filler."""
+        """Returns what one rank computes for an update: `gradient_accumulation_steps` micro-batches, maybe padding only."""
         assert 0 <= rank < self.world_size, f"rank {rank} of {self.world_size}"
         return self.layout_of(step)[rank :: self.world_size]
 
@@ -103,8 +106,8 @@ def make_plan(
     *,
     strategy: str = "balanced",
     seed: int = 0,
-    examples_per_step: int = 64,
-    max_tokens: int = 16384,
+    examples_per_step: int = EXAMPLES_PER_STEP,
+    max_tokens: int = MAX_TOKENS,
     max_length: int | None = None,
     world_size: int = 1,
     gradient_accumulation_steps: int | Literal["auto"] = "auto",
@@ -115,7 +118,7 @@ def make_plan(
     cost: Cost | None = None,
     equal_lengths: bool = False,
 ) -> Plan:
-    """Plan a run.
+    """Plans a run.
 
     Args:
         lengths: tokens of each example, integers `[n]`; may be memory-mapped.
@@ -133,8 +136,8 @@ def make_plan(
         num_epochs: may be fractional.
         max_steps: updates of the run; overrides `num_epochs` when positive.
         cost: what a document costs, for the balance; None counts tokens.
-        equal_lengths: every document of an update is planned as long as the update's longest; who gathers it
-            fills it up (the tails of diffusion models). Step scope only.
+        equal_lengths: every document of an update is planned as long as the update's longest; whoever gathers it
+            pads it (the tails of diffusion models). Step scope only.
 
     Raises:
         PlanError: what can't be planned, with the key and the fix.
@@ -228,8 +231,58 @@ def make_plan(
     )
 
 
+def plan_run(
+    batching: BatchingSection,
+    schedule: Schedule,
+    lengths: np.ndarray,
+    *,
+    max_length: int | None = None,
+    world_size: int = 1,
+    cost: Cost | None = None,
+    equal_lengths: bool = False,
+) -> Plan:
+    """Plans a recipe's whole run over examples of these `lengths` (int, `[n]`); arguments as `make_plan`."""
+    return make_plan(
+        lengths,
+        strategy=batching.strategy,
+        examples_per_step=batching.examples_per_step,
+        max_tokens=batching.max_tokens,
+        tokens_per_step=batching.tokens_per_step,
+        max_length=max_length,
+        world_size=world_size,
+        cost=cost,
+        equal_lengths=equal_lengths,
+        **asdict(schedule),
+    )
+
+
+def plan_evaluation(
+    batching: BatchingSection,
+    lengths: np.ndarray,
+    *,
+    layout: str,
+    max_length: int | None = None,
+    world_size: int = 1,
+    equal_lengths: bool = False,
+) -> Plan:
+    """Plans one epoch over held-out examples in the layout of training.
+
+    It is one step, or with `equal_lengths` steps as long as in training, so that a long document lengthens those next to
+    it only. Evaluation sums over the steps.
+    """
+    return make_plan(
+        lengths,
+        strategy=EVALUATION[layout],
+        examples_per_step=batching.examples_per_step if equal_lengths else len(lengths),
+        max_tokens=batching.max_tokens,
+        max_length=max_length,
+        world_size=world_size,
+        equal_lengths=equal_lengths,
+    )
+
+
 def _check_examples(lengths: np.ndarray, max_tokens: int, max_length: int | None, rule) -> int:
-    """The longest length, after every example was found plannable."""
+    """Returns the longest length, after checking that every example can be planned."""
     if len(lengths) == 0:
         raise PlanError(
             "there are no examples to plan", fix="check the data: every row was skipped, or the split is empty"
@@ -264,7 +317,7 @@ def _check_examples(lengths: np.ndarray, max_tokens: int, max_length: int | None
 
 
 def _schedule(scope: StepScope | EpochScope, num_epochs: float, max_steps: int) -> tuple[tuple[int, ...], int]:
-    """(first step of each epoch begun, steps of the run), as transformers.Trainer counts them: `max_steps` when
+    """Returns (first step of each epoch begun, steps of the run), as transformers.Trainer counts them: `max_steps` when
     positive, else the whole epochs and the rounded-up part of the last."""
     if max_steps > 0 and max_steps > MOST_EPOCHS * scope.steps_in_epoch(0):
         what = f"is more than {MOST_EPOCHS:,} epochs of {scope.steps_in_epoch(0)} updates"

@@ -23,7 +23,7 @@ FILLER_TOKENS = 2  # of a micro-batch without documents: the shortest one with s
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MicroBatch:
-    """What one forward pass of one rank sees; no documents at all is a filler micro-batch.
+    """The input of one forward pass of one rank; without documents it is padding only.
 
     Attributes:
         example_ids: int64 `[S]`.
@@ -155,7 +155,7 @@ class EpochScope:
         return identity
 
     def _take(self, epoch: int, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """(items, offsets) of an update's packs; items are example ids `[m]`, or rows (id, start, stop)."""
+        """Returns (items, offsets) of an update's packs; items are example ids `[m]`, or rows (id, start, stop)."""
         packs = self.packs(epoch)
         size, shuffle = self.packs_per_step, {"seed": self.seed, "epoch": epoch, "purpose": PACKS}
         if self.strategy.pack_order == "cost":  # neighbours in cost, the updates shuffled

@@ -27,7 +27,7 @@ _32 = np.uint64(32)
 
 
 def mix64(value: int) -> int:
-    """SplitMix64's output function (Steele, Lea & Flood 2014): a bijection on 64-bit integers."""
+    """Applies SplitMix64's output function (Steele, Lea & Flood 2014), a bijection on 64-bit integers."""
     value = (value + _GOLDEN) & _MASK
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -35,7 +35,7 @@ def mix64(value: int) -> int:
 
 
 def derive_key(*parts: int) -> int:
-    """One 64-bit key from any integers (seed, epoch, purpose, ...), order-sensitive."""
+    """Makes one 64-bit key from any integers (seed, epoch, purpose, ...), order-sensitive."""
     key = len(parts)
     for part in parts:
         key = mix64(key ^ mix64(part & _MASK))
@@ -43,18 +43,18 @@ def derive_key(*parts: int) -> int:
 
 
 def round_keys(key: int) -> np.ndarray:
-    """What each round adds, and by what odd number it multiplies: uint64 `[ROUNDS, 2]`."""
+    """Returns what each round adds, and by what odd number it multiplies: uint64 `[ROUNDS, 2]`."""
     return np.array([(derive_key(key, 2 * i), derive_key(key, 2 * i + 1) | 1) for i in range(ROUNDS)], dtype=np.uint64)
 
 
 def permute(index: np.ndarray, size: int | np.ndarray, key: int, stream: np.ndarray | None = None) -> np.ndarray:
-    """Where the bijection on `[0, size)` chosen by `key` sends each index.
+    """Sends each index through the bijection on `[0, size)` that `key` chooses.
 
     Args:
         index: integers `[m]`, each in `[0, size)`.
         size: the domain, at most 2^53; or one domain per index, `[m]`.
         key: any 64-bit integer, see `derive_key`.
-        stream: integers `[m]` below 2^32; every stream has a bijection of its own (used to shuffle the examples of
+        stream: integers `[m]` below 2^32; every stream has its own bijection (used to shuffle the examples of
             each length apart).
 
     Returns:
@@ -77,7 +77,7 @@ def permute(index: np.ndarray, size: int | np.ndarray, key: int, stream: np.ndar
 def shuffled(
     n: int, *, seed: int, epoch: int = 0, purpose: int = 0, start: int = 0, stop: int | None = None
 ) -> np.ndarray:
-    """Positions `start..stop` of the seeded shuffle of `range(n)`: int64 `[stop - start]`.
+    """Returns positions `start..stop` of the seeded shuffle of `range(n)`: int64 `[stop - start]`.
 
     `purpose` tells apart the shuffles that one epoch needs (examples, packs).
     """
@@ -102,7 +102,7 @@ def _permute_block(value: np.ndarray, last: np.ndarray, keys: np.ndarray, tweak:
 
 
 def _rounds(value: np.ndarray, mask: np.ndarray, half: np.ndarray, keys: np.ndarray, tweak: np.ndarray | None) -> None:
-    """In place: one pass through the bijection on `[0, mask]`."""
+    """Passes values once through the bijection on `[0, mask]`, in place."""
     for number, (added, multiplier) in enumerate(keys):
         if tweak is not None:
             value ^= tweak >> (3 * number)  # another window of its bits each round; those above the mask fall away

@@ -5,7 +5,7 @@ Step scope, the layouts of one update's examples over ranks and micro-steps:
     function(lengths, *, micro_steps, ranks, capacity, cost) -> micro_steps * ranks index arrays
 
   `lengths` are those of the step's examples, in the order of the shuffle. Array `m * ranks + r` is what rank r computes
-  in micro-step m; it may be empty (a filler micro-batch stands in). Each index occurs exactly once.
+  in micro-step m; it may be empty (a micro-batch of padding stands in). Each index occurs exactly once.
 
 Epoch scope, the packs of a whole epoch:
 
@@ -16,13 +16,12 @@ Epoch scope, the packs of a whole epoch:
   (index, start, stop) instead. `key` is a 64-bit integer for seeded choices, another one in every epoch. The plan
   shuffles the order of the packs; with `by_order` the lengths arrive in the order of the epoch's shuffle.
 
-A recipe may name a function of its own, `my_package.my_module:function`: it is taken as epoch scope (and its
+A recipe may name any other function, `my_package.my_module:function`: it is taken as epoch scope (and its
 result is checked), or the name of a `Strategy`, which says its scope and layout itself.
 """
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,20 +31,21 @@ import numpy as np
 
 from packtrain.errors import PlanError
 from packtrain.packing.balance import balanced
-from packtrain.packing.bounds import lower_bound
 from packtrain.packing.cost import Cost
-from packtrain.packing.histogram import best_fit_decreasing, first_fit_decreasing
 from packtrain.packing.lengths import histogram
-from packtrain.packing.optimal import near_optimal
+from packtrain.packing.optimal import lower_bound, near_optimal
+from packtrain.packing.packers import best_fit_decreasing, first_fit_decreasing
 from packtrain.packing.packs import ListedPacks, PatternPacks, sort_by_length
 from packtrain.packing.shuffle import permute
+from packtrain.recipe.fields import did_you_mean
+from packtrain.recipe.sections import Settings, Verdicts
 
 OPEN_PACKS = 16  # packs among which `random` chooses
 
 
 @dataclass(frozen=True, kw_only=True)
 class Strategy:
-    """What the plan and the collator need to know of a strategy.
+    """The rule of a strategy, and how its micro-batches are laid out.
 
     Attributes:
         function: see the module's docstring.
@@ -68,7 +68,7 @@ class Strategy:
 
 
 def equal_counts(lengths: np.ndarray, *, micro_steps: int, ranks: int, capacity: int, cost: Cost) -> list[np.ndarray]:
-    """Neighbours of the shuffle, the same number in every micro-batch (differing by one where it must).
+    """Takes neighbours of the shuffle, the same number in every micro-batch (differing by one where it must).
 
     >>> equal_counts(np.array([5, 9, 2, 7, 1]), micro_steps=2, ranks=1, capacity=99, cost=Cost())
     [array([0, 1, 2]), array([3, 4])]
@@ -77,7 +77,7 @@ def equal_counts(lengths: np.ndarray, *, micro_steps: int, ranks: int, capacity:
 
 
 def sorted_groups(lengths: np.ndarray, *, micro_steps: int, ranks: int, capacity: int, cost: Cost) -> list[np.ndarray]:
-    """Sorted by length and cut where the largest padded micro-batch (rows x longest) is smallest.
+    """Sorts by length and cuts where the largest padded micro-batch (rows x longest) is smallest.
 
     Found by bisection on that area: a group is filled from the longest remaining example on while rows x longest stays
     within the area, which needs the fewest groups for it. The strongest padded baseline there is.
@@ -106,17 +106,17 @@ def sorted_groups(lengths: np.ndarray, *, micro_steps: int, ranks: int, capacity
 
 
 def bfd(lengths: np.ndarray, capacity: int, key: int, max_documents: int | None = None) -> PatternPacks:
-    """Best-fit decreasing: the longest first, each into the fullest pack that still takes it."""
+    """Packs by best-fit decreasing: the longest first, each into the fullest pack that still takes it."""
     return _pattern_packs(lengths, key, capacity, max_documents, best_fit_decreasing)
 
 
 def ffd(lengths: np.ndarray, capacity: int, key: int, max_documents: int | None = None) -> PatternPacks:
-    """First-fit decreasing: the longest first, each into the pack opened first that still takes it."""
+    """Packs by first-fit decreasing: the longest first, each into the pack opened first that still takes it."""
     return _pattern_packs(lengths, key, capacity, max_documents, first_fit_decreasing)
 
 
 def optimal(lengths: np.ndarray, capacity: int, key: int, max_documents: int | None = None) -> PatternPacks:
-    """Best-fit decreasing; where it leaves more than 0.1% to gain, column generation (see `optimal.py`)."""
+    """Packs by best-fit decreasing; where it leaves more than 0.1% to gain, column generation (see `optimal.py`)."""
     return _pattern_packs(lengths, key, capacity, max_documents, near_optimal)
 
 
@@ -124,7 +124,7 @@ def _pattern_packs(lengths, key, capacity, max_documents, algorithm) -> PatternP
     counts = histogram(lengths)
     bound = lower_bound(counts, capacity, max_documents)
     patterns = algorithm(counts, capacity, max_documents)
-    if isinstance(patterns, tuple):  # with a bound of its own
+    if isinstance(patterns, tuple):  # with its own bound
         patterns, bound = patterns
     return PatternPacks(
         patterns=patterns, counts=counts, by_length=sort_by_length(lengths, counts), key=key, bound=bound
@@ -148,7 +148,7 @@ def next_fit(lengths: np.ndarray, capacity: int, key: int, max_documents: int | 
 
 
 def random(lengths: np.ndarray, capacity: int, key: int, max_documents: int | None = None) -> ListedPacks:
-    """In the given order, each example into one of `OPEN_PACKS` open packs chosen at random among those with room.
+    """Puts each example, in the given order, into one of `OPEN_PACKS` open packs chosen at random among those with room.
 
     When none has room, the fullest is closed and a new one opened. Loose packs with a random mix: what packing costs
     when nothing is optimised.
@@ -171,9 +171,9 @@ def random(lengths: np.ndarray, capacity: int, key: int, max_documents: int | No
 
 
 def wrapped(lengths: np.ndarray, capacity: int, key: int) -> ListedPacks:
-    """Concatenate and cut every `capacity` tokens: full packs, and documents split between them.
+    """Concatenates and cuts every `capacity` tokens: full packs, and documents split between them.
 
-    Returns rows (index, start, stop). The pieces of a split document don't see each other.
+    Returns rows (index, start, stop). The pieces of a split document are isolated from each other.
 
         >>> wrapped(np.array([3, 5, 2]), 4, key=0)[:]
         [array([[0, 0, 3],
@@ -208,17 +208,17 @@ STRATEGIES: dict[str, Strategy] = {
 
 
 def resolve_strategy(name: str) -> Strategy:
-    """The strategy of that name, or the function or Strategy that `package.module:name` names."""
+    """Returns the strategy of that name, or the function or Strategy that `package.module:name` names."""
     if name in STRATEGIES:
         return STRATEGIES[name]
     module, _, attribute = name.partition(":")
     if not attribute:
-        close = difflib.get_close_matches(name, STRATEGIES, n=1)
+        near = did_you_mean(name, STRATEGIES)
         raise PlanError(
             "there is no such strategy",
             key="batching.strategy",
             value=name,
-            fix=(f"did you mean {close[0]!r}? " if close else "")
+            fix=(f"did you mean {near!r}? " if near else "")
             + f"Known: {', '.join(STRATEGIES)}; or my_package.my_module:function; "
             "for rows that can't be counted, packtrain.PackedStream in your own trainer",
         )
@@ -239,7 +239,7 @@ def resolve_strategy(name: str) -> Strategy:
 
 
 def checked(function: Callable, name: str) -> Callable:
-    """`function` with its result checked: each index exactly once, every pack within the capacity."""
+    """Returns `function` with its result checked: each index exactly once, every pack within the capacity."""
 
     def packs_of(lengths: np.ndarray, capacity: int, key: int) -> ListedPacks:
         try:
@@ -263,3 +263,24 @@ def checked(function: Callable, name: str) -> Callable:
         return packs
 
     return packs_of
+
+
+# ------------------------------------------------------------------------------------- what a strategy contradicts
+
+
+def _longest_example_fits(settings: Settings, strategy: Strategy) -> Verdicts:
+    max_tokens, max_length = settings["batching.max_tokens"], settings["data.max_length"]
+    if max_tokens < max_length and not strategy.splits:
+        fix = f"raise it to {max_length} or more, or lower `data.max_length` to {max_tokens}"
+        yield "batching.max_tokens", f"is below `data.max_length` ({max_length}): an example may not fit", fix
+
+
+def _noise_goes_by_rows(settings: Settings, strategy: Strategy) -> Verdicts:
+    if settings.get("training.neftune_noise_alpha") and strategy.layout != "padded":
+        padded = ", ".join(name for name, known in STRATEGIES.items() if known.layout == "padded")
+        what = "scales its noise by 1 / sqrt(tokens of a row), and a row of this strategy is many documents"
+        fix = f"leave it out, or choose a strategy with a document to a row: {padded}"
+        yield "training.neftune_noise_alpha", what, fix
+
+
+RULES = (_longest_example_fits, _noise_goes_by_rows)

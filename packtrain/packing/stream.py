@@ -1,18 +1,19 @@
 """Packs from a stream: rows that come one by one, are not counted beforehand, and need not fit in memory.
 
-    stream = Stream(rows, capacity=8192, length_of=len)
-    for group in stream:                    # one pack per rank
-        compute(group[rank])                # rows of at most 8,192 tokens together
-    state = stream.state_dict()             # a few integers per waiting row; load_state_dict goes on from there
+    rows = datasets.load_dataset(..., streaming=True).map(tokenise)     # {"input_ids", "labels"}
+    packs = PackedStream(rows, PackCollator(layout="flat"), capacity=8192)
+    for batch in DataLoader(packs, batch_size=None): ...                # this rank's packs as finished batches
+
+`Stream` forms the packs, `PackedStream` makes a torch dataset of them, for any training loop.
 
 At most `buffer` rows wait. A pack takes the oldest of them, then again and again the longest that still fits, so short
-rows fill the space that long ones leave and nobody waits for ever. Rows that found no place stay for the next pack. No
+rows fill the space that long ones leave and none waits for ever. Rows that found no place stay for the next pack. No
 row is read that came more than `window` rows after the oldest one waiting: that bounds how far the order can change.
 
 Every rank reads the same rows and packs them alike, and takes its own pack of every group. So no row is lost or repeated,
 all ranks have the same number of packs (the last group may hold empty ones), and the state is the same on all of them: a
-run may go on with another number of ranks. Packing costs microseconds per row; where reading is dear (rows are
-tokenised on the way), tokenise once and stream the result.
+run may go on with another number of ranks. Packing costs microseconds per row; where reading is expensive (rows
+are tokenised on the way), tokenise once and stream the result.
 """
 
 from __future__ import annotations
@@ -22,11 +23,20 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
+import torch.distributed
+from torch.utils.data import IterableDataset, get_worker_info
+
 from packtrain.errors import DataError, PlanError
+from packtrain.packing.collator import Batch, PackCollator
 
 
 class Stream:
     """Groups of `world_size` packs, each a list of (row number, row), until the rows end.
+
+        stream = Stream(rows, capacity=8192, length_of=len)
+        for group in stream:                    # one pack per rank
+            compute(group[rank])                # rows of at most 8,192 tokens together
+        state = stream.state_dict()             # a few integers per waiting row; load_state_dict goes on from there
 
     Args:
         rows: can be iterated more than once and gives the same rows in the same order each time. If it has
@@ -76,11 +86,11 @@ class Stream:
         self._read, self._waiting = 0, []  # rows read so far; numbers of those among them that wait
 
     def state_dict(self) -> dict[str, Any]:
-        """What has been given out, as of the last group: rows read, and the numbers of those that still wait."""
+        """Returns where the stream stands, as of the last group: rows read, and the numbers of those that still wait."""
         return {"rows_read": self._read, "waiting": list(self._waiting)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The next iteration continues where `state_dict` was taken."""
+        """Makes the next iteration continue where `state_dict` was taken."""
         self._read, self._waiting = int(state["rows_read"]), [int(number) for number in state["waiting"]]
 
     def __iter__(self) -> Iterator[list[list[tuple[int, Any]]]]:
@@ -106,7 +116,7 @@ class Stream:
         self._read, self._waiting = 0, []  # the next iteration is the next epoch
 
     def _choose(self, held: dict[int, tuple[int, Any]], by_length: list[tuple[int, int]]) -> list[int]:
-        """The rows of the next pack; they leave `by_length` (ascending; of equal rows the oldest last)."""
+        """Takes the rows of the next pack; they leave `by_length` (ascending; of equal rows the oldest last)."""
         chosen: list[int] = []
         left = self.capacity
         oldest = next(iter(held), None)
@@ -119,7 +129,7 @@ class Stream:
         return chosen
 
     def _resumed(self) -> Iterator[tuple[int, int, Any]]:
-        """(number, length, row) of those that wait, and of all that were not read yet."""
+        """Yields (number, length, row) of those that wait, and of all that were not read yet."""
         first = min(self._waiting, default=self._read)
         rows = self.rows.skip(first) if first and hasattr(self.rows, "skip") else islice(self.rows, first, None)
         again = set(self._waiting)
@@ -135,3 +145,82 @@ class Stream:
                 what, where=f"row {number} of the stream", fix="drop, cut or split such rows before they come"
             )
         return length
+
+
+class PackedStream(IterableDataset):
+    """One rank's packs of a stream, collated: a torch dataset of finished batches.
+
+    With `transformers.Trainer`:
+
+        class StreamTrainer(Trainer):           # a pack is a batch already
+            def get_train_dataloader(self):
+                return DataLoader(self.train_dataset, batch_size=None)
+
+        args = TrainingArguments(..., max_steps=1000, ignore_data_skip=True)
+        StreamTrainer(model, args, train_dataset=packs).train()
+
+    The loader is handed to the Trainer as it is: accelerate would shard it a second time, and `PackedStream` has taken
+    this rank's packs already. `packs.state_dict()` belongs into the checkpoint.
+
+    Rows of a streaming `datasets` dataset are read without worker processes: in a worker it gives that worker's share
+    only, so several workers would lose rows, and are refused. Rows of a plain iterable may be read by several workers:
+    each reads all of them, the packs come in the same order, but the state lives in the workers: use torchdata's
+    `StatefulDataLoader` to save it there.
+
+    Args:
+        rows: an iterable of `{"input_ids", "labels"}` that starts anew each time it is iterated, with all rows in
+            every process that does.
+        collator: makes the batches; its `filler()` stands in where a rank has no pack in the last group.
+        rank, world_size: None for those of `torch.distributed`, where it runs.
+        options: `capacity`, `buffer`, `window`, `max_documents` of `Stream`.
+
+    Raises:
+        PlanError: no such rank; while iterating, several loader workers over rows that share themselves out among them.
+    """
+
+    def __init__(
+        self,
+        rows: Iterable[dict[str, Any]],
+        collator: PackCollator,
+        *,
+        rank: int | None = None,
+        world_size: int | None = None,
+        **options: Any,
+    ):
+        running = torch.distributed.is_available() and torch.distributed.is_initialized()
+        self.rank = rank if rank is not None else torch.distributed.get_rank() if running else 0
+        world_size = world_size or (torch.distributed.get_world_size() if running else 1)
+        if not 0 <= self.rank < world_size:
+            raise PlanError(f"there are {world_size} ranks", key="rank", value=self.rank)
+        self.collator = collator
+        self.stream = Stream(rows, length_of=_tokens, world_size=world_size, **options)
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        workers, own = (worker.num_workers, worker.id) if worker else (1, 0)
+        if workers > 1 and isinstance(self.stream.rows, IterableDataset):  # one of `datasets` is one of torch, too
+            raise PlanError(
+                "the rows share themselves out among loader workers, and every worker must read them all",
+                key="num_workers",
+                value=workers,
+                fix="load with num_workers=0 (1 is exact as well)",
+            )
+        for number, group in enumerate(self.stream):
+            if number % workers == own:  # the loader asks its workers in turn, so the order stays
+                pack = [row | {"example_id": number} for number, row in group[self.rank]]
+                yield self.collator(pack) if pack else self.collator.filler()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Passes the epoch on to the rows, if they can be shuffled anew."""
+        if hasattr(self.stream.rows, "set_epoch"):
+            self.stream.rows.set_epoch(epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.stream.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.stream.load_state_dict(state)
+
+
+def _tokens(row: dict[str, Any]) -> int:
+    return len(row["input_ids"])

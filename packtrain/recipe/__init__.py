@@ -1,13 +1,10 @@
-"""YAML -> checked recipe. The only door through which settings come in.
+"""Reads recipes: YAML -> checked, frozen sections. The only door through which settings come in.
+
+    from packtrain.recipe.reader import load_recipe
 
     recipe = load_recipe("recipes/sft.yaml", ["training.learning_rate=2e-5"])
     recipe.batching.max_tokens, recipe.training["learning_rate"]
 
-Everything that is wrong is reported at once, each problem with its file and line, key, value and the likely
-fix. Light: reads the fields of TrainingArguments and LoraConfig without importing transformers or peft.
+`fields` (types of values) and `sections` (our keys) lie below every other room, which take their own section from there.
+`recipe`, `rules` and `reader` lie above the objectives, whose keys they collect.
 """
-
-from packtrain.recipe.reader import load_recipe
-from packtrain.recipe.sections import Recipe, Sources
-
-__all__ = ["Recipe", "Sources", "load_recipe"]

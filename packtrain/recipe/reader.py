@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_type_hints
 
-from packtrain.errors import UNSET, PacktrainError, RecipeError
-from packtrain.recipe.contradictions import SECRETS, contradictions
-from packtrain.recipe.sections import (
+from pydantic import AfterValidator, Field
+
+from packtrain.errors import UNSET, PacktrainError, PlanError, RecipeError
+from packtrain.objectives import DEFAULT, OBJECTIVES
+from packtrain.packing.strategies import STRATEGIES, Strategy, resolve_strategy
+from packtrain.recipe.fields import Flag, Positive, Seed, Text, Whole, check, did_you_mean, library_fields
+from packtrain.recipe.recipe import (
     DEFAULTS,
     LIBRARY_SECTIONS,
     OWN_SECTIONS,
@@ -16,9 +22,9 @@ from packtrain.recipe.sections import (
     TRAINING_DEFAULTS,
     Recipe,
     Sources,
-    fields_of,
 )
-from packtrain.recipe.values import check, did_you_mean
+from packtrain.recipe.rules import SECRETS, contradictions
+from packtrain.recipe.sections import Section
 from packtrain.recipe.yaml_source import Source
 
 _REQUIRED = {
@@ -32,9 +38,7 @@ _OTHER_WORDS = {
     "batch_size": ("batching.examples_per_step", _PER_UPDATE),
     "train_batch_size": ("batching.examples_per_step", _PER_UPDATE),
     "micro_batch_size": ("batching.max_tokens", _PER_MICRO_BATCH),
-    "packing": ("batching.strategy", "for example balanced or bfd"),
-    "padding_free": ("batching.strategy", "padding_free"),
-    "group_by_length": ("batching.strategy", "group_by_length"),
+    "packing": ("batching.strategy", "`packtrain plan RECIPE --all` compares them"),
     "max_seq_length": ("data.max_length", ""),
     "max_seq_len": ("data.max_length", ""),
     "sequence_len": ("data.max_length", ""),
@@ -61,7 +65,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             LoraConfig's). The value is YAML; `section=null` takes a section away.
 
     Raises:
-        RecipeError: bears every problem of the file and the overrides in `.problems`.
+        RecipeError: with every problem of the file and the overrides in `.problems`.
     """
     source = Source.from_file(path)
     if not isinstance(source.tree, dict):
@@ -74,12 +78,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         _override(source, override)
 
     checked = _Checked(source)
-    for key, what, fix in contradictions(checked.settings()):
+    settings = checked.settings()
+    for key, what, fix in contradictions(settings, checked.strategy(settings)):
         checked.report(key, what, fix)
     if source.problems:
         raise RecipeError(source.problems)
 
-    own = {section: checked.values_of(section) for section in OWN_SECTIONS}
+    own = {section: checked.values_of(section) for section in (*OWN_SECTIONS, "objective")}
+    own["objective"] = {"name": DEFAULT} | own["objective"]
     training = TRAINING_DEFAULTS | checked.values_of("training")
     lora = checked.values_of("lora") if "lora" in source.tree else None
     recipe = Recipe.model_validate({**own, "training": training, "lora": lora})
@@ -100,22 +106,60 @@ def _override(source: Source, override: str) -> None:
         if len(homes) != 1:
             what, fix = "is not a key of any section", _advice(None, path[0])[0]
             if homes:
-                what, fix = "stands in several sections", "write " + " or ".join(f"{home}.{key}" for home in homes)
+                what, fix = "is a key of several sections", "write " + " or ".join(f"{home}.{key}" for home in homes)
             source.problems.append(PacktrainError(what, where="--set", key=key, fix=fix))
             return
         path = (homes[0], *path)
     source.override(path, value, "--set")
 
 
+# Where a recipe may say more, or must say more, than the library's annotation.
+_REFINED: dict[str, dict[str, Any]] = {
+    "training": {
+        "output_dir": Annotated[Text, AfterValidator(os.path.expanduser)],
+        "seed": Seed,
+        "data_seed": Seed | None,
+        "dataloader_num_workers": Annotated[Whole, Field(ge=0), "a whole number from 0 on"],
+        "gradient_accumulation_steps": Positive | Literal["auto"],
+        "fsdp": Flag | Text | list[Text],  # annotated `str | None`, documented as `fsdp=True`
+    },
+    "lora": {},
+}
+
+
+@functools.cache
+def fields_of(section: str, objective: str | None = None) -> dict[str, Any]:
+    """Returns key -> type of a section. Empty where the library is not installed.
+
+    Args:
+        objective: whose keys the section `objective:` has; None for those of all of them.
+    """
+    if section in OWN_SECTIONS:
+        return get_type_hints(OWN_SECTIONS[section], include_extras=True)
+    if section == "objective":
+        owners = [OBJECTIVES[objective]] if objective else reversed(OBJECTIVES.values())
+        keys = {key: hint for owner in owners for key, hint in _keys_of(owner).items()}
+        return {"name": Literal[tuple(OBJECTIVES)]} | {key: hint for key, hint in keys.items() if key != "name"}
+    fields = library_fields(LIBRARY_SECTIONS[section])
+    return fields | _REFINED[section] if fields else {}
+
+
+def _keys_of(section: type[Section]) -> dict[str, Any]:
+    hints = get_type_hints(section, include_extras=True)
+    return {key: hints[key] for key in section.model_fields}
+
+
 def _homes(name: str) -> list[str]:
-    """The sections a key may stand in; a key of our own hides the libraries'."""
-    own = [section for section in OWN_SECTIONS if name in fields_of(section)]
+    """Returns the sections a key may stand in; a key of our own hides the libraries'."""
+    own = [section for section in (*OWN_SECTIONS, "objective") if name in fields_of(section)]
     return own or [section for section in SECTIONS if name in fields_of(section)]
 
 
 def _advice(section: str | None, name: str) -> tuple[str, str | None]:
-    """For an unknown key: what to write instead, and the key it probably stands for."""
+    """Returns what to write instead of an unknown key, and the key it probably stands for."""
     here = list(fields_of(section) if section else SECTIONS)
+    if name in STRATEGIES:
+        return f"use `batching.strategy: {name}`", "batching.strategy"
     if name in _OTHER_WORDS:
         meant, hint = _OTHER_WORDS[name]
         return f"use `{meant}`" + (f" ({hint})" if hint else ""), meant
@@ -128,16 +172,17 @@ def _advice(section: str | None, name: str) -> tuple[str, str | None]:
         return f"did you mean `{meant}`?", meant
     if section in LIBRARY_SECTIONS:
         return f"`{section}:` takes the fields of {LIBRARY_SECTIONS[section].rpartition('.')[2]}", None
-    return f"known here: {', '.join(here)}", None
+    return f"its keys are {', '.join(here)}" if section else f"the sections are {', '.join(here)}", None
 
 
 class _Checked:
-    """The recipe's values, each checked by itself."""
+    """Checks a recipe's values one by one, and collects what is wrong with them in the source's problems."""
 
     def __init__(self, source: Source):
         self.source = source
         self.given: dict[str, Any] = {}  # "section.key" -> converted value
-        self.doubtful: set[str] = set()  # keys and sections that were meant but are unreadable
+        self.doubtful: set[str] = set()  # keys and sections that were meant but cannot be read
+        self.objective = self._objective(source.tree.get("objective"))
         for name, body in source.tree.items():
             if name in SECTIONS:
                 self._section(name, body)
@@ -147,15 +192,32 @@ class _Checked:
             if key not in self.given and not self._in_doubt(key):
                 self.report(key, "is missing", fix)
 
+    def _objective(self, body: object) -> str | None:
+        """Returns the objective whose keys the section has; None where it can't be read, and every objective's will do."""
+        name = body.get("name", DEFAULT) if isinstance(body, dict) else DEFAULT
+        return name if isinstance(name, str) and name in OBJECTIVES else None
+
+    def strategy(self, settings: dict[str, Any]) -> Strategy | None:
+        """Returns the recipe's strategy; reports one that isn't there."""
+        try:
+            return resolve_strategy(settings["batching.strategy"])
+        except PlanError as error:
+            self.report("batching.strategy", error.what, error.fix)
+        except KeyError:
+            pass
+        return None
+
     def values_of(self, section: str) -> dict[str, Any]:
+        """Returns key -> converted value of a section, as far as given."""
         prefix = section + "."
         return {key.removeprefix(prefix): v for key, v in self.given.items() if key.startswith(prefix)}
 
     def settings(self) -> dict[str, Any]:
-        """Every value given, and our defaults; without those in doubt, on which nothing can be concluded."""
+        """Returns every value given and our defaults, but none in doubt: nothing can be concluded from those."""
         return {key: value for key, value in (DEFAULTS | self.given).items() if not self._in_doubt(key)}
 
     def report(self, key: str, what: str, fix: str | None, value: object = UNSET) -> None:
+        """Adds a problem, with the place of its key and the value given."""
         if value is UNSET and key not in SECRETS:
             value = self.given.get(key, UNSET)
         where = self.source.where(tuple(key.split(".")))
@@ -165,17 +227,21 @@ class _Checked:
         return key in self.doubtful or key.split(".")[0] in self.doubtful
 
     def _section(self, section: str, body: object) -> None:
+        """Checks one section."""
         if body is None and section == "lora":
             fix = "write `lora: {}` for peft's defaults, or leave the section out for full fine-tuning"
             self.report("lora", "is empty", fix)
             return
         if not isinstance(body, dict | None):
-            self.report(section, "must be a section with keys of its own", None, value=body)
+            self.report(section, "must be a mapping of keys to values", None, value=body)
             self.doubtful.add(section)
             return
-        fields = fields_of(section)
+        fields = fields_of(section, self.objective if section == "objective" else None)
         for name, value in (body or {}).items():
             key = f"{section}.{name}"
+            if section == "objective" and name not in fields and name in fields_of(section):
+                self.report(key, *self._of_another(name), value=value)
+                continue
             if fields and name not in fields:
                 self._unknown(section, name, value)
                 continue
@@ -186,7 +252,14 @@ class _Checked:
                 self.report(key, what, fix, value=value)
                 self.doubtful.add(key)
 
+    def _of_another(self, key: str) -> tuple[str, str]:
+        """Returns what is wrong with a key of another objective, and the fix."""
+        owners = [name for name, owner in OBJECTIVES.items() if key in owner.model_fields]
+        what = f"is a key of `{'` and `'.join(owners)}`, not of `{self.objective}`"
+        return what, f"leave it out, or choose `objective.name: {owners[0]}`"
+
     def _unknown(self, section: str | None, name: str, value: object) -> None:
+        """Reports a key, or a section, that isn't known."""
         fix, meant = _advice(section, name)
         key = f"{section}.{name}" if section else name
         shown = UNSET if isinstance(value, dict | list) or meant in SECRETS else value

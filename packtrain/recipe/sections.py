@@ -1,170 +1,140 @@
-"""The sections of a recipe and their keys. Every key we own is on this page.
+"""The sections of a recipe and their keys, but for `objective:`, whose keys stand with each objective.
 
 `training:` and `lora:` take the libraries' own fields under the libraries' own names: any
-`transformers.TrainingArguments` and any `peft.LoraConfig` field (see `reflection`).
+`transformers.TrainingArguments` and any `peft.LoraConfig` field (see `fields`).
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
-import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr
+from pydantic import BaseModel, ConfigDict
 
-from packtrain.recipe.reflection import library_fields
-from packtrain.recipe.values import Amount, Flag, Mapping, Positive, Text, Whole
+from packtrain.recipe import fields
+from packtrain.recipe.fields import Amount, Flag, Positive, Text, VocabSize
+
+# Rules between keys are functions `(settings, strategy) -> verdicts`. The settings are "section.key" -> checked value, our
+# own keys also where they have their defaults; a verdict is the key, what is wrong, and the fix.
+Settings = Mapping[str, Any]
+Verdicts = Iterator[tuple[str, str, str]]
+
+MAX_LENGTH = 2048
+MAX_TOKENS = 16384
+EXAMPLES_PER_STEP = 64
+MAX_SKIPPED_UPDATES = 10
+WORKER_TIMEOUT = 300
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+class Section(BaseModel):
+    """A frozen section that takes no keys but its own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True)
 
 
-# The 256 bytes and the special tokens come first.
-VocabSize = Annotated[Whole, Field(ge=264), "a whole number from 264 on"]
-
-
-Seed = Annotated[Whole, Field(ge=0, lt=2**32), "a whole number from 0 to 2^32 - 1"]  # numpy takes no other
-
-
-class ModelSection(_Section):
+class ModelSection(Section):
     """Which model: a pretrained one by name, or one from scratch by `config`."""
 
     model_name_or_path: Text | None = None
-    config: Mapping | None = None  # of the architecture: {model_type: llama, hidden_size: 256, ...}
+    """Hub name or directory of a pretrained model."""
+    config: fields.Mapping | None = None
+    """Trains from scratch: the architecture's own fields, for example {model_type: llama, hidden_size: 256}."""
     revision: Text | None = None
-    trust_remote_code: Flag = False  # needs a pinned revision
+    """Branch, tag or commit of the model on the Hub."""
+    trust_remote_code: Flag = False
+    """Runs code that comes with the model; needs a pinned revision."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    attn_implementation: Text = "auto"  # packtrain_varlen, sdpa, eager, flex_attention, flash_attention_2, ...
-    tokenizer_name_or_path: Text | None = None  # default: the model's own
-    tokenizer_vocab_size: VocabSize | None = None  # trains a byte-level BPE of that size on the data
-    chat_template: Text | None = None  # path of a Jinja file
+    """Of the weights; auto is as stored, and float32 from scratch."""
+    attn_implementation: Text = "auto"
+    """auto, packtrain_varlen, sdpa, eager, flex_attention, flash_attention_2, ..."""
+    tokenizer_name_or_path: Text | None = None
+    """Hub name or directory of another tokenizer than the model's own."""
+    tokenizer_vocab_size: VocabSize | None = None
+    """Trains a byte-level BPE of that size on the data."""
+    chat_template: Text | None = None
+    """Path of a Jinja file that replaces the tokenizer's chat template."""
 
 
-class DataSection(_Section):
+class DataSection(Section):
     """Which rows, and what becomes of them."""
 
-    path: Text  # a file, a directory, a Hub name, or packtrain:arithmetic
-    name: Text | None = None  # configuration of a Hub dataset
+    path: Text
+    """A file, a directory, a Hub dataset, packtrain:arithmetic or packtrain:trend."""
+    name: Text | None = None
+    """Configuration of a Hub dataset."""
     split: Text = "train"
+    """Split to train on."""
     format: Text = "auto"
-    max_length: Positive = 2048  # tokens of one example
-    overflow: Literal["error", "truncate", "drop", "split"] = "error"  # of examples longer than that
-    completion_only_loss: Flag | None = None  # default: of rows with prompt and completion; diffusion: of all
+    """Format of the rows; auto goes by the columns."""
+    max_length: Positive = MAX_LENGTH
+    """Most tokens of one example."""
+    overflow: Literal["error", "truncate", "drop", "split"] = "error"
+    """What happens to longer examples."""
+    completion_only_loss: Flag | None = None
+    """Learns completions only. Default: where rows have prompt and completion; for diffusion, everywhere."""
     assistant_only_loss: Flag = False
+    """Learns what the assistant says in a conversation."""
     on_bad_row: Literal["error", "skip"] = "error"
-    num_rows: Positive | None = None  # the first rows only; packtrain:arithmetic makes that many
+    """What happens to rows that can't be trained on."""
+    num_rows: Positive | None = None
+    """The first rows only; packtrain:arithmetic makes that many."""
     eval_path: Text | None = None
+    """Rows to evaluate on, from another place."""
     eval_split: Text | None = None
-    eval_size: Amount = 0  # held out from `path`: rows, or a share below 1
+    """Split to evaluate on."""
+    eval_size: Amount = 0
+    """Held out from the training rows: a number of rows, or a share below 1."""
     num_proc: Positive | None = None
-    worker_timeout: Positive = 300  # seconds to wait for a batch of a data worker
+    """Processes that tokenise."""
+    worker_timeout: Positive = WORKER_TIMEOUT
+    """Seconds to wait for a batch of a data-loading worker."""
 
 
-class BatchingSection(_Section):
+class BatchingSection(Section):
     """How the examples of a step are laid out in memory."""
 
     strategy: Text = "balanced"
-    examples_per_step: Positive = 64  # per update, over all devices
-    max_tokens: Positive = 16384  # of one micro-batch
-    tokens_per_step: Positive | None = None  # for strategies that pack the whole epoch
-    probe_memory: Flag | None = None  # try the largest micro-batch before the first update; default: on a GPU
-    allow_contamination: Flag = False  # train although documents of a batch see each other
-    on_nonfinite: Literal["stop", "skip"] = "stop"  # an update whose loss or gradient is NaN or infinite
-    max_skipped_updates: Positive = 10  # after which `skip` stops too
-
-
-class ObjectiveSection(_Section):
-    """What is learnt."""
-
-    name: Literal["causal_lm", "masked_diffusion", "block_diffusion"] = "causal_lm"
-    loss_weighting: Literal["token", "example"] = "token"  # of causal_lm
-    weight: Literal["1/p", "none"] = "1/p"  # from here on of masked_diffusion; 1/p and sequence are LLaDA's
-    norm: Literal["sequence", "token"] = "sequence"
-    shift: Flag = False  # logits predict the next token (Dream)
-    mask_token: Text | None = None  # default: the tokenizer's own, or a new one; of block_diffusion too
-    tail: Literal["none", "eos", "single", "rainbow", "random"] = "none"
-    pad_count: Positive = 7  # K of rainbow and random
-    pad_tokens: list[Text] | None = None  # reserved tokens of the vocabulary; default: new ones
-    canvas: Literal["batch_max", "fixed", "multiple_of", "sampled"] | None = None  # room for answer, eos and tail
-    canvas_size: Positive | None = None  # tokens; of all but batch_max
-    block_size: Positive = 32  # of block_diffusion
+    """A strategy by name, or my_package.my_module:function; `packtrain plan RECIPE --all` compares them."""
+    examples_per_step: Positive = EXAMPLES_PER_STEP
+    """Examples per update, over all devices."""
+    max_tokens: Positive = MAX_TOKENS
+    """Most tokens in one micro-batch: the knob for memory."""
+    tokens_per_step: Positive | None = None
+    """Tokens per update, for strategies that pack the whole epoch."""
+    probe_memory: Flag | None = None
+    """Tries the largest micro-batch before the first update. Default: on a GPU."""
+    allow_contamination: Flag = False
+    """Trains although attention leaks between the documents of a batch."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What happens to an update whose loss or gradient is NaN or infinite."""
+    max_skipped_updates: Positive = MAX_SKIPPED_UPDATES
+    """Skipped updates after which the run stops too."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sources:
-    """Where a recipe came from, for messages and for the record."""
+class Schedule:
+    """The part of `training:` that a plan depends on.
 
-    path: str
-    overrides: tuple[str, ...] = ()
+    Attributes:
+        seed: of every shuffle.
+        num_epochs: may be fractional.
+        max_steps: updates of the run; overrides `num_epochs` when positive.
+        gradient_accumulation_steps: micro-batches per rank and update; "auto" for the fewest that fit.
+    """
 
+    seed: int = 0
+    num_epochs: float = 3.0
+    max_steps: int = -1
+    gradient_accumulation_steps: int | Literal["auto"] = "auto"
 
-class Recipe(_Section):
-    """A checked recipe. `load_recipe` makes one; `Recipe.model_validate(recipe.to_dict())` gives it back."""
-
-    model: ModelSection
-    data: DataSection
-    batching: BatchingSection = BatchingSection()
-    objective: ObjectiveSection = ObjectiveSection()
-    lora: Mapping | None = None  # any peft.LoraConfig field; absent for full fine-tuning
-    training: Mapping  # any transformers.TrainingArguments field
-    _sources: Sources | None = PrivateAttr(default=None)
-
-    @property
-    def sources(self) -> Sources | None:
-        """The path and overrides it was read from; None for a recipe made in Python."""
-        return self._sources
-
-    def to_dict(self, *, given: bool = False) -> dict[str, Any]:
-        """Plain data (dicts, lists, scalars) for JSON or YAML, with every default written out, or `given` without."""
-        return self.model_dump(mode="json", exclude_defaults=given)
-
-    @property
-    def hash(self) -> str:
-        """SHA-256 (hex) of the canonical JSON of `to_dict()`: equal recipes, equal hash."""
-        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
-
-
-OWN_SECTIONS: dict[str, type[_Section]] = {
-    "model": ModelSection,
-    "data": DataSection,
-    "batching": BatchingSection,
-    "objective": ObjectiveSection,
-}
-LIBRARY_SECTIONS = {
-    "training": "transformers.training_args.TrainingArguments",
-    "lora": "peft.tuners.lora.config.LoraConfig",
-}
-SECTIONS = (*OWN_SECTIONS, *LIBRARY_SECTIONS)
-# Where a recipe may say more, or must say more, than the library's annotation.
-_REFINED: dict[str, dict[str, Any]] = {
-    "training": {
-        "output_dir": Annotated[Text, AfterValidator(os.path.expanduser)],
-        "seed": Seed,
-        "data_seed": Seed | None,
-        "dataloader_num_workers": Annotated[Whole, Field(ge=0), "a whole number from 0 on"],
-        "gradient_accumulation_steps": Positive | Literal["auto"],
-        "fsdp": Flag | Text | list[Text],  # annotated `str | None`, documented as `fsdp=True`
-    },
-    "lora": {},
-}
-DEFAULTS: dict[str, Any] = {
-    f"{section}.{name}": field.get_default()
-    for section, fields in OWN_SECTIONS.items()
-    for name, field in fields.model_fields.items()
-    if not field.is_required()
-}
-TRAINING_DEFAULTS = {"seed": 42, "gradient_accumulation_steps": "auto"}
-
-
-@functools.cache
-def fields_of(section: str) -> dict[str, Any]:
-    """Key -> type of a section. Empty where the library is not installed."""
-    if section in OWN_SECTIONS:
-        return get_type_hints(OWN_SECTIONS[section], include_extras=True)
-    fields = library_fields(LIBRARY_SECTIONS[section])
-    return fields | _REFINED[section] if fields else {}
+    @classmethod
+    def of(cls, training: Mapping[str, Any]) -> Schedule:
+        """Reads a recipe's `training:` section, with TrainingArguments' defaults for what it leaves out."""
+        data_seed = training.get("data_seed")
+        return cls(
+            seed=training["seed"] if data_seed is None else data_seed,
+            num_epochs=training.get("num_train_epochs", cls.num_epochs),
+            max_steps=training.get("max_steps", cls.max_steps),
+            gradient_accumulation_steps=training.get("gradient_accumulation_steps", "auto"),
+        )

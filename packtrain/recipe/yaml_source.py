@@ -1,9 +1,11 @@
-"""YAML, read strictly and with the place of every key: text -> plain data + where each key stands.
+"""Reads YAML strictly and with the place of every key: text -> plain data, and the line of each key.
 
 Why not `yaml.safe_load`: it lets the last of two equal keys win without a word, reads `1e-4` as a string,
 `yes` as a boolean and `12:30` as 750, and forgets line numbers. Here scalars follow YAML 1.2's core
-schema, duplicate keys and anchors are refused, and nothing but plain data can come out (no tags, hence no
+schema, duplicate keys and aliases are refused, and nothing but plain data can come out (no tags, hence no
 objects), however the text was made.
+Why not ruamel.yaml: it stops at the first duplicate key, and reads aliases, merges, dates, tags, numbers as keys,
+`1_000` as a number, lone surrogates and a `%YAML 1.1` header; 500 levels of nesting end in a RecursionError.
 """
 
 from __future__ import annotations
@@ -53,6 +55,7 @@ for _kind, _pattern in _CORE_SCHEMA.items():
 
 
 def _scalar(kind: str, text: str) -> object:
+    """Returns the value of a scalar. Raises ValueError where the text has none."""
     if kind == "null":
         return None
     if kind == "bool":
@@ -83,7 +86,7 @@ class Source:
 
     @classmethod
     def from_file(cls, path: str | Path) -> Source:
-        """Raises RecipeError where the file cannot be read as UTF-8 text."""
+        """Reads a file. Raises RecipeError where it cannot be read as UTF-8 text."""
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, ValueError) as error:  # ValueError: bad UTF-8, or a NUL in the name
@@ -97,7 +100,7 @@ class Source:
         return cls(text, str(path))
 
     def where(self, path: KeyPath) -> str:
-        """The place of a key, or of the nearest section around it where the key itself is missing."""
+        """Returns the place of a key, or of the nearest section around it where the key itself is missing."""
         for length in range(len(path), 0, -1):
             if path[:length] in self.places:
                 return self.places[path[:length]]
@@ -115,13 +118,13 @@ class Source:
                 parent[name] = {}
             parent = parent[name]
             if not isinstance(parent, dict):
-                return self._problem("has no keys of its own", place, path[:depth], value=parent)
+                return self._problem("is a value, not a mapping of keys", place, path[:depth], value=parent)
         parent[path[-1]] = value
         self.places = {known: at for known, at in self.places.items() if known[: len(path)] != path}
         self.places[path] = place
 
     def _read(self, text: str, name: str, path: KeyPath = ()) -> object:
-        """The plain data of `text`, which stands at `path` of the recipe; a file's lines are part of the places."""
+        """Returns the plain data of `text`, the value at `path` of the recipe; places of a whole file have lines."""
 
         def place(mark: yaml.Mark) -> str:
             return name if path else f"{name}:{mark.line + 1}"
@@ -137,7 +140,7 @@ class Source:
         return None if root is None else self._plain(root, path, place)
 
     def _plain(self, node: yaml.Node, path: KeyPath, place: Callable[[yaml.Mark], str]) -> object:
-        """The node as plain data; notes the place of every key and every problem on the way."""
+        """Returns the node as plain data, and notes the place of every key and every problem on the way."""
         here = place(node.start_mark)
         kind = node.tag.removeprefix("tag:yaml.org,2002:")
         if isinstance(node, yaml.SequenceNode) and kind == "seq":
@@ -149,7 +152,7 @@ class Source:
                 return self._problem(f"cannot be read as {kind}: {error}", here, path)
         if not isinstance(node, yaml.MappingNode) or kind != "map":
             fix = "a recipe holds plain values only"
-            return self._problem(f"bears the YAML tag {node.tag!r}", here, path, fix=fix)
+            return self._problem(f"has the YAML tag {node.tag!r}", here, path, fix=fix)
 
         result: dict[str, object] = {}
         for key_node, value_node in node.value:
@@ -160,7 +163,7 @@ class Source:
             below = (*path, name)
             value = self._plain(value_node, below, place)
             if name in result:
-                fix = f"keep one; the other stands at {self.places[below]}"
+                fix = f"keep one; the other is at {self.places[below]}"
                 self._problem("is given twice", here, below, value=value, fix=fix)
                 continue
             result[name] = value

@@ -1,1 +1,1 @@
-"""The run: the fifth room."""
+"""A run: from a recipe to a trained model."""

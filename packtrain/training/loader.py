@@ -1,6 +1,6 @@
 """Plan -> data loader: `global_step` is the whole data state.
 
-The loader keeps no position of its own. Every time a trainer starts an epoch it asks for the current
+`PlanLoader` keeps no position. Every time a trainer starts an epoch it asks for the current
 `global_step` and yields the micro-batches from there to the end of that epoch, so a resumed run and an
 unbroken one read the same batches with nothing replayed and nothing skipped:
 
@@ -12,6 +12,12 @@ It is deliberately not passed through `accelerator.prepare`: the plan already de
 and accelerate's own sharding loses samples when batches vary in size.
 
 A worker process that is killed or hangs ends the run with a DataError; see `worker_failure`.
+
+In any other training loop a sampler yields the micro-batches, and the dataset gathers and collates them:
+
+    loader = DataLoader(MicroBatches(examples, collator), sampler=PlanSampler(plan, rank=0), batch_size=None)
+
+Every item is one finished micro-batch; `start_step=global_step` resumes.
 """
 
 from __future__ import annotations
@@ -22,12 +28,13 @@ import threading
 from collections.abc import Callable, Iterator
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
+from transformers import TrainingArguments
 
 from packtrain.errors import DataError
 from packtrain.packing.collator import MicroBatches
-from packtrain.packing.plan import Plan
-from packtrain.packing.sampler import PlanSampler
+from packtrain.packing.plan import MicroBatch, Plan
+from packtrain.recipe.sections import WORKER_TIMEOUT
 
 
 class PlanLoader:
@@ -55,7 +62,7 @@ class PlanLoader:
         self.dataloader_kwargs = dataloader_kwargs or {}
 
     def __len__(self) -> int:
-        """Micro-batches of this rank in the first epoch (order-dependent packers vary a little after it)."""
+        """Counts the micro-batches of this rank in the first epoch (order-dependent packers vary a little after it)."""
         return self.plan.steps_in_epoch(0) * self.plan.gradient_accumulation_steps
 
     def __iter__(self) -> Iterator[dict[str, object]]:
@@ -79,8 +86,24 @@ class PlanLoader:
             raise RuntimeError(f"{_DIED} while its batch was on the way ({error})") from error
 
 
+def loader_options(args: TrainingArguments, worker_timeout: int = WORKER_TIMEOUT) -> dict[str, object]:
+    """Returns what torch's DataLoader is given next to the plan: what TrainingArguments say, and what keeps workers safe.
+
+    Args:
+        worker_timeout: seconds to wait for a batch of a data-loading worker.
+    """
+    workers = args.dataloader_num_workers
+    return {
+        "num_workers": workers,
+        "pin_memory": args.dataloader_pin_memory and torch.cuda.is_available(),
+        "prefetch_factor": args.dataloader_prefetch_factor if workers else None,
+        "timeout": worker_timeout if workers else 0,
+        "worker_init_fn": leave_signals_to_the_run,
+    }
+
+
 def values_of_plan(plan: Plan, values: tuple) -> tuple:
-    """What `Trainer.set_initial_training_values` gives, with epochs, updates and micro-batches as the plan has them.
+    """Returns what `Trainer.set_initial_training_values` gives, with epochs, updates and micro-batches as the plan has them.
 
     Trainer takes every epoch to be as long as the first. Order-dependent packers vary: it would begin too few epochs,
     and end before the plan does. An epoch that ends before its longest is no matter to it.
@@ -97,14 +120,14 @@ _DIED = "DataLoader worker was killed"
 
 
 def leave_signals_to_the_run(worker: int) -> None:
-    """For workers: a signal to the whole group asks the run to stop, and it needs its workers until it has."""
+    """Makes a worker ignore signals: one to the whole group asks the run to stop, and it needs its workers until it has."""
     for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def worker_failure(error: Exception) -> DataError | None:
-    """What to say where torch found a worker dead (in any step of the run) or waited for it in vain; ends the others."""
+    """Explains that torch found a worker dead (in any step of the run) or waited for it in vain; ends the others."""
     words = str(error)
     if not isinstance(error, RuntimeError) or not words.startswith("DataLoader"):
         return None
@@ -117,7 +140,7 @@ def worker_failure(error: Exception) -> DataError | None:
 
 
 def _kill_workers() -> None:
-    """One that hangs would keep the run from ending. Meanwhile torch must not raise for every child that dies."""
+    """Kills all workers: one that hangs would keep the run from ending. Torch must not raise for every child that dies."""
     in_main_thread = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if in_main_thread else None
     try:
@@ -127,3 +150,22 @@ def _kill_workers() -> None:
     finally:
         if in_main_thread:
             signal.signal(signal.SIGCHLD, before)
+
+
+class PlanSampler(Sampler[MicroBatch]):
+    """One rank's micro-batches of the updates `start_step..stop_step` of a plan, in order.
+
+    Its length is a multiple of `plan.gradient_accumulation_steps` and the same on every rank.
+    """
+
+    def __init__(self, plan: Plan, rank: int = 0, start_step: int = 0, stop_step: int | None = None):
+        assert 0 <= rank < plan.world_size, f"rank {rank} of {plan.world_size}"
+        self.plan, self.rank = plan, rank
+        self.steps = range(start_step, plan.total_steps if stop_step is None else min(stop_step, plan.total_steps))
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        for step in self.steps:
+            yield from self.plan.micro_batches(step, self.rank)
+
+    def __len__(self) -> int:
+        return len(self.steps) * self.plan.gradient_accumulation_steps

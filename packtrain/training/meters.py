@@ -1,17 +1,25 @@
-"""What a run measures of itself: real tokens, filler, and where the seconds of a step go."""
+"""What a run measures of itself: real tokens and padding, the seconds of a step, held-out losses, and peak memory.
+
+Losses are sums over tokens and over examples, divided once at the end: means that don't depend on how a set was batched.
+"""
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
+
+from packtrain.objectives.objective import TokenLosses
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchCount:
-    """Tokens of one micro-batch: `real` belong to examples, `computed` went through the model, filler included."""
+    """Tokens of one micro-batch: `real` belong to examples, `computed` went through the model, padding included."""
 
     real: int
     computed: int
@@ -27,7 +35,7 @@ NOTHING = BatchCount(real=0, computed=0, supervised=0, documents=0)
 
 
 def count_batch(batch: Mapping[str, object]) -> BatchCount:
-    """Count the tokens of a collated micro-batch, padded or flat; a filler document counts as filler."""
+    """Counts the tokens of a collated micro-batch, padded or flat; a document without an example counts as padding."""
     labels, example_ids = batch["labels"], batch["example_ids"]
     assert isinstance(labels, torch.Tensor) and isinstance(example_ids, torch.Tensor)
     is_real = example_ids >= 0  # [S] or [B]
@@ -45,7 +53,7 @@ def count_batch(batch: Mapping[str, object]) -> BatchCount:
 
 @dataclass
 class Meter:
-    """Running totals of one rank. `start_step` -> `count` -> `end_step`, once per update."""
+    """Running totals of one rank. `start_step` -> `fetched` -> `end_step`, once per update."""
 
     counts: BatchCount = NOTHING
     steps: int = 0
@@ -54,23 +62,23 @@ class Meter:
     _began: float = field(default=0.0, repr=False)
 
     def start_step(self) -> None:
-        """Before the step's batches are fetched."""
+        """Starts the clock, before the step's batches are fetched."""
         self._began = time.perf_counter()
 
     def fetched(self, batches: Sequence[Mapping[str, object]]) -> None:
-        """The step's micro-batches are here."""
+        """Counts the step's micro-batches, once they are here."""
         self.data_seconds += time.perf_counter() - self._began
         self.counts = sum((count_batch(batch) for batch in batches), self.counts)
 
     def end_step(self) -> None:
-        """After the optimizer step."""
+        """Stops the clock, after the optimizer step."""
         self.seconds += time.perf_counter() - self._began
         self.steps += 1
 
     def since(
         self, earlier: Meter, over_ranks: Callable[[list[int]], list[int]] = lambda counts: counts
     ) -> dict[str, float]:
-        """Rates between an `earlier` copy and now, as they appear in the logs; the wait for data is this rank's.
+        """Returns rates between an `earlier` copy and now, as they appear in the logs; the wait for data is this rank's.
 
         Args:
             over_ranks: sums counts of this rank over all.
@@ -86,3 +94,57 @@ class Meter:
             "filler_share": round(1 - real / computed, 4),
             "data_wait_share": round((self.data_seconds - earlier.data_seconds) / seconds, 4),
         }
+
+
+# ----------------------------------------------------------------------------------------------------- losses
+
+
+def add_sums(total: dict[str, torch.Tensor], more: dict[str, torch.Tensor]) -> None:
+    """Adds to `total` in place: name -> float64 `[2]`, numerator and denominator."""
+    for name, pair in more.items():
+        total[name] = total[name] + pair if name in total else pair
+
+
+def means_of(sums: dict[str, torch.Tensor], skip: tuple[str, ...] = ()) -> dict[str, float]:
+    """Returns numerator / denominator of each sum that counted anything."""
+    pairs = {name: pair.tolist() for name, pair in sums.items() if name not in skip}
+    return {name: numerator / count for name, (numerator, count) in pairs.items() if count}
+
+
+def evaluation_sums(losses: TokenLosses, batch: dict[str, Any]) -> torch.Tensor:
+    """Returns float64 `[4]`: sum of nll, supervised tokens, sum over examples of their mean nll, examples."""
+    documents = document_of(batch).flatten()[losses.index]  # [N]
+    count = len(batch["example_ids"])
+    nll = losses.nll.double()
+    per_document = torch.zeros(2, count, dtype=torch.float64, device=nll.device)
+    per_document[0].index_add_(0, documents, nll)
+    per_document[1].index_add_(0, documents, torch.ones_like(nll))
+    scored = per_document[1] > 0
+    means = per_document[0][scored] / per_document[1][scored]
+    return torch.stack([nll.sum(), per_document[1].sum(), means.sum(), scored.sum().double()])
+
+
+def document_of(batch: dict[str, Any]) -> torch.Tensor:
+    """Returns which document of the micro-batch each position belongs to: int64, the shape of `labels`."""
+    if "cu_seq_lens_q" in batch:
+        lengths = batch["cu_seq_lens_q"].diff()  # [S]
+        return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)[None]
+    rows, width = batch["labels"].shape
+    return torch.arange(rows, device=batch["labels"].device)[:, None].expand(rows, width)
+
+
+# ----------------------------------------------------------------------------------------------------- memory
+
+
+def reset_peak() -> None:
+    """Starts a new peak on a CUDA device; a process's own peak cannot be reset."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_memory() -> tuple[int, str]:
+    """Returns peak bytes so far and what they count: `device` (CUDA allocator) or `process` (resident set, `getrusage`)."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated(), "device"
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "process"

@@ -12,11 +12,12 @@ SHOWN = {  # key in the logs -> how a person reads it
     "learning_rate": "lr {:.1e}",
     "real_tokens_per_second": "{:,.0f} real tokens/s",
     "eval_loss": "held-out loss {:.4f}",
+    "eval_accuracy": "held-out accuracy {:.1%}",
 }
 
 
 class RichProgress(TrainerCallback):
-    """Rank 0 shows updates done, time left and every log line; other ranks are silent."""
+    """Shows, on rank 0, updates done, time left and every log line."""
 
     def __init__(self, console: Console | None = None):
         self.console = console or Console()
@@ -54,7 +55,7 @@ class RichProgress(TrainerCallback):
         self.stop()
 
     def stop(self) -> None:
-        """Give the terminal back; also after an error, where `on_train_end` does not come."""
+        """Gives the terminal back; also after an error, where `on_train_end` does not come."""
         if self.progress:
             self.progress.stop()
             self.progress = None

@@ -1,41 +1,47 @@
-"""One recipe, trained: data -> plan -> model -> PackTrainer -> saved model and summary.
+"""One recipe, trained: `build` makes the trainer, `train` runs it, saves the model and returns a summary.
 
-packtrain train recipes/quickstart.yaml
-torchrun --nproc_per_node 2 -m packtrain train recipes/quickstart.yaml
+It is what `packtrain train quickstart` does, and on every rank `torchrun --nproc_per_node 2 -m packtrain train quickstart`.
 """
 
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import yaml
 from rich.console import Console
-from transformers import PrinterCallback, TrainingArguments, set_seed
+from transformers import PreTrainedConfig, PreTrainedModel, PrinterCallback, TrainingArguments, set_seed
 
 from packtrain.errors import PacktrainError, refused_by
-from packtrain.modeling.attention import choose_implementation
-from packtrain.modeling.loading import add_lora, count_parameters, load_config, load_model
+from packtrain.modeling.attention.varlen import choose_implementation
+from packtrain.modeling.isolation import check_isolation, compute_dtype
+from packtrain.modeling.loading import add_lora, count_parameters, load_config, load_model, weights_dtype
 from packtrain.modeling.positions import check_positions, position_start
+from packtrain.objectives.objective import Task
+from packtrain.objectives.task import load_task
 from packtrain.packing.cost import Cost
-from packtrain.packing.plan import Plan
+from packtrain.packing.plan import Plan, plan_evaluation, plan_run
 from packtrain.packing.strategies import resolve_strategy
-from packtrain.recipe import Recipe
-from packtrain.training.checkpoints.changes import redacted
-from packtrain.training.checkpoints.checkpoint import choose_checkpoint
-from packtrain.training.engines.deepspeed_config import deepspeed_config
-from packtrain.training.engines.engine import fit
-from packtrain.training.engines.isolation import check_isolation, compute_dtype
-from packtrain.training.engines.launch import asked_world_size, check_processes
-from packtrain.training.engines.leaving import leave
-from packtrain.training.inputs import Inputs, load_inputs, plan_evaluation, plan_training
-from packtrain.training.memory.peak import peak_memory, reset_peak
-from packtrain.training.nonfinite import FILE as UPDATES_FILE
+from packtrain.recipe.recipe import Recipe
+from packtrain.training.checkpoints import choose_checkpoint, facts_of, redacted
+from packtrain.training.deepspeed_config import deepspeed_config
+from packtrain.training.engine import EngineReport, asked_engine
+from packtrain.training.guards.nonfinite import FILE as UPDATES_FILE
+from packtrain.training.guards.out_of_memory import checkpoints_activations, is_out_of_memory, of_optimizer
+from packtrain.training.guards.stops import StopOnSignal
+from packtrain.training.loader import worker_failure
+from packtrain.training.meters import peak_memory, reset_peak
 from packtrain.training.progress import RichProgress
+from packtrain.training.ranks import asked_world_size, check_processes, leave
+from packtrain.training.resharding import prepare_resume
+from packtrain.training.sealing import read_manifest
 from packtrain.training.summary import Summary, describe_machine, package_versions
 from packtrain.training.trainer import PackTrainer
+
+Say = Callable[[str], None]
 
 
 def train(
@@ -46,7 +52,7 @@ def train(
     console: Console | None = None,
     trainer_class: type[PackTrainer] = PackTrainer,
 ) -> Summary:
-    """Train a recipe and return what was measured.
+    """Trains a recipe and returns what was measured.
 
     Args:
         recipe: a checked recipe.
@@ -60,100 +66,178 @@ def train(
     """
     console = console or Console()
     output_dir = _output_dir(recipe)
-    trainer, inputs = build_trainer(recipe, console=console, trainer_class=trainer_class)
-    say = lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True)  # noqa: E731
-    checkpoint = choose_checkpoint(trainer, resume, allow_changes=allow_changes, say=say)
+    trainer = build(recipe, console=console, resume=resume, allow_changes=allow_changes, trainer_class=trainer_class)
+    checkpoint = trainer.checkpoints.chosen
     if trainer.is_world_process_zero():
         if checkpoint is None:
-            _say_what_is_there(output_dir, say)
+            _say_what_is_there(output_dir, _sayer(console))
         (output_dir / "recipe.yaml").write_text(yaml.safe_dump(redacted(recipe.to_dict()), sort_keys=False))
     reset_peak()
-    fit(trainer, checkpoint, console=console)
-    after = trainer.evaluate() if inputs.held_out else {}
+    fit(trainer, checkpoint and str(checkpoint), console=console)
+    after = trainer.evaluate() if trainer.eval_dataset is not None else {}
     model_dir = output_dir / "model"
     trainer.model.config.use_cache = True  # Trainer turns it off for training; whoever generates wants it on
     trainer.save_model(str(model_dir))
-    summary = _summarise(trainer, recipe, inputs, model_dir, after.get("eval_loss"))
+    summary = _summarise(trainer, recipe, model_dir, after.get("eval_loss"))
     if trainer.is_world_process_zero():
         summary.save(output_dir)
     leave(trainer.accelerator)
     return summary
 
 
-def build_trainer(
-    recipe: Recipe, *, console: Console | None = None, trainer_class: type[PackTrainer] = PackTrainer
-) -> tuple[PackTrainer, Inputs]:
-    """Everything up to the first step: the recipe's trainer, ready for `.train()`, and what it reads.
+def build(
+    recipe: Recipe,
+    *,
+    console: Console | None = None,
+    resume: str | bool = False,
+    allow_changes: bool = False,
+    trainer_class: type[PackTrainer] = PackTrainer,
+) -> PackTrainer:
+    """Does everything up to the first step; returns the recipe's trainer, ready for `.train()`.
 
-    The order matters: the plan gives `gradient_accumulation_steps`, TrainingArguments start the engine, and
-    under ZeRO-3 only a model loaded after that is sharded while it loads.
+    The order matters: what needs no model is checked before one is loaded; the plan gives `gradient_accumulation_steps`,
+    TrainingArguments start the engine, and under ZeRO-3 only a model loaded after that is sharded while it loads.
+
+    Args:
+        resume, allow_changes: as `train`; the checkpoint that is chosen is the trainer's `checkpoints.chosen`.
     """
-    world_size = asked_world_size()
-    inputs = load_inputs(recipe)
-    pretrained = recipe.model.model_dump(include={"model_name_or_path", "revision", "trust_remote_code"})
-    config = load_config(
-        **pretrained, config=recipe.model.config, tokenizer=inputs.tokenizer, new_tokens=inputs.chosen.new_tokens
+    ranks = asked_world_size()
+    task = load_task(recipe)
+    config = load_config(recipe.model, tokenizer=task.tokenizer, new_tokens=task.new_tokens, fields=task.config_fields)
+    plan = plan_task(recipe, task, world_size=ranks, cost=Cost.of_config(config))
+    args = training_arguments(recipe, plan, evaluate=task.held_out is not None)
+    check_processes(world_size=args.world_size, n_gpu=args.n_gpu)
+    checkpoint = choose_checkpoint(
+        resume,
+        output_dir=Path(args.output_dir),
+        facts=lambda: facts_of(recipe, plan, task.train),
+        allow_changes=allow_changes,
+        say=_sayer(console or Console(quiet=True)),
     )
-    plan = plan_training(recipe, inputs.train.lengths, world_size=world_size, cost=Cost.of_config(config))
-    args = training_arguments(recipe, plan, evaluate=inputs.held_out is not None)
+    model = prepare_model(recipe, task, config, args, layout=plan.layout, console=console)
+    trainer = make_trainer(recipe, task, plan, args, model, console=console, checkpoint=checkpoint, kind=trainer_class)
+    check_documents(recipe, trainer, console=console)
+    return trainer
+
+
+def plan_task(recipe: Recipe, task: Task, *, world_size: int, cost: Cost | None = None) -> Plan:
+    """Plans the recipe's whole run over the task's examples."""
+    return plan_run(
+        recipe.batching,
+        recipe.schedule,
+        task.train.lengths,
+        max_length=recipe.data.max_length,
+        equal_lengths=recipe.objective.equal_lengths,
+        world_size=world_size,
+        cost=cost,
+    )
+
+
+def prepare_model(
+    recipe: Recipe,
+    task: Task,
+    config: PreTrainedConfig,
+    args: TrainingArguments,
+    *,
+    layout: str,
+    console: Console | None = None,
+) -> PreTrainedModel:
+    """Loads the model with the attention that the layout needs, and makes it ready for the task.
+
+    Raises:
+        ModelError: it can't be had, takes no such adapter, or has too few positions.
+    """
+    objective = recipe.objective
+    dtype = compute_dtype(args, weights_dtype(recipe.model, config))
+    attention = choose_implementation(recipe.model.attn_implementation, layout, args.device, dtype)
     set_seed(args.seed)
-    auto = recipe.model.dtype == "auto"
-    weights = (config.dtype or torch.float32) if auto else getattr(torch, recipe.model.dtype)
-    dtype = compute_dtype(args, weights)
     model = load_model(
+        recipe.model,
         config,
-        **pretrained,
-        dtype=recipe.model.dtype,
-        attn_implementation=choose_implementation(
-            recipe.model.attn_implementation, layout=plan.layout, device=args.device, dtype=dtype
-        ),
+        attn_implementation=attention,
+        auto_class=objective.auto_class,
+        new_weights=objective.new_weights,
     )
-    prepared = inputs.chosen.prepare(model, inputs.tokenizer)
+    prepared = task.prepare(model)
     if recipe.lora is not None:
-        model = add_lora(model, prepared.lora | recipe.lora, gradient_checkpointing=_checkpoints_activations(args))
-    trainer = trainer_class(
+        lora = prepared.lora | recipe.lora
+        model = add_lora(model, lora, gradient_checkpointing=checkpoints_activations(args))
+    say = _sayer(console if console and args.process_index == 0 else Console(quiet=True))
+    if prepared.note:
+        trained = "; these rows train with the adapters" if prepared.lora and recipe.lora is not None else ""
+        say(f"new tokens   {prepared.note}{trained}")
+    if far := check_positions(model, task.longest()):
+        say(f"warning      {far}")
+    return model
+
+
+def make_trainer(
+    recipe: Recipe,
+    task: Task,
+    plan: Plan,
+    args: TrainingArguments,
+    model: PreTrainedModel,
+    *,
+    console: Console | None = None,
+    checkpoint: str | None = None,
+    kind: type[PackTrainer] = PackTrainer,
+) -> PackTrainer:
+    """Puts model, task and plan together."""
+    batching, max_length, eval_plan = recipe.batching, recipe.data.max_length, None
+    if task.held_out is not None:
+        eval_plan = plan_evaluation(
+            batching,
+            task.held_out.lengths,
+            layout=plan.layout,
+            max_length=max_length,
+            world_size=plan.world_size,
+            equal_lengths=recipe.objective.equal_lengths,
+        )
+    strategy = resolve_strategy(plan.strategy)
+    trainer = kind(
         model,
         args,
-        train_examples=inputs.train,
+        train_examples=task.train,
         plan=plan,
-        objective=inputs.chosen.objective,
-        collator=inputs.chosen.collator(
-            layout=plan.layout,
-            pad_token_id=inputs.tokenizer.pad_token_id,
-            padded_to=resolve_strategy(plan.strategy).padded_to,
-            max_length=recipe.data.max_length,
-            position_start=position_start(model),
-        ),
+        loss=task.loss,
+        collator=task.collator(strategy, max_length=max_length, position_start=position_start(model)),
+        eval_examples=task.held_out,
+        eval_plan=eval_plan,
         recipe=recipe,
-        probe_memory=recipe.batching.probe_memory,
-        on_nonfinite=recipe.batching.on_nonfinite,
-        max_skipped_updates=recipe.batching.max_skipped_updates,
+        probe_memory=batching.probe_memory,
+        on_nonfinite=batching.on_nonfinite,
+        max_skipped_updates=batching.max_skipped_updates,
         worker_timeout=recipe.data.worker_timeout,
-        eval_examples=inputs.held_out,
-        eval_plan=inputs.held_out
-        and plan_evaluation(recipe, inputs.held_out.lengths, layout=plan.layout, world_size=world_size),
-        processing_class=inputs.tokenizer,
+        processing_class=task.tokenizer,
         callbacks=[RichProgress(console)],
     )
     trainer.remove_callback(PrinterCallback)
-    if console and prepared.note and trainer.is_world_process_zero():
-        trained = "; these rows train beside the adapters" if prepared.lora and recipe.lora is not None else ""
-        console.print(f"new tokens   {prepared.note}{trained}", highlight=False)
-    longest = max(int(part.lengths.max()) for part in (inputs.train, inputs.held_out) if part is not None)
-    far = check_positions(model, longest)
-    if far and console and trainer.is_world_process_zero():
-        console.print(f"warning      {far}", highlight=False)
-    if recipe.objective.name != "block_diffusion":  # whose attention isolates and takes no other batch
-        allow = recipe.batching.allow_contamination
-        found = check_isolation(model, plan.layout, args.device, dtype=dtype, allow_contamination=allow)
-        if console and trainer.is_world_process_zero():
-            console.print(f"documents of a {plan.layout} batch: {found}", highlight=False, soft_wrap=True)
-    check_processes(world_size=args.world_size, n_gpu=args.n_gpu)
-    return trainer, inputs
+    trainer.checkpoints.chosen = checkpoint and Path(checkpoint)
+    return trainer
+
+
+def check_documents(recipe: Recipe, trainer: PackTrainer, *, console: Console | None = None) -> None:
+    """Asks the model, where it will train, whether attention leaks between the documents of a batch.
+
+    Raises:
+        ModelError: it does, and the recipe doesn't allow it.
+    """
+    if recipe.objective.brings_attention:  # made for its own batches; it takes no other
+        return
+    layout, model = trainer.plan.layout, trainer.accelerator.unwrap_model(trainer.model)
+    found = check_isolation(
+        model,
+        layout,
+        trainer.args.device,
+        dtype=compute_dtype(trainer.args, model.dtype),
+        allow_contamination=recipe.batching.allow_contamination,
+    )
+    if console and trainer.is_world_process_zero():
+        _sayer(console)(f"documents of a {layout} batch: {found}")
 
 
 def training_arguments(recipe: Recipe, plan: Plan, *, evaluate: bool) -> TrainingArguments:
-    """The recipe's `training:` section as TrainingArguments, with what the plan decides."""
+    """Returns the recipe's `training:` section as TrainingArguments, with what the plan decides."""
     decided = {
         "gradient_accumulation_steps": plan.gradient_accumulation_steps,
         "per_device_train_batch_size": 1,  # the plan sizes micro-batches; engines only want a number
@@ -178,17 +262,60 @@ def training_arguments(recipe: Recipe, plan: Plan, *, evaluate: bool) -> Trainin
 
 
 def use_cpu_by_default() -> bool:
-    """Where there is no accelerator, or Apple's, which has no float64: sums over tokens are made in it."""
+    """Whether there is no accelerator, or only Apple's, which has no float64: sums over tokens are made in it."""
     return not torch.accelerator.is_available() or torch.accelerator.current_accelerator().type == "mps"
 
 
-def _checkpoints_activations(args: TrainingArguments) -> bool:
-    """Whether layers are recomputed in the backward pass, under the old name of the setting or the new one."""
-    return bool(getattr(args, "activation_checkpointing", False) or args.gradient_checkpointing)
+def fit(trainer: PackTrainer, checkpoint: str | None = None, *, console: Console | None = None) -> None:
+    """Runs `trainer.train()` with the engine checked before the first update, from a checkpoint of any number of ranks.
+
+    Raises:
+        LaunchError: the engine is not what was asked for, or can't read the checkpoint.
+        CheckpointError: `checkpoint` is damaged, not ours or of another run, or one could not be saved.
+        DataError: a data-loading worker was killed, or hangs.
+        NonFiniteError: an update's loss or gradient is not finite.
+        OutOfMemory: a micro-batch or the optimizer does not fit.
+        Stopped: a signal has ended the run early.
+    """
+    if checkpoint is not None:
+        checkpoint = trainer.checkpoints.admit(checkpoint)
+        prepare_resume(trainer, checkpoint)
+        trainer.finite.skipped = read_manifest(Path(checkpoint)).get("skipped_updates", 0)
+    if trainer.is_deepspeed_enabled:  # 0.19 calls what torch 2.13 has renamed, in every layer of every step
+        warnings.filterwarnings("ignore", message=r".torch\.distributed\.", category=FutureWarning)
+    asked = asked_engine(trainer.args, trainer.args.deepspeed)
+    notes = lambda: {"largest": trainer.probe.said} if trainer.probe else {}  # noqa: E731
+    trainer.add_callback(EngineReport(trainer, asked, resumed_from=checkpoint, console=console, notes=notes))
+    stop = StopOnSignal(trainer)
+    trainer.add_callback(stop)
+    try:
+        with stop.listening():
+            trainer.train(resume_from_checkpoint=checkpoint)
+    except Exception as error:
+        unsaved = trainer.checkpoints.failed(error)
+        exhausted = of_optimizer(trainer.state.global_step) if is_out_of_memory(error) else None
+        if failure := worker_failure(error) or unsaved or exhausted:
+            raise failure from error
+        if not trainer.checkpoints.begun:  # optimizer, scheduler, engine and loggers are made before
+            with refused_by("the trainer", "training", vars(trainer.args)):
+                raise
+        raise
+    finally:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, RichProgress):
+                callback.stop()
+    if (stopped := stop.early()) is not None:
+        leave(trainer.accelerator)
+        raise stopped
+
+
+def _sayer(console: Console) -> Say:
+    """Prints lines as they are."""
+    return lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _output_dir(recipe: Recipe) -> Path:
-    """The run's directory, made, before anything is loaded for it."""
+    """Makes the run's directory, before anything is loaded for it."""
     path = Path(recipe.training["output_dir"])
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -199,16 +326,16 @@ def _output_dir(recipe: Recipe) -> Path:
         raise PacktrainError(what, key="training.output_dir", value=str(path), fix=fix) from None
 
 
-def _say_what_is_there(output_dir: Path, say: Callable[[str], None]) -> None:
-    """Of a run that another one has left in its directory."""
+def _say_what_is_there(output_dir: Path, say: Say) -> None:
+    """Says that another run has left something in the directory."""
     (output_dir / UPDATES_FILE).unlink(missing_ok=True)  # updates that were not finite, of that run
     if (output_dir / "summary.json").exists() or any(output_dir.glob("checkpoint-*")):
         fix = "--resume goes on with it; choose another training.output_dir to keep it"
         say(f"{output_dir} holds another run, whose model, recipe and checkpoints this one will replace ({fix})")
 
 
-def _summarise(trainer: PackTrainer, recipe: Recipe, inputs: Inputs, model_dir: Path, after: float | None) -> Summary:
-    """Collect the figures of a finished run; counts are summed over ranks."""
+def _summarise(trainer: PackTrainer, recipe: Recipe, model_dir: Path, after: float | None) -> Summary:
+    """Collects the figures of a finished run; counts are summed over ranks."""
     meter, plan = trainer.meter, trainer.plan
     counts = torch.tensor(
         [meter.counts.real, meter.counts.computed, meter.counts.supervised],
@@ -232,7 +359,7 @@ def _summarise(trainer: PackTrainer, recipe: Recipe, inputs: Inputs, model_dir: 
         updates=trainer.state.global_step,
         skipped_updates=trainer.finite.skipped,
         micro_batches_per_update=plan.gradient_accumulation_steps,
-        examples=len(inputs.train),
+        examples=len(trainer.train_dataset),
         epochs=round(trainer.state.epoch or 0, 4),
         world_size=trainer.args.world_size,
         real_tokens=real,
@@ -245,7 +372,7 @@ def _summarise(trainer: PackTrainer, recipe: Recipe, inputs: Inputs, model_dir: 
         trainable_parameters=trained,
         frozen_parameters=frozen,
         attn_implementation=trainer.model.config._attn_implementation,
-        data=inputs.train.report.to_dict(),
+        data=trainer.train_dataset.report.to_dict(),
         machine=describe_machine(),
         versions=package_versions(),
     )

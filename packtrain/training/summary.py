@@ -1,4 +1,4 @@
-"""What is said and stored at the end of a run. Every number in it was measured by that run."""
+"""The summary that is printed and stored at the end of a run. Every number in it was measured by that run."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Summary:
     versions: dict
 
     def table(self) -> Table:
-        """The summary as a person reads it."""
+        """Returns the summary as a person reads it."""
         table = Table(title=f"{self.recipe}: {self.strategy}", show_header=False, title_justify="left")
         table.add_column(style="bold")
         table.add_column()
@@ -82,12 +82,12 @@ class Summary:
         ]
 
     def save(self, directory: Path) -> None:
-        """Write `summary.json` into `directory`."""
+        """Writes `summary.json` into `directory`."""
         (directory / "summary.json").write_text(json.dumps(asdict(self), indent=2) + "\n")
 
 
 def describe_machine() -> dict:
-    """CPU model, cores, memory and devices; no host name."""
+    """Returns CPU model, cores, memory and devices; no host name."""
     import torch
 
     cpu = platform.processor() or platform.machine()
@@ -109,7 +109,7 @@ def describe_machine() -> dict:
 
 
 def name_machine(machine: dict, threads: int | None = None) -> str:
-    """What `describe_machine` found, in a few words: the devices, or the processor and its cores.
+    """Says what `describe_machine` found, in a few words: the devices, or the processor and its cores.
 
     >>> name_machine({"cpu": "AMD EPYC", "cores": 2}, threads=1)
     'AMD EPYC, 2 cores, 1 thread'
@@ -120,7 +120,7 @@ def name_machine(machine: dict, threads: int | None = None) -> str:
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of the packages a result depends on, Python included."""
+    """Returns the versions of the packages a result depends on, Python included."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

@@ -16,7 +16,9 @@ callback, logger and engine (DDP, DeepSpeed, FSDP) behaves as users know it:
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
 from pickle import UnpicklingError
@@ -30,35 +32,34 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from packtrain.data.examples import Examples
 from packtrain.errors import PacktrainError, refused_by
 from packtrain.objectives.causal import CAUSAL_LM
-from packtrain.objectives.logits import output_head
-from packtrain.objectives.objective import Objective
+from packtrain.objectives.objective import Loss
 from packtrain.packing.collator import MicroBatches, PackCollator
 from packtrain.packing.plan import Plan
-from packtrain.recipe import Recipe
-from packtrain.training.checkpoints.checkpoint import Checkpoints
-from packtrain.training.checkpoints.restricted import restricted_unpickling, runs_code
-from packtrain.training.loader import PlanLoader, leave_signals_to_the_run, values_of_plan
-from packtrain.training.memory.out_of_memory import ProbeMemory, explained
-from packtrain.training.meters import Meter
-from packtrain.training.nonfinite import FiniteUpdates
-from packtrain.training.sums import add_sums, evaluation_sums, means_of
+from packtrain.recipe.recipe import Recipe
+from packtrain.recipe.sections import MAX_SKIPPED_UPDATES, WORKER_TIMEOUT
+from packtrain.training.checkpoints import Checkpoints, facts_of
+from packtrain.training.guards.nonfinite import FiniteUpdates
+from packtrain.training.guards.out_of_memory import ProbeMemory, explaining_out_of_memory, without_a_trace
+from packtrain.training.loader import PlanLoader, loader_options, values_of_plan
+from packtrain.training.meters import Meter, add_sums, evaluation_sums, means_of
+from packtrain.training.restricted import restricted_unpickling, runs_code
 
 
 class PackTrainer(Trainer):
-    """Train `model` on the steps of `plan`.
+    """Trains `model` on the steps of `plan`.
 
     Args:
-        model: a causal LM of transformers, or a peft model around one.
+        model: a model of transformers, or a peft model around one.
         args: TrainingArguments; `gradient_accumulation_steps` must be the plan's.
         train_examples: what the plan's example ids point into.
         plan: the updates of the whole run.
         collator: lays a micro-batch out in memory; its layout must be the plan's.
-        objective: what is learnt.
-        eval_examples: held-out examples, with `eval_plan` (one epoch over them) beside it.
+        loss: what is learnt.
+        eval_examples: held-out examples, with `eval_plan` (one epoch over them).
         recipe: what the run was asked for, kept in its checkpoints.
         probe_memory: whether to try the largest micro-batch before the first update; None: on a GPU.
         on_nonfinite, max_skipped_updates: what becomes of an update whose loss or gradient is not finite.
-        worker_timeout: seconds to wait for a batch of a data worker.
+        worker_timeout: seconds to wait for a batch of a data-loading worker.
         trainer_kwargs: `callbacks`, `processing_class`, `optimizers` ... as Trainer has them.
     """
 
@@ -72,14 +73,14 @@ class PackTrainer(Trainer):
         train_examples: Examples,
         plan: Plan,
         collator: PackCollator,
-        objective: Objective = CAUSAL_LM,
+        loss: Loss = CAUSAL_LM,
         eval_examples: Examples | None = None,
         eval_plan: Plan | None = None,
         recipe: Recipe | None = None,
         probe_memory: bool | None = None,
         on_nonfinite: Literal["stop", "skip"] = "stop",
-        max_skipped_updates: int = 10,
-        worker_timeout: int = 300,
+        max_skipped_updates: int = MAX_SKIPPED_UPDATES,
+        worker_timeout: int = WORKER_TIMEOUT,
         **trainer_kwargs: Any,
     ):
         if args.gradient_accumulation_steps != plan.gradient_accumulation_steps:
@@ -95,10 +96,10 @@ class PackTrainer(Trainer):
                 key="compute_metrics",
                 fix="leave it out, or evaluate the saved model with your own loop",
             )
-        self.plan, self.eval_plan, self.collator, self.objective = plan, eval_plan, collator, objective
+        self.plan, self.eval_plan, self.collator, self.loss = plan, eval_plan, collator, loss
         self.worker_timeout = worker_timeout
         self.meter, self._logged_meter = Meter(), Meter()
-        self._sums: dict[str, torch.Tensor] = {}  # of the objective's own figures, since the last log
+        self._sums: dict[str, torch.Tensor] = {}  # of the loss's own figures, since the last log
         keep, args = args.save_total_limit, copy.copy(args)
         args.save_total_limit = None  # Trainer would remove the last good checkpoint before the new one is complete
         with refused_by("transformers", "training", vars(args)):
@@ -111,14 +112,20 @@ class PackTrainer(Trainer):
                 **trainer_kwargs,
             )
         self.model_accepts_loss_kwargs = True  # releases before `loss_is_scaled_for_ga` read this instead
-        self._head = output_head(self.accelerator.unwrap_model(self.model))
+        self._head = loss.head(self.accelerator.unwrap_model(self.model))
         self.finite = FiniteUpdates(self, on_nonfinite, max_skipped_updates)
-        self.checkpoints = Checkpoints(self, recipe, keep)
-        self.add_callback(StepEnd(plan, self.meter))
-        self.add_callback(self.checkpoints)
-        self.probe = ProbeMemory(self) if ProbeMemory.wanted(self, probe_memory) else None
-        if self.probe is not None:
-            self.add_callback(self.probe)
+        self.checkpoints = Checkpoints(
+            self,
+            functools.partial(facts_of, recipe, plan, train_examples),
+            keep,
+            progress=lambda: {"skipped_updates": self.finite.skipped},
+        )
+        self.probe: ProbeMemory | None = None
+        if ProbeMemory.wanted(self, probe_memory):
+            self.probe = ProbeMemory(self, plan, MicroBatches(train_examples, collator), self.rehearse)
+        for callback in (StepEnd(plan, self.meter), self.checkpoints, self.probe):
+            if callback is not None:
+                self.add_callback(callback)
 
     # Data
 
@@ -133,20 +140,12 @@ class PackTrainer(Trainer):
         return self._loader(self.eval_plan, self.eval_dataset, lambda: 0)
 
     def _loader(self, plan: Plan, examples: Examples, global_step: Callable[[], int]) -> PlanLoader:
-        args = self.args
-        workers = args.dataloader_num_workers
         return PlanLoader(
             plan=plan,
             dataset=MicroBatches(examples, self.collator),
-            rank=args.process_index,
+            rank=self.args.process_index,
             global_step=global_step,
-            dataloader_kwargs={
-                "num_workers": workers,
-                "pin_memory": args.dataloader_pin_memory and torch.cuda.is_available(),
-                "prefetch_factor": args.dataloader_prefetch_factor if workers else None,
-                "timeout": self.worker_timeout if workers else 0,
-                "worker_init_fn": leave_signals_to_the_run,
-            },
+            dataloader_kwargs=loader_options(self.args, self.worker_timeout),
         )
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> tuple:
@@ -165,7 +164,7 @@ class PackTrainer(Trainer):
             return [], None
         self.meter.fetched(batches)
         self._computed = 0  # micro-batches of this update
-        total = sum(self.objective.denominator(batch) for batch in batches)
+        total = sum(self.loss.denominator(batch) for batch in batches)
         return batches, self.accelerator.reduce(total.to(device), reduction="sum")
 
     def compute_loss(
@@ -177,9 +176,9 @@ class PackTrainer(Trainer):
     ) -> torch.Tensor:
         """This micro-batch's share of the step's loss, times the ranks that the engine will average over."""
         assert num_items_in_batch is not None and not return_outputs
-        losses = self.objective.losses(model, inputs, head=self._head)
-        if self.objective.sums is not None:
-            add_sums(self._sums, self.objective.sums(losses, inputs))
+        losses = self.loss.losses(model, inputs, head=self._head)
+        if self.loss.sums is not None:
+            add_sums(self._sums, self.loss.sums(losses, inputs))
         share = losses.weighted_sum() / num_items_in_batch
         loss = (share * self.accelerator.num_processes).float()
         self.finite.saw(loss, inputs["example_ids"])
@@ -187,12 +186,24 @@ class PackTrainer(Trainer):
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         where = f"update {self.state.global_step} (rank {self.args.process_index}, micro-batch {self._computed})"
-        with explained(self, inputs, where):
+        with self._explained(inputs, where):
             loss = super().training_step(model, inputs, *args, **kwargs)
         self._computed += 1
         if self.accelerator.sync_gradients:  # the update's last micro-batch
             self.finite.check(model)
         return loss
+
+    def _explained(self, batch: Mapping[str, Any], where: str) -> AbstractContextManager[None]:
+        return explaining_out_of_memory(batch, where, max_tokens=self.plan.scope.max_tokens, args=self.args)
+
+    def rehearse(self, batch: Mapping[str, Any], times: int) -> None:
+        """Computes a micro-batch as an update does, without a trace; a second time with the gradients of the first."""
+        with without_a_trace(self.model_wrapped, self.args.device):
+            for _ in range(times):
+                inputs = self._prepare_inputs(dict(batch))
+                with self.compute_loss_context_manager():
+                    losses = self.loss.losses(self.model_wrapped, inputs, head=self._head)
+                losses.weighted_sum().float().backward()
 
     # Evaluation
 
@@ -208,7 +219,7 @@ class PackTrainer(Trainer):
         """Held-out loss that does not depend on how the set was batched or dealt to ranks.
 
         `eval_loss` is the mean nll over supervised tokens, `eval_loss_per_example` the mean over examples of
-        their mean, `eval_tokens` the supervised tokens counted. An objective's own `sums` come on top, or instead.
+        their mean, `eval_tokens` the supervised tokens counted. A loss's own `sums` come on top, or instead.
         """
         model = self.model_wrapped
         if model is self.model and not self.is_in_train:  # not prepared by train(): mixed precision still to be set up
@@ -219,11 +230,11 @@ class PackTrainer(Trainer):
         own: dict[str, torch.Tensor] = {}
         for batch in dataloader:
             batch = self._prepare_inputs(batch)
-            with explained(self, batch, "evaluation"):
-                losses = self.objective.losses(model, batch, head=self._head)
+            with self._explained(batch, "evaluation"):
+                losses = self.loss.losses(model, batch, head=self._head)
             sums += evaluation_sums(losses, batch)
-            if self.objective.sums is not None:
-                add_sums(own, self.objective.sums(losses, batch))
+            if self.loss.sums is not None:
+                add_sums(own, self.loss.sums(losses, batch))
         model.train(was_training)
         nll, tokens, example_nll, examples = self.accelerator.reduce(sums, reduction="sum").tolist()
         metrics = {
@@ -270,7 +281,7 @@ class PackTrainer(Trainer):
         return self.accelerator.reduce(torch.tensor(counts, device=self.args.device), reduction="sum").tolist()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Training logs gain real tokens/s, filler share and the objective's figures since the last one, of all ranks."""
+        """Training logs gain real tokens/s, padding share and the loss's own figures since the last one, of all ranks."""
         if "loss" in logs:
             logs |= self.meter.since(self._logged_meter, self._over_ranks)
             self._logged_meter = copy.copy(self.meter)

@@ -16,12 +16,12 @@ import torch
 from rich.console import Console
 
 from packtrain.cli import fill_bare_resume, main
-from packtrain.cli.recipes import next_commands
-from packtrain.cli.show_batch import FILLER, PROMPT, SUPERVISED, documents_of, text_of
-from packtrain.cli.show_plan import length_histogram
+from packtrain.cli.batch_view import FILLER, PROMPT, SUPERVISED, documents_of, text_of
+from packtrain.cli.strategy_table import length_histogram
+from packtrain.cli.train import next_commands
 from packtrain.modeling.tokenizer import train_bpe
 from packtrain.packing.collator import collate_flat, collate_padded
-from tests.test_recipe import BAD, GOOD, write
+from tests.recipe.test_recipe import BAD, GOOD, write
 
 QUICKSTART = Path(__file__).parents[2] / "recipes/quickstart.yaml"
 SMALL = ["data.num_rows=120", "data.eval_size=20", "examples_per_step=16"]
@@ -303,14 +303,14 @@ def test_filler_micro_batches_are_shown_as_such(tokenizer):
 
 @pytest.mark.parametrize("strategy", ["balanced", "pad_longest"])
 def test_show_prints_the_batch_that_training_would_see(capsys, wide, strategy):
-    from packtrain.recipe import load_recipe
-    from packtrain.training.inputs import load_inputs
+    from packtrain.objectives.task import load_task
+    from packtrain.recipe.reader import load_recipe
 
     overrides = [*SMALL, f"strategy={strategy}"]
     assert run("show", str(QUICKSTART), "--step", "2", "--documents", "16", *sets(overrides)) == 0
     out = capsys.readouterr().out
     assert "step 2 of 7 (epoch 0), rank 0 of 1, micro-batch 0 of" in out
-    inputs = load_inputs(load_recipe(QUICKSTART, overrides))
+    task = load_task(load_recipe(QUICKSTART, overrides))
     shown = [
         int(line.split("example ")[1].split()[0])
         for line in out.splitlines()
@@ -318,7 +318,7 @@ def test_show_prints_the_batch_that_training_would_see(capsys, wide, strategy):
     ]
     assert shown
     for example_id in shown:
-        text = inputs.tokenizer.decode(inputs.train[example_id]["input_ids"])
+        text = task.tokenizer.decode(task.train[example_id]["input_ids"])
         assert text.strip() in out
 
 
@@ -340,17 +340,17 @@ def test_show_of_given_examples_and_of_what_is_not_there(capsys, wide):
 def what_show_prints(monkeypatch, recipe: Path, *args: str) -> dict:
     """The batch that `show` makes visible."""
     printed = []
-    monkeypatch.setattr("packtrain.cli.show_batch.print_batch", lambda batch, *_, **__: printed.append(batch))
+    monkeypatch.setattr("packtrain.cli.batch_view.print_batch", lambda batch, *_, **__: printed.append(batch))
     assert run("show", str(recipe), *args) == 0
     return printed[0]
 
 
 def what_training_sees(recipe: Path, overrides: list[str], step: int) -> dict:
     """The first micro-batch of an update, from the trainer's own loader."""
-    from packtrain.recipe import load_recipe
-    from packtrain.training.run import build_trainer
+    from packtrain.recipe.reader import load_recipe
+    from packtrain.training.run import build
 
-    trainer, _ = build_trainer(load_recipe(recipe, overrides), console=Console(quiet=True))
+    trainer = build(load_recipe(recipe, overrides), console=Console(quiet=True))
     trainer.state.global_step = step
     return next(iter(trainer.get_train_dataloader()))
 

@@ -7,7 +7,7 @@ import pytest
 from packtrain.data.examples import build_examples
 from packtrain.data.sources import open_rows
 from packtrain.errors import DataError
-from tests.data.conftest import shown
+from tests.data.helpers import shown
 
 USER, ASSISTANT = {"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}
 GOOD = {

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from packtrain.data.examples import Examples, build_examples
 from packtrain.data.sources import open_rows
-from packtrain.data.tokens import ListColumn
+from packtrain.data.store import ListColumn
 from packtrain.errors import DataError
 
 ROWS = [{"prompt": "one " * n, "completion": "two " * m} for n, m in [(1, 3), (5, 1), (2, 2), (9, 4), (1, 1), (3, 7)]]
@@ -162,7 +162,7 @@ def test_another_process_reads_the_same(examples):
 
 @pytest.mark.parametrize("num_proc", [2, 5])
 def test_processes_give_the_same_tokens(num_proc, tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("packtrain.data.tokenizing._BATCH", 7)  # so that 30 rows are enough for five processes
+    monkeypatch.setattr("packtrain.data.encoding._BATCH", 7)  # so that 30 rows are enough for five processes
     rows = open_rows("packtrain:arithmetic", num_rows=30)
     options = dict(max_length=512, overflow="truncate", on_bad_row="skip")
     alone = build_examples(rows, tokenizer, cache_dir=tmp_path / "alone", **options)

@@ -10,7 +10,7 @@ from packtrain.data.examples import Examples
 from packtrain.data.formats import FORMATS, find_format
 from packtrain.data.sources import open_rows, texts
 from packtrain.errors import DataError
-from tests.data.conftest import CHAT_TEMPLATE, make_tokenizer, shown
+from tests.data.helpers import CHAT_TEMPLATE, make_tokenizer, shown
 from tests.tiny import tiny_model
 
 USER = {"role": "user", "content": "What is 2+2?"}

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from packtrain.errors import DataError
-from tests.data.conftest import CHAT_TEMPLATE, make_tokenizer, shown
+from tests.data.helpers import CHAT_TEMPLATE, make_tokenizer, shown
 
 USER, ASSISTANT = {"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}
 TWO_TURNS = {

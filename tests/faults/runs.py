@@ -28,9 +28,9 @@ from transformers import TrainerCallback
 import packtrain.training.run  # noqa: F401  what a run needs, before it is forked
 from packtrain import cli
 from packtrain.errors import PacktrainError
-from packtrain.recipe import load_recipe
-from packtrain.training.checkpoints.sealing import is_sealed
+from packtrain.recipe.reader import load_recipe
 from packtrain.training.run import train
+from packtrain.training.sealing import is_sealed
 from packtrain.training.trainer import PackTrainer
 
 CONTEXT = multiprocessing.get_context("forkserver")

@@ -10,10 +10,10 @@ import pytest
 from rich.console import Console
 
 from packtrain.errors import CheckpointError
-from packtrain.recipe import load_recipe
-from packtrain.training.checkpoints.checkpoint import find_last_checkpoint
-from packtrain.training.checkpoints.sealing import MANIFEST, read_manifest, seal, verify
+from packtrain.recipe.reader import load_recipe
+from packtrain.training.checkpoints import find_last_checkpoint
 from packtrain.training.run import train
+from packtrain.training.sealing import MANIFEST, read_manifest, seal, verify
 from tests.faults.runs import STEPS, same, weights, write_recipe
 
 

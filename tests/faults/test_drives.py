@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from packtrain.training.checkpoints.sealing import MANIFEST, is_sealed
+from packtrain.training.sealing import MANIFEST, is_sealed
 from tests.faults.runs import log_of, run, same, start, wait_for, weights, write_recipe
 from tests.faults.test_kills import resume_and_compare
 

@@ -11,8 +11,8 @@ from collections import Counter
 
 import pytest
 
-from packtrain.training.checkpoints.checkpoint import find_last_checkpoint
-from packtrain.training.checkpoints.sealing import MANIFEST, UNFINISHED
+from packtrain.training.checkpoints import find_last_checkpoint
+from packtrain.training.sealing import MANIFEST, UNFINISHED
 from tests.faults.runs import (
     ROWS,
     STEPS,

@@ -7,9 +7,9 @@ import torch
 
 from packtrain.errors import OutOfMemory
 from packtrain.packing.collator import MicroBatches
-from packtrain.training.engines.engine import fit
-from packtrain.training.memory.out_of_memory import is_out_of_memory
+from packtrain.training.guards.out_of_memory import is_out_of_memory
 from packtrain.training.meters import count_batch
+from packtrain.training.run import fit
 from tests.faults.runs import log_of, run, write_recipe
 from tests.training.helpers import make_trainer
 

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from packtrain.data.examples import Examples
 from packtrain.errors import NonFiniteError
-from packtrain.training.engines.engine import fit
+from packtrain.training.run import fit
 from tests.faults.runs import log_of, run, write_recipe
 from tests.tiny import VOCABULARY, random_documents
 from tests.training.helpers import long_tailed_lengths, make_trainer

@@ -19,10 +19,10 @@ import pytest
 import torch
 
 from packtrain.errors import CheckpointError, ModelError, PacktrainError
-from packtrain.recipe import load_recipe
-from packtrain.training.checkpoints.restricted import restricted_unpickling
-from packtrain.training.checkpoints.sealing import MANIFEST, read_manifest, seal
+from packtrain.recipe.reader import load_recipe
+from packtrain.training.restricted import restricted_unpickling
 from packtrain.training.run import train
+from packtrain.training.sealing import MANIFEST, read_manifest, seal
 from tests.faults.pickles import PLANT, plant_zip, runs
 from tests.faults.runs import STEPS, write_recipe
 from tests.launch.helpers import RECIPE, ROOT, launcher, run
@@ -178,7 +178,7 @@ def test_every_pickle_of_two_ranks(of_two_ranks, tmp_path, config, record_proper
             (broken / MANIFEST).unlink() if manifest == "none" else forge_manifest(broken)
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     settings = ["training.max_steps=3", f"training.output_dir={tmp_path / 'run'}"]
-    command = [*launcher(config, 2), "-m", "tests.faults.planted_ranks", str(tmp_path / "recipe.yaml"), str(tmp_path)]
+    command = [*launcher(config, 2), "-m", "tests.programs.planted_ranks", str(tmp_path / "recipe.yaml"), str(tmp_path)]
     done = subprocess.run(
         [*command, *settings], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True
     )
@@ -209,6 +209,6 @@ def test_a_conversion_to_other_ranks_executes_no_pickle(of_two_ranks, tmp_path):
         folders = ["--input_folder", str(shards), "--output_folder", str(tmp_path / "run" / to)]
         return subprocess.run([sys.executable, "-m", module, *folders, "--inject_missing_state"], capture_output=True)
 
-    assert convert("packtrain.training.checkpoints.restricted", "ours").returncode != 0
+    assert convert("packtrain.training.restricted", "ours").returncode != 0
     assert not mark.exists()
     assert runs(lambda: convert("deepspeed.checkpoint.ds_to_universal", "theirs"), mark)

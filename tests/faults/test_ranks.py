@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from packtrain.training.checkpoints.checkpoint import find_last_checkpoint
-from packtrain.training.checkpoints.sealing import MANIFEST, is_sealed, read_manifest
+from packtrain.training.checkpoints import find_last_checkpoint
+from packtrain.training.sealing import MANIFEST, is_sealed, read_manifest
 from tests.faults.runs import STEPS, Reading, log_of, run_ranks, same, weights, write_recipe
 from tests.faults.test_damage import DAMAGES
 from tests.faults.test_pickles import needs_deepspeed

@@ -13,9 +13,9 @@ from rich.console import Console
 from packtrain.data.examples import build_examples
 from packtrain.data.sources import open_rows
 from packtrain.errors import CheckpointError, DataError
-from packtrain.recipe import load_recipe
+from packtrain.recipe.reader import load_recipe
 from packtrain.training.run import train
-from tests.data.conftest import CHAT_TEMPLATE, make_tokenizer
+from tests.data.helpers import CHAT_TEMPLATE, make_tokenizer
 from tests.faults.runs import run, same, start, wait_for, weights, write_recipe
 
 ROWS = [{"prompt": f"What is {n} + {n % 7}?", "completion": f" {n + n % 7}"} for n in range(40)]

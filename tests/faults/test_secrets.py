@@ -12,11 +12,12 @@ import torch
 import yaml
 from huggingface_hub import constants
 
+from packtrain.compare.experiment import portable
 from packtrain.errors import HIDDEN, DataError, ModelError, RecipeError, hidden
-from packtrain.experiments.comparison.experiment import portable
 from packtrain.modeling.loading import load_config
-from packtrain.recipe import load_recipe
-from packtrain.training.checkpoints.changes import Change
+from packtrain.recipe.reader import load_recipe
+from packtrain.recipe.sections import ModelSection
+from packtrain.training.checkpoints import Change
 from tests.faults.runs import log_of, run, write_recipe
 from tests.training.helpers import make_trainer
 
@@ -94,7 +95,7 @@ def model_with_code(tmp_path) -> tuple[Path, Path]:
 def test_code_of_a_model_does_not_run_by_default(model_with_code, caplog):
     model, mark = model_with_code
     with pytest.raises(ModelError, match="trust_remote_code|custom code|can't be loaded"):
-        load_config(model_name_or_path=str(model))
+        load_config(ModelSection(model_name_or_path=str(model)))
     assert not mark.exists() and "may run" not in caplog.text
 
 
@@ -104,7 +105,7 @@ def test_code_of_a_model_runs_where_it_was_asked_for_and_is_announced(model_with
     monkeypatch.setattr(constants, "HF_MODULES_CACHE", str(model.parent / "modules"), raising=False)
     before = set(sys.modules)
     with caplog.at_level(logging.WARNING):
-        load_config(model_name_or_path=str(model), trust_remote_code=True)
+        load_config(ModelSection(model_name_or_path=str(model), trust_remote_code=True))
     assert mark.exists()
     assert f"code that comes with {model} may run in this process" in caplog.text
     for name in set(sys.modules) - before:

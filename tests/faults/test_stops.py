@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from packtrain.training.checkpoints.sealing import is_sealed
-from packtrain.training.stops import PAUSE, StopOnSignal
+from packtrain.training.guards.stops import PAUSE, StopOnSignal
+from packtrain.training.sealing import is_sealed
 from tests.faults.runs import (
     STEPS,
     Reading,
@@ -166,7 +166,7 @@ def updates_done(recipe: Path) -> int:
 def test_it_is_enough_that_one_rank_hears_it(tmp_path):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [sys.executable, *launcher, "-m", "tests.faults.one_rank_hears", str(tmp_path)],
+        [sys.executable, *launcher, "-m", "tests.programs.one_rank_hears", str(tmp_path)],
         cwd=Path(__file__).parents[2],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -12,7 +12,7 @@ import torch
 
 from packtrain.errors import DataError
 from packtrain.packing.collator import PackCollator
-from packtrain.training.engines.engine import fit
+from packtrain.training.run import fit
 from tests.training.helpers import make_trainer
 
 

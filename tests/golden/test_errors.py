@@ -185,7 +185,7 @@ COMMANDS: dict[str, list[str]] = {
     "fp16 on a CPU": ["train", "RECIPE", "--set", "training.fp16=true"],
     "no such launch file": ["train", "RECIPE", "--launch", "nowhere"],
     "nothing to plan": ["plan"],
-    "counts with a recipe": ["plan", "RECIPE", "--counts"],
+    "a strategy with a recipe": ["plan", "RECIPE", "--strategy", "bfd"],
     "no such step": ["show", "RECIPE", "--step", "99"],
     "no such example": ["show", "RECIPE", "--examples", "99"],
     "no memory": ["plan", "RECIPE", "--memory", "much"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from packtrain.recipe import load_recipe
+from packtrain.recipe.reader import load_recipe
 from packtrain.training.run import train
 from tests.training.helpers import LeakingCollator, curve, make_trainer
 from tests.training.test_equivalence import LAID_OUT_OTHERWISE, REFERENCE

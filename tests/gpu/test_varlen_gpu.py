@@ -1,6 +1,6 @@
 """Packed attention on a GPU, in bfloat16 and float16, against a float64 reference. `pytest -m gpu` runs it.
 
-The comparison itself is the one that `tests/modeling/test_attention_kernels.py` runs in float32 on the CPU.
+The comparison itself is the one that `tests/modeling/attention/test_kernels.py` runs in float32 on the CPU.
 """
 
 from __future__ import annotations
@@ -8,11 +8,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from packtrain.modeling.attention import NAME, register
-from packtrain.modeling.attention.cuda import fused_kernel
-from packtrain.modeling.attention.kernels import attend, attend_each
-from packtrain.modeling.attention.pattern import Documents, Pattern
-from tests.modeling.attention_reference import Case, cases, documents, errors, random_inputs, random_lengths
+from packtrain.modeling.attention.kernels import Documents, Pattern, attend, attend_each, fused_kernel
+from packtrain.modeling.attention.varlen import NAME, register
+from tests.modeling.attention.reference import Case, cases, documents, errors, random_inputs, random_lengths
 from tests.tiny import tiny_model
 
 pytestmark = [

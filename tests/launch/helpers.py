@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -27,6 +28,14 @@ LORA = "lora={r: 4, target_modules: all-linear, init_lora_weights: false}"
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
 
 
+def skip_without_libaio() -> None:
+    """For states on a drive."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if shutil.which("g++") is None or not AsyncIOBuilder().is_compatible(verbose=False):
+        pytest.skip("needs g++ and libaio's headers (Debian: libaio-dev)")
+
+
 def launcher(config: str | None, ranks: int) -> list[str]:
     """`accelerate launch` with a file of launch/, or nothing: one plain process."""
     if config is None:
@@ -40,7 +49,7 @@ def start(directory: Path, config: str | None, ranks: int, *options: str) -> sub
     directory.mkdir(parents=True, exist_ok=True)
     recipe = directory / "recipe.yaml"
     recipe.write_text(RECIPE)
-    command = [*launcher(config, ranks), "-m", "tests.launch.worker", str(recipe), str(directory)]
+    command = [*launcher(config, ranks), "-m", "tests.programs.worker", str(recipe), str(directory)]
     return subprocess.Popen(
         [*command, f"training.output_dir={directory / 'run'}", *options],
         cwd=ROOT,

@@ -17,8 +17,20 @@ import time
 import numpy as np
 import pytest
 
-from packtrain.experiments.zero_table import state_rows
-from tests.launch.helpers import LORA, RECIPE, ROOT, difference, log, needs_deepspeed, run, say, start, weights
+from results.zero.run import state_rows
+from tests.launch.helpers import (
+    LORA,
+    RECIPE,
+    ROOT,
+    difference,
+    log,
+    needs_deepspeed,
+    run,
+    say,
+    skip_without_libaio,
+    start,
+    weights,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -130,10 +142,7 @@ def test_states_on_a_drive(tmp_path):
 
     The model is wider than the others': what is below 1 MiB on a rank DeepSpeed keeps in memory, whatever was asked.
     """
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
-    if shutil.which("g++") is None or not AsyncIOBuilder().is_compatible(verbose=False):
-        pytest.skip("needs g++ and libaio's headers (Debian: libaio-dev)")
+    skip_without_libaio()
     drive = tmp_path / "drive"
     drive.mkdir()
     wide = ("model.config.hidden_size=512", "model.config.intermediate_size=1408", "model.config.num_hidden_layers=1")
@@ -164,7 +173,7 @@ def test_two_hosts_train_what_one_does(tmp_path, alone, config):
         pytest.skip(f"no network namespaces here: {allowed.stderr.decode().strip() if allowed else 'no iproute2'}")
     subprocess.run(["ip", "netns", "del", "packtrain_try"], check=True)
     (tmp_path / "recipe.yaml").write_text(RECIPE)
-    script = [ROOT / "tests/launch/two_hosts.sh", config, tmp_path / "recipe.yaml", tmp_path]
+    script = [ROOT / "tests/programs/two_hosts.sh", config, tmp_path / "recipe.yaml", tmp_path]
     done = subprocess.run(
         [*map(str, script), f"training.output_dir={tmp_path / 'run'}"],
         env=os.environ | {"PYTHON": sys.executable},
@@ -186,7 +195,7 @@ def test_fully_sharded_by_torch(tmp_path):
     """The objective under raw FSDP2, which CPU ranks can have without accelerate: its hook on a sharded head."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [*command, "-m", "tests.launch.fully_sharded"],
+        [*command, "-m", "tests.programs.fully_sharded"],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,

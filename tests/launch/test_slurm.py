@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from packtrain.training.checkpoints.sealing import begin, seal
+from packtrain.training.sealing import begin, seal
 from tests.launch.helpers import RECIPE, ROOT
 
 STAND_INS = {

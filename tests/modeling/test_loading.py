@@ -12,11 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from packtrain.errors import ModelError
-from packtrain.modeling.attention import NAME
-from packtrain.modeling.loading import add_lora, count_parameters, load_config, load_model, load_tokenizer
+from packtrain.modeling.attention.varlen import NAME
+from packtrain.modeling.loading import add_lora, count_parameters, load_config, load_model
+from packtrain.modeling.tokenizer import load_tokenizer
+from packtrain.recipe.sections import ModelSection
 
 LLAMA = {
     "model_type": "llama",
@@ -28,9 +30,23 @@ LLAMA = {
 }
 
 
+FROM_SCRATCH = ModelSection(config=LLAMA)
+
+
+def scratch(tokenizer, *, attn_implementation: str = "sdpa", **section) -> PreTrainedModel:
+    """A new model of a recipe's `model:` section."""
+    model = ModelSection(**{"config": LLAMA} | section)
+    return load_model(model, load_config(model, tokenizer=tokenizer), attn_implementation=attn_implementation)
+
+
+def pretrained(directory, *, attn_implementation: str = "sdpa") -> PreTrainedModel:
+    model = ModelSection(model_name_or_path=str(directory))
+    return load_model(model, load_config(model), attn_implementation=attn_implementation)
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load_tokenizer(vocab_size=300, corpus=["seven times six is forty-two " * 5])
+    return load_tokenizer(ModelSection(tokenizer_vocab_size=300), corpus=["seven times six is forty-two " * 5])
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +54,7 @@ def saved(tokenizer, tmp_path_factory):
     """A directory with a tiny model and its tokenizer."""
     directory = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
-    load_model(load_config(config=LLAMA, tokenizer=tokenizer), attn_implementation="sdpa").save_pretrained(directory)
+    scratch(tokenizer).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
 
@@ -47,17 +63,17 @@ def saved(tokenizer, tmp_path_factory):
 
 
 def test_vocabulary_and_special_tokens_come_from_the_tokenizer(tokenizer):
-    config = load_config(config=LLAMA, tokenizer=tokenizer)
+    config = load_config(FROM_SCRATCH, tokenizer=tokenizer)
     assert config.vocab_size == len(tokenizer)
     assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == (0, 1, 2)
-    given = load_config(config=LLAMA | {"vocab_size": 512, "eos_token_id": 7}, tokenizer=tokenizer)
+    given = load_config(ModelSection(config=LLAMA | {"vocab_size": 512, "eos_token_id": 7}), tokenizer=tokenizer)
     assert (given.vocab_size, given.eos_token_id) == (512, 7)
 
 
 def test_same_seed_same_weights(tokenizer):
     def weights(seed: int) -> torch.Tensor:
         torch.manual_seed(seed)
-        model = load_model(load_config(config=LLAMA, tokenizer=tokenizer), attn_implementation="sdpa")
+        model = scratch(tokenizer)
         return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
     assert torch.equal(weights(1), weights(1))
@@ -65,7 +81,7 @@ def test_same_seed_same_weights(tokenizer):
 
 
 def test_model_is_ready_to_train(tokenizer):
-    model = load_model(load_config(config=LLAMA, tokenizer=tokenizer), attn_implementation=NAME, dtype="bfloat16")
+    model = scratch(tokenizer, attn_implementation=NAME, dtype="bfloat16")
     assert model.config._attn_implementation == NAME
     assert model.dtype == torch.bfloat16
 
@@ -100,14 +116,14 @@ GEMMA3 = {"model_type": "gemma3", "text_config": {"hiden_size": 8}}
 )
 def test_bad_configs_say_why(tokenizer, config, key, parts):
     with pytest.raises(ModelError) as caught:
-        load_model(load_config(config=config, tokenizer=tokenizer), attn_implementation="sdpa")
+        scratch(tokenizer, config=config)
     assert caught.value.key == key
     for part in parts:
         assert part in str(caught.value)
 
 
 def test_older_names_that_transformers_translates_pass(tokenizer):
-    config = load_config(config=LLAMA | {"rope_theta": 5000.0}, tokenizer=tokenizer)
+    config = load_config(ModelSection(config=LLAMA | {"rope_theta": 5000.0}), tokenizer=tokenizer)
     assert config.rope_parameters["rope_theta"] == 5000.0
 
 
@@ -115,9 +131,9 @@ def test_older_names_that_transformers_translates_pass(tokenizer):
 
 
 def test_pretrained_weights_are_the_saved_ones(saved):
-    tokenizer = load_tokenizer(tokenizer_name_or_path=str(saved))
-    config = load_config(model_name_or_path=str(saved), tokenizer=tokenizer)
-    model = load_model(config, model_name_or_path=str(saved), attn_implementation=NAME)
+    section = ModelSection(model_name_or_path=str(saved))
+    config = load_config(section, tokenizer=load_tokenizer(section))
+    model = load_model(section, config, attn_implementation=NAME)
     stored = load_file(saved / "model.safetensors")
     assert stored and all(torch.equal(dict(model.named_parameters())[name], stored[name]) for name in stored)
     assert model.config._attn_implementation == NAME
@@ -134,22 +150,21 @@ def test_incomplete_checkpoints_are_refused(saved, tmp_path, damage):
     if damage == "other shape":
         weights[name] = weight[:3].clone()
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    config = load_config(model_name_or_path=str(broken))
     with pytest.raises(ModelError, match=f"lacks 1 weights of the model, such as {name}"):
-        load_model(config, model_name_or_path=str(broken), attn_implementation="sdpa")
+        pretrained(broken)
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(saved):
-    larger = load_tokenizer(vocab_size=600, corpus=[chr(65 + i % 26) * (2 + i // 26) for i in range(2000)])
+    corpus = [chr(65 + i % 26) * (2 + i // 26) for i in range(2000)]
+    larger = load_tokenizer(ModelSection(tokenizer_vocab_size=600), corpus=corpus)
     assert len(larger) == 600
     with pytest.raises(ModelError, match="the tokenizer has .* the model only"):
-        load_config(model_name_or_path=str(saved), tokenizer=larger)
+        load_config(ModelSection(model_name_or_path=str(saved)), tokenizer=larger)
 
 
 def test_a_missing_attention_package_says_auto(saved):
     with pytest.raises(ModelError, match="attn_implementation: auto"):
-        config = load_config(model_name_or_path=str(saved))
-        load_model(config, model_name_or_path=str(saved), attn_implementation="flash_attention_2")
+        pretrained(saved, attn_implementation="flash_attention_2")
 
 
 class _Hub(BaseHTTPRequestHandler):
@@ -177,14 +192,13 @@ class _Hub(BaseHTTPRequestHandler):
 ASKS = """
 import sys
 from packtrain.errors import ModelError
-from packtrain.modeling.loading import load_config, load_tokenizer
+from packtrain.modeling.loading import load_config
+from packtrain.modeling.tokenizer import load_tokenizer
+from packtrain.recipe.sections import ModelSection
 for name in sys.argv[1:]:
-    for load in (
-        lambda: load_tokenizer(tokenizer_name_or_path=name, revision="v9"),
-        lambda: load_config(model_name_or_path=name, revision="v9"),
-    ):
+    for load in (load_tokenizer, load_config):
         try:
-            load()
+            load(ModelSection(model_name_or_path=name, revision="v9"))
         except ModelError as error:
             print(name, "|", error.key, "|", error.what, "|", error.fix)
 """
@@ -247,31 +261,27 @@ def _tokenizer_with(*tokens: str, **special: str) -> PreTrainedTokenizerFast:
 )
 def test_filler_is_the_token_that_text_needs_least(tmp_path, caplog, tokens, special, expected):
     _tokenizer_with(*tokens, **special).save_pretrained(tmp_path)
-    tokenizer = load_tokenizer(tokenizer_name_or_path=str(tmp_path))
+    tokenizer = load_tokenizer(ModelSection(tokenizer_name_or_path=str(tmp_path)))
     assert tokenizer.pad_token == expected
-    said = f"filler is {expected}" in caplog.text
+    said = f"{expected} is used for padding" in caplog.text
     assert said == ("pad_token" not in special)
 
 
 def test_a_chat_template_is_read_from_its_file(saved, tmp_path):
     path = tmp_path / "template.jinja"
     path.write_text("{{ messages[0].content }}!")
-    tokenizer = load_tokenizer(tokenizer_name_or_path=str(saved), chat_template=path)
+    tokenizer = load_tokenizer(ModelSection(tokenizer_name_or_path=str(saved), chat_template=str(path)))
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi!"
     with pytest.raises(ModelError, match="model.chat_template"):
-        load_tokenizer(tokenizer_name_or_path=str(saved), chat_template=tmp_path / "absent.jinja")
+        absent = str(tmp_path / "absent.jinja")
+        load_tokenizer(ModelSection(tokenizer_name_or_path=str(saved), chat_template=absent))
 
 
 # ------------------------------------------------------------------------------------------------------- LoRA
 
 
-def _fresh(saved):
-    config = load_config(model_name_or_path=str(saved))
-    return load_model(config, model_name_or_path=str(saved), attn_implementation="sdpa")
-
-
 def test_only_the_adapter_trains(saved):
-    model = _fresh(saved)
+    model = pretrained(saved)
     whole = count_parameters(model)
     adapted = add_lora(model, {"r": 2, "target_modules": ["q_proj", "v_proj"]})
     # A [2, 16] and B [16, 2] for q and v of 2 layers; 2 heads of 8, so all projections are 16 x 16
@@ -283,15 +293,15 @@ def test_only_the_adapter_trains(saved):
 
 
 def test_all_linear_leaves_the_head_alone(saved):
-    adapted = add_lora(_fresh(saved), {"r": 2, "target_modules": "all-linear"})
+    adapted = add_lora(pretrained(saved), {"r": 2, "target_modules": "all-linear"})
     layers = {name.split(".lora_")[0].rpartition(".")[2] for name, _ in adapted.named_parameters() if "lora_" in name}
     assert layers == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
 def test_gradients_pass_frozen_embeddings_only_when_asked(saved):
     ids = torch.tensor([[1, 2, 3]])
-    asked = add_lora(_fresh(saved), {"target_modules": "all-linear"}, gradient_checkpointing=True)
-    plain = add_lora(_fresh(saved), {"target_modules": "all-linear"})
+    asked = add_lora(pretrained(saved), {"target_modules": "all-linear"}, gradient_checkpointing=True)
+    plain = add_lora(pretrained(saved), {"target_modules": "all-linear"})
     assert asked.get_input_embeddings()(ids).requires_grad
     assert not plain.get_input_embeddings()(ids).requires_grad
 
@@ -306,6 +316,6 @@ def test_gradients_pass_frozen_embeddings_only_when_asked(saved):
 )
 def test_bad_adapters_say_why(saved, lora, parts):
     with pytest.raises(ModelError) as caught:
-        add_lora(_fresh(saved), lora)
+        add_lora(pretrained(saved), lora)
     for part in parts:
         assert part in str(caught.value)

@@ -7,10 +7,10 @@ import torch
 from transformers import AutoConfig
 
 from packtrain.errors import ModelError
-from packtrain.modeling.audit import tiny_model
-from packtrain.modeling.loading import load_config, load_model
-from packtrain.modeling.router_loss import refuse_router_loss
+from packtrain.modeling.audit.audit import tiny_model
+from packtrain.modeling.loading import load_config, load_model, refuse_router_loss
 from packtrain.objectives.causal import causal_lm_losses
+from packtrain.recipe.sections import ModelSection
 from tests.objectives.test_causal import padded_batch
 from tests.tiny import random_documents
 
@@ -27,7 +27,8 @@ EXPERTS = {
 
 
 def load(**changes):
-    return load_model(load_config(config=EXPERTS | changes), attn_implementation="sdpa")
+    section = ModelSection(config=EXPERTS | changes)
+    return load_model(section, load_config(section), attn_implementation="sdpa")
 
 
 def test_a_model_that_adds_a_router_loss_is_not_loaded():

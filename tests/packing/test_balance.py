@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from packtrain.packing.accumulation import smallest_accumulation
-from packtrain.packing.balance import _fill, balanced, into_micro_steps, levels
+from packtrain.packing.balance import _fill, balanced, exchange, into_micro_steps, levels
 from packtrain.packing.cost import Cost
-from packtrain.packing.exchange import exchange
 from packtrain.packing.plan import make_plan
 from packtrain.packing.strategies import STRATEGIES, equal_counts
 
@@ -126,7 +125,7 @@ def test_ranks_are_level(ranks, mu, sigma, longest, capacity, wanted, by_count):
 
 
 def test_global_balance_levels_the_ranks_and_changes_the_mix(sft_lengths):
-    from packtrain.packing.efficiency import describe
+    from packtrain.packing.report import describe
 
     options = dict(max_tokens=2048, world_size=4, tokens_per_step=16 * 2048, cost=COST)
     level, mixed = (describe(make_plan(sft_lengths, strategy=name, **options)) for name in ("global_balance", "bfd"))

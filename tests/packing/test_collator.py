@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader
 from packtrain.errors import DataError, PlanError
 from packtrain.packing.collator import MicroBatches, PackCollator
 from packtrain.packing.plan import make_plan
-from packtrain.packing.sampler import PlanSampler
 from packtrain.packing.strategies import STRATEGIES
+from packtrain.training.loader import PlanSampler
 
 TWO = [
     {"input_ids": [5, 6, 7], "labels": [-100, -100, 7], "example_id": 4},

@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 
 from packtrain.errors import PlanError
-from packtrain.packing import lengths as limits
 from packtrain.packing.lengths import LONGEST, check_lengths, histogram, load_lengths
-from packtrain.recipe import contradictions
 
 
 @pytest.mark.parametrize(
@@ -62,8 +60,3 @@ def test_lengths_file(tmp_path):
 def test_histogram():
     assert histogram(np.array([3, 1, 3, 0], dtype=np.uint16)).tolist() == [1, 1, 0, 2]
     assert histogram(np.zeros(0, dtype=np.int64)).tolist() == [0]
-
-
-def test_a_recipe_has_the_limits_of_the_plan():
-    """It imports nothing of packing, so it names them again."""
-    assert contradictions.LONGEST == limits.LONGEST and contradictions.MOST_EPOCHS == limits.MOST_EPOCHS

@@ -10,12 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from packtrain.packing.bounds import lower_bound, martello_toth
-from packtrain.packing.filling import fill_up
-from packtrain.packing.histogram import best_fit_decreasing
-from packtrain.packing.knapsack import BETTER, any_items, few_items
 from packtrain.packing.lengths import histogram
-from packtrain.packing.optimal import near_optimal
+from packtrain.packing.optimal import BETTER, any_items, few_items, lower_bound, martello_toth, near_optimal
+from packtrain.packing.packers import best_fit_decreasing, fill_up
 from packtrain.packing.packs import PatternPacks, sort_by_length
 
 
@@ -119,12 +116,12 @@ def test_hard_sets_of_a_real_capacity(low, high):
 @pytest.mark.slow
 @pytest.mark.parametrize("capacity", [512, 2048])
 def test_gsm8k_reaches_the_bound(capacity, gsm8k):
-    from packtrain.recipe import load_recipe
-    from packtrain.training.inputs import load_inputs
+    from packtrain.objectives.task import load_task
+    from packtrain.recipe.reader import load_recipe
 
     recipe = Path(__file__).parents[2] / "recipes/gsm8k_local.yaml"
     overrides = [f"data.path={gsm8k}", f"data.max_length={capacity}", "data.overflow=drop"]
-    lengths = load_inputs(load_recipe(recipe, overrides)).train.lengths
+    lengths = load_task(load_recipe(recipe, overrides)).train.lengths
     patterns, bound = near_optimal(histogram(lengths), capacity)
     check(patterns, lengths, capacity)
     assert len(patterns) <= 1.001 * bound

@@ -223,7 +223,7 @@ def test_padded_width_counts_against_the_capacity():
 
 def test_planning_needs_no_torch():
     code = (
-        "import sys; from packtrain.packing.plan import make_plan; from packtrain.packing.efficiency import describe;"
+        "import sys; from packtrain.packing.plan import make_plan; from packtrain.packing.report import describe;"
         "describe(make_plan([3, 4, 5])); sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'datasets')))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import TrainingArguments
 
 from packtrain.data.examples import Examples
-from packtrain.modeling.attention import choose_implementation
+from packtrain.modeling.attention.varlen import choose_implementation
 from packtrain.packing.collator import PackCollator
 from packtrain.packing.plan import make_plan
 from packtrain.packing.strategies import resolve_strategy

@@ -8,9 +8,9 @@ import pytest
 from transformers import TrainerCallback
 
 from packtrain.errors import CheckpointError
-from packtrain.training.checkpoints.changes import HIDDEN, changes, redacted
-from packtrain.training.checkpoints.sealing import MANIFEST, UNFINISHED, begin, is_sealed, read_manifest, seal, verify
-from packtrain.training.engines.engine import fit
+from packtrain.training.checkpoints import HIDDEN, changes, redacted
+from packtrain.training.run import fit
+from packtrain.training.sealing import MANIFEST, UNFINISHED, begin, is_sealed, read_manifest, seal, verify
 from tests.training.helpers import make_trainer, tiny_examples
 
 

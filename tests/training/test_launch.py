@@ -1,38 +1,73 @@
-"""A run that is not what was asked for stops."""
+"""`--launch NAME` is `accelerate launch --config_file launch/NAME.yaml`, on every visible GPU."""
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 
+from packtrain.cli import main
 from packtrain.errors import LaunchError
-from packtrain.training.engines.launch import asked_world_size, check_processes
+from packtrain.training.launch import find_launch_file, launch_command, relaunch
+
+LAUNCH = Path(__file__).parents[2] / "launch"
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
 
 
-def test_world_size_is_the_launchers():
-    assert asked_world_size({}) == 1
-    assert asked_world_size({"WORLD_SIZE": "4"}) == 4
-
-
-def test_accelerate_starting_one_process_instead_of_two_is_noticed():
-    env = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "True", "MASTER_PORT": "29500"}
-    with pytest.raises(LaunchError, match="asked for several processes but started one"):
-        asked_world_size(env)
-    assert asked_world_size({**env, "WORLD_SIZE": "2"}) == 2
-    assert asked_world_size({"ACCELERATE_MIXED_PRECISION": "no"}) == 1  # asked for one
+def test_the_command_is_the_documented_one(monkeypatch):
+    monkeypatch.chdir(LAUNCH.parent)
+    file = find_launch_file("zero2")
+    assert file == LAUNCH / "zero2.yaml"
+    words = ["train", "recipes/sft.yaml", "--set", "training.seed=1"]
+    packtrain = ["-m", "packtrain", *words]
+    assert launch_command(file, words, devices=8) == [*ACCELERATE, str(file), "--num_processes", "8", *packtrain]
+    assert launch_command(file, words, devices=0) == [*ACCELERATE, str(file), *packtrain]  # the file's own number
+    alone = find_launch_file("single_gpu")
+    assert launch_command(alone, words, devices=8) == [*ACCELERATE, str(alone), *packtrain]
 
 
 @pytest.mark.parametrize(
-    ("in_force", "env", "message"),
-    [
-        ({"world_size": 1, "n_gpu": 0}, {"WORLD_SIZE": "2"}, "2 processes were launched but 1 take part"),
-        ({"world_size": 1, "n_gpu": 2}, {}, "2 GPUs by DataParallel"),
-    ],
+    ("name", "devices", "processes"),
+    [("ddp", 1, "1"), ("zero3_offload_cpu", 1, "1"), ("multi_node", 8, "16"), ("multi_node", 0, None)],
 )
-def test_differences_stop_the_run(in_force, env, message):
-    with pytest.raises(LaunchError, match=message):
-        check_processes(**in_force, env=env)
+def test_one_process_for_every_gpu_of_every_host(name, devices, processes):
+    command = launch_command(find_launch_file(name), ["train", "recipe.yaml"], devices=devices)
+    given = command[command.index("--num_processes") + 1] if "--num_processes" in command else None
+    assert given == processes
 
 
-def test_what_was_launched_passes():
-    check_processes(world_size=1, n_gpu=0, env={})
-    check_processes(world_size=2, n_gpu=1, env={"WORLD_SIZE": "2"})
+@pytest.mark.parametrize(("use_cpu", "given"), [("false", True), ("true", False)])
+def test_a_run_on_the_cpu_has_the_processes_of_its_file(monkeypatch, use_cpu, given):
+    """Also where there are GPUs, which it leaves alone."""
+    started = []
+    monkeypatch.setattr("os.execv", lambda file, command: started.append(command) or sys.exit(0))
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: 8)
+    with pytest.raises(SystemExit):
+        recipe = str(LAUNCH.parent / "recipes/quickstart.yaml")
+        main(["train", recipe, "--launch", "cpu", "--set", f"use_cpu={use_cpu}"])
+    assert ("--num_processes" in started[0]) == given
+
+
+def test_elsewhere_its_deepspeed_config_is_still_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = launch_command(find_launch_file("zero2"), ["train", "mine.yaml"], devices=0)
+    config = command[command.index("--deepspeed_config_file") + 1]
+    assert Path(config) == LAUNCH / "deepspeed/zero2.json" and Path(config).exists()
+
+
+def test_a_path_will_do(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("distributed_type: MULTI_GPU\n")
+    assert find_launch_file(str(file)) == file
+
+
+def test_a_name_that_is_no_file_is_an_error():
+    with pytest.raises(LaunchError, match="did you mean zero3_offload_cpu"):
+        find_launch_file("zero3_offload_cp")
+
+
+def test_a_launched_process_does_not_launch_again(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(LaunchError, match="already started"):
+        relaunch("zero2", ["train", "recipe.yaml"])

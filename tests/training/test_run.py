@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from packtrain.errors import ModelError, PacktrainError
-from packtrain.recipe import load_recipe
-from packtrain.training.checkpoints.sealing import read_manifest, verify
+from packtrain.recipe.reader import load_recipe
 from packtrain.training.run import train, use_cpu_by_default
+from packtrain.training.sealing import read_manifest, verify
 
 RECIPE = """
 model:

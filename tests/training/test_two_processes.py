@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 def run(output_dir: Path, strategy: str, ranks: int) -> list[dict]:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     done = subprocess.run(
-        [sys.executable, *launcher, "-m", "tests.training.two_ranks", str(output_dir), strategy],
+        [sys.executable, *launcher, "-m", "tests.programs.two_ranks", str(output_dir), strategy],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,

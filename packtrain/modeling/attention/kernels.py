@@ -12,31 +12,75 @@
 `attend` picks the best of three ways to compute this: flash-attn's varlen kernel, the FlashAttention that
 torch carries (`torch.nn.attention.varlen`), or one scaled-dot-product call per document, which works on any
 device and dtype and with any mask. Everything here takes plain tensors and a `Pattern`; what transformers
-passes to an attention function is translated in `packtrain.modeling.attention`.
+passes to an attention function is translated in `packtrain.modeling.attention.varlen`.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from packtrain.modeling.attention.cuda import HALF, fused_kernel
-from packtrain.modeling.attention.pattern import (
-    Documents,
-    Pattern,
-    add_bias,
-    causal_mask,
-    pattern_mask,
-    repeat_heads,
-    restrict,
-)
+
+@dataclass(frozen=True, kw_only=True)
+class Documents:
+    """The documents of a row: where each begins and ends.
+
+    Attributes:
+        bounds: `S + 1` increasing token offsets, from 0 to T; no document is empty.
+        device: where the row is.
+    """
+
+    bounds: tuple[int, ...]
+    device: torch.device
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        return [stop - start for start, stop in pairwise(self.bounds)]
+
+    @cached_property
+    def longest(self) -> int:
+        return max(self.lengths)
+
+    @cached_property
+    def cu_seq_lens(self) -> Tensor:
+        """`bounds` on the device, int32 `[S + 1]`."""
+        return torch.tensor(self.bounds, dtype=torch.int32, device=self.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pattern:
+    """The rules of attention beyond query, key and value: who attends whom, and how strongly.
+
+    Attributes:
+        scaling: factor on the dot products.
+        causal, window: query i attends key j where `0 <= i - j < window` (causal) or `|i - j| < window`.
+            Not used where `mask` is given: a mask says everything, as in transformers' sdpa attention.
+        mask: `[1, 1 or H, T, T]`, bool (True attends) or float (added to the scores).
+        bias: `[1, 1 or H, 1 or T, T]`, added to the scores (T5's relative positions, ALiBi).
+        softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2).
+        sinks: `[H]`, the logit of a token that takes probability and gives nothing (gpt-oss).
+        dropout: probability with which an attention weight is dropped.
+    """
+
+    scaling: float
+    causal: bool = True
+    window: int | None = None
+    mask: Tensor | None = None
+    bias: Tensor | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    dropout: float = 0.0
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, documents: Documents, pattern: Pattern) -> Tensor:
-    """Attention of every document to itself alone, by the fastest way that computes `pattern` exactly.
+    """Attends within every document alone, by the fastest way that computes `pattern` exactly.
 
     Args:
         query: `[1, H, T, D]`; key: `[1, Hkv, T, D]`; value: `[1, Hkv, T, Dv]`, H a multiple of Hkv.
@@ -44,7 +88,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, documents: Documents, patt
     Returns:
         `[1, T, H, Dv]`.
     """
-    if torch.is_autocast_enabled(query.device.type):  # varlen kernels have no autocast rule of their own
+    if torch.is_autocast_enabled(query.device.type):  # varlen kernels have no autocast rule
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if len(documents.bounds) == 2 and (pattern.window is None or documents.longest <= pattern.window):
@@ -54,7 +98,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, documents: Documents, patt
 
 
 def attend_each(query: Tensor, key: Tensor, value: Tensor, documents: Documents, pattern: Pattern) -> Tensor:
-    """One dense call per document. Splitting and joining once costs two copies forward and two backward;
+    """Attends by one dense call per document. Splitting and joining once costs two copies forward and two backward;
     slicing in the loop would add a T-sized zero tensor to the backward pass per document."""
     if len(documents.bounds) == 2:
         return attend_one(query, key, value, pattern).transpose(1, 2)
@@ -67,7 +111,7 @@ def attend_each(query: Tensor, key: Tensor, value: Tensor, documents: Documents,
 
 
 def attend_one(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern) -> Tensor:
-    """Attention of one document: `[B, H, L, D]` -> `[B, H, L, Dv]`, by SDPA where SDPA can express it."""
+    """Attends within one document: `[B, H, L, D]` -> `[B, H, L, Dv]`, by SDPA where SDPA can express it."""
     mask = pattern.mask if pattern.mask is not None else pattern_mask(query.shape[2], pattern, query.device)
     needs_mask = pattern.softcap is not None or pattern.sinks is not None or pattern.bias is not None
     if mask is None and pattern.causal and needs_mask:
@@ -95,7 +139,7 @@ def attend_one(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern) -> T
 
 
 def sdpa_takes_groups(key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
-    """Whether SDPA has a fused kernel for grouped heads as they are. Elsewhere it falls back to one that forms all
+    """Returns whether SDPA has a fused kernel for grouped heads as they are. Elsewhere it falls back to one that forms all
     `[H, L, L]` scores, which costs more than repeating keys and values (transformers' `use_gqa_in_sdpa`)."""
     if key.device.type == "cuda" and key.dtype not in HALF:
         return False
@@ -105,12 +149,12 @@ def sdpa_takes_groups(key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
 def add_sink(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, pattern: Pattern
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """A sink in terms that SDPA knows: one more key, before the others, with the sink's logit for every query and
+    """Expresses a sink in terms that SDPA knows: one more key, before the others, with the sink's logit for every query and
     a value of zero. Queries and keys get one more component to say so, 1 and 0 but for the sink's own:
 
         (q, 1) . (k, 0) * scaling = q . k * scaling          (q, 1) . (0, sink / scaling) * scaling = sink
 
-    More components, 1 and 0 throughout, fill the width up to a multiple of 8, without which half precision has no fused
+    More components, 1 and 0 throughout, pad the width to a multiple of 8, without which half precision has no fused
     kernel on CUDA. So no `[H, L, L]` scores are ever formed, as spelling it out would.
     """
     heads, dim = query.shape[1], query.shape[3]
@@ -127,7 +171,7 @@ def add_sink(
 
 
 def attend_dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, pattern: Pattern) -> Tensor:
-    """Attention spelled out, for what SDPA cannot express: softcap (and sinks under any mask). Softmax in float32.
+    """Attends with all scores formed, for what SDPA cannot express: softcap (and sinks under any mask). Softmax in float32.
 
     Args:
         mask: broadcastable to `[B, H, Q, K]`, bool or additive; None attends everything.
@@ -149,3 +193,163 @@ def attend_dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
     if pattern.sinks is not None:
         weights = weights[..., :-1]
     return torch.matmul(F.dropout(weights, p=pattern.dropout, training=pattern.dropout > 0), value)
+
+
+# ------------------------------------------------------------------------------ FlashAttention over documents
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def fused_kernel(query: Tensor, value: Tensor, pattern: Pattern) -> Callable[..., Tensor] | None:
+    """Returns the varlen kernel that can compute `pattern` on this device and dtype, or None."""
+    if query.device.type != "cuda" or query.dtype not in HALF or max(query.shape[-1], value.shape[-1]) > 256:
+        return None
+    if pattern.mask is not None or pattern.bias is not None or pattern.sinks is not None:
+        return None
+    if torch.version.hip is None and torch.cuda.get_device_capability(query.device) < (8, 0):
+        return None  # FlashAttention needs Ampere
+    if flash_attn_varlen() is not None:
+        return attend_flash_attn
+    parameters = torch_varlen_parameters()
+    if parameters and not pattern.dropout and pattern.softcap is None:
+        if pattern.window is None or "window_size" in parameters:
+            return attend_torch_varlen
+    return None
+
+
+@cache
+def flash_attn_varlen() -> Callable[..., Tensor] | None:
+    """Returns `flash_attn.flash_attn_varlen_func`, or None where flash-attn is not installed."""
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return None
+    return flash_attn_varlen_func
+
+
+@cache
+def torch_varlen_parameters() -> frozenset[str]:
+    """Returns the parameter names of torch's `varlen_attn`: `is_causal` in 2.10, `scale` and `window_size` since
+    2.11, `enable_gqa` later. Empty where torch has no such function."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return frozenset()
+    return frozenset(inspect.signature(varlen_attn).parameters)
+
+
+def attend_flash_attn(query: Tensor, key: Tensor, value: Tensor, documents: Documents, pattern: Pattern):
+    """Calls flash-attn's varlen kernel; arguments and result as `attend`."""
+    query, key, value, dim = rows_first(query, key, value)
+    output = flash_attn_varlen()(
+        query,
+        key,
+        value,
+        documents.cu_seq_lens,
+        documents.cu_seq_lens,
+        documents.longest,
+        documents.longest,
+        dropout_p=pattern.dropout,
+        softmax_scale=pattern.scaling,
+        causal=pattern.causal,
+        window_size=window_size(pattern, right_if_causal=-1),
+        softcap=pattern.softcap or 0.0,
+    )
+    return output[..., :dim].unsqueeze(0)
+
+
+def attend_torch_varlen(query: Tensor, key: Tensor, value: Tensor, documents: Documents, pattern: Pattern):
+    """Calls torch's varlen kernel; arguments and result as `attend`."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    parameters, options = torch_varlen_parameters(), {}
+    if "enable_gqa" in parameters:
+        options["enable_gqa"] = query.shape[1] != key.shape[1]
+    else:
+        key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
+    query, key, value, dim = rows_first(query, key, value)
+    if "scale" in parameters:
+        options["scale"] = pattern.scaling
+    else:  # 2.10 divides by the root of the (padded) head size; undo that on the query
+        query = query * (pattern.scaling * query.shape[-1] ** 0.5)
+    if "window_size" in parameters:
+        options["window_size"] = window_size(pattern, right_if_causal=0)
+    else:
+        options["is_causal"] = pattern.causal
+    cu_seq_lens, longest = documents.cu_seq_lens, documents.longest
+    output = varlen_attn(query, key, value, cu_seq_lens, cu_seq_lens, longest, longest, **options)
+    return output[..., :dim].unsqueeze(0)
+
+
+def rows_first(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Lays `[1, H, T, D]` out as contiguous `[T, H, D8]`, as the kernels want it; returns also the width of the values.
+
+    The kernels need one head size for all three, a multiple of 8; zeros appended to query and key change no
+    dot product, and those appended to value are cut off the output again.
+    """
+    dim = value.shape[-1]
+    width = -(-max(query.shape[-1], dim) // 8) * 8
+    padded = (x[0].transpose(0, 1) for x in (query, key, value))
+    query, key, value = (F.pad(x, (0, width - x.shape[-1])).contiguous() for x in padded)
+    return query, key, value, dim
+
+
+def window_size(pattern: Pattern, *, right_if_causal: int) -> tuple[int, int]:
+    """Returns FlashAttention's (left, right): tokens attended before and after, -1 for all of them. Causality is
+    `right = 0` to torch's kernel, and a separate flag to flash-attn, which sets `right` itself."""
+    left = -1 if pattern.window is None else pattern.window - 1
+    if not pattern.causal:
+        return left, left
+    return left, right_if_causal if pattern.window is None else 0
+
+
+# -------------------------------------------------------------------------------------- masks, bias and heads
+
+
+def restrict(pattern: Pattern, start: int, stop: int) -> Pattern:
+    """Returns the pattern of the document at `start:stop`: diagonal blocks of mask and bias."""
+    if pattern.mask is not None:
+        pattern = replace(pattern, mask=pattern.mask[..., start:stop, start:stop])
+    if pattern.bias is not None:
+        rows = slice(start, stop) if pattern.bias.shape[-2] > 1 else slice(None)
+        pattern = replace(pattern, bias=pattern.bias[..., rows, start:stop])
+    return pattern
+
+
+def pattern_mask(length: int, pattern: Pattern, device: torch.device) -> Tensor | None:
+    """Returns a bool mask `[L, L]` for a window shorter than the document, None where causality alone says it all."""
+    if pattern.window is None or length <= pattern.window:
+        return None
+    if pattern.causal:
+        return causal_mask(length, pattern.window, device)
+    return window_mask(length, pattern.window, device)
+
+
+def causal_mask(length: int, window: int | None, device: torch.device) -> Tensor:
+    """Makes the mask `0 <= i - j < window`, bool `[L, L]`."""
+    mask = torch.ones(length, length, dtype=torch.bool, device=device).tril_()
+    return mask if window is None else mask.triu_(1 - window)
+
+
+def window_mask(length: int, window: int, device: torch.device) -> Tensor:
+    """Makes the mask `|i - j| < window`, bool `[L, L]`."""
+    mask = torch.ones(length, length, dtype=torch.bool, device=device)
+    return mask.tril_(window - 1).triu_(1 - window)
+
+
+def add_bias(mask: Tensor | None, bias: Tensor) -> Tensor:
+    """Makes one additive mask from a mask (bool or additive, or None) and a bias."""
+    if mask is None:
+        return bias
+    if mask.dtype == torch.bool:
+        return torch.where(mask, bias, torch.finfo(bias.dtype).min)
+    return bias + mask
+
+
+def repeat_heads(states: Tensor, heads: int) -> Tensor:
+    """Repeats `[B, Hkv, L, D]` to `[B, heads, L, D]`: each key/value head serves `heads / Hkv` query heads."""
+    batch, kv_heads, length, dim = states.shape
+    if kv_heads == heads:
+        return states
+    repeated = states[:, :, None].expand(batch, kv_heads, heads // kv_heads, length, dim)
+    return repeated.reshape(batch, heads, length, dim)

@@ -22,7 +22,7 @@ def varlen_mask(
     allow_is_causal_skip: bool = True,
     **kwargs,
 ) -> Tensor | None:
-    """Mask for `varlen_attention_forward`: None for one row whose mask says no more than causality, window
+    """Makes the mask for `varlen_attention_forward`: None for one row whose mask says no more than causality, window
     and documents (all of which the attention function gets by other ways), else what sdpa would get.
 
     Never None on account of a guess: a mask function that is not made of transformers' own causal, window
@@ -48,7 +48,7 @@ def varlen_mask(
 
 
 def mask_pieces(mask_function: Callable) -> frozenset:
-    """The code objects of the elementary functions that a mask function of transformers is put together from.
+    """Returns the code objects of the elementary functions that a mask function of transformers is put together from.
 
     `create_causal_mask` hands over nested closures, for a packed batch with a window for example
     `and_masks(same document, positions within the document(and_masks(window, causal)))`. What such a closure
@@ -64,7 +64,7 @@ def mask_pieces(mask_function: Callable) -> frozenset:
 
 
 def _code(factory_name: str, *arguments) -> frozenset:
-    """The code that a mask factory of transformers returns; empty where this version has no such factory."""
+    """Returns the code that a mask factory of transformers returns; empty where this version has no such factory."""
     factory = getattr(masking_utils, factory_name, None)
     return frozenset() if factory is None else frozenset([factory(*arguments).__code__])
 

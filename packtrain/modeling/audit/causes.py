@@ -16,7 +16,7 @@ from functools import lru_cache
 from torch import nn
 from transformers import PreTrainedModel
 
-from packtrain.modeling.attention import NAME
+from packtrain.modeling.attention.varlen import NAME
 from packtrain.modeling.audit.report import Finding
 
 RECURRENT = re.compile("Mamba|SSM|Ssm|Rwkv|LSTM|Recurrent|DeltaNet|ShortConv|Lightning|LinearAttention")
@@ -30,7 +30,7 @@ REFUSALS = {  # how errors begin
 
 
 def cause(finding: Finding, findings: Sequence[Finding], model: PreTrainedModel) -> str | None:
-    """Why a finding is not isolated, or None where nothing shows it."""
+    """Explains why a finding is not isolated; None where nothing shows it."""
     if finding.verdict == "not supported":
         if finding.implementation == NAME and finding.error.startswith("TypeError: 'NoneType'"):
             return WORKS_ON_MASKS
@@ -72,7 +72,7 @@ def cause(finding: Finding, findings: Sequence[Finding], model: PreTrainedModel)
 
 
 def recurrent_layers(model: nn.Module) -> list[str]:
-    """Class names of layers that carry a state or a convolution along the row."""
+    """Returns the class names of layers that carry a state or a convolution along the row."""
     found = {type(m).__name__ for m in model.modules() if isinstance(m, nn.Conv1d)}
     names = {type(m).__name__ for m in model.modules() if type(m).__module__.startswith("transformers.")}
     return sorted({name for name in names if RECURRENT.search(name) and not name.endswith(MODELS)} or found)
@@ -99,7 +99,7 @@ def source_of(model_class: type) -> str | None:
 
 @lru_cache
 def mask_builders(model_class: type) -> list[tuple[str, bool]]:
-    """The mask builders of transformers that the model's file calls, each with whether it hands over `position_ids`."""
+    """Finds transformers' mask builders that the model's file calls, each with whether it hands over `position_ids`."""
     source = source_of(model_class)
     if source is None:
         return []
@@ -121,7 +121,7 @@ def mask_builders(model_class: type) -> list[tuple[str, bool]]:
 
 
 def advice(findings: Sequence[Finding]) -> list[str]:
-    """What to do, in the order in which a user would want to."""
+    """Says what to do, in the order in which a user would want to."""
     without_cache = [f for f in findings if f.mode in ("eval", "train", "checkpointing")]
     combinations = {(f.implementation, f.layout) for f in without_cache}
 

@@ -25,7 +25,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING as CAUSAL
 from transformers import MODEL_FOR_MASKED_LM_MAPPING as MASKED
 
 from packtrain.errors import ModelError
-from packtrain.recipe.values import did_you_mean
+from packtrain.recipe.fields import did_you_mean
 
 LAYERS = 2  # more only where the architecture has more kinds of layers
 MOST_LAYERS = 8
@@ -97,7 +97,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
 
 
 def tiny_model(architecture: str, *, seed: int = 0, **fields: Any) -> PreTrainedModel:
-    """A tiny random model in float32 on the CPU, in eval mode, with all dropout off.
+    """Makes a tiny random model in float32 on the CPU, in eval mode, with all dropout off.
 
     Args:
         architecture: a `model_type` of transformers ("llama", "bert", "gemma3_text").
@@ -125,7 +125,7 @@ def tiny_model(architecture: str, *, seed: int = 0, **fields: Any) -> PreTrained
 
 
 def model_class(config: PreTrainedConfig) -> type:
-    """The class with the head that the model is trained with."""
+    """Returns the class with the head that the model is trained with."""
     decoder, encoder = type(config) in CAUSAL, type(config) in MASKED and not config.is_encoder_decoder
     if encoder and (not decoder or getattr(config, "is_decoder", None) is False):
         return AutoModelForMaskedLM  # BERT and kin have both heads; as they come they are encoders
@@ -133,7 +133,7 @@ def model_class(config: PreTrainedConfig) -> type:
 
 
 def shrunk(default: PreTrainedConfig) -> dict[str, Any]:
-    """Fields of the tiny configuration, from the architecture's default one (and those nested in it)."""
+    """Returns the fields of the tiny configuration, from the architecture's default one (and those nested in it)."""
     layers = enough_layers(default)
     fields = {name: size for name, size in SIZES.items() if isinstance(read(default, name), int)}
     fields |= {name: 0.0 for name, value in vars(default).items() if DROPOUT.search(name) and value}
@@ -150,18 +150,18 @@ def shrunk(default: PreTrainedConfig) -> dict[str, Any]:
 
 
 def read(config: PreTrainedConfig, name: str) -> Any:
-    """The value of a field or property, None where there is none. (Gemma 4 refuses to read what layers may vary.)"""
+    """Returns the value of a field or property, None where there is none. (Gemma 4 refuses to read what layers may vary.)"""
     return vars(config)[name] if name in vars(config) else getattr(config, name, None)
 
 
 def settable(config: PreTrainedConfig, name: str) -> bool:
-    """Whether a field is one, rather than a property computed from others."""
+    """Returns whether a field is one, rather than a property computed from others."""
     found = getattr(type(config), config.attribute_map.get(name, name), None)
     return not isinstance(found, property) or found.fset is not None
 
 
 def enough_layers(config: PreTrainedConfig) -> int:
-    """The length of the shortest prefix that has every kind of layer, at least `LAYERS`."""
+    """Returns the length of the shortest prefix that has every kind of layer, at least `LAYERS`."""
     needed = LAYERS
     for name in PER_LAYER:
         kinds = read(config, name)
@@ -171,7 +171,7 @@ def enough_layers(config: PreTrainedConfig) -> int:
 
 
 def enlarge(model: PreTrainedModel) -> None:
-    """Redraw matrices and sinks; vectors (norms, decay rates, biases) keep what the architecture gave them."""
+    """Redraws matrices and sinks; vectors (norms, decay rates, biases) keep what the architecture gave them."""
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() > 1 or name.endswith("sinks"):

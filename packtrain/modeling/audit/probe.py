@@ -1,10 +1,10 @@
 """Experiments on a model: what do the outputs of a document depend on?
 
-Documents are laid out in every way that batches come in, and then asked three questions:
+Documents are laid out in every way that batches come in, and three questions are asked:
 
 - *together or alone*: how far are a document's outputs from those it has by itself?
 - *a changed neighbour*: which outputs move when the tokens of another document change?
-- *changed filler*: which outputs of real tokens move when padding gets other tokens, or more of it?
+- *changed padding*: which outputs of real tokens move when padding gets other tokens, or more of it?
 
     row 0   a a a a a a a a a b b b b b        flat: rows 0 and 1 one after the other, `[1, 28]`
     row 1   c c c d d d d d d d d d d d        rows: as drawn, `[2, 14]`       padded: four rows of 11
@@ -40,7 +40,7 @@ class Laid:
 
 
 def sample_documents(model: PreTrainedModel, lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> list[Tensor]:
-    """Random ordinary tokens, int64 `[L]` each, on the model's device; no special token among them."""
+    """Draws random ordinary tokens, int64 `[L]` each, on the model's device; no special token among them."""
     embedding = model.get_input_embeddings()
     config = base(model).config.get_text_config()
     ids = (value for name, value in vars(config).items() if name.endswith("_token_id"))
@@ -56,7 +56,7 @@ def sample_documents(model: PreTrainedModel, lengths: tuple[int, ...] = LENGTHS,
 
 
 def flat(documents: list[Tensor], start: int, pad: int) -> Laid:
-    """packtrain's own: one row, positions, offsets and sequence numbers, no mask."""
+    """Lays documents out as packtrain does: one row, positions, offsets and sequence numbers, no mask."""
     laid = positions(documents, start, pad)
     lengths = torch.tensor([len(document) for document in documents])
     bounds = torch.tensor([0, *accumulate(lengths.tolist())], dtype=torch.int32, device=documents[0].device)
@@ -67,20 +67,20 @@ def flat(documents: list[Tensor], start: int, pad: int) -> Laid:
 
 
 def positions(documents: list[Tensor], start: int, pad: int) -> Laid:
-    """What stock collators give: one row and positions that restart, nothing else."""
+    """Lays documents out as stock collators do: one row and positions that restart, nothing else."""
     bounds = [0, *accumulate(len(document) for document in documents)]
     batch = {"input_ids": torch.cat(documents)[None], "position_ids": restarting(documents, start)[None]}
     return Laid(batch=batch, places=[(0, a, b) for a, b in pairwise(bounds)])
 
 
 def masked(documents: list[Tensor], start: int, pad: int) -> Laid:
-    """A flat batch with an attention mask of ones beside it, as tokenizers and collators like to add."""
+    """Lays out a flat batch with an attention mask of ones, as tokenizers and collators like to add."""
     laid = flat(documents, start, pad)
     return Laid(batch=laid.batch | {"attention_mask": torch.ones_like(laid.batch["input_ids"])}, places=laid.places)
 
 
 def rows(documents: list[Tensor], start: int, pad: int) -> Laid:
-    """Packed rows of equal length, `[2, 14]`, with positions that restart."""
+    """Lays out packed rows of equal length, `[2, 14]`, with positions that restart."""
     half = len(documents) // 2
     parts = [documents[:half], documents[half:]]
     batch = {
@@ -95,7 +95,7 @@ def rows(documents: list[Tensor], start: int, pad: int) -> Laid:
 
 
 def padded(documents: list[Tensor], start: int, pad: int, *, left: bool = False, extra: int = 0) -> Laid:
-    """One document per row, filled up to the longest and `extra` more, with a mask."""
+    """Lays out one document per row, padded to the longest and `extra` more, with a mask."""
     width = max(len(document) for document in documents) + extra
     shape, device = (len(documents), width), documents[0].device
     ids = torch.full(shape, pad, device=device)
@@ -126,7 +126,7 @@ LAYOUTS: dict[str, Callable[..., Laid]] = {
 
 
 def outputs(model: nn.Module, laid: Laid, use_cache: bool = False) -> Tensor:
-    """Logits (or last hidden states) `[B, T, V]` in float32 or better."""
+    """Computes logits (or last hidden states, also below a head that pools) `[B, T, V]` in float32 or better."""
     takes = inspect.signature(base(model).forward).parameters
     anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
     batch = {name: value for name, value in laid.batch.items() if anything or name in takes}
@@ -134,29 +134,32 @@ def outputs(model: nn.Module, laid: Laid, use_cache: bool = False) -> Tensor:
         batch["use_cache"] = use_cache
     result = model(**batch)
     found = result.logits if getattr(result, "logits", None) is not None else result[0]
+    if found.dim() != 3:  # a classifier's, one per row: its tokens show in the hidden states below the head
+        inner = base(model)
+        found = getattr(inner, inner.base_model_prefix)(**batch)[0]
     found = found[:, -laid.batch["input_ids"].shape[1] :]  # virtual tokens of an adapter stand in front
     return found.to(torch.promote_types(found.dtype, torch.float32))
 
 
 def each(found: Tensor, places: list[Place]) -> list[Tensor]:
-    """The outputs of every document, `[L, V]`."""
+    """Cuts out the outputs of every document, `[L, V]`."""
     return [found[row, start:stop] for row, start, stop in places]
 
 
 def alone(model: nn.Module, documents: list[Tensor]) -> list[Tensor]:
-    """The outputs of every document by itself, called as plainly as can be."""
+    """Computes the outputs of every document by itself, called as plainly as can be."""
     return [outputs(model, Laid(batch={"input_ids": document[None]}, places=[]))[0] for document in documents]
 
 
 def change(documents: list[Tensor], which: int) -> list[Tensor]:
-    """The documents with one in which every token is another (one that occurs in the documents)."""
+    """Returns the documents with one in which every token is another (one that occurs in the documents)."""
     pool = torch.cat(documents).unique()
     moved = pool[(torch.searchsorted(pool, documents[which]) + 1) % len(pool)]
     return [*documents[:which], moved, *documents[which + 1 :]]
 
 
 def dependence(model: nn.Module, layout: Callable[..., Laid], documents: list[Tensor], **options) -> Tensor:
-    """`[S, S]`: entry (i, j) is the largest change of document i's outputs when document j's tokens change."""
+    """Measures `[S, S]`: entry (i, j) is the largest change of document i's outputs when document j's tokens change."""
     start, pad, use_cache = options["start"], options["pad"], options["use_cache"]
 
     def run(these: list[Tensor]) -> list[Tensor]:
@@ -169,13 +172,13 @@ def dependence(model: nn.Module, layout: Callable[..., Laid], documents: list[Te
 
 
 def largest(a: Tensor, b: Tensor) -> float:
-    """max |a - b|, infinite where either is not finite."""
+    """Returns max |a - b|, infinite where either is not finite."""
     difference = (a - b).abs().max().item()
     return difference if difference == difference else float("inf")
 
 
 def gradients(model: nn.Module, found: list[Tensor]) -> Tensor:
-    """Gradients of all trained weights for a fixed random weighting of the outputs of every document, flattened."""
+    """Computes gradients of all trained weights for a fixed random weighting of the outputs of every document, flattened."""
     total = 0.0
     for number, output in enumerate(found):
         upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(number)).to(output.device)
@@ -187,5 +190,5 @@ def gradients(model: nn.Module, found: list[Tensor]) -> Tensor:
 
 
 def precision(dtype: torch.dtype) -> float:
-    """How far equal computations in another order may lie apart, relative to the largest output."""
+    """Returns how far equal computations in another order may lie apart, relative to the largest output."""
     return PRECISION.get(dtype, 4e-2)

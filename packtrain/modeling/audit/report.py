@@ -1,4 +1,4 @@
-"""What an audit finds, as data and in words."""
+"""The findings of an audit, as data and in words."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ SHORT = {ISOLATED: "ok", LEAKS: "leaks", WRONG: "wrong", REFUSED: "refused", UNC
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """What one combination does.
+    """The finding for one combination.
 
     Attributes:
         implementation, layout, mode: the combination.
-        verdict: "isolated", "leaks", "wrong", "not supported" or "unclear", see `packtrain.modeling.audit`.
+        verdict: "isolated", "leaks", "wrong", "not supported" or "unclear", see `packtrain.modeling.audit.audit`.
         difference: largest |logit difference| between documents together and alone.
         leak: largest change of a document's logits by a change of another document.
-        sees: pairs (i, j): document i sees document j, by their place in the batch, from 0.
+        sees: pairs (i, j): document j leaks into document i, by their place in the batch, from 0.
         gradient_difference: relative norm of the difference of the gradients, together and alone; in train modes.
         calls: how often the model called the attention function; for `packtrain_varlen`.
         scale: largest |logit|, to compare with.
@@ -49,7 +49,7 @@ class Finding:
         return self.verdict == ISOLATED
 
     def what(self) -> str:
-        """Verdict, amount and cause in words."""
+        """Puts verdict, amount and cause into words."""
         amount = ""
         if self.verdict == LEAKS:
             amount = f" by up to {self.leak:.2g}"
@@ -58,7 +58,7 @@ class Finding:
         return f"{self.verdict}{amount}{self.why()}" + (f" [{self.checked}]" if self.checked else "")
 
     def why(self) -> str:
-        """Who sees whom, the refusal and the cause, as far as there are any."""
+        """Says which documents leak into which, the refusal and the cause, as far as there are any."""
         if self.verdict == REFUSED:
             return f": {self.error}" + (f"; {self.cause}" if self.cause else "")
         if self.verdict == UNCLEAR:
@@ -69,7 +69,7 @@ class Finding:
         return seen + (f"; {self.cause}" if self.cause else "")
 
     def cell(self) -> str:
-        """Verdict and amount as an entry of a table."""
+        """Returns verdict and amount as an entry of a table."""
         amounts = {LEAKS: self.leak, WRONG: self.difference}
         return SHORT[self.verdict] + (f" {amounts[self.verdict]:.2g}" if self.verdict in amounts else "")
 
@@ -93,7 +93,7 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class PaddingEffect:
-    """How far filler reaches into the outputs of real tokens (largest |logit difference|).
+    """The reach of padding into the outputs of real tokens (largest |logit difference|).
 
     Attributes:
         side: "right" or "left" padding under a mask; "tail": pad tokens after the document and no mask, as diffusion
@@ -129,7 +129,7 @@ class AuditReport:
         return asdict(self)
 
     def lines(self) -> Iterator[str]:
-        """The report for people: a table of verdicts, what is behind those that are not `ok`, and what to do."""
+        """Yields the report for people: a table of verdicts, what is behind those that are not `ok`, and what to do."""
         calls = next((f.calls for f in self.findings if f.calls is not None), None)
         called = "" if calls is None else f", calls the registered attention {calls} times per pass"
         starts = f", positions start at {self.position_start}" if self.position_start else ""

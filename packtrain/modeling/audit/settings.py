@@ -12,12 +12,12 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from packtrain.errors import ModelError
-from packtrain.modeling.attention import NAME, register, varlen_attention_forward
 from packtrain.modeling.attention.mask import varlen_mask
+from packtrain.modeling.attention.varlen import NAME, register, varlen_attention_forward
 
 
 def base(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside an adapter."""
+    """Returns the transformers model inside an adapter."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -44,7 +44,7 @@ def register_counted() -> None:
 
 
 def switchable(model: nn.Module, implementation: str) -> bool:
-    """Whether the model can be told to use this implementation."""
+    """Returns whether the model can be told to use this implementation."""
     try:
         with using(model, implementation):
             return True
@@ -53,13 +53,13 @@ def switchable(model: nn.Module, implementation: str) -> bool:
 
 
 def countable(model: nn.Module) -> str:
-    """The counted `packtrain_varlen`, or the plain one for a model that was loaded with it and cannot change."""
+    """Returns the counted `packtrain_varlen`, or the plain one for a model that was loaded with it and cannot change."""
     fixed = base(model).config._attn_implementation == NAME and not switchable(model, COUNTED.name)
     return NAME if fixed else COUNTED.name
 
 
 def reference_implementation(model: nn.Module) -> str:
-    """What a single document is run with: the model's own attention, or one of transformers' where that is ours."""
+    """Returns what a single document is run with: the model's own attention, or one of transformers' where that is ours."""
     own = base(model).config._attn_implementation
     if own != NAME:
         return own
@@ -68,7 +68,7 @@ def reference_implementation(model: nn.Module) -> str:
 
 @contextmanager
 def using(model: nn.Module, implementation: str | None) -> Iterator[None]:
-    """While open, the model uses this attention implementation. Raises ModelError where it cannot be told to."""
+    """Makes the model use this attention implementation while open. Raises ModelError where it cannot be told to."""
     inner = base(model)
     before = inner.config._attn_implementation
     if implementation is None or implementation == before:
@@ -86,7 +86,7 @@ def using(model: nn.Module, implementation: str | None) -> Iterator[None]:
 
 @contextmanager
 def in_mode(model: nn.Module, *, train: bool, checkpointing: bool = False) -> Iterator[None]:
-    """While open, the model is in this mode, with every dropout rate and router noise at zero."""
+    """Puts the model in this mode while open, with every dropout rate and router noise at zero."""
     rates = [
         (module, name, value)
         for module in model.modules()
@@ -111,7 +111,7 @@ def in_mode(model: nn.Module, *, train: bool, checkpointing: bool = False) -> It
 
 
 def switch_checkpointing(model: nn.Module, to: str, *options: dict) -> None:
-    """Enable or disable it by its new name (`activation_`, transformers 5.20) or the old one."""
+    """Enables or disables checkpointing by its new name (`activation_`, transformers 5.20) or the old one."""
     inner = base(model)
     name = f"activation_checkpointing_{to}"
     getattr(inner, name if hasattr(inner, name) else f"gradient_checkpointing_{to}")(*options)
@@ -119,7 +119,7 @@ def switch_checkpointing(model: nn.Module, to: str, *options: dict) -> None:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """While open, libraries don't warn: an audit tries what nobody should do, and says what came of it."""
+    """Silences the warnings of libraries while open: an audit tries what nobody should do, and says what came of it."""
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:

@@ -57,7 +57,7 @@ class Subject:
         )
 
     def adapted(self, adapter: str | None) -> Subject:
-        """The same with an adapter on a copy of the model, drawn so that it matters."""
+        """Returns the same with an adapter on a copy of the model, drawn so that it matters."""
         if adapter is None:
             return self
         import peft
@@ -81,7 +81,7 @@ class Subject:
 
 
 def _context(model: nn.Module, documents: list[Tensor], expected: list[Tensor]) -> float:
-    """How far the last output of a document moves when everything before its last token changes."""
+    """Measures how far the last output of a document moves when everything before its last token changes."""
     moved = [torch.cat([changed[:-1], own[-1:]]) for own, changed in zip(documents, _changed(documents), strict=True)]
     found = probe.alone(model, moved)
     return max(probe.largest(a[-1], b[-1]) for a, b in zip(found, expected, strict=True))

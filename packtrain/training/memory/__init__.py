@@ -1,1 +1,1 @@
-"""What a run needs, by formula before it and by count in it."""
+"""The memory that a run needs, by formula before it and by count in it."""

@@ -51,13 +51,13 @@ class Activations:
     basis: str  # "measured" or "estimated"
 
     def bytes(self, tokens: int, *, checkpointing: bool) -> int:
-        """Bytes that a micro-batch of `tokens` keeps."""
+        """Returns the bytes that a micro-batch of `tokens` keeps."""
         layers = self.layers * self.residual + self.layer if checkpointing else self.layers * self.layer
         return round(tokens * (layers + self.outside))
 
 
 def activation_formula(config: Mapping[str, Any] | Any, *, itemsize: int = 2) -> Activations:
-    """From the config, for full fine-tuning in one dtype.
+    """Computes activations from the config, for full fine-tuning in one dtype.
 
     Args:
         config: a transformers config or its mapping.
@@ -92,7 +92,7 @@ def activation_formula(config: Mapping[str, Any] | Any, *, itemsize: int = 2) ->
 
 
 def count_activations(build: Callable[[Any], nn.Module], config: Any, *, autocast: torch.dtype | None) -> Activations:
-    """By counting what autograd keeps on fake tensors.
+    """Counts what autograd keeps on fake tensors.
 
     Args:
         build: makes the model of a config, adapter included, with `register_counting_attention()`; called under
@@ -136,7 +136,7 @@ def count_activations(build: Callable[[Any], nn.Module], config: Any, *, autocas
 
 
 def _kept_bytes(backbone: nn.Module, tokens: int, autocast: torch.dtype | None) -> int:
-    """Bytes of the distinct storages that a forward pass keeps, parameters and inputs left out."""
+    """Counts the bytes of the distinct storages that a forward pass keeps, parameters and inputs left out."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -165,7 +165,7 @@ def _kept_bytes(backbone: nn.Module, tokens: int, autocast: torch.dtype | None) 
 
 @contextmanager
 def _without_its_log() -> Iterator[None]:
-    """While open, torch doesn't print where a fake tensor has no shape: what follows from it is said elsewhere."""
+    """Keeps torch from printing, while open, where a fake tensor has no shape: what follows from it is said elsewhere."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
     before, log.disabled = log.disabled, True
     try:
@@ -175,7 +175,7 @@ def _without_its_log() -> Iterator[None]:
 
 
 def register_counting_attention() -> str:
-    """An attention that computes nothing and keeps what a fused kernel keeps: q, k, v, output, log-sum-exp."""
+    """Registers an attention that computes nothing and keeps what a fused kernel keeps: q, k, v, output, log-sum-exp."""
     import torch
     from transformers import AttentionInterface, AttentionMaskInterface
 

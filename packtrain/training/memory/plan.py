@@ -3,7 +3,7 @@
     packtrain plan recipes/sft.yaml --memory 80GiB --gpus 8
 
 Parameters, gradients and optimizer states are exact (`states.py`), activations are counted on the recipe's model
-without its memory (`activations`), and buffers whose size is the engine's affair are estimates. Frozen weights
+without its memory (`activations.py`), and buffers whose size is the engine's affair are estimates. Frozen weights
 (LoRA) count apart; phases that don't coincide (activations and the optimizer's step) don't add up.
 """
 
@@ -22,7 +22,8 @@ import numpy as np
 from packtrain.errors import ModelError, PlanError
 from packtrain.packing.accumulation import micro_batch_tokens
 from packtrain.packing.plan import MicroBatch, Plan
-from packtrain.recipe import Recipe
+from packtrain.recipe.recipe import Recipe
+from packtrain.recipe.sections import ModelSection
 from packtrain.training.memory.activations import (
     COUNTING,
     Activations,
@@ -48,7 +49,7 @@ NOT_COUNTED = (
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatchSize:
-    """The most that one micro-batch of a plan computes: tokens with filler, supervised tokens, rows, row width."""
+    """The most that one micro-batch of a plan computes: tokens with padding, supervised tokens, rows, row width."""
 
     tokens: int
     supervised: int
@@ -58,7 +59,7 @@ class MicroBatchSize:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelMemory:
-    """What a plan needs to know of a model; activations apart for DeepSpeed, which computes in other dtypes."""
+    """The sizes of a model that a plan needs; activations apart for DeepSpeed, which computes in other dtypes."""
 
     parameters: Parameters
     activations: Activations
@@ -77,14 +78,14 @@ class MemoryPlan:
     lines: tuple[Line, ...]
 
     def total(self, where: str = DEVICE) -> int:
-        """Peak bytes: what stays, and the larger of the two phases, forward and backward or the optimizer's step."""
+        """Returns the peak bytes: what stays, and the larger of two phases, forward and backward or the optimizer's step."""
         stays = sum(line.bytes for line in self.lines if line.where == where and not line.transient)
         step = sum(line.bytes for line in self.lines if line.where == where and line.transient)
         working = sum(line.bytes for line in self.lines if line.where == where and line.what in WORKING)
         return stays - working + max(working, step)
 
     def verdict(self, memory: int) -> str:
-        """`fits`, `tight` (above 85% of `memory` bytes) or `does not fit`."""
+        """Returns `fits`, `tight` (above 85% of `memory` bytes) or `does not fit`."""
         used = self.total() / memory
         return "fits" if used <= TIGHT else "tight" if used <= 1 else "does not fit"
 
@@ -105,7 +106,7 @@ def plan_memory(
     eager: bool = False,
     accumulates: bool = True,
 ) -> MemoryPlan:
-    """The lines of one engine.
+    """Lists the lines of one engine.
 
     Args:
         micro_batch: the largest of the plan.
@@ -135,8 +136,8 @@ def plan_memory(
     return MemoryPlan(engine=engine, ranks=ranks, lines=tuple(lines))
 
 
-def largest_micro_batch(plan: Plan, supervised: np.ndarray) -> MicroBatchSize:
-    """The most of everything over the plan's micro-batches (of `SAMPLED_STEPS` evenly spaced updates in a long plan).
+def largest_sizes(plan: Plan, supervised: np.ndarray) -> MicroBatchSize:
+    """Finds the most of everything over the plan's micro-batches (of `SAMPLED_STEPS` evenly spaced updates in a long plan).
 
     Args:
         supervised: supervised tokens of each example, int `[n]`.
@@ -148,7 +149,7 @@ def largest_micro_batch(plan: Plan, supervised: np.ndarray) -> MicroBatchSize:
 
 
 def sampled_micro_batches(plan: Plan, supervised: np.ndarray) -> Iterator[tuple[int, MicroBatch, MicroBatchSize]]:
-    """(update, micro-batch, its size) of all ranks, of `SAMPLED_STEPS` evenly spaced updates in a long plan."""
+    """Yields (update, micro-batch, its size) of all ranks, of `SAMPLED_STEPS` evenly spaced updates in a long plan."""
     steps = np.linspace(0, plan.total_steps - 1, min(SAMPLED_STEPS, plan.total_steps)).round().astype(np.int64)
     for step in np.unique(steps).tolist():
         for micro_batch in plan.layout_of(step):
@@ -161,7 +162,7 @@ def sampled_micro_batches(plan: Plan, supervised: np.ndarray) -> Iterator[tuple[
 
 
 def describe_model(recipe: Recipe) -> ModelMemory:
-    """Parameters and activations of the recipe's model, from shapes alone: no weights are read or made.
+    """Describes parameters and activations of the recipe's model, from shapes alone: no weights are read or made.
 
     Raises:
         ModelError: the model can't be had, takes no such adapter, or keeps activations that nobody can count.
@@ -171,12 +172,7 @@ def describe_model(recipe: Recipe) -> ModelMemory:
     from packtrain.modeling.loading import load_config
 
     section = recipe.model
-    config = load_config(
-        model_name_or_path=section.model_name_or_path,
-        config=section.config,
-        revision=section.revision,
-        trust_remote_code=section.trust_remote_code,
-    )
+    config = load_config(section)
     if section.model_name_or_path is None and "vocab_size" not in section.config and section.tokenizer_vocab_size:
         config.get_text_config().vocab_size = section.tokenizer_vocab_size
     half = "bfloat16" if recipe.training.get("bf16") else "float16" if recipe.training.get("fp16") else None
@@ -198,7 +194,7 @@ def describe_model(recipe: Recipe) -> ModelMemory:
         parameters=parameters,
         activations=activations(None, half, 2 if half else loaded),
         activations_deepspeed=activations(half or "float32", None, 2 if half else 4),
-        vocabulary=text.vocab_size,
+        vocabulary=recipe.objective.logits(config),
         heads=getattr(text, "num_attention_heads", 0),  # Mamba has none
         layers=text.num_hidden_layers,
     )
@@ -206,7 +202,7 @@ def describe_model(recipe: Recipe) -> ModelMemory:
 
 @contextmanager
 def _countable(config: Any) -> Iterator[None]:
-    """Around what asks a model for its sizes: whatever it raises becomes a ModelError that says what is not counted."""
+    """Turns whatever a model raises when its sizes are counted into a ModelError that says what is not counted."""
     try:
         yield
     except Exception as error:
@@ -220,19 +216,21 @@ def _countable(config: Any) -> Iterator[None]:
 
 
 def _build(recipe: Recipe, config: Any, dtype: str | None = None) -> nn.Module:
-    """The model with its adapter, in the recipe's dtype or another one (adapters are float32 whatever the model is)."""
+    """Builds the model with its adapter, in the recipe's dtype or another (adapters are float32 whatever the model is)."""
     from packtrain.modeling.loading import add_lora, load_model
 
     dtype = dtype or recipe.model.dtype
     if dtype == "auto":
         dtype = str(config.dtype or "float32").removeprefix("torch.")
-    trust = recipe.model.trust_remote_code
-    model = load_model(config, trust_remote_code=trust, dtype=dtype, attn_implementation=COUNTING)
+    section = ModelSection(trust_remote_code=recipe.model.trust_remote_code)  # its shapes alone: no weights are read
+    model = load_model(
+        section, config, dtype=dtype, attn_implementation=COUNTING, auto_class=recipe.objective.auto_class
+    )
     return model if recipe.lora is None else add_lora(model, recipe.lora)
 
 
 def parameters_of(model: nn.Module) -> Parameters:
-    """Sizes of a model's parameters: on any device, sharded or not."""
+    """Returns the sizes of a model's parameters: on any device, sharded or not."""
     trained = [p for p in model.parameters() if p.requires_grad]
     frozen = [p for p in model.parameters() if not p.requires_grad]
     config = model.config.get_text_config()
@@ -250,12 +248,12 @@ def parameters_of(model: nn.Module) -> Parameters:
 
 
 def _elements(parameter: nn.Parameter) -> int:
-    """Of the whole parameter, also where ZeRO-3 has left a shard."""
+    """Counts the elements of the whole parameter, also where ZeRO-3 has left a shard."""
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def _itemsize(parameters: Sequence[Any]) -> int:
-    """Bytes of an element of most of them."""
+    """Returns the bytes of an element of most of them."""
     sizes: dict[int, int] = {}
     for parameter in parameters:
         sizes[parameter.element_size()] = sizes.get(parameter.element_size(), 0) + _elements(parameter)
@@ -263,7 +261,7 @@ def _itemsize(parameters: Sequence[Any]) -> int:
 
 
 def parse_bytes(text: str) -> int:
-    """`80GiB`, `80 GB`, `512MiB` as bytes. Raises PlanError."""
+    """Reads `80GiB`, `80 GB`, `512MiB` as bytes. Raises PlanError."""
     match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*((?:[KMGT]I?)?B)\s*", text.upper())
     amount = float(match[1]) * UNITS[match[2]] if match else 0
     if not 1 <= amount < math.inf:

@@ -23,7 +23,7 @@ GRADIENTS = ("averaged_gradients", "all_grad_tensors", "grad_partitions_flat_buf
 
 
 def state_bytes(model: nn.Module, optimizer: Any) -> dict[str, int]:
-    """Bytes per kind on this rank.
+    """Counts the bytes per kind on this rank.
 
     Args:
         model: the unwrapped model.
@@ -46,21 +46,21 @@ def state_bytes(model: nn.Module, optimizer: Any) -> dict[str, int]:
 
 
 def _unwrapped(optimizer: Any) -> Iterator[Any]:
-    """accelerate's wrapper, DeepSpeed's optimizer, torch's: each holds the next as `.optimizer`."""
+    """Yields accelerate's wrapper, DeepSpeed's optimizer, torch's: each holds the next as `.optimizer`."""
     while optimizer is not None:
         yield optimizer
         optimizer = getattr(optimizer, "optimizer", None)
 
 
 def _shards(parameter: nn.Parameter) -> Iterator[torch.Tensor]:
-    """What this rank holds of a parameter: its shard, and under ZeRO-3 the whole where it is gathered."""
+    """Yields what this rank holds of a parameter: its shard, and under ZeRO-3 the whole where it is gathered."""
     if hasattr(parameter, "ds_tensor"):
         yield parameter.ds_tensor
     yield parameter.to_local() if hasattr(parameter, "to_local") else parameter.data
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """Every tensor in nested lists, tuples and mappings."""
+    """Yields every tensor in nested lists, tuples and mappings."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, dict):
@@ -71,7 +71,7 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 def _new_bytes(tensors: Iterable[torch.Tensor], counted: set[int]) -> int:
-    """Bytes of the storages of `tensors` that aren't in `counted` yet; adds them."""
+    """Counts the bytes of the storages of `tensors` that aren't in `counted` yet; adds them."""
     total = 0
     for tensor in tensors:
         storage = (tensor.to_local() if hasattr(tensor, "to_local") else tensor).untyped_storage()

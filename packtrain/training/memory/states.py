@@ -51,7 +51,7 @@ class Parameters:
 def model_states(
     parameters: Parameters, engine: str, ranks: int, *, half: bool, accumulates: bool = True
 ) -> list[Line]:
-    """Lines of one rank, activations left out.
+    """Lists the lines of one rank, activations left out.
 
     Args:
         engine: one of `ENGINES`.
@@ -66,7 +66,7 @@ def model_states(
 
 
 def _torch(p: Parameters, shards: int, ranks: int, half: bool) -> list[Line]:
-    """DDP (`shards` 1) and FSDP2: weights, gradients and both moments in the dtype of the weights."""
+    """Lists DDP (`shards` 1) and FSDP2: weights, gradients and both moments in the dtype of the weights."""
     trained = _sharded(p.trained, shards) * p.trained_itemsize
     frozen = _sharded(p.frozen, shards) * p.frozen_itemsize
     lines = [
@@ -129,5 +129,5 @@ def _deepspeed(p: Parameters, engine: str, n: int, half: bool, accumulates: bool
 
 
 def _sharded(elements: Sequence[int], shards: int) -> int:
-    """Elements of one rank when every parameter is cut into `shards` equal pieces, the last one padded."""
+    """Counts the elements of one rank when every parameter is cut into `shards` equal pieces, the last one padded."""
     return sum(-(-count // shards) for count in elements)

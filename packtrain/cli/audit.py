@@ -1,0 +1,174 @@
+"""`packtrain audit`: are the documents of a batch isolated in this model, and with which attention?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+import yaml
+from rich.console import Console
+
+from packtrain.cli.options import load_checked
+from packtrain.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from packtrain.modeling.audit.audit import AuditReport, Finding
+    from packtrain.recipe.recipe import Recipe
+
+
+def audit(
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL_OR_RECIPE", help="A recipe, Hub name, directory, architecture (`llama`), or `config: {...}`."
+        ),
+    ],
+    implementations: Annotated[
+        str, typer.Option("--attn-implementation", metavar="NAMES", help="`all`, or some, for example `sdpa,eager`.")
+    ] = "all",
+    layouts: Annotated[
+        str, typer.Option("--layout", metavar="NAMES", help="`all`, or some, for example `flat,padded`.")
+    ] = "all",
+    device: Annotated[str, typer.Option(help="Where to run it: auto, cpu, cuda.")] = "auto",
+) -> None:
+    """Check on the model itself whether attention leaks between documents, for every attention, layout and mode.
+
+    Exits with 1 where a recipe's own combination of model, layout and attention leaks.
+    """
+    safe = show_audit(
+        target,
+        Console(),
+        implementations=None if implementations == "all" else implementations.split(","),
+        layouts=None if layouts == "all" else layouts.split(","),
+        device=device,
+    )
+    raise typer.Exit(0 if safe else 1)
+
+
+def show_audit(
+    target: str,
+    console: Console,
+    *,
+    implementations: list[str] | None,
+    layouts: list[str] | None,
+    device: str,
+) -> bool:
+    """Audit a model; False where a recipe's own combination of model, layout and attention does not keep documents apart.
+
+    Args:
+        target: a recipe, a Hub name, a local directory, an architecture (`llama`; a tiny random model of it), or the
+            fields of a config as in a recipe (`config: {model_type: llama, num_hidden_layers: 2}`).
+        implementations, layouts: None for all.
+
+    Raises:
+        RecipeError, ModelError: the target can't be read or built.
+    """
+    import torch
+
+    from packtrain.modeling.audit.audit import audit_model
+    from packtrain.modeling.audit.probe import LAYOUTS
+
+    if unknown := sorted(set(layouts or ()) - set(LAYOUTS)):
+        raise ModelError("is not a layout", key="--layout", value=unknown[0], fix=f"some of {', '.join(LAYOUTS)}")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        what = f"is not a device of this machine: {str(error).splitlines()[0]}"
+        raise ModelError(what, key="--device", value=device, fix="auto, cpu or cuda") from None
+    recipe = _recipe(target)
+    model = (_of_recipe(recipe, device) if recipe else _of_name(target)).to(device)
+    if recipe and implementations is not None:
+        implementations = list(dict.fromkeys([*implementations, model.config._attn_implementation]))
+    if recipe and layouts is not None:
+        layouts = list(dict.fromkeys([*layouts, _layout(recipe)]))
+    report = audit_model(model, implementations=implementations, layouts=layouts or tuple(LAYOUTS))
+    for line in report.lines():
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if recipe is None:
+        return True
+    own = _own(recipe, report, model.config._attn_implementation)
+    line = f"the recipe's own, {own.implementation} and {own.layout} ({own.mode}): {own.what()}"
+    console.print(line, style="bold", markup=False, soft_wrap=True)
+    return own.safe
+
+
+def _recipe(target: str) -> Recipe | None:
+    return load_checked(Path(target), []) if Path(target).suffix in (".yaml", ".yml") else None
+
+
+def _layout(recipe: Recipe) -> str:
+    from packtrain.packing.strategies import resolve_strategy
+
+    return resolve_strategy(recipe.batching.strategy).layout
+
+
+def _own(recipe: Recipe, report: AuditReport, implementation: str) -> Finding:
+    """What the recipe itself would run: the first finding that is not isolated, or that of its training."""
+    checkpoints = recipe.training.get("gradient_checkpointing") or recipe.training.get("activation_checkpointing")
+    modes = ["train", "eval", *(["checkpointing"] if checkpoints else []), *(["lora"] if recipe.lora else [])]
+    place = (implementation, _layout(recipe))
+    found = [f for f in report.findings if (f.implementation, f.layout) == place and f.mode in modes]
+    found.sort(key=lambda finding: modes.index(finding.mode))
+    return next((finding for finding in found if not finding.safe), found[0])
+
+
+def _of_recipe(recipe: Recipe, device: torch.device | str) -> PreTrainedModel:
+    """The recipe's model with the attention it would train with; from scratch it needs no data for this."""
+    import torch
+
+    from packtrain.modeling.attention.varlen import choose_implementation
+    from packtrain.modeling.loading import load_config, load_model
+
+    section, objective = recipe.model, recipe.objective
+    dtype = torch.float32 if section.dtype == "auto" else getattr(torch, section.dtype)
+    chosen = choose_implementation(section.attn_implementation, layout=_layout(recipe), device=device, dtype=dtype)
+    return load_model(
+        section,
+        load_config(section),
+        attn_implementation=chosen,
+        auto_class=objective.auto_class,
+        new_weights=objective.new_weights,
+    )
+
+
+def _of_name(target: str) -> PreTrainedModel:
+    """A model by Hub name or directory, of the fields of a config, or a tiny random one of an architecture."""
+    from transformers import CONFIG_MAPPING
+
+    from packtrain.modeling.audit.models import model_class, tiny_model
+    from packtrain.modeling.hub import explained
+    from packtrain.modeling.loading import load_config
+    from packtrain.recipe.fields import did_you_mean
+    from packtrain.recipe.sections import ModelSection
+
+    if target.startswith("config:"):
+        config = load_config(ModelSection(config=_fields(target)))
+        return model_class(config).from_config(config).eval()
+    if target in CONFIG_MAPPING and not Path(target).exists():
+        return tiny_model(target)
+    try:
+        config = load_config(ModelSection(model_name_or_path=target))
+    except ModelError as error:
+        near = did_you_mean(target, CONFIG_MAPPING)
+        fix = f"did you mean the architecture {near}? Or {error.fix}" if near else error.fix
+        raise ModelError(error.what, key="MODEL_OR_RECIPE", value=target, fix=fix) from error
+    with explained("MODEL_OR_RECIPE", target, None):
+        return model_class(config).from_pretrained(target, config=config)
+
+
+def _fields(target: str) -> dict:
+    """`config: {model_type: llama}` -> `{"model_type": "llama"}`."""
+    try:
+        fields = yaml.safe_load(target)["config"]
+    except yaml.YAMLError:
+        fields = None
+    if not isinstance(fields, dict):
+        fix = "for example 'config: {model_type: llama, num_hidden_layers: 2}'"
+        raise ModelError("is not a mapping of config fields", key="MODEL_OR_RECIPE", value=target, fix=fix)
+    return fields

@@ -1,0 +1,237 @@
+"""`packtrain show`: one collated batch, made visible.
+
+━━ document 2 of 5 · example 117 · 43 tokens at positions 0-42 · 12 supervised
+Question: what is 3 + 4?          (prompt: read, not learnt)
+3 + 4 = 7.<|eos|>                 (supervised: learnt)
+[5 filler]
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+from packtrain.errors import PacktrainError
+from packtrain.modeling.loading import load_config
+from packtrain.objectives.objective import Task
+from packtrain.objectives.task import load_task
+from packtrain.packing.collator import IGNORED, MicroBatches
+from packtrain.packing.cost import Cost
+from packtrain.packing.plan import MicroBatch, Plan, plan_run
+from packtrain.packing.strategies import resolve_strategy
+from packtrain.recipe.recipe import Recipe
+from packtrain.recipe.sections import ModelSection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+SUPERVISED, PROMPT, FILLER = "bold green", "blue", "dim red"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """One document of a batch, cut out of its row.
+
+    Attributes:
+        example_id: -1 for filler.
+        input_ids, labels, positions: int `[L]`.
+        weights: float `[L]`, of the loss.
+        filler: further positions of its row, there only to fill it.
+    """
+
+    example_id: int
+    input_ids: list[int]
+    labels: list[int]
+    positions: list[int]
+    weights: list[float]
+    filler: int = 0
+
+    @property
+    def supervised(self) -> int:
+        return sum(label != IGNORED for label in self.labels)
+
+
+def documents_of(batch: Mapping[str, Any]) -> list[Document]:
+    """The documents of a flat `[1, T]` or padded `[B, T]` batch (see `packtrain.packing.collator`)."""
+    width = batch["input_ids"].shape[1]
+    if "cu_seq_lens_q" in batch:
+        bounds = batch["cu_seq_lens_q"].tolist()
+        places = [(0, slice(start, stop), 0) for start, stop in pairwise(bounds)]
+    else:
+        masks = batch["attention_mask"].bool()  # [B, T]
+        places = [(row, mask, width - int(mask.sum())) for row, mask in enumerate(masks)]
+    documents = []
+    for example_id, (row, place, filler) in zip(batch["example_ids"].tolist(), places, strict=True):
+        ids, labels, positions, weights = (
+            batch[name][row][place].tolist() for name in ("input_ids", "labels", "position_ids", "loss_weights")
+        )
+        documents.append(
+            Document(
+                example_id=example_id,
+                input_ids=ids,
+                labels=labels,
+                positions=positions,
+                weights=weights,
+                filler=filler,
+            )
+        )
+    return documents
+
+
+def text_of(document: Document, tokenizer: PreTrainedTokenizerBase) -> Text:
+    """The decoded document; runs of supervised and of prompt tokens in their colours."""
+    text = Text()
+    pairs = zip(document.input_ids, document.labels, strict=True)
+    for supervised, run in groupby(pairs, key=lambda pair: pair[1] != IGNORED):
+        decoded = _printable(tokenizer.decode([token for token, _ in run]))
+        text.append(decoded, FILLER if document.example_id < 0 else SUPERVISED if supervised else PROMPT)
+    if document.filler:
+        text.append(f"[{document.filler:,} filler]", FILLER)
+    return text
+
+
+def _printable(text: str) -> str:
+    """Control characters in data must not reach the terminal as such."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+def show_batch(
+    recipe: Recipe,
+    console: Console,
+    *,
+    step: int = 0,
+    rank: int = 0,
+    micro_batch: int = 0,
+    examples: str | None = None,
+    documents: int = 8,
+    world_size: int = 1,
+) -> None:
+    """Prints one micro-batch of the recipe's plan, or the examples whose ids are given (`3,17`), as in epoch 0.
+
+    Raises:
+        PacktrainError: bad data, or no such step, rank, micro-batch or example.
+    """
+    task, epoch = load_task(recipe), 0
+    config = load_config(recipe.model, tokenizer=task.tokenizer, new_tokens=task.new_tokens, fields=task.config_fields)
+    if examples is not None:
+        ids = _example_ids(examples, len(task.train))
+        lengths = np.asarray(task.train.lengths[ids], dtype=np.int64)
+        chosen = MicroBatch(example_ids=ids, starts=np.zeros_like(ids), stops=lengths)
+        head = f"{len(ids)} example{'s' if len(ids) > 1 else ''}"
+    else:
+        cost = Cost.of_config(config)
+        plan = plan_run(
+            recipe.batching,
+            recipe.schedule,
+            task.train.lengths,
+            max_length=recipe.data.max_length,
+            equal_lengths=recipe.objective.equal_lengths,
+            world_size=world_size,
+            cost=cost,
+        )
+        chosen, head = _micro_batch(plan, step, rank, micro_batch)
+        epoch, _ = plan.locate(step)
+    strategy = resolve_strategy(recipe.batching.strategy)
+    start = _position_start(recipe, config)
+    collator = task.collator(strategy, max_length=recipe.data.max_length, position_start=start)
+    batch = MicroBatches(task.train, collator).at_epoch(epoch)[chosen]
+    print_batch(batch, task, console, head=head, texts=documents)
+
+
+def print_batch(batch: Mapping[str, Any], task: Task, console: Console, *, head: str, texts: int) -> None:
+    """A line of totals, a table of documents, and the text of the first `texts` of them."""
+    found = documents_of(batch)
+    real = sum(len(document.input_ids) for document in found if document.example_id >= 0)
+    computed, supervised = batch["input_ids"].numel(), sum(document.supervised for document in found)
+    layout = "flat" if "cu_seq_lens_q" in batch else "padded"
+    shape = ", ".join(map(str, batch["input_ids"].shape))
+    console.print(
+        f"{head}: {layout} \\[{shape}], {len(found)} documents, {real:,} real tokens "
+        f"({supervised:,} supervised), {computed - real:,} filler",
+        style="bold",
+        highlight=False,
+    )
+    table = Table(box=SIMPLE_HEAD, show_edge=False)
+    for column in ("document", "example", "row", "tokens", "positions", "supervised", "weight", "filler"):
+        table.add_column(column, justify="right")
+    for number, document in enumerate(found):
+        row = str(task.train.rows[document.example_id]) if document.example_id >= 0 else "-"
+        table.add_row(
+            str(number),
+            str(document.example_id),
+            row,
+            f"{len(document.input_ids):,}",
+            f"{document.positions[0]:,}-{document.positions[-1]:,}",
+            f"{document.supervised:,}",
+            f"{sum(document.weights):.4g}",
+            f"{document.filler:,}",
+        )
+    console.print(table)
+    console.print(Text.assemble(("supervised", SUPERVISED), "  ", ("prompt", PROMPT), "  ", ("filler", FILLER)))
+    for number, document in enumerate(found[:texts]):
+        console.print(Rule(f"document {number} · example {document.example_id}", align="left", style="dim"))
+        console.print(text_of(document, task.tokenizer), soft_wrap=True)
+    if len(found) > texts:
+        console.print(f"... and {len(found) - texts} more; see --documents", style="dim", highlight=False)
+
+
+def _position_start(recipe: Recipe, config: PreTrainedConfig) -> int:
+    """The model's own first position, of which no weight is made; 0 for one whose code is not transformers' own."""
+    import torch
+
+    from packtrain.modeling.loading import has_class, load_model
+    from packtrain.modeling.positions import position_start
+
+    auto_class = recipe.objective.auto_class
+    if not has_class(config, auto_class):
+        return 0
+    with torch.device("meta"):
+        model = load_model(ModelSection(), config, attn_implementation="eager", auto_class=auto_class)
+        return position_start(model)
+
+
+def _micro_batch(plan: Plan, step: int, rank: int, number: int) -> tuple[MicroBatch, str]:
+    """The micro-batch, and its place in words."""
+    for name, value, count in (
+        ("step", step, plan.total_steps),
+        ("rank", rank, plan.world_size),
+        ("micro-batch", number, plan.gradient_accumulation_steps),
+    ):
+        if value >= count:
+            fix = f"choose one from 0 to {count - 1}" + ("; --gpus says for how many" if name == "rank" else "")
+            raise PacktrainError(f"there is no such {name}", key=f"--{name}", value=value, fix=fix)
+    epoch, _ = plan.locate(step)
+    place = f"step {step} of {plan.total_steps:,} (epoch {epoch}), rank {rank} of {plan.world_size}"
+    place += f", micro-batch {number} of {plan.gradient_accumulation_steps}"
+    return plan.micro_batches(step, rank)[number], place
+
+
+def _last_examples(path: Path) -> str:
+    try:
+        return ",".join(map(str, json.loads(path.read_text(encoding="utf-8").splitlines()[-1])["example_ids"]))
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        fix = "name the nonfinite.jsonl of a run, or give numbers separated by commas"
+        raise PacktrainError(f"names no examples: {error}", key="--examples", value=str(path), fix=fix) from None
+
+
+def _example_ids(text: str, count: int) -> np.ndarray:
+    """`3,17` -> int64 `[3, 17]`; of a `nonfinite.jsonl`, the examples of its last update."""
+    if text.endswith(".jsonl"):
+        text = _last_examples(Path(text))
+    words = re.split(r"[,\s]+", text.strip())
+    if not all(word.isdecimal() and int(word) < count for word in words):
+        fix = f"give numbers from 0 to {count - 1}, separated by commas"
+        raise PacktrainError("is not a list of examples", key="--examples", value=text, fix=fix)
+    return np.array([int(word) for word in words], dtype=np.int64)

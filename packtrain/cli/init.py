@@ -1,0 +1,31 @@
+"""`packtrain init`: a commented recipe to start from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from packtrain.errors import PacktrainError
+
+
+def init(
+    name: Annotated[str, typer.Argument(metavar="[NAME]", help="Name of the recipe; it is written to NAME.yaml.")] = (
+        "recipe"
+    ),
+) -> None:
+    """Write a commented recipe to start from into the current folder."""
+    from packtrain.recipe.shipped import SHARE
+
+    target = Path(name if name.endswith((".yaml", ".yml")) else f"{name}.yaml")
+    if target.exists():
+        raise PacktrainError("there is such a file already", key="NAME", value=str(target), fix="choose another name")
+    text = (SHARE / "recipes" / "start.yaml").read_text(encoding="utf-8")
+    try:
+        target.write_text(text.replace("{file}", str(target)), encoding="utf-8")
+    except OSError as error:
+        fix = "choose a folder that can be written to"
+        raise PacktrainError(f"can't be written: {error.strerror}", key="NAME", value=str(target), fix=fix) from None
+    Console().print(f"{target}: name your rows in `data.path`, then run `packtrain plan {target}`", soft_wrap=True)

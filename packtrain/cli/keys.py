@@ -1,0 +1,64 @@
+"""`packtrain keys`: every key of a recipe with its type, default and meaning."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from packtrain.errors import PacktrainError
+
+
+def keys(
+    section: Annotated[
+        str | None, typer.Argument(metavar="[SECTION]", help="model, data, batching, objective, training or lora.")
+    ] = None,
+    schema: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a JSON schema for editors instead.")
+    ] = None,
+) -> None:
+    """Print every key of a recipe with its type, default and meaning.
+
+    The sections `training:` and `lora:` take any field of transformers.TrainingArguments and peft.LoraConfig; they are
+    listed when they are named.
+    """
+    from packtrain.recipe import keys as recipe_keys
+    from packtrain.recipe.fields import did_you_mean
+    from packtrain.recipe.recipe import LIBRARY_SECTIONS, SECTIONS
+
+    if schema is not None:
+        schema.write_text(json.dumps(recipe_keys.schema(), indent=1) + "\n", encoding="utf-8")
+        Console().print(f"schema: {schema}", soft_wrap=True)
+        return
+    if section is not None and section not in SECTIONS:
+        near = did_you_mean(section, SECTIONS)
+        fix = f"did you mean {near}?" if near else f"the sections are {', '.join(SECTIONS)}"
+        raise PacktrainError("is not a section", key="SECTION", value=section, fix=fix)
+    console = Console()
+    for name in [section] if section else [name for name in SECTIONS if name not in LIBRARY_SECTIONS]:
+        owner = ""
+        table = _table(name)
+        for key in recipe_keys.keys_of(name):
+            if name == "objective" and key.owner != owner:
+                owner = key.owner
+                table.add_section()
+                table.add_row(f"name: {owner}", style="bold")
+                continue
+            default = "" if key.default is None else f" ({key.default})"
+            table.add_row(f"  {key.name}" if name == "objective" else key.name, f"{key.type}{default}", key.text)
+        console.print(table)
+    if section is None:
+        for name, library in LIBRARY_SECTIONS.items():
+            console.print(f"{name}: any field of {library.rpartition('.')[2]}; `packtrain keys {name}` lists them")
+
+
+def _table(section: str) -> Table:
+    table = Table(title=f"{section}:", title_justify="left", title_style="bold", box=None, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(style="cyan", max_width=34)
+    table.add_column(overflow="fold")
+    return table

@@ -1,0 +1,40 @@
+"""`packtrain show`: one batch as the model gets it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from packtrain.cli.options import Gpus, Overrides, RecipePath, load_checked
+
+
+def show(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    step: Annotated[int, typer.Option(min=0, metavar="N", help="Which update.")] = 0,
+    rank: Annotated[int, typer.Option(min=0, metavar="R", help="Of which rank.")] = 0,
+    micro_batch: Annotated[int, typer.Option(min=0, metavar="M", help="Which of its micro-batches.")] = 0,
+    examples: Annotated[
+        str | None, typer.Option(metavar="IDS", help="These examples instead: `3,17`, or a run's nonfinite.jsonl.")
+    ] = None,
+    documents: Annotated[int, typer.Option(min=0, metavar="N", help="Texts to print.")] = 8,
+    gpus: Gpus = 1,
+) -> None:
+    """Print one batch exactly as the model gets it: documents, positions, loss mask, text.
+
+    What is supervised, what is prompt and what is padding have different colours.
+    """
+    from packtrain.cli.batch_view import show_batch
+
+    show_batch(
+        load_checked(recipe, overrides),
+        Console(),
+        step=step,
+        rank=rank,
+        micro_batch=micro_batch,
+        examples=examples,
+        documents=documents,
+        world_size=gpus,
+    )

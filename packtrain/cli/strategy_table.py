@@ -1,0 +1,236 @@
+"""`packtrain plan`: the histogram of lengths and a table of strategies, of a recipe or of a lengths file alone."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from packtrain.cli.memory_table import AskedMemory, show_memory
+from packtrain.data.report import DataReport
+from packtrain.errors import PlanError
+from packtrain.objectives.task import find_training_examples, load_task
+from packtrain.packing.cost import find_cost
+from packtrain.packing.lengths import histogram, load_lengths
+from packtrain.packing.plan import Plan, make_plan, plan_run
+from packtrain.packing.recommend import recommend as choose
+from packtrain.packing.report import SAMPLED_STEPS, PlanReport, describe
+from packtrain.packing.strategies import STRATEGIES, resolve_strategy
+from packtrain.recipe.recipe import Recipe
+
+PERCENTILES = (0, 10, 50, 90, 99, 100)
+BARS = 14  # at most, in the histogram
+BAR_WIDTH = 40
+REFERENCE = "pad_longest"  # what most trainers do
+
+
+def show_plan(
+    recipe: Recipe,
+    console: Console,
+    *,
+    every: bool = False,
+    recommend: bool = False,
+    world_size: int = 1,
+    lengths_file: Path | None = None,
+    asked: AskedMemory | None = None,
+) -> None:
+    """Prints the lengths of the recipe's examples and what its strategy, or every strategy, does with them.
+
+    Args:
+        asked: the memory of one device; what a run needs of it is printed, too.
+
+    Raises:
+        PacktrainError: bad data, or the recipe's own strategy cannot take them.
+    """
+    lengths, supervised, report = _lengths(recipe, console, lengths_file)
+    if report is not None:
+        console.print("\n".join(report.lines()), soft_wrap=True, highlight=False)
+    console.print(length_histogram(lengths, unicode=console.encoding.startswith("utf")))
+
+    own = recipe.batching.strategy
+    names = dict.fromkeys([*STRATEGIES, own] if every else [own, REFERENCE])
+    rows: list[tuple[str, PlanReport | PlanError]] = []
+    plans: dict[str, Plan] = {}
+    for name in names:
+        try:
+            plan = plans[name] = _plan(recipe, name, lengths, world_size)
+            rows.append((name, describe(plan, sampled_steps=SAMPLED_STEPS // 4 if every else SAMPLED_STEPS)))
+        except PlanError as error:
+            if name == own:
+                raise
+            rows.append((name, error))
+    lost = report.tokens_lost if report is not None else 0
+    console.print(strategy_table(rows, own=own, world_size=world_size, data_lost=lost))
+    if recommend:
+        for line in choose(recipe.batching, recipe.schedule, lengths, **_run(recipe, world_size)).lines():
+            console.print(line, soft_wrap=True, highlight=False)
+    if asked is not None:
+        show_memory(recipe, plans, supervised, console, memory=asked.size, engine=asked.engine)
+
+
+def show_lengths(file: Path, console: Console, *, strategy: str, max_tokens: int, every: bool, world_size: int) -> None:
+    """What `show_plan` prints, for one epoch of a lengths file and no recipe.
+
+    Raises:
+        PlanError: a file or capacity from which nothing can be planned.
+    """
+    with console.status(f"reading {file}"):
+        lengths = load_lengths(file)
+        counts = histogram(lengths)
+    console.print(counts_histogram(counts, unicode=console.encoding.startswith("utf")))
+    rows: list[tuple[str, PlanReport | PlanError]] = []
+    for name in dict.fromkeys([*STRATEGIES, strategy] if every else [strategy, REFERENCE]):
+        with console.status(f"planning {len(lengths):,} examples with {name}"):
+            try:
+                plan = make_plan(lengths, strategy=name, max_tokens=max_tokens, world_size=world_size)
+                rows.append((name, describe(plan)))
+            except PlanError as error:
+                if name == strategy:
+                    raise
+                rows.append((name, error))
+    console.print(strategy_table(rows, own=strategy, world_size=world_size))
+
+
+def _lengths(recipe: Recipe, console: Console, file: Path | None) -> tuple[np.ndarray, np.ndarray, DataReport | None]:
+    """Lengths, supervised tokens (all, where only lengths are known) and the report of the data."""
+    if file is not None:
+        lengths = load_lengths(file)
+        return lengths, lengths, None
+    examples, why = find_training_examples(recipe)
+    if examples is None:
+        console.print(f"tokenising: {why}", style="dim", soft_wrap=True, highlight=False)
+        examples = load_task(recipe).train
+    return examples.lengths, examples.supervised, examples.report
+
+
+def _plan(recipe: Recipe, strategy: str, lengths: np.ndarray, world_size: int) -> Plan:
+    """The recipe's plan with another strategy; `tokens_per_step` goes along where it has a meaning."""
+    changed = {"strategy": strategy}
+    if strategy != recipe.batching.strategy and resolve_strategy(strategy).scope == "step":
+        changed["tokens_per_step"] = None
+    batching = recipe.batching.model_copy(update=changed)
+    return plan_run(batching, recipe.schedule, lengths, **_run(recipe, world_size))
+
+
+def _run(recipe: Recipe, world_size: int) -> dict[str, Any]:
+    """What a plan depends on besides batching, schedule and lengths."""
+    return {
+        "max_length": recipe.data.max_length,
+        "equal_lengths": recipe.objective.equal_lengths,
+        "world_size": world_size,
+        "cost": find_cost(recipe.model),
+    }
+
+
+# -------------------------------------------------------------------------------------------------- the histogram
+
+
+def length_histogram(lengths: np.ndarray, *, unicode: bool = True) -> RenderableType:
+    """As `counts_histogram`, of lengths int `[n]`."""
+    return counts_histogram(histogram(lengths), unicode=unicode)
+
+
+def counts_histogram(counts: np.ndarray, *, unicode: bool = True) -> RenderableType:
+    """Bars over lengths (each range sqrt(2) or 2 times as wide as the one before), percentiles, totals.
+
+    Args:
+        counts: int64 `[longest + 1]`, examples of each length.
+        unicode: whether the terminal has block characters.
+    """
+    total, tokens = int(counts.sum()), int((counts * np.arange(len(counts))).sum())
+    if not total:
+        return Text("no examples")
+    cumulative = np.cumsum(counts)
+    ranks = [max(1, int(np.ceil(total * percentile / 100))) for percentile in PERCENTILES]
+    quantiles = np.searchsorted(cumulative, ranks).tolist()  # the smallest length that many examples don't exceed
+
+    bars = Table.grid(padding=(0, 1))
+    bars.add_column(justify="right")
+    bars.add_column(width=BAR_WIDTH)
+    bars.add_column(justify="right")
+    bars.add_column(justify="right")
+    edges = _edges(quantiles[0], quantiles[-1])
+    inside = [int(counts[low:high].sum()) for low, high in pairwise(edges)]
+    for (low, high), count in zip(pairwise(edges), inside, strict=True):
+        bar = ("█" if unicode else "#") * round(BAR_WIDTH * count / max(inside))
+        label = f"{low:,}" if high == low + 1 else f"{low:,}-{high - 1:,}"
+        bars.add_row(label, Text(bar, "cyan"), f"{count:,}", f"{count / total:.1%}")
+
+    names = [{0: "shortest", 50: "median", 100: "longest"}.get(p, f"{p}%") for p in PERCENTILES]
+    percentiles = "   ".join(f"{name} {value:,}" for name, value in zip(names, quantiles, strict=True))
+    head = f"\n{total:,} examples, {tokens:,} tokens, mean {tokens / total:,.1f}"
+    return Group(Text(head, "bold"), bars, Text(percentiles + "\n"))
+
+
+def _edges(shortest: int, longest: int) -> list[int]:
+    """Range bounds from `shortest` to above `longest`, growing by a constant factor.
+
+    >>> _edges(5, 100)
+    [5, 6, 8, 11, 16, 23, 32, 45, 64, 91, 101]
+    """
+    for factor in (2**0.5, 2.0, 4.0):
+        grid = [round(factor**power) for power in range(1, 64) if factor**power < 2**40]
+        inner = sorted({edge for edge in grid if shortest < edge <= longest})
+        if len(inner) < BARS:
+            break
+    return [shortest, *inner, longest + 1]
+
+
+# ------------------------------------------------------------------------------------------------------ the table
+
+
+def strategy_table(
+    rows: list[tuple[str, PlanReport | PlanError]], *, own: str, world_size: int = 1, data_lost: int = 0
+) -> RenderableType:
+    """One row per strategy, the recipe's own in bold; those that change the updates are marked.
+
+    Args:
+        rows: name and report, or why the strategy cannot take these lengths.
+        data_lost: tokens that `overflow` took from the data, whatever the strategy.
+    """
+    title = f"Strategies on {world_size} device{'s' if world_size > 1 else ''}"
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_edge=False)
+    table.padding, table.pad_edge = (0, 0, 0, 1), False
+    table.add_column("\nstrategy", no_wrap=True)
+    for column in ("\nupdates", "micro-\nbatches", " examples per update\nmin    mean   max"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for column in ("\nfiller", "largest\nbatch", "tokens\nlost"):
+        table.add_column(column, justify="right", no_wrap=True)
+
+    notes = {}
+    for name, report in rows:
+        style = "bold" if name == own else None
+        if isinstance(report, PlanError):
+            table.add_row(name, style=style)
+            notes[f"{name} is impossible: {report.what}"] = None
+            continue
+        changed = resolve_strategy(name).scope == "epoch"
+        if changed:
+            notes["* packs the whole epoch: updates see other examples than with plain padding"] = None
+        if report.examples_split:
+            notes[f"{name} cuts {report.examples_split:,} examples into pieces"] = None
+        if report.sampled_updates < report.updates:
+            notes[f"the last four columns are from {report.sampled_updates:,} updates, evenly spaced"] = None
+        if report.bound:
+            gap = report.packs / report.bound - 1
+            notes[f"{name}: {report.packs:,} packs, proved to be at most {gap:.2%} above the fewest possible"] = None
+        for note in report.notes:
+            notes[f"{name}: {note}"] = None
+        low, mean, high = report.examples_per_update
+        table.add_row(
+            name + (" *" if changed else ""),
+            f"{report.updates:,}",
+            f"{report.micro_batches:,}",
+            f"{low:,} {mean:7,.1f} {high:5,}",
+            f"{report.filler_share:.1%}",
+            f"{report.largest_micro_batch:,}",
+            f"{report.tokens_dropped + data_lost:,}",
+            style=style,
+        )
+    return Group(Text(), table, Text("\n".join(["", *notes]), "dim"))

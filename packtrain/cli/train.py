@@ -1,0 +1,81 @@
+"""`packtrain train`: train a model from a recipe."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from packtrain.cli.options import LAST, RANK, Overrides, RecipePath, load_checked
+from packtrain.errors import hidden
+
+
+def train(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[PATH]", help="After RECIPE: go on from a checkpoint; without PATH from the newest good one."
+        ),
+    ] = None,
+    allow_changes: Annotated[
+        bool, typer.Option("--allow-changes", help="Resume although harmless keys of the recipe have changed.")
+    ] = False,
+    launch: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Start through `accelerate launch` with launch/NAME.yaml.")
+    ] = None,
+) -> None:
+    """Train a model from a recipe and print a summary.
+
+    Runs on any number of processes: `torchrun --nproc_per_node 2 -m packtrain train RECIPE`, or
+    `accelerate launch`. The steps see the same examples whatever their number.
+    """
+    loaded = load_checked(recipe, overrides)
+    if launch is not None:
+        from packtrain.training.launch import relaunch
+
+        sets = [part for override in overrides or [] for part in ("--set", override)]
+        more = [*(["--resume", resume] if resume else []), *(["--allow-changes"] if allow_changes else [])]
+        relaunch(launch, ["train", str(recipe), *sets, *more], use_cpu=bool(loaded.training.get("use_cpu")))
+    from packtrain.training.run import train as run
+
+    console = Console(quiet=RANK != 0)
+    resume_from = True if resume == LAST else resume or False
+    summary = run(loaded, resume=resume_from, allow_changes=allow_changes, console=console)
+    console.print(summary.table())
+    console.print("\nTry next:")
+    padded = f"{loaded.training['output_dir']}-padded"
+    sampled = loaded.objective.answers
+    for comment, command in next_commands(recipe, overrides or [], padded, sampled=sampled):
+        console.print(Text.assemble((f"  # {comment}\n", "dim"), ("  " + command, "bold")), soft_wrap=True)
+
+
+def next_commands(
+    recipe: Path, overrides: Sequence[str], padded_dir: str, *, sampled: bool = False
+) -> list[tuple[str, str]]:
+    """(what for, command), each as it can be pasted.
+
+    Args:
+        padded_dir: where a padded run would be stored.
+        sampled: whether the model is one that `sample` and `evaluate` take.
+    """
+
+    def command(verb: str, overrides: Sequence[str], *more: str) -> str:
+        sets = [part for override in overrides for part in ("--set", override)]
+        return hidden(shlex.join(["packtrain", verb, str(recipe), *sets, *more]))
+
+    padded = [override for override in overrides if "output_dir" not in override.partition("=")[0]]
+    padded += ["batching.strategy=pad_longest", f"training.output_dir={padded_dir}"]
+    answers = [("how its answers depend on the room they get", command("evaluate", overrides))] if sampled else []
+    return [
+        *answers,
+        ("what the model saw, step by step", command("show", overrides, "--step", "0")),
+        ("what every other strategy would do with these data", command("plan", overrides, "--all")),
+        ("the same updates with plain padding: compare losses and real tokens/s", command("train", padded)),
+    ]

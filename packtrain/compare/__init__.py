@@ -1,0 +1,1 @@
+"""Comparisons of strategies and trainers, each run in a fresh process."""

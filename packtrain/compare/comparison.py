@@ -1,0 +1,312 @@
+"""A comparison: the stored runs of an experiment as one row per variant, with its speed, cost and loss.
+
+Every row stands against the reference's. Speed is counted over the updates after `warmup_steps`, `measure_steps` of
+them: real tokens of the window over its seconds, one figure per round, and the ratio to the reference pair by pair
+(see `statistics`). Losses come from the rounds that train to the end. What was not measured is None.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from packtrain.compare.flops import peak_flops
+from packtrain.compare.results import Run, Update, read_manifest, read_runs
+from packtrain.compare.statistics import Ratio, Spread, largest_relative_difference, paired_ratio, spread
+from packtrain.compare.trainers import PACKTRAIN
+
+PHASES = ("data", "forward", "backward", "optimizer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One variant. Ratios are to the reference; memory in bytes; `*_difference` are the largest relative ones.
+
+    Attributes:
+        keeps_updates: whether every update sees the same examples as the reference's.
+        ends_with_reference: what both have had as much of at the end, `examples` or `updates`; None: nothing.
+        rounds: rounds that were timed.
+        tokens_per_second: real tokens, geometric mean over rounds; `supervised_per_second` likewise.
+        speed: ratio of real tokens per second.
+        update_rate: real tokens per second of single updates, over all rounds; `supervised_update_rate` likewise.
+        update_seconds: of single updates.
+        shares: share of each phase in the time of the updates; what is left is the trainer's own work.
+        memory, memory_before: peak, and before the first update; median over rounds.
+        held_out, per_example: final loss per supervised token and per example, mean over seeds.
+        held_out_ratio: of the final loss per token, paired over seeds.
+        equal_updates: at the last update at which this and the reference were both evaluated.
+        loss_difference, norm_difference: training loss and gradient norm, update by update; None unless
+            `keeps_updates`.
+        learning_runs: runs that trained to the end, one per seed.
+    """
+
+    name: str
+    trainer: str
+    strategy: str
+    keeps_updates: bool
+    ends_with_reference: str | None
+    failure: str | None
+    rounds: int
+    tokens_per_second: float | None
+    supervised_per_second: float | None
+    speed: Ratio | None
+    update_rate: Spread | None
+    supervised_update_rate: Spread | None
+    update_seconds: Spread | None
+    shares: Mapping[str, float] | None
+    padding_share: float | None
+    updates: int | None
+    examples_per_update: tuple[int, float, int] | None
+    tokens_dropped: int | None
+    memory: float | None
+    memory_before: float | None
+    memory_of: str | None
+    startup_seconds: float | None
+    held_out: float | None
+    per_example: float | None
+    held_out_ratio: Ratio | None
+    equal_updates: EqualUpdates | None
+    loss_difference: float | None
+    norm_difference: float | None
+    flops_per_second: float | None
+    mfu: float | None
+    attention: str | None
+    dtype: str | None
+    learning_runs: tuple[Run, ...]
+    timed_runs: tuple[Run, ...]
+
+    @property
+    def is_peer(self) -> bool:
+        return self.trainer != PACKTRAIN
+
+
+@dataclass(frozen=True, kw_only=True)
+class EqualUpdates:
+    """Held-out loss per token of a variant and of the reference after the same number of updates, mean over seeds."""
+
+    update: int
+    loss: float
+    reference: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """The rows of an experiment, in the order of its variants, and what was asked of it."""
+
+    name: str
+    manifest: Mapping[str, Any]
+    rows: tuple[Row, ...]
+
+    @property
+    def reference(self) -> Row:
+        return self.row(self.manifest["reference"])
+
+    @property
+    def others(self) -> list[Row]:
+        """Rows that are not the reference's."""
+        return [row for row in self.rows if not self.is_reference(row)]
+
+    def is_reference(self, row: Row) -> bool:
+        return row.name == self.manifest["reference"]
+
+    def row(self, name: str) -> Row:
+        return next(row for row in self.rows if row.name == name)
+
+    def speed_of(self, row: Row, other: Row) -> Ratio | None:
+        """Estimate how much faster `row` is than `other`, over the rounds that both were timed in."""
+        others = {run.round: run for run in other.timed_runs}
+        pairs = [(run, others[run.round]) for run in row.timed_runs if run.round in others]
+        return _ratio_of(pairs, lambda run: rate(run, self.manifest, "real_tokens"), self.manifest)
+
+    @property
+    def measured(self) -> list[Row]:
+        """Rows with a speed."""
+        return [row for row in self.rows if row.tokens_per_second is not None]
+
+    @property
+    def ours(self) -> list[Row]:
+        """Packtrain's rows with a speed whose updates are the reference's."""
+        return [row for row in self.measured if row.keeps_updates and not row.is_peer]
+
+    @property
+    def seeds(self) -> int:
+        """How many different seeds there are."""
+        return len({turn["seed"] for turn in self.manifest["rounds"]})
+
+    @property
+    def pairs(self) -> int:
+        """How many pairs the intervals of speeds are over: seeds, or the rounds of a single one."""
+        return max((row.speed.pairs for row in self.measured if row.speed), default=0)
+
+
+def read_comparison(directory: Path) -> Comparison:
+    """Read the experiment that is stored in a directory.
+
+    Raises:
+        PacktrainError: there is none, or a run is damaged.
+    """
+    manifest = read_manifest(directory)
+    return summarise(manifest, read_runs(directory, manifest))
+
+
+def summarise(manifest: Mapping[str, Any], runs: Sequence[Run]) -> Comparison:
+    """Make one row per variant of the manifest, in its order.
+
+    Variants without any run are left out, but not the reference once another variant has one.
+    """
+
+    def runs_of(name: str) -> list[Run]:
+        return [run for run in runs if run.variant == name]
+
+    reference = runs_of(manifest["reference"])
+    rows = [
+        _row(variant, its_runs, reference, manifest)
+        for variant in manifest["variants"]
+        if (its_runs := runs_of(variant["name"])) or (runs and variant["name"] == manifest["reference"])
+    ]
+    return Comparison(name=manifest["name"], manifest=manifest, rows=tuple(rows))
+
+
+def _row(variant: Mapping[str, Any], runs: list[Run], reference: list[Run], manifest: Mapping[str, Any]) -> Row:
+    learns = [turn["learns"] for turn in manifest["rounds"]]
+    finished = [run for run in runs if not run.failed]
+    timed = [run for run in finished if window(run, manifest)]
+    learning = [run for run in finished if learns[run.round]]
+    of_reference = {run.round: run for run in reference if not run.failed}
+    pairs = [(run, of_reference[run.round]) for run in timed if window(of_reference.get(run.round), manifest)]
+    learnt = [(run, of_reference[run.round]) for run in learning if run.round in of_reference]
+    keeps = variant["keeps_updates"]
+    updates = [update for run in timed for update in window(run, manifest)]
+    seen = [update for run in learning or timed for update in run.updates]
+    examples = [update.examples for update in seen if update.examples is not None]
+    ends = [run.end for run in finished]
+    only_timed = [run.end for run in finished if not learns[run.round]] or ends  # evaluation has a peak of its own
+    held_out = [run.held_out[-1] for run in learning if run.held_out]
+    flops = _total_rate(timed, manifest, "flops")
+    peak = peak_flops(ends[0].device, ends[0].dtype) if ends else None
+    return Row(
+        name=variant["name"],
+        trainer=variant["trainer"],
+        strategy=variant["recipe"]["batching"]["strategy"],
+        keeps_updates=keeps,
+        ends_with_reference=variant["ends_with_reference"],
+        failure=next((run.end.reason for run in runs if run.failed), None),
+        rounds=len(timed),
+        tokens_per_second=_total_rate(timed, manifest, "real_tokens"),
+        supervised_per_second=_total_rate(timed, manifest, "supervised_tokens"),
+        speed=_ratio_of(pairs, lambda run: rate(run, manifest, "real_tokens"), manifest),
+        update_rate=spread([u.real_tokens / u.seconds for u in updates]) if updates else None,
+        supervised_update_rate=spread([u.supervised_tokens / u.seconds for u in updates]) if updates else None,
+        update_seconds=spread([u.seconds for u in updates]) if updates else None,
+        shares=_shares(updates) if updates else None,
+        padding_share=1 - _sum(seen, "real_tokens") / _sum(seen, "computed_tokens") if seen else None,
+        updates=learning[0].end.planned_updates if learning else None,
+        examples_per_update=(min(examples), sum(examples) / len(examples), max(examples)) if examples else None,
+        tokens_dropped=ends[0].tokens_dropped if ends else None,
+        memory=_median(end.peak_memory for end in only_timed),
+        memory_before=_median(end.memory_before for end in only_timed),
+        memory_of=ends[0].memory_of if ends else None,
+        startup_seconds=_median(end.startup_seconds for end in ends),
+        held_out=_mean(point.loss for point in held_out),
+        per_example=_mean(point.loss_per_example for point in held_out),
+        held_out_ratio=_ratio_of(
+            [pair for pair in learnt if pair[0].held_out and pair[1].held_out],
+            lambda run: run.held_out[-1].loss,
+            manifest,
+        ),
+        equal_updates=_equal_updates(learnt),
+        loss_difference=_largest(learnt, lambda u: u.loss) if keeps else None,
+        norm_difference=_largest(learnt, lambda u: u.grad_norm) if keeps else None,
+        flops_per_second=flops,
+        mfu=flops / peak if flops and peak else None,
+        attention=ends[0].attention if ends else None,
+        dtype=ends[0].dtype if ends else None,
+        learning_runs=tuple(learning),
+        timed_runs=tuple(timed),
+    )
+
+
+def window(run: Run | None, manifest: Mapping[str, Any]) -> list[Update]:
+    """Return the timed updates of a run."""
+    first = manifest["warmup_steps"]
+    last = first + manifest["measure_steps"]
+    return [update for update in run.updates if first < update.update <= last] if run else []
+
+
+def rate(run: Run, manifest: Mapping[str, Any], field: str) -> float | None:
+    """Sum a field over the timed updates, per second of them; None where it was not measured in one."""
+    updates = window(run, manifest)
+    if any(getattr(update, field) is None for update in updates):
+        return None
+    return _sum(updates, field) / _sum(updates, "seconds")
+
+
+def _total_rate(runs: list[Run], manifest: Mapping[str, Any], field: str) -> float | None:
+    """Average `rate` over rounds: the geometric mean."""
+    rates = [rate(run, manifest, field) for run in runs]
+    if not rates or any(value is None or value <= 0 for value in rates):
+        return None
+    return math.exp(sum(map(math.log, rates)) / len(rates))
+
+
+def _ratio_of(
+    pairs: list[tuple[Run, Run]], figure: Callable[[Run], float], manifest: Mapping[str, Any]
+) -> Ratio | None:
+    if not pairs:
+        return None
+    seeds = [turn["seed"] for turn in manifest["rounds"]]
+    return paired_ratio(
+        [figure(run) for run, _ in pairs],
+        [figure(reference) for _, reference in pairs],
+        groups=[seeds[run.round] for run, _ in pairs] if len(set(seeds)) > 1 else None,
+    )
+
+
+def _shares(updates: list[Update]) -> dict[str, float]:
+    total = _sum(updates, "seconds")
+    return {phase: _sum(updates, f"{phase}_seconds") / total for phase in PHASES}
+
+
+def _equal_updates(learnt: list[tuple[Run, Run]]) -> EqualUpdates | None:
+    """Compare at the last update after which both runs of every pair were evaluated; None if there is no such."""
+
+    def losses(run: Run) -> dict[int, float]:
+        return {point.update: point.loss for point in run.held_out if point.update > 0}
+
+    curves = [(losses(run), losses(reference)) for run, reference in learnt]
+    common = set.intersection(*(mine.keys() & theirs.keys() for mine, theirs in curves)) if curves else set()
+    if not common:
+        return None
+    last = max(common)
+    return EqualUpdates(
+        update=last,
+        loss=float(np.mean([mine[last] for mine, _ in curves])),
+        reference=float(np.mean([theirs[last] for _, theirs in curves])),
+    )
+
+
+def _largest(learnt: list[tuple[Run, Run]], figure: Callable[[Update], float | None]) -> float | None:
+    """Find the largest relative difference of a figure to the reference's, over all seeds and updates."""
+    curves = [([figure(u) for u in run.updates], [figure(u) for u in reference.updates]) for run, reference in learnt]
+    if not curves or any(value is None for pair in curves for curve in pair for value in curve):
+        return None
+    return max(largest_relative_difference(mine, theirs) for mine, theirs in curves)
+
+
+def _sum(updates: Iterable[Update], field: str) -> float:
+    return sum(getattr(update, field) for update in updates)
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.median(known)) if known else None
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    known = list(values)
+    return float(np.mean(known)) if known else None

@@ -1,0 +1,295 @@
+"""An experiment: the recipe of a comparison. A base recipe, its variants, and how often and how long each runs.
+
+    base: ../quickstart.yaml             # relative to this file
+    set: {data.num_rows: 1500}           # for every variant
+    reference: pad_longest               # what the others are compared with
+    variants:
+      - pad_longest                      # a strategy
+      - balanced
+      - {name: balanced 8k, batching.strategy: balanced, batching.max_tokens: 8192}
+      - trl:padding                      # another trainer, see `peers`
+    seeds: [0]
+    repeats: 3                           # rounds per seed; a round runs every variant once
+    warmup_steps: 2                      # updates before the clock counts
+    measure_steps: 8                     # updates it counts
+
+The first round of a seed trains to the end of the base recipe's epochs and gives the losses; the others stop
+once they are timed. Every variant's recipe is checked before anything runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from packtrain.compare.results import slug
+from packtrain.compare.trainers import PACKTRAIN, TRAINERS
+from packtrain.errors import PacktrainError, RecipeError
+from packtrain.packing.strategies import STRATEGIES, resolve_strategy
+from packtrain.recipe.fields import Mapping, Positive, Text, Whole, check, did_you_mean
+from packtrain.recipe.reader import load_recipe
+from packtrain.recipe.recipe import Recipe
+from packtrain.recipe.yaml_source import Source
+from packtrain.training.checkpoints import redacted
+
+KEYS: dict[str, Any] = {
+    "base": Text,
+    "set": Mapping,
+    "reference": Text,
+    "variants": Annotated[list[Any], "a list of strategies, trainers and mappings"],
+    "seeds": Annotated[list[Whole], Field(min_length=1), "a list of whole numbers"],
+    "repeats": Positive,
+    "warmup_steps": Annotated[Whole, Field(ge=0)],
+    "measure_steps": Positive,
+}
+DEFAULTS = {"set": {}, "seeds": [42], "repeats": 3, "warmup_steps": 2, "measure_steps": 10}
+FORCED = {  # a comparison evaluates, logs and stores by itself, alike for every trainer
+    "training.save_strategy": "no",
+    "training.eval_strategy": "no",
+    "training.eval_on_start": False,
+    "training.report_to": "none",
+    "training.logging_strategy": "steps",
+    "training.logging_steps": 1,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One row of the comparison: a recipe, and the trainer that runs it (`packtrain`, or one of its peers)."""
+
+    name: str
+    trainer: str
+    recipe: Recipe
+
+    @property
+    def of_step_scope(self) -> bool:
+        """Whether its updates take the examples as they come, `examples_per_step` at a time."""
+        if self.trainer in TRAINERS:
+            return TRAINERS[self.trainer].keeps_order
+        return resolve_strategy(self.recipe.batching.strategy).scope == "step"
+
+    def keeps_updates_of(self, other: Variant) -> bool:
+        """Whether every update sees the same examples as `other`'s."""
+        mine, theirs = self.recipe, other.recipe
+        return (
+            (self.of_step_scope and other.of_step_scope)
+            and mine.data == theirs.data
+            and mine.batching.examples_per_step == theirs.batching.examples_per_step
+            and mine.training.get("data_seed") == theirs.training.get("data_seed")
+        )
+
+    def ends_with(self, other: Variant) -> str | None:
+        """Name what both have had as much of when their runs end: `examples`, `updates`, or None."""
+        mine, theirs = (
+            [v.recipe.training.get(key) for key in ("max_steps", "num_train_epochs")] for v in (self, other)
+        )
+        if mine != theirs or self.recipe.data != other.recipe.data:
+            return None
+        return "updates" if (mine[0] or -1) > 0 else "examples"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """One pass over all variants. `learns` is true for the first of a seed, which trains to the end."""
+
+    seed: int
+    learns: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """A checked comparison. `eval_every`: updates between held-out evaluations, None for the start and the end only."""
+
+    name: str
+    reference: str
+    variants: tuple[Variant, ...]
+    rounds: tuple[Round, ...]
+    warmup_steps: int
+    measure_steps: int
+    eval_every: int | None
+
+    @property
+    def of_reference(self) -> Variant:
+        return next(variant for variant in self.variants if variant.name == self.reference)
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seed of every round."""
+        return [turn.seed for turn in self.rounds]
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 (hex) of what a run depends on: equal hashes, comparable runs. More rounds may be added."""
+        variants = [(each.name, each.trainer, portable(each.recipe, show=_name, given=True)) for each in self.variants]
+        text = json.dumps(
+            [variants, self.reference, self.warmup_steps, self.measure_steps, self.eval_every], sort_keys=True
+        )
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Read and check the recipe of a comparison, and the recipe of every variant.
+
+    Args:
+        path: a YAML file.
+        overrides: `key=value` of this file (`repeats=1`), or of the base recipe (`data.path=train.jsonl`).
+
+    Raises:
+        RecipeError: with every problem in `.problems`.
+    """
+    source, of_base = Source.from_file(path), []
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if key in KEYS:
+            source.override((key,), override.partition("=")[2], f"--set {override}")
+        else:
+            of_base.append(override)
+    settings = _read_settings(source)
+    base = Path(path).parent / settings["base"]
+    common = [*_overrides(settings["set"]), *of_base]
+    learning = load_recipe(base, common)
+    entries = [_read_variant(item, source, f"variants.{number}") for number, item in enumerate(settings["variants"])]
+    entries = [entry for entry in entries if entry is not None]
+    _check_names([name for name, _, _ in entries], settings["reference"], source)
+    variants = []
+    for name, trainer, changes in entries:
+        try:
+            recipe = load_recipe(base, [*common, *changes, *_overrides(FORCED)])
+        except RecipeError as error:
+            source.problems += [
+                PacktrainError(p.what, where=f"variant {name}: {p.where}", key=p.key, value=p.value, fix=p.fix)
+                for p in error.problems
+            ]
+        else:
+            variants.append(Variant(name=name, trainer=trainer, recipe=recipe))
+    if source.problems:
+        raise RecipeError(source.problems)
+    return Experiment(
+        name=Path(path).stem,
+        reference=settings["reference"],
+        variants=tuple(variants),
+        rounds=tuple(
+            Round(seed=seed, learns=repeat == 0) for repeat in range(settings["repeats"]) for seed in settings["seeds"]
+        ),
+        warmup_steps=settings["warmup_steps"],
+        measure_steps=settings["measure_steps"],
+        eval_every=_eval_every(learning),
+    )
+
+
+def _read_settings(source: Source) -> dict[str, Any]:
+    """Check the file's own keys.
+
+    Raises:
+        RecipeError: one of them is wrong or missing, so that reading on makes no sense.
+    """
+    tree = source.tree if isinstance(source.tree, dict) else {}
+    settings = dict(DEFAULTS)
+    for key, value in tree.items():
+        if key not in KEYS:
+            near = did_you_mean(key, KEYS)
+            fix = f"did you mean {near}?" if near else f"known: {', '.join(KEYS)}"
+            _problem(source, key, "is not a key", fix=fix)
+            continue
+        settings[key], what, fix = check(KEYS[key], value)
+        if what:
+            _problem(source, key, what, value, fix=fix)
+    for key in ("base", "reference", "variants"):
+        if key not in tree:
+            _problem(source, key, "is missing")
+    if source.problems:
+        raise RecipeError(source.problems)
+    return settings
+
+
+def _read_variant(item: Any, source: Source, key: str) -> tuple[str, str, list[str]] | None:
+    """Read an entry under `variants:` as (name, trainer, overrides); None and a problem where it makes no sense."""
+    if isinstance(item, str):
+        if item not in STRATEGIES and item not in TRAINERS:
+            near = did_you_mean(item, [*STRATEGIES, *TRAINERS])
+            _problem(source, key, "is neither a strategy nor a trainer", item, fix=near and f"did you mean {near}?")
+            return None
+        item = {"name": item, "trainer" if item in TRAINERS else "batching.strategy": item}
+    if not isinstance(item, dict) or not isinstance(item.get("name"), str):
+        fix = "write a strategy, a trainer, or {name: ..., section.key: value}"
+        _problem(source, key, "has no name", item, fix=fix)
+        return None
+    changes = {name: value for name, value in item.items() if name not in ("name", "trainer")}
+    trainer = item.get("trainer", PACKTRAIN)
+    if trainer in TRAINERS:
+        changes = {"batching.strategy": TRAINERS[trainer].like, **changes}
+    elif trainer != PACKTRAIN:
+        near = did_you_mean(str(trainer), TRAINERS)
+        _problem(source, f"{key}.trainer", "is no trainer", trainer, fix=near and f"did you mean {near}?")
+        return None
+    return item["name"], trainer, _overrides(changes)
+
+
+def _check_names(names: list[str], reference: str, source: Source) -> None:
+    files = [slug(name) for name in names]
+    for name, file in zip(names, files, strict=True):
+        if files.count(file) > 1:
+            _problem(source, "variants", "has this name twice, or one too much like it", name, fix="rename one of them")
+    if reference not in names and not source.problems:
+        near = did_you_mean(reference, names)
+        _problem(source, "reference", "is no variant", reference, fix=near and f"did you mean {near}?")
+
+
+def _overrides(changes: dict[str, Any]) -> list[str]:
+    """Write `{key: value}` as `key=value` texts; JSON is YAML."""
+    return [f"{key}={json.dumps(value)}" for key, value in changes.items()]
+
+
+def _eval_every(recipe: Recipe) -> int | None:
+    training = recipe.training
+    every = training.get("eval_steps") if training.get("eval_strategy") == "steps" else None
+    return int(every) if isinstance(every, int | float) and every >= 1 else None
+
+
+def _problem(source: Source, key: str, what: str, *value: Any, fix: str | None = None) -> None:
+    given = {"value": value[0]} if value else {}
+    where = source.where(tuple(key.split(".")))
+    source.problems.append(PacktrainError(what, where=where, key=key, fix=fix, **given))
+
+
+def with_settings(recipe: Recipe, **changes: Any) -> Recipe:
+    """Return a recipe with other values under `training:`."""
+    return recipe.model_copy(update={"training": recipe.training | changes})
+
+
+def shown_path(path: str | Path) -> str:
+    """Write a local path for others: as given where it lies below the working directory, else the name alone."""
+    path = Path(path)
+    return path.name if path.is_absolute() or ".." in path.parts else path.as_posix()
+
+
+def portable(recipe: Recipe, show: Callable[[str], str] = shown_path, *, given: bool = False) -> dict[str, Any]:
+    """Return the recipe as plain data in which no path shows anything of this machine.
+
+    Args:
+        show: writes a local path.
+        given: leave out the defaults.
+    """
+    data = redacted(recipe.to_dict(given=given))
+    for section, key in (
+        ("data", "path"),
+        ("data", "eval_path"),
+        ("model", "model_name_or_path"),
+        ("model", "tokenizer_name_or_path"),
+        ("model", "chat_template"),
+    ):
+        value = data.get(section, {}).get(key)
+        if value is not None and (Path(value).is_absolute() or Path(value).exists()):
+            data[section][key] = show(value)
+    data["training"] = {key: value for key, value in data["training"].items() if key != "output_dir"}
+    return data
+
+
+def _name(path: str | Path) -> str:
+    return Path(path).name

@@ -1,0 +1,151 @@
+"""The peers: other people's trainers on the same model, examples, updates and seed.
+
+TRL's `SFTTrainer` and transformers' `Trainer` with `DataCollatorWithFlattening`, each in its own code as installed,
+with the attention that its documentation would have on this hardware: flash-attn where it is installed and the layout
+is flat, else sdpa. All that is settled for them is on this page and in `trainers.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+from transformers import DataCollatorWithFlattening, PrinterCallback, Trainer, TrainingArguments
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+
+from packtrain.compare.measure import Timed
+from packtrain.compare.trainers import TRAINERS
+from packtrain.data.examples import Examples
+from packtrain.packing.plan import Plan
+from packtrain.recipe.recipe import Recipe
+from packtrain.training.trainer import PackTrainer
+
+COLUMNS = datasets.Features(
+    {"input_ids": datasets.List(datasets.Value("int32")), "labels": datasets.List(datasets.Value("int64"))}
+)
+
+
+class PlannedOrder(Sampler):
+    """Gives the examples of each epoch in the order in which the plan's updates see them."""
+
+    def __init__(self, plan: Plan):
+        self.plan, self.epoch = plan, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.plan.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        first = sum(self.plan.steps_in_epoch(epoch) for epoch in range(self.epoch))
+        steps = range(first, min(first + self.plan.steps_in_epoch(self.epoch), self.plan.total_steps))
+        return iter(np.concatenate([self.plan.examples(step) for step in steps]).tolist())
+
+
+class InOrder(Trainer):
+    """Mixin in front of a Trainer: the examples come in the order of `planned_order`, if there is one."""
+
+    planned_order: PlannedOrder | None = None
+
+    def _get_train_sampler(self, train_dataset=None):
+        return self.planned_order or super()._get_train_sampler(train_dataset)
+
+
+class TimedFlatteningTrainer(Timed, InOrder, Trainer):
+    """transformers' Trainer, timed."""
+
+
+def as_peer(peer: str, recipe: Recipe) -> Recipe:
+    """Give the recipe the attention that a user of the peer would have, and lift packtrain's refusals."""
+    attention = recipe.model.attn_implementation
+    if attention == "auto":
+        attention = flash_attention() if TRAINERS[peer].is_flat and torch.cuda.is_available() else "sdpa"
+    model = recipe.model.model_copy(update={"attn_implementation": attention})
+    batching = recipe.batching.model_copy(update={"allow_contamination": True})
+    return recipe.model_copy(update={"model": model, "batching": batching})
+
+
+def flash_attention() -> str:
+    """Name the newest flash-attention that is installed, as `attn_implementation` calls it; else sdpa."""
+    if is_flash_attn_3_available():
+        return "flash_attention_3"
+    return "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
+
+
+def build_peer(peer: str, recipe: Recipe, packtrain: PackTrainer) -> tuple[Timed, int]:
+    """Build the peer's trainer, ready for `.train()`, and count the tokens that its own preparation dropped.
+
+    Args:
+        peer: a key of `TRAINERS`.
+        recipe: of the variant; `training:` goes to the peer's configuration as it stands.
+        packtrain: the trainer that packtrain would use: its model, plan, examples and tokenizer are the peer's.
+    """
+    trainer = _trl_trainer if TRAINERS[peer].package == "trl" else _flattening_trainer
+    built = trainer(peer, recipe, packtrain)
+    if TRAINERS[peer].keeps_order:
+        built.planned_order = PlannedOrder(packtrain.plan)
+    built.remove_callback(PrinterCallback)
+    given = int(packtrain.train_dataset.lengths.sum(dtype=np.int64))
+    return built, given - sum(len(ids) for ids in built.train_dataset["input_ids"])
+
+
+def _trl_trainer(peer: str, recipe: Recipe, packtrain: PackTrainer) -> Timed:
+    from trl import SFTConfig, SFTTrainer
+
+    class TimedSFTTrainer(Timed, InOrder, SFTTrainer):
+        """TRL's trainer, timed."""
+
+    options = dict(TRAINERS[peer].options)
+    unchanged = {"bf16": False, "gradient_checkpointing": False}  # TrainingArguments' defaults; SFTConfig has others
+    settings = unchanged | _arguments(recipe, **_sizes(peer, recipe, packtrain.plan)) | options
+    settings["max_length"] = recipe.data.max_length if options.get("packing") else None  # examples are cut already
+    return TimedSFTTrainer(
+        packtrain.model,
+        SFTConfig(**settings),
+        train_dataset=as_dataset(packtrain.train_dataset),
+        processing_class=packtrain.processing_class,
+    )
+
+
+def _flattening_trainer(peer: str, recipe: Recipe, packtrain: PackTrainer) -> Timed:
+    return TimedFlatteningTrainer(
+        packtrain.model,
+        TrainingArguments(**_arguments(recipe, **_sizes(peer, recipe, packtrain.plan))),
+        train_dataset=as_dataset(packtrain.train_dataset),
+        data_collator=DataCollatorWithFlattening(return_flash_attn_kwargs=True),
+        processing_class=packtrain.processing_class,
+    )
+
+
+def _arguments(recipe: Recipe, **sizes: int) -> dict[str, Any]:
+    return recipe.training | {"disable_tqdm": True, "logging_nan_inf_filter": False} | sizes
+
+
+def _sizes(peer: str, recipe: Recipe, plan: Plan) -> dict[str, int]:
+    """Size micro-batches no larger than packtrain's.
+
+    They get as many examples as the plan's accumulation leaves each, so that an update sees `examples_per_step`; or, for
+    packers, as many rows of `max_length` as `max_tokens` holds.
+    """
+    accumulation = plan.gradient_accumulation_steps
+    if not TRAINERS[peer].keeps_order:
+        rows = max(1, recipe.batching.max_tokens // recipe.data.max_length)
+        return {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation}
+    examples = recipe.batching.examples_per_step
+    accumulation = next(steps for steps in range(accumulation, examples + 1) if examples % steps == 0)
+    return {"per_device_train_batch_size": examples // accumulation, "gradient_accumulation_steps": accumulation}
+
+
+def as_dataset(examples: Examples) -> datasets.Dataset:
+    """Make the tokenised examples a `datasets.Dataset` of `input_ids` and `labels`, stored as `datasets` would."""
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for index in range(len(examples)):
+            yield examples[index]
+
+    return datasets.Dataset.from_list(list(rows()), features=COLUMNS)

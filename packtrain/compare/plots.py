@@ -1,0 +1,474 @@
+"""The figures of a comparison, each an SVG: those of its report, and the cover for a README.
+
+A figure takes a comparison, and is None where nothing was measured to draw.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from packtrain.compare.comparison import PHASES, Comparison, Row, window
+from packtrain.compare.drawing import BLOCKS, COLOURS, LINES, drawing
+from packtrain.compare.results import PICTURED_RANKS, Run
+from packtrain.compare.verdict import SAME_CURVE, fastest, headliner, signed
+
+BEHIND_TEXT = {"facecolor": COLOURS["card"], "edgecolor": "none", "pad": 0.8}
+
+
+def figures(comparison: Comparison) -> list[str]:
+    """Draw the figures of the report, in its order."""
+    drawn = [
+        throughput(comparison),
+        *losses(comparison),
+        padding(comparison),
+        phases(comparison),
+        step_times(comparison),
+        memory(comparison),
+        lengths(comparison),
+    ]
+    return [svg for svg in drawn if svg]
+
+
+# Speed, time, memory and lengths
+
+
+def throughput(comparison: Comparison) -> str | None:
+    """Draw real tokens per second as ratios to the reference, with intervals."""
+    rows = [row for row in comparison.measured if row.speed is not None]
+    if not rows:
+        return None
+    texts = [f"{row.speed.estimate:.2f}x" for row in rows]
+    alt = "Real tokens per second relative to " + comparison.reference.name + ": "
+    alt += ", ".join(f"{row.name} {row.speed.text()}" for row in rows)
+    with drawing("throughput", alt=alt, height=_height(rows)) as drawn:
+        ax = drawn.ax
+        _bars(ax, rows, [row.speed.estimate for row in rows], [""] * len(rows), comparison)
+        ends = drawn_ends(rows)
+        for place, row, end, text in zip(_places(rows), rows, ends, texts, strict=True):
+            _interval(ax, row, place, end, comparison)
+            ax.text(end + max(ends) * 0.015, place, text, va="center", fontsize=8, bbox=BEHIND_TEXT)
+        ax.set_xlim(0, max(ends) * 1.2)
+        ax.axvline(1, color=COLOURS["muted"], linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
+        ax.set_title("Speed: real tokens/s")
+        ax.set_xlabel(f"times {comparison.reference.name}; line: 95% interval")
+    return drawn.svg
+
+
+def _interval(ax: Axes, row: Row, place: int, end: float, comparison: Comparison) -> None:
+    """Draw the interval of a speed up to `end`, where there is one."""
+    if row.speed.low is not None and not comparison.is_reference(row):
+        ax.plot([row.speed.low, end], [place, place], color=COLOURS["muted"], linewidth=1.4)
+
+
+def drawn_ends(rows: Sequence[Row]) -> list[float]:
+    """Find where the intervals of the speeds end on paper: one without information must not flatten the bars."""
+    furthest = 2 * max(row.speed.estimate for row in rows)
+    return [min(row.speed.high or row.speed.estimate, furthest) for row in rows]
+
+
+def padding(comparison: Comparison) -> str | None:
+    """Draw the share of the computed tokens that are padding."""
+    rows = [row for row in comparison.rows if row.padding_share is not None]
+    if not rows:
+        return None
+    shares = [100 * row.padding_share for row in rows]
+    texts = [f"{share:.1f}%" if share >= 0.05 else "0%" for share in shares]
+    alt = "Share of computed tokens that are padding: "
+    alt += ", ".join(f"{row.name} {text}" for row, text in zip(rows, texts, strict=True))
+    with drawing("padding", alt=alt, height=_height(rows)) as drawn:
+        ax = drawn.ax
+        _bars(ax, rows, shares, texts, comparison)
+        ax.set_xlim(0, 125)
+        ax.set_xticks([0, 25, 50, 75, 100])
+        ax.set_title("Padding: computed for nothing")
+        ax.set_xlabel("% of computed tokens")
+    return drawn.svg
+
+
+def phases(comparison: Comparison) -> str | None:
+    """Draw where the time of an update goes, in microseconds per real token."""
+    rows = [row for row in comparison.measured if row.shares is not None]
+    if not rows:
+        return None
+    colours = dict(zip((*PHASES, "other"), ("line3", "line0", "line1", "line2", "padding"), strict=True))
+    alt = "Microseconds per real token by phase of the update. "
+    alt += ", ".join(f"{row.name} {1e6 / row.tokens_per_second:,.1f}" for row in rows)
+    with drawing("phases", alt=alt, height=_height(rows) + 0.25) as drawn:
+        ax, places = drawn.ax, _places(rows)
+        left = np.zeros(len(rows))
+        for phase, colour in colours.items():
+            parts = [_phase_share(row, phase) * 1e6 / row.tokens_per_second for row in rows]
+            ax.barh(places, parts, left=left, color=COLOURS[colour], height=0.62, label=phase)
+            left += parts
+        _name_rows(ax, rows)
+        ax.grid(axis="x")
+        ax.set_axisbelow(True)
+        ax.set_title("Where the time of an update goes")
+        ax.set_xlabel("microseconds per real token")
+        drawn.figure.legend(loc="outside lower center", ncols=5, handlelength=1, columnspacing=1)
+    return drawn.svg
+
+
+def _phase_share(row: Row, phase: str) -> float:
+    return row.shares[phase] if phase in row.shares else max(0.0, 1 - sum(row.shares.values()))
+
+
+def step_times(comparison: Comparison) -> str | None:
+    """Draw the seconds of single updates: tenth percentile to ninetieth, and the median."""
+    rows = [row for row in comparison.measured if row.update_seconds is not None]
+    if not rows:
+        return None
+    alt = "Seconds per update, median and tenth to ninetieth percentile: "
+    alt += ", ".join(
+        f"{r.name} {r.update_seconds.median:.3g} ({r.update_seconds.p10:.3g}-{r.update_seconds.p90:.3g})" for r in rows
+    )
+    with drawing("step-times", alt=alt, height=_height(rows)) as drawn:
+        ax, places = drawn.ax, _places(rows)
+        for place, row in zip(places, rows, strict=True):
+            colour, seconds = COLOURS[family(row, comparison)], row.update_seconds
+            band = {"linewidth": 5, "alpha": 0.35, "solid_capstyle": "round"}
+            ax.plot([seconds.p10, seconds.p90], [place, place], color=colour, **band)
+            single = [u.seconds for run in row.timed_runs for u in window(run, comparison.manifest)]
+            ax.plot(single, [place] * len(single), "|", color=colour, markersize=5, markeredgewidth=0.8)
+            ax.plot([seconds.median], [place], "o", color=colour, markersize=5)
+        _name_rows(ax, rows)
+        ax.set_ylim(-0.6, len(rows) - 0.4)
+        ax.set_xlim(left=0)
+        ax.grid(axis="x")
+        ax.set_title("Time of single updates")
+        ax.set_xlabel("seconds; dot: median, band: p10 to p90")
+    return drawn.svg
+
+
+def memory(comparison: Comparison) -> str | None:
+    """Draw peak memory, split into what was there before the first update and what training took."""
+    rows = [row for row in comparison.rows if row.memory is not None and row.memory_before is not None]
+    if not rows:
+        return None
+    unit, name = (2**30, "GiB") if max(row.memory for row in rows) >= 4 * 2**30 else (2**20, "MiB")
+    peaks, before = [row.memory / unit for row in rows], [row.memory_before / unit for row in rows]
+    texts = [f"{peak:,.1f}" if unit == 2**30 else f"{peak:,.0f}" for peak in peaks]
+    alt = f"Peak memory in {name}: " + ", ".join(f"{row.name} {text}" for row, text in zip(rows, texts, strict=True))
+    with drawing("memory", alt=alt, height=_height(rows)) as drawn:
+        ax = drawn.ax
+        _bars(ax, rows, peaks, texts, comparison)
+        ax.barh(_places(rows), before, color=COLOURS["padding"], height=0.62)
+        ax.set_title(f"Peak memory of the {rows[0].memory_of}")
+        ax.set_xlabel(f"{name}; light: before the first update")
+    return drawn.svg
+
+
+def lengths(comparison: Comparison) -> str | None:
+    """Draw a histogram of the examples' lengths, with the capacity and the longest length allowed."""
+    data = comparison.manifest.get("data")
+    if not data:
+        return None
+    edges, counts = np.array(data["edges"]), np.array(data["counts"])
+    alt = (
+        f"Histogram of {data['examples']:,} example lengths: median {data['median']:,.0f}, "
+        f"99th percentile {data['p99']:,.0f}, longest {data['max']:,} tokens; max_length {data['max_length']:,}, "
+        f"max_tokens {data['max_tokens']:,}"
+    )
+    with drawing("lengths", alt=alt, height=3.2) as drawn:
+        ax = drawn.ax
+        ax.bar(edges[:-1], counts, width=np.diff(edges), align="edge", color=COLOURS["ours"], edgecolor="none")
+        ax.set_xscale("log")
+        ax.set_yscale("log")
+        ax.xaxis.set_major_formatter(FuncFormatter(_tick))
+        ax.yaxis.set_major_formatter(FuncFormatter(_tick))
+        marks = (
+            ("median", "ink", ":"),
+            ("p99", "ink", "--"),
+            ("max_length", "packed", "-"),
+            ("max_tokens", "accent", "-"),
+        )
+        for key, colour, dash in marks:
+            label = f"{key} {data[key]:,.0f}"
+            ax.axvline(data[key], color=COLOURS[colour], linewidth=1.3, linestyle=dash, label=label)
+        ax.set_title("Lengths of the examples")
+        ax.set_xlabel("tokens (log)")
+        ax.set_ylabel("examples (log)")
+        drawn.figure.legend(loc="outside lower left", ncols=2, handlelength=1.8, columnspacing=1)
+    return drawn.svg
+
+
+def _bars(ax: Axes, rows: list[Row], values: list[float], texts: list[str], comparison: Comparison) -> None:
+    """Draw a horizontal bar for each row from the top down, with its text."""
+    places, right = _places(rows), max(values)
+    ax.barh(places, values, color=[COLOURS[family(row, comparison)] for row in rows], height=0.62)
+    _name_rows(ax, rows)
+    for place, value, text in zip(places, values, texts, strict=True):
+        ax.text(value + right * 0.015, place, text, va="center", fontsize=8)
+    ax.set_xlim(0, right * 1.28 or 1.0)
+    ax.xaxis.set_major_locator(MaxNLocator(5))
+    ax.grid(axis="x")
+    ax.set_axisbelow(True)
+
+
+def _name_rows(ax: Axes, rows: list[Row]) -> None:
+    ax.set_yticks(_places(rows), [row.name for row in rows])
+    ax.tick_params(axis="y", length=0)
+    ax.spines["left"].set_visible(False)
+
+
+def _places(rows: list[Row]) -> np.ndarray:
+    """Return where each row lies on the vertical axis; the first is on top."""
+    return np.arange(len(rows))[::-1]
+
+
+def _height(rows: list[Row]) -> float:
+    return 0.75 + 0.24 * len(rows)
+
+
+def family(row: Row, comparison: Comparison) -> str:
+    """Name the colour of a row's kind: the reference, another trainer, ours with the same updates or packed."""
+    if comparison.is_reference(row):
+        return "ink"
+    if row.is_peer:
+        return "peer"
+    return "ours" if row.keeps_updates else "packed"
+
+
+def _tick(value: float, _position: object = None) -> str:
+    """Write a tick's number: `12k`, `1.5M`."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:g}{letter}"
+    return f"{value:g}"
+
+
+# Losses
+
+SMOOTHING = 5  # updates of the running mean of a training loss
+AXES = (("update", "updates"), ("tokens", "real tokens seen"), ("seconds", "seconds in updates"))
+DASHES: dict[str, Any] = {"ours": "-", "packed": (0, (1, 1.2)), "peer": (0, (4, 2)), "ink": "-"}
+LEGEND_ROW = 0.155  # inches
+
+
+def losses(comparison: Comparison) -> Iterator[str]:
+    """Draw held-out loss, or the running mean of the training loss where it was hardly evaluated; one figure per axis."""
+    rows = [row for row in comparison.rows if row.learning_runs]
+    if not rows:
+        return
+    on_held_out = all(len(row.learning_runs[0].held_out) > 2 for row in rows)
+    kind = "held-out loss" if on_held_out else f"training loss, mean of {SMOOTHING} updates"
+    for axis, label in AXES:
+        alt = f"{kind.capitalize()} by {label}, at the end: "
+        alt += ", ".join(f"{row.name} {curve(row.learning_runs[0], axis, on_held_out)[1][-1]:.4f}" for row in rows)
+        with drawing(f"loss-by-{axis}", alt=alt, height=2.9 + LEGEND_ROW * ((len(rows) + 1) // 2)) as drawn:
+            ax = drawn.ax
+            for row, style in _styles(rows, comparison):
+                ax.plot(*curve(row.learning_runs[0], axis, on_held_out), label=row.name, **style)
+            ax.set_title(f"{'Held-out' if on_held_out else 'Training'} loss by {label}")
+            ax.set_xlabel(label)
+            ax.set_ylabel(kind)
+            ax.xaxis.set_major_formatter(FuncFormatter(_tick))
+            ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+            ax.grid(axis="y")
+            drawn.figure.legend(loc="outside lower left", ncols=2, handlelength=2.2, columnspacing=1)
+        yield drawn.svg
+
+
+def curve(run: Run, axis: str, on_held_out: bool) -> tuple[list[float], list[float]]:
+    """Return the points of one run: held-out evaluations, or the running mean of the training loss."""
+    totals = {
+        "update": lambda update: 1,
+        "tokens": lambda update: update.real_tokens,
+        "seconds": lambda update: update.seconds,
+    }
+    seen = np.concatenate([[0], np.cumsum([totals[axis](update) for update in run.updates])])  # [updates + 1]
+    if on_held_out:
+        return [float(seen[point.update]) for point in run.held_out], [point.loss for point in run.held_out]
+    values = np.array([update.loss for update in run.updates])
+    means = [float(values[max(0, end - SMOOTHING) : end].mean()) for end in range(1, len(values) + 1)]
+    return seen[1:].tolist(), means
+
+
+def _styles(rows: list[Row], comparison: Comparison) -> Iterator[tuple[Row, dict[str, Any]]]:
+    """Style the lines: the reference as a broad band below, a dash for each kind of variant, hues within a kind."""
+    used = dict.fromkeys(DASHES, 0)
+    for row in sorted(rows, key=comparison.is_reference, reverse=True):
+        if comparison.is_reference(row):
+            yield row, {"color": COLOURS["padding"], "linewidth": 6, "solid_capstyle": "round"}
+            continue
+        kind = family(row, comparison)
+        hue = LINES[used[kind] % len(LINES)]
+        used[kind] += 1
+        yield row, {"color": COLOURS[hue], "linewidth": 1.4, "linestyle": DASHES[kind]}
+
+
+# Layouts of an update
+
+MOST_ROWS = 48  # of one micro-batch
+MOST_MICRO_BATCHES = 4
+FLAT_ROW = 2.4  # height of a row with several documents; that of one with a single document is 1
+GAP = 1.2  # between micro-batches
+
+Layout = Sequence[Mapping[str, Any]]
+
+
+def packing_pictures(comparison: Comparison) -> Iterator[str]:
+    """Draw the first update of every variant of which it is known: its micro-batches as they went through the model."""
+    for number, row in enumerate(comparison.rows):
+        layout = next((run.end.layout for run in (*row.learning_runs, *row.timed_runs) if run.end.layout), None)
+        if layout:
+            real, computed = _tokens(layout)
+            alt = f"{row.name}, first update: {len(layout)} micro-batches, "
+            alt += f"{real:,} real of {computed:,} computed tokens"
+            yield picture(layout, title=row.name, name=f"layout-{number}", alt=alt)
+
+
+def rank_pictures(comparison: Comparison) -> Iterator[str]:
+    """Draw the first update of every variant that was planned over several ranks."""
+    for number, row in enumerate(comparison.rows):
+        layout = next((run.end.over_ranks for run in row.learning_runs if run.end.over_ranks), None)
+        if layout:
+            real, awaited = _tokens(layout)
+            waiting = f"{1 - real / awaited:.0%}"
+            alt = f"{row.name}, first update on {PICTURED_RANKS} ranks: {len(layout)} micro-steps, "
+            alt += f"{waiting} of the tokens' time spent waiting"
+            yield picture(layout, title=f"{row.name}: {waiting} waiting", name=f"ranks-{number}", alt=alt)
+
+
+def _tokens(layout: Layout) -> tuple[int, int]:
+    """Count the tokens of documents, and of the boxes they lie in."""
+    real = sum(sum(map(sum, batch["rows"])) for batch in layout)
+    return real, sum(batch["width"] * len(batch["rows"]) for batch in layout)
+
+
+def picture(layout: Layout, *, title: str, name: str, alt: str) -> str:
+    """Draw the first micro-batches of an update: documents as coloured blocks, padding as the light rest of a row.
+
+    Args:
+        layout: for each micro-batch `width` (tokens of a row) and `rows` (lengths of the documents of each).
+        title, name, alt: of the figure.
+    """
+    shown = layout[:MOST_MICRO_BATCHES]
+    more = f" (first {len(shown)} of {len(layout)} micro-batches)" if len(layout) > len(shown) else ""
+    heights = [_thickness(batch) * min(len(batch["rows"]), MOST_ROWS) for batch in shown]
+    with drawing(name, alt=alt, height=0.7 + 0.075 * (sum(heights) + GAP * len(shown))) as drawn:
+        ax, top, documents = drawn.ax, 0.0, 0
+        for batch in shown:
+            thickness = _thickness(batch)
+            for lengths in batch["rows"][:MOST_ROWS]:
+                box = {"height": 0.86 * thickness, "align": "edge"}
+                ax.barh(top, batch["width"], color=COLOURS["padding"], **box)
+                left = 0
+                for length in lengths:
+                    ax.barh(top, length, left=left, color=COLOURS[BLOCKS[documents % len(BLOCKS)]], **box)
+                    left, documents = left + length, documents + 1
+                top += thickness
+            top += GAP
+        ax.invert_yaxis()
+        ax.set_yticks([])
+        ax.spines["left"].set_visible(False)
+        ax.xaxis.set_major_locator(MaxNLocator(5))
+        ax.xaxis.set_major_formatter(FuncFormatter(_tick))
+        ax.set_title(title + more, fontsize=9)
+    return drawn.svg
+
+
+def _thickness(batch: Mapping[str, Any]) -> float:
+    return FLAT_ROW if any(len(lengths) > 1 for lengths in batch["rows"]) else 1.0
+
+
+# The cover
+
+WIDTH = 7.6  # inches
+MARGIN = 10  # points
+SCALE = 1.45  # pixels per point
+KINDS = (
+    ("ours", "the same updates as plain padding"),
+    ("packed", "packed over the whole epoch, the fastest"),
+    ("peer", "other trainers"),
+)
+
+
+def cover(comparison: Comparison, style: str) -> str | None:
+    """Draw how fast each variant is and what it does to the loss; None where there is no speed to show.
+
+    The SVG stands alone, on its own ground, in the light or dark colours of the page it is shown on:
+    results/compare_long_tail/speed.svg
+
+    Args:
+        style: the report's stylesheet, which begins with its colours.
+    """
+    rows = shown_rows(comparison)
+    if not rows:
+        return None
+    reference, subject = comparison.reference.name, headliner(comparison)
+    losses = [loss_of(row, comparison) for row in rows]
+    alt = f"Real tokens per second relative to {reference}, and the loss: "
+    alt += "; ".join(f"{row.name} {row.speed.text()}, {text}" for row, text in zip(rows, losses, strict=True))
+    with drawing("cover", alt=alt, height=1.25 + 0.27 * len(rows), width=WIDTH) as drawn:
+        ax, places = drawn.ax, _places(rows)
+        ends = drawn_ends(rows)
+        right = max(ends)
+        for kind, label in KINDS:
+            if any(family(row, comparison) == kind for row in rows):
+                ax.barh([places[0]], [0], color=COLOURS[kind], label=label)  # for the legend
+        for row, place, end, loss in zip(rows, places, ends, losses, strict=True):
+            weight = "bold" if row is subject else "normal"
+            ax.barh(place, row.speed.estimate, color=COLOURS[family(row, comparison)], height=0.66)
+            _interval(ax, row, place, end, comparison)
+            ax.text(
+                end + 0.02 * right, place, f"{row.speed.estimate:.2f}x", va="center", weight=weight, bbox=BEHIND_TEXT
+            )
+            ax.text(1.22 * right, place, loss, va="center", weight=weight, color=_colour(row))
+        _name_rows(ax, rows)
+        for label, row in zip(ax.get_yticklabels(), rows, strict=True):
+            label.set(weight="bold" if row is subject else "normal", color=COLOURS["ink"])
+        ax.plot([1, 1], [-0.5, places[0] + 0.5], color=COLOURS["muted"], linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
+        ax.set(xlim=(0, 1.78 * right), ylim=(-0.6, len(rows) + 0.1), xticks=[])
+        ax.spines["bottom"].set_visible(False)
+        for x, heading in ((0, f"real tokens/s, times {reference}"), (1.22 * right, f"loss, next to {reference}")):
+            ax.text(x, len(rows) - 0.3, heading, color=COLOURS["muted"], va="center")
+        if any(family(row, comparison) != "ink" for row in rows):
+            drawn.figure.legend(loc="outside lower left", ncols=3, handlelength=1, columnspacing=1.5)
+    return _alone(drawn.svg, style)
+
+
+def shown_rows(comparison: Comparison) -> list[Row]:
+    """Choose the rows with a speed; of those packed over the epoch only the fastest."""
+    rows = [row for row in comparison.measured if row.speed is not None]
+    packed = [row for row in rows if family(row, comparison) == "packed"]
+    return [row for row in rows if row not in packed or row is fastest(packed)]
+
+
+def loss_of(row: Row, comparison: Comparison) -> str:
+    """Write `the same in all 12 updates`, or how far the held-out loss is away; empty where neither was measured."""
+    if comparison.is_reference(row):
+        return ""
+    if row.loss_difference is not None and row.loss_difference <= SAME_CURVE:
+        return f"the same in all {len(row.learning_runs[0].updates):,} updates"
+    if row.held_out_ratio is None or row.ends_with_reference is None:
+        return ""
+    return f"{signed(row.held_out_ratio.estimate - 1)} held-out, same {row.ends_with_reference}"
+
+
+def _colour(row: Row) -> str:
+    same = row.loss_difference is not None and row.loss_difference <= SAME_CURVE
+    return COLOURS["accent" if same else "muted"]
+
+
+def _alone(svg: str, style: str) -> str:
+    """Make an inline SVG a file that stands alone, with the page's colours and a ground."""
+    colours = style[: style.index("* {")].strip()
+    _, _, *size = re.search(r'viewBox="([^"]*)"', svg)[1].split()
+    width, height = (float(side) + 2 * MARGIN for side in size)
+    box = (
+        f'viewBox="{-MARGIN} {-MARGIN} {width:g} {height:g}" width="{SCALE * width:.0f}" height="{SCALE * height:.0f}"'
+    )
+    head = f'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" {box}'
+    svg = re.sub(r'<svg (.*?)viewBox="[^"]*"', lambda found: f"<svg {found[1]}{head}", svg, count=1)
+    start = svg.index(">") + 1
+    ground = (
+        f'<rect x="{-MARGIN}" y="{-MARGIN}" width="{width:g}" height="{height:g}" rx="8" style="fill: var(--card)"/>'
+    )
+    return f"{svg[:start]}\n<style>\n{colours}\n</style>\n{ground}{svg[start:]}\n"

@@ -1,0 +1,211 @@
+"""The report of comparisons: one self-contained HTML page, rebuilt from stored files alone.
+
+    packtrain report DIR [DIR...]
+
+The same files give the same bytes: no dates, no random ids, numbers only from the stores. Several comparisons
+are laid side by side in one page, with a table of their ratios first. Next to the page stand its tables as
+`summary.csv` and `summary.md`, and its cover for a README as `speed.svg`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+from markupsafe import Markup, escape
+
+from packtrain.compare import plots
+from packtrain.compare.comparison import Comparison, Row, read_comparison
+from packtrain.compare.results import PICTURED_RANKS, write_atomically
+from packtrain.compare.tables import Column, columns, render_csv, render_markdown
+from packtrain.compare.verdict import note, verdict
+from packtrain.training.summary import name_machine
+
+REPORT, COVER = "report.html", "speed.svg"
+TEMPLATES = files("packtrain.compare") / "templates"
+GROUPS = (
+    ("the same updates as plain padding", lambda row: row.keeps_updates and not row.is_peer),
+    ("packed over the whole epoch: other updates", lambda row: not row.keeps_updates and not row.is_peer),
+    ("other trainers", lambda row: row.is_peer),
+)
+
+
+def write_report(directories: Sequence[str | Path], *, out: str | Path | None = None) -> Path:
+    """Write the tables, page and cover of each comparison into its directory, and return the report's path.
+
+    Args:
+        directories: written by `packtrain compare`.
+        out: where the page of several comparisons goes; `report.html` next to their directories by default.
+
+    Raises:
+        PacktrainError: a directory holds no experiment, or a damaged run.
+    """
+    paths = [Path(directory) for directory in directories]
+    comparisons = [read_comparison(path) for path in paths]
+    chapters = [chapter(comparison) for comparison in comparisons]
+    for path, comparison, own in zip(paths, comparisons, chapters, strict=True):
+        write_atomically(path / "summary.csv", render_csv(comparison))
+        write_atomically(path / "summary.md", render_markdown(comparison))
+        write_atomically(path / REPORT, render_page([own]))
+        cover = plots.cover(comparison, stylesheet())
+        if cover:
+            write_atomically(path / COVER, cover)
+    if len(paths) == 1 and out is None:
+        return paths[0] / REPORT
+    target = Path(out) if out else paths[0].parent / REPORT
+    write_atomically(target, render_page(chapters, side_by_side(comparisons)))
+    return target
+
+
+def render_page(chapters: Sequence[Mapping[str, Any]], side_by_side: Sequence[Sequence[str]] = ()) -> str:
+    """Render one HTML page of one or more chapters, and of the table that lays them side by side."""
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters["code"] = _mark_code
+    template = environment.from_string((TEMPLATES / "report.html.j2").read_text(encoding="utf-8"))
+    text = template.render(
+        style=stylesheet(),
+        title=" and ".join(own["name"] for own in chapters),
+        experiments=[_numbered(own, number) for number, own in enumerate(chapters)],
+        side_by_side=side_by_side,
+    )
+    return text + "\n"
+
+
+def stylesheet() -> str:
+    """Read the stylesheet of the page, which begins with its colours."""
+    return (TEMPLATES / "report.css").read_text(encoding="utf-8")
+
+
+def chapter(comparison: Comparison) -> dict[str, Any]:
+    """Collect what the template shows of one comparison."""
+    shown = columns(comparison)
+    return {
+        "name": comparison.name,
+        "facts": facts(comparison),
+        "sentences": verdict(comparison),
+        "note": note(comparison),
+        "headings": [heading for heading, _ in shown],
+        "groups": [
+            (title, [_line(row, shown, comparison) for row in comparison.rows if belongs(row)])
+            for title, belongs in GROUPS
+        ],
+        "figures": plots.figures(comparison) if comparison.rows else [],
+        "pictures": list(plots.packing_pictures(comparison)),
+        "rank_pictures": list(plots.rank_pictures(comparison)),
+        "world_size": PICTURED_RANKS,
+        "method": method(comparison),
+        "reasons": (comparison.manifest.get("recommendation") or {}).get("reasons", []),
+        "command": comparison.manifest["command"],
+        "setting": _yaml({key: comparison.manifest[key] for key in ("machine", "versions", "git")}),
+        "recipes": [(variant["name"], _yaml(variant["recipe"])) for variant in comparison.manifest["variants"]],
+    }
+
+
+def _yaml(data: object) -> str:
+    return yaml.safe_dump(data, sort_keys=False, width=100)
+
+
+def _numbered(own: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """Give a chapter and its figures ids that no other chapter has."""
+    prefix = f"e{number}"
+
+    def distinct(svg: str) -> str:
+        for reference in ('id="', 'href="#', "url(#"):
+            svg = svg.replace(reference, f"{reference}{prefix}-")
+        return svg
+
+    drawn = {part: [distinct(svg) for svg in own[part]] for part in ("figures", "pictures", "rank_pictures")}
+    return {**own, **drawn, "id": prefix}
+
+
+def _line(row: Row, shown: Sequence[Column], comparison: Comparison) -> dict[str, Any]:
+    return {
+        "name": row.name,
+        "role": plots.family(row, comparison),
+        "is_reference": comparison.is_reference(row),
+        "failure": row.failure if row.tokens_per_second is None else None,
+        "cells": [cell(row) for _, cell in shown],
+    }
+
+
+def facts(comparison: Comparison) -> list[str]:
+    """Say what was compared, in a few words each."""
+    manifest = comparison.manifest
+    recipe = next(v["recipe"] for v in manifest["variants"] if v["name"] == manifest["reference"])
+    ends = [run.end for row in comparison.rows for run in row.timed_runs]
+    end = ends[0] if ends else None
+    model = recipe["model"]
+    name = model["model_name_or_path"] or (model["config"] or {}).get("model_type", "")
+    result = []
+    if end is not None and end.trained_parameters is not None:
+        frozen = f" and {_rounded(end.frozen_parameters)} frozen" if end.frozen_parameters else ""
+        result.append(f"{name}, {_rounded(end.trained_parameters)} trained{frozen} parameters, {end.dtype}")
+    data = manifest.get("data")
+    if data:
+        result.append(f"{recipe['data']['path']}: {data['examples']:,} examples, {data['tokens']:,} tokens")
+    batching = recipe["batching"]
+    result.append(
+        f"{batching['examples_per_step']:,} examples per update, {batching['max_tokens']:,} tokens per micro-batch"
+    )
+    threads = end.threads if end is not None else None
+    return [*result, name_machine(manifest["machine"], threads)]
+
+
+def method(comparison: Comparison) -> list[str]:
+    """Say how this comparison was measured."""
+    manifest = comparison.manifest
+    rounds, seeds = manifest["rounds"], {turn["seed"] for turn in manifest["rounds"]}
+    first, count = manifest["warmup_steps"], manifest["measure_steps"]
+    return [
+        f"{_count(len(rounds), 'round')} over {_count(len(seeds), 'seed')}; in a round every variant runs "
+        "once, one after the other, each in a fresh process.",
+        f"Speed: real tokens over seconds of updates {first + 1} to {first + count}. Ratios are taken within a round; "
+        "intervals are 95% t intervals of their logarithms over the rounds.",
+        "The first round of a seed trains to the end and gives the losses, the updates and the padding.",
+        "Variants with the same updates see the same examples in the same updates as the reference. Those that pack "
+        "the whole epoch are compared at the end of the run and after the same number of updates.",
+        "Held-out loss is summed over tokens (and over examples) and divided once, by the same code for every trainer.",
+        "Other trainers get the same model, tokenised examples, seed and TrainingArguments, with micro-batches of at "
+        "most the tokens that packtrain's have; those that don't pack also get the examples in the same order.",
+        "FLOPs count the attention of each document by itself and no padding. A number that was not measured is absent.",
+    ]
+
+
+def side_by_side(comparisons: Sequence[Comparison]) -> list[list[str]]:
+    """Make the table of speed ratios over several comparisons: its heading, and a line per variant."""
+    names = list(dict.fromkeys(row.name for comparison in comparisons for row in comparison.rows))
+    head = ["variant", *(f"{each.name}, vs {each.manifest['reference']}" for each in comparisons)]
+
+    def cell(comparison: Comparison, name: str) -> str:
+        row = next((row for row in comparison.rows if row.name == name), None)
+        if row is None:
+            return ""
+        if comparison.is_reference(row) and row.speed:
+            return "1"
+        return "failed" if row.failure and row.speed is None else row.speed.text() if row.speed else ""
+
+    return [head, *([name, *(cell(comparison, name) for comparison in comparisons)] for name in names)]
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def _rounded(count: int) -> str:
+    """Write a count in three digits: `37.8k`, `0.8M`, `1.24B`."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.3g}{letter}"
+    return str(count)
+
+
+def _mark_code(text: str) -> Markup:
+    """Escape a text, and make `words` between backticks code."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))

@@ -1,0 +1,161 @@
+"""The tables of a comparison: one line per variant for people (Markdown, HTML), every number for machines (CSV)."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from packtrain.compare.comparison import PHASES, Comparison, Row
+from packtrain.compare.statistics import Spread
+from packtrain.compare.verdict import note, small, verdict
+
+ABSENT = ""
+
+Column = tuple[str, Callable[[Row], str]]  # heading, cell
+
+
+def columns(comparison: Comparison) -> list[Column]:
+    """Choose the columns to show: the speed, and those in which any variant has a cell."""
+    reference = comparison.manifest["reference"]
+    axes = {row.ends_with_reference for row in comparison.rows} - {None}
+    axis = f", same {axes.pop()}" if len(axes) == 1 else ""
+    every: list[Column] = [
+        (f"speed vs {reference}", lambda row: _speed(row, comparison)),
+        ("real tokens/s", lambda row: _number(row.tokens_per_second)),
+        ("training loss differs by", lambda row: _difference(row.loss_difference, row, comparison)),
+        (f"held-out loss{axis}", lambda row: _loss(row.held_out)),
+        ("updates", lambda row: _number(row.updates)),
+        ("examples per update", lambda row: _range(row.examples_per_update)),
+        ("padding", lambda row: _percent(row.padding_share)),
+        ("peak memory", lambda row: _bytes(row.memory)),
+        ("supervised tokens/s", lambda row: _number(row.supervised_per_second)),
+        ("seconds/update: median (p10-p90)", lambda row: _spread(row.update_seconds)),
+        ("tokens dropped", lambda row: _number(row.tokens_dropped)),
+        ("held-out loss, mean of examples", lambda row: _loss(row.per_example)),
+        ("held-out loss, same updates", lambda row: "" if axis == ", same updates" else _after_equal_updates(row)),
+        ("gradient norm differs by", lambda row: _difference(row.norm_difference, row, comparison)),
+        ("start-up", lambda row: "" if row.startup_seconds is None else f"{row.startup_seconds:.1f} s"),
+        ("TFLOP/s", lambda row: "" if row.flops_per_second is None else f"{row.flops_per_second / 1e12:.3g}"),
+        ("MFU", lambda row: _percent(row.mfu)),
+        ("attention", lambda row: row.attention or ABSENT),
+    ]
+    speed, *others = every
+    return [speed, *((heading, cell) for heading, cell in others if any(cell(row) for row in comparison.rows))]
+
+
+def render_markdown(comparison: Comparison) -> str:
+    """Render verdict and table, for a README or a pull request."""
+    shown = columns(comparison)
+    lines = [f"# {comparison.name}", "", *(f"- {sentence.text}" for sentence in verdict(comparison)), ""]
+    said = note(comparison)
+    lines += [said, ""] if said else []
+    lines.append("| variant | " + " | ".join(heading for heading, _ in shown) + " |")
+    lines.append("|---" * (len(shown) + 1) + "|")
+    for row in comparison.rows:
+        cells = [cell(row) for _, cell in shown]
+        if row.failure and row.tokens_per_second is None:
+            cells[0] = "failed"
+        lines.append(f"| {row.name} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", f"`{comparison.manifest['command']}`", ""])
+
+
+def render_csv(comparison: Comparison) -> str:
+    """Render every number with full precision; empty where it was not measured."""
+    buffer = io.StringIO()
+    records = [_numbers(row) for row in comparison.rows]
+    writer = csv.DictWriter(buffer, fieldnames=list(records[0]) if records else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return buffer.getvalue()
+
+
+def _numbers(row: Row) -> dict[str, Any]:
+    low, mean, high = row.examples_per_update or (None, None, None)
+    return {
+        "variant": row.name,
+        "trainer": row.trainer,
+        "strategy": row.strategy,
+        "keeps_updates": row.keeps_updates,
+        "failure": row.failure,
+        "rounds": row.rounds,
+        "real_tokens_per_second": row.tokens_per_second,
+        "supervised_tokens_per_second": row.supervised_per_second,
+        **_named("speed", row.speed, ("estimate", "low", "high")),
+        **_named("update_tokens_per_second", row.update_rate, ("median", "p10", "p90")),
+        **_named("update_supervised_per_second", row.supervised_update_rate, ("median", "p10", "p90")),
+        **_named("update_seconds", row.update_seconds, ("median", "p10", "p90")),
+        **{f"{phase}_share": (row.shares or {}).get(phase) for phase in PHASES},
+        "filler_share": row.padding_share,  # the column's name in stored files
+        "updates": row.updates,
+        "examples_per_update_min": low,
+        "examples_per_update_mean": mean,
+        "examples_per_update_max": high,
+        "tokens_dropped": row.tokens_dropped,
+        "held_out_loss": row.held_out,
+        "held_out_loss_per_example": row.per_example,
+        **_named("held_out_ratio", row.held_out_ratio, ("estimate", "low", "high")),
+        **_named("equal_updates", row.equal_updates, ("update", "loss", "reference")),
+        "loss_difference": row.loss_difference,
+        "grad_norm_difference": row.norm_difference,
+        "peak_memory_bytes": row.memory,
+        "memory_before_bytes": row.memory_before,
+        "memory_of": row.memory_of,
+        "startup_seconds": row.startup_seconds,
+        "flops_per_second": row.flops_per_second,
+        "mfu": row.mfu,
+        "attention": row.attention,
+        "dtype": row.dtype,
+    }
+
+
+def _named(prefix: str, value: object, fields: Sequence[str]) -> dict[str, Any]:
+    return {f"{prefix}_{name}": getattr(value, name, None) for name in fields}
+
+
+def _speed(row: Row, comparison: Comparison) -> str:
+    return ABSENT if row.speed is None else "1" if comparison.is_reference(row) else row.speed.text()
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ABSENT
+    return f"{value:,.0f}" if value >= 100 or float(value).is_integer() else f"{value:,.1f}"
+
+
+def _spread(value: Spread | None) -> str:
+    return ABSENT if value is None else f"{value.median:.3g} ({value.p10:.3g}-{value.p90:.3g})"
+
+
+def _percent(value: float | None) -> str:
+    return ABSENT if value is None else "0%" if value < 5e-4 else f"{value:.1%}"
+
+
+def _loss(value: float | None) -> str:
+    return ABSENT if value is None else f"{value:.4f}"
+
+
+def _range(values: tuple[int, float, int] | None) -> str:
+    if values is None:
+        return ABSENT
+    low, mean, high = values
+    return f"{mean:.1f} ({low:,}-{high:,})" if low != high else f"{low:,}"
+
+
+def _after_equal_updates(row: Row) -> str:
+    equal = row.equal_updates
+    if equal is None:
+        return ABSENT
+    of_reference = "" if row.keeps_updates else f" for {equal.reference:.4f}"
+    return f"{equal.loss:.4f}{of_reference} after {equal.update:,}"
+
+
+def _difference(value: float | None, row: Row, comparison: Comparison) -> str:
+    return ABSENT if value is None or comparison.is_reference(row) else small(value)
+
+
+def _bytes(value: float | None) -> str:
+    if value is None:
+        return ABSENT
+    return f"{value / 2**30:.1f} GiB" if value >= 10 * 2**30 else f"{value / 2**20:,.0f} MiB"

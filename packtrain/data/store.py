@@ -1,0 +1,451 @@
+"""Tokenised rows on disk: found again by what they were made from, whole or not there at all.
+
+    <cache>/tokens/<fingerprint>/   tokens*.arrow, lengths.npy, supervised.npy, store.json
+    <cache>/requests/<hash>.json    "these paths and options gave that fingerprint", with size and time of the files
+
+`<cache>` is an argument, else `$PACKTRAIN_CACHE`, else the platform's own (Linux: `$XDG_CACHE_HOME/packtrain`, else
+`~/.cache/packtrain`).
+
+A fingerprint covers the contents of the rows and of the tokenizer, the chat template, the options and the
+versions of what tokenises. A request is looked up without reading rows or loading a tokenizer: that is how a
+plan is made in a fraction of a second. Stores are written aside and renamed, so a reader, or a second process
+tokenising the same, never sees half of one.
+
+Tokens lie in Arrow buffers, and documents are read as numpy views, without a Python object per token. An Arrow list
+column is, chunk by chunk, one flat buffer of values and one of offsets:
+
+    documents  [5 6 7] [8 9] [4]          values   5 6 7 8 9 4
+                                          offsets  0     3   5 6
+
+so a document is a slice of a buffer, and a batch of documents one `np.concatenate` of slices. The buffers are
+memory maps of the files: opening costs nothing, workers share pages, and a pickle holds paths instead of data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from filelock import FileLock
+from platformdirs import user_cache_path
+
+from packtrain.data.formats import IGNORED, MASKS
+from packtrain.errors import DataError
+from packtrain.recipe.sections import ModelSection
+
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow as pa
+    from transformers import PreTrainedTokenizerBase
+
+
+STORE_VERSION = 2  # raise it when the same rows and options would give other tokens
+_ABANDONED_AFTER = 24 * 3600  # seconds after which a staging directory is a dead process's
+_SET_CACHE = "set the environment variable PACKTRAIN_CACHE to a directory that can be written to"
+_TOKENIZER_FILES = ("tokenizer*", "*.model", "*.jinja", "vocab*", "merges*", "special_tokens_map*", "added_tokens*")
+
+
+def cache_root(cache_dir: str | Path | None = None) -> Path:
+    """Returns the directory of the cache.
+
+    Raises:
+        DataError: it would lie in a home directory, and the user has none.
+    """
+    given = cache_dir or os.environ.get("PACKTRAIN_CACHE")
+    try:
+        return (Path(given) if given else user_cache_path("packtrain", appauthor=False)).expanduser()
+    except RuntimeError:
+        raise DataError("the cache has no directory: the user has no home directory", fix=_SET_CACHE) from None
+
+
+def hash_of(*parts: object) -> str:
+    """Returns the SHA-256 (hex) of plain data."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hashes everything that decides a tokenizer's output, whatever it is called and wherever it lies."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        contents = json.loads(backend.to_str())
+        contents |= {"truncation": None, "padding": None}  # left behind by earlier calls
+    else:
+        contents = tokenizer.get_vocab()
+    return hash_of(
+        type(tokenizer).__name__,
+        contents,
+        tokenizer.chat_template,
+        {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        {package: version(package) for package in ("transformers", "tokenizers", "jinja2")},
+    )
+
+
+def tokenizer_key(model: ModelSection) -> str:
+    """Returns a key for what a recipe says of its tokenizer, to be used in requests; local files count by size and time."""
+    name, files = model.tokenizer_name_or_path or model.model_name_or_path, []
+    if name and Path(name).is_dir():
+        files = [path for pattern in _TOKENIZER_FILES for path in Path(name).glob(pattern)]
+    if model.chat_template:
+        files.append(Path(model.chat_template))
+    existing = [path for path in files if path.exists()]
+    return hash_of(name, model.revision, model.tokenizer_vocab_size, stat_files(existing))
+
+
+def stat_files(paths: list[Path]) -> dict[str, list[int]]:
+    """Returns path -> [size in bytes, modification time in ns]."""
+    stats = {str(path.resolve()): path.stat() for path in sorted(paths)}
+    return {path: [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()}
+
+
+def find_store(fingerprint: str, cache_dir: str | Path | None = None) -> Documents | None:
+    """Returns the documents of that fingerprint, if their files are there in the sizes they were written with."""
+    return read_store(cache_root(cache_dir) / "tokens" / fingerprint)
+
+
+def read_store(directory: Path) -> Documents | None:
+    """Opens the documents of one store, memory-mapped; None if it is not there or not whole."""
+    try:
+        facts = json.loads((directory / "store.json").read_text())
+        files = facts.pop("files")
+        if files != {name: (directory / name).stat().st_size for name in files}:
+            return None
+        return Documents(
+            **facts,
+            tokens=open_files([directory / name for name in files if name.endswith(".arrow")]),
+            lengths=np.load(directory / "lengths.npy", mmap_mode="r"),
+            supervised=np.load(directory / "supervised.npy", mmap_mode="r"),
+            directory=directory,
+            reopen=partial(_reopen, directory),
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _reopen(directory: Path) -> Documents:
+    documents = read_store(directory)
+    if documents is None:
+        raise DataError("the tokenised rows have been removed, or are damaged", where=str(directory))
+    return documents
+
+
+def one_builder(fingerprint: str, cache_dir: str | Path | None = None) -> FileLock:
+    """Locks a store for one process; other ranks, also on other hosts of a shared disk, wait and then read."""
+    root = cache_root(cache_dir) / "locks"
+    with contextlib.suppress(OSError):  # `staging` says what is wrong with the directory
+        root.mkdir(parents=True, exist_ok=True)
+    return FileLock(root / f"{fingerprint}.lock")
+
+
+@contextlib.contextmanager
+def staging(cache_dir: str | Path | None = None) -> Iterator[Path]:
+    """Makes a directory to write a store into; whatever is left of it at the end is removed.
+
+    Raises:
+        DataError: the cache cannot be written to, or the rows can no longer be read.
+    """
+    root = cache_root(cache_dir) / "tokens"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(root)
+        directory = Path(tempfile.mkdtemp(prefix=".staging-", dir=root))
+    except OSError as error:
+        raise DataError(f"cannot write to the cache: {error.strerror}", where=str(root), fix=_SET_CACHE) from None
+    try:
+        yield directory
+    except OSError as error:  # a full disk, or a file of rows that is gone
+        raise DataError(f"tokenising failed: {error}", where=str(root)) from error
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def publish(directory: Path, facts: dict[str, object], cache_dir: str | Path | None = None) -> Documents:
+    """Moves a staged store to where it is looked for. If another process was faster, its store stands.
+
+    Args:
+        directory: holds `tokens*.arrow`, `lengths.npy`, `supervised.npy`.
+        facts: `fingerprint`, `format`, `problems`, `notes` of the documents.
+    """
+    sizes = {path.name: path.stat().st_size for path in sorted(directory.iterdir())}
+    (directory / "store.json").write_text(json.dumps(facts | {"files": sizes}))
+    target = cache_root(cache_dir) / "tokens" / str(facts["fingerprint"])
+    try:
+        os.rename(directory, target)
+    except OSError:  # there is one already
+        if read_store(target) is None:  # a damaged one
+            shutil.rmtree(target, ignore_errors=True)
+            os.rename(directory, target)
+    return _reopen(target)
+
+
+def remember(
+    request: dict[str, object], fingerprint: str, files: dict[str, list[int]], cache_dir: str | Path | None = None
+) -> None:
+    """Notes that a request gave a fingerprint, from files of these sizes and times."""
+    path = _request_path(request, cache_dir)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(f".{os.getpid()}")
+    aside.write_text(json.dumps({"fingerprint": fingerprint, "files": files, "request": request}))
+    os.replace(aside, path)
+
+
+def recall(
+    request: dict[str, object], files: dict[str, list[int]], cache_dir: str | Path | None = None
+) -> Documents | str:
+    """Returns the documents that a request gave before, or why there are none to use: `files` are as they stand now."""
+    try:
+        noted = json.loads(_request_path(request, cache_dir).read_text())
+    except (OSError, ValueError):
+        return "these rows have not been tokenised with these options yet"
+    if changed := _difference(noted["files"], files):
+        return changed
+    documents = find_store(noted["fingerprint"], cache_dir)
+    return documents or "the tokenised rows have been removed from the cache, or are damaged"
+
+
+def _difference(before: dict[str, list[int]], now: dict[str, list[int]]) -> str | None:
+    for name in before.keys() - now.keys():
+        return f"{name} is gone since the rows were tokenised"
+    for name in now.keys() - before.keys():
+        return f"{name} has been added since the rows were tokenised"
+    for name, (size, _) in before.items():
+        if now[name] != before[name]:
+            how = f"from {size:,} to {now[name][0]:,} bytes" if now[name][0] != size else "at the same size"
+            return f"{name} has changed since the rows were tokenised ({how})"
+    return None
+
+
+def _request_path(request: dict[str, object], cache_dir: str | Path | None) -> Path:
+    return cache_root(cache_dir) / "requests" / f"{hash_of(STORE_VERSION, request)}.json"
+
+
+def _remove_abandoned(root: Path) -> None:
+    for directory in root.glob(".staging-*"):
+        with contextlib.suppress(OSError):
+            last_written = max(path.stat().st_mtime for path in (directory, *directory.iterdir()))
+            if time.time() - last_written > _ABANDONED_AFTER:
+                shutil.rmtree(directory, ignore_errors=True)
+
+
+# ------------------------------------------------------------------------------------ tokens in Arrow buffers
+
+_MASKS = ("learnt", *MASKS)  # ours, and those of datasets tokenised elsewhere
+_COUNTED_AT_ONCE = 1 << 22  # tokens
+
+
+class ListColumn:
+    """A `list<integer>` column as numpy views of its chunks.
+
+    Args:
+        name: for messages.
+        column: the Arrow column; its buffers are kept alive by the views.
+
+    Raises:
+        DataError: not lists of integers, or with nulls.
+    """
+
+    def __init__(self, name: str, column: pa.ChunkedArray):
+        self.name = name
+        self._chunks = [self._views(chunk) for chunk in column.chunks if len(chunk)]
+        self._bounds = np.cumsum([0, *(len(offsets) - 1 for _, offsets in self._chunks)])  # [chunks + 1]
+
+    def _views(self, chunk: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+        """Returns (values, offsets `[documents + 1]`) of one chunk."""
+        import pyarrow as pa
+
+        if pa.types.is_fixed_size_list(chunk.type):
+            chunk = chunk.cast(pa.list_(chunk.type.value_type))
+        if not (pa.types.is_list(chunk.type) or pa.types.is_large_list(chunk.type)):
+            raise DataError(f"column '{self.name}' holds {chunk.type}, not lists of integers")
+        values = chunk.values
+        if pa.types.is_boolean(values.type):
+            values = values.cast(pa.uint8())
+        if not pa.types.is_integer(values.type):
+            raise DataError(f"column '{self.name}' holds lists of {values.type}, not of integers")
+        if chunk.null_count or values.null_count:
+            raise DataError(f"column '{self.name}' holds nulls")
+        return values.to_numpy(), chunk.offsets.to_numpy()
+
+    def __len__(self) -> int:
+        return int(self._bounds[-1])
+
+    def lengths(self) -> np.ndarray:
+        """Returns int32 `[documents]`, tokens of each."""
+        parts = [np.diff(offsets) for _, offsets in self._chunks]
+        return np.concatenate(parts or [np.empty(0)]).astype(np.int32)
+
+    def documents_with(self, test: Callable[[np.ndarray], np.ndarray]) -> list[int]:
+        """Finds the documents of which some token passes `test`, values `[k]` -> bool `[k]`."""
+        found = []
+        for (values, offsets), first in zip(self._chunks, self._bounds.tolist(), strict=False):
+            positions = np.flatnonzero(test(values[offsets[0] : offsets[-1]])) + offsets[0]
+            found += (np.unique(np.searchsorted(offsets, positions, side="right")) - 1 + first).tolist()
+        return found
+
+    def gather(self, documents: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+        """Returns tokens `starts..stops` of each document, end to end: int64 `[sum(stops - starts)]`."""
+        chunk = np.searchsorted(self._bounds, documents, side="right") - 1
+        local = documents - self._bounds[chunk]
+        views = [np.empty(0, dtype=np.int64)]
+        for c, document, start, stop in zip(
+            chunk.tolist(), local.tolist(), starts.tolist(), stops.tolist(), strict=True
+        ):
+            values, offsets = self._chunks[c]
+            first = int(offsets[document])
+            views.append(values[first + start : first + stop])
+        return np.concatenate(views, dtype=np.int64, casting="unsafe")  # "unsafe": uint64 is an integer too
+
+
+class Tokens:
+    """Input ids and labels of documents; where the labels come from depends on the columns present.
+
+    With `labels` they are read; else they are the input ids, ignored where a mask column says 0. The first label
+    of whatever is read is ignored: nothing before it predicts it.
+
+    Args:
+        open_table: gives the Arrow table; called at the first use, and again after unpickling.
+    """
+
+    def __init__(self, open_table: Callable[[], pa.Table]):
+        self._open_table = open_table
+
+    def __reduce__(self):
+        return Tokens, (self._open_table,)
+
+    @cached_property
+    def input_ids(self) -> ListColumn:
+        return self._column("input_ids")
+
+    @cached_property
+    def _labels(self) -> ListColumn | None:
+        return self._column("labels") if "labels" in self._table.column_names else None
+
+    @cached_property
+    def _masks(self) -> list[ListColumn]:
+        return [self._column(name) for name in _MASKS if name in self._table.column_names]
+
+    @cached_property
+    def blanks(self) -> np.ndarray | None:
+        """int32 `[documents]`: blank tokens at the end of each, behind its eos; None where that isn't known."""
+        return self._table["blanks"].to_numpy() if "blanks" in self._table.column_names else None
+
+    @cached_property
+    def _table(self) -> pa.Table:
+        return self._open_table()
+
+    def _column(self, name: str) -> ListColumn:
+        return ListColumn(name, self._table[name])
+
+    def gather(self, documents: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns (input_ids, labels) of the pieces, end to end, int64 `[T]` each."""
+        input_ids = self.input_ids.gather(documents, starts, stops)  # [T]
+        if self._labels is not None:
+            labels = self._labels.gather(documents, starts, stops)  # [T]
+        else:
+            labels = input_ids.copy()
+            for mask in self._masks:
+                labels[mask.gather(documents, starts, stops) == 0] = IGNORED
+        lengths = stops - starts
+        labels[(np.cumsum(lengths) - lengths)[lengths > 0]] = IGNORED
+        return input_ids, labels
+
+    def count_supervised(self, documents: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+        """Counts the supervised tokens of each piece, int32 `[pieces]`; pieces hold a token at least."""
+        lengths = (stops - starts).astype(np.int64)
+        if self._labels is None and not self._masks:
+            return (lengths - 1).astype(np.int32)
+        counts = np.empty(len(documents), dtype=np.int32)
+        batch = np.cumsum(lengths) // _COUNTED_AT_ONCE
+        for pieces in np.split(np.arange(len(documents)), np.flatnonzero(np.diff(batch)) + 1):
+            if len(pieces):
+                _, labels = self.gather(documents[pieces], starts[pieces], stops[pieces])
+                firsts = np.cumsum(lengths[pieces]) - lengths[pieces]
+                counts[pieces] = np.add.reduceat(labels != IGNORED, firsts, dtype=np.int32)
+        return counts
+
+    def problems(self) -> list[tuple[int, str]]:
+        """Returns (document, reason) for what tokens made elsewhere may have wrong; ours are checked while encoding."""
+        lengths = self.input_ids.lengths()
+        found = [(document, "'input_ids' is empty") for document in np.flatnonzero(lengths == 0).tolist()]
+        negative = self.input_ids.documents_with(lambda ids: ids < 0)
+        found += [(document, "'input_ids' holds a negative id") for document in negative]
+        if self._labels is not None:
+            negative = self._labels.documents_with(lambda labels: (labels < 0) & (labels != IGNORED))
+            found += [(document, f"'labels' holds a negative id other than {IGNORED}") for document in negative]
+        for column in self._masks if self._labels is None else [self._labels]:
+            others = column.lengths()
+            for document in np.flatnonzero(others != lengths).tolist():
+                reason = f"'{column.name}' has {others[document]} entries for {lengths[document]} input_ids"
+                found.append((document, reason))
+        if "attention_mask" in self._table.column_names:
+            reason = "'attention_mask' has zeros: the row holds padding; tokenise without padding"
+            padded = self._column("attention_mask").documents_with(lambda mask: mask == 0)
+            found += [(document, reason) for document in padded]
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Documents:
+    """Tokenised rows: document i is row i, empty where the row is bad.
+
+    Attributes:
+        lengths, supervised: int32 `[documents]`, tokens and supervised tokens.
+        problems: (row, reason) of every bad row.
+        notes: statements for the report.
+        directory, reopen: where they are stored, and what unpickling calls instead of copying arrays; None for
+            those of a dataset.
+    """
+
+    fingerprint: str
+    format: str
+    tokens: Tokens
+    lengths: np.ndarray
+    supervised: np.ndarray
+    problems: Sequence[tuple[int, str]] = ()
+    notes: Sequence[str] = ()
+    directory: Path | None = None
+    reopen: Callable[[], Documents] | None = None
+
+    def __reduce_ex__(self, protocol):
+        return super().__reduce_ex__(protocol) if self.reopen is None else (self.reopen, ())
+
+
+def open_files(paths: Sequence[Path]) -> Tokens:
+    """Opens tokens in Arrow stream files (as `datasets` writes them), memory-mapped."""
+    return Tokens(partial(_table_of_files, [str(path) for path in paths]))
+
+
+def open_dataset(dataset: datasets.Dataset) -> Tokens:
+    """Opens tokens in a `datasets.Dataset`; copied only where it is a selection or a shuffle of its table."""
+    return Tokens(partial(_table_of_dataset, dataset))
+
+
+def _table_of_files(paths: list[str]) -> pa.Table:
+    import pyarrow as pa
+
+    return pa.concat_tables(pa.ipc.open_stream(pa.memory_map(path)).read_all() for path in paths)
+
+
+def _table_of_dataset(dataset: datasets.Dataset) -> pa.Table:
+    import pyarrow as pa
+
+    wanted = ("input_ids", "labels", "attention_mask", *_MASKS)
+    columns = [name for name in dataset.column_names if name in wanted]
+    if "input_ids" not in columns or not len(dataset):
+        found = f"{len(dataset)} rows with {', '.join(dataset.column_names) or 'no columns'}"
+        raise DataError(
+            f"no rows with a column 'input_ids': {found}", fix="tokenise the rows first, or use `build_examples`"
+        )
+    batches = dataset.select_columns(columns).with_format("arrow").iter(batch_size=10_000)
+    return pa.concat_tables(batches)

@@ -1,0 +1,266 @@
+"""`packtrain_varlen`: packed attention for every transformers model that looks its attention up by name.
+
+    register()
+    model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="packtrain_varlen")
+    model(input_ids, position_ids=..., cu_seq_lens_q=..., cu_seq_lens_k=..., use_cache=False)
+
+Two functions are registered through transformers' public interfaces, nothing is patched:
+
+- `varlen_attention_forward` computes attention within each document of a flat batch (`[1, T]`). It learns the
+  documents from `cu_seq_lens_q` or, where that is missing, from `position_ids` that restart. All that a layer
+  asks for is honoured (window, grouped heads, scaling, softcap, sinks, position bias, dropout, a mask) or
+  refused with a `ModelError`. A batch that is not packed gets transformers' own sdpa attention.
+- `varlen_mask` builds no mask where the attention function can do without one, and otherwise returns sdpa's.
+
+| batch | the mask function returns | the attention function does |
+|---|---|---|
+| flat, causal, with or without a window | None | documents, window from `sliding_window` |
+| flat, a mask it can't name (chunked, custom) | sdpa's mask | documents, with its diagonal blocks |
+| flat, bidirectional | sdpa's: None, or the window | documents, with its diagonal blocks |
+| one plain row `[1, T]` | None (or sdpa's mask) | one document, which is what sdpa does |
+| `[B, T]`, padded or packed, with a mask | sdpa's mask | sdpa |
+| `[B, T]`, packed, no mask (encoders; a cache) | None, as sdpa | rows one after the other, documents |
+| decoding with a cache | sdpa's mask | sdpa |
+
+The name has no "flash" in it: transformers takes such names for flash-attn itself and treats masks its way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from packtrain.errors import ModelError
+from packtrain.modeling.attention.kernels import HALF, Documents, Pattern, attend, attend_dense, causal_mask
+from packtrain.modeling.attention.mask import varlen_mask
+from packtrain.recipe.fields import did_you_mean
+
+NAME = "packtrain_varlen"
+
+
+def register() -> str:
+    """Makes `attn_implementation="packtrain_varlen"` known to transformers. Idempotent. Returns the name."""
+    AttentionInterface.register(NAME, varlen_attention_forward)
+    AttentionMaskInterface.register(NAME, varlen_mask)
+    return NAME
+
+
+def check_implementation(name: str) -> None:
+    """Raises ModelError for a name that nobody registered; "org/name" is a kernel from the Hub."""
+    register()
+    known = ["auto", "eager", *AttentionInterface().valid_keys()]
+    if name not in known and "/" not in name:
+        near = did_you_mean(name, known)
+        hint = f"did you mean {near}?" if near else f"one of {', '.join(known)}"
+        raise ModelError("no such attention implementation", key="model.attn_implementation", value=name, fix=hint)
+
+
+def choose_implementation(requested: str, layout: str, device: torch.device | str, dtype: torch.dtype) -> str | None:
+    """Chooses the attention implementation to load a model with.
+
+    Args:
+        requested: the recipe's `attn_implementation`; "auto" picks `packtrain_varlen` for flat layouts and
+            leaves padded ones to transformers (None: sdpa, or eager where a model has no sdpa).
+        layout: "flat" or "padded".
+        device, dtype: where and in what the model will run.
+
+    Raises:
+        ModelError: for a name nobody registered, or one that cannot train on this device or dtype.
+    """
+    assert layout in ("flat", "padded"), layout
+    register()
+    if requested == "auto":
+        return NAME if layout == "flat" else None
+    check_implementation(requested)
+    device_type, key = torch.device(device).type, "model.attn_implementation"
+    fix = "use auto"
+    if requested.startswith("flash_attention") and (device_type != "cuda" or dtype not in HALF):
+        what = f"flash-attn runs on CUDA in float16 or bfloat16, not on {device_type} in {dtype}"
+        raise ModelError(what, key=key, value=requested, fix=fix)
+    if requested == "flex_attention" and device_type == "cpu":
+        raise ModelError("flex attention has no backward pass on CPU", key=key, value=requested, fix=fix)
+    return requested
+
+
+# -------------------------------------------------------------------------------- the attention function
+
+
+def varlen_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """Computes attention for packed, padded and plain batches alike, as transformers calls it.
+
+    Args:
+        query: `[B, H, T, D]`; key: `[B, Hkv, K, D]`; value: `[B, Hkv, K, Dv]`; K is T where documents are packed.
+        attention_mask: `[B, 1 or H, T, K]`, bool or additive, or None.
+        s_aux: `[H]`, the logit of each head's attention sink.
+        kwargs: of these it reads `cu_seq_lens_q`, `cu_seq_lens_k` (int32 `[S + 1]`), `position_ids` and
+            `sliding_window`.
+
+    Returns:
+        `[B, T, H, Dv]`, and None for the attention weights, which are never formed.
+
+    Raises:
+        ModelError: documents that don't fit the row, or a packed layer that asks for what can't be done here.
+    """
+    if kwargs.get("cache") is not None:
+        raise refusal("continuous batching brings a paged cache of its own", "generate with sdpa")
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    pattern = Pattern(
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        causal=is_causal,
+        mask=attention_mask,
+        bias=position_bias,
+        softcap=softcap,
+        sinks=s_aux,
+        dropout=dropout,
+    )
+    documents = find_documents(module, query, key, attention_mask, kwargs)
+    if documents is not None:
+        pattern = packed_pattern(module, query, documents, pattern, kwargs)
+        rows = (end_to_end(states) for states in (query, key, value))
+        output = attend(*rows, documents, pattern)  # [1, B * T, H, Dv]
+        return output.view(query.shape[0], query.shape[2], *output.shape[2:]), None
+    if softcap is None and s_aux is None:
+        options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
+        options |= {"position_bias": position_bias, **kwargs}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    return attend_unpacked(query, key, value, pattern), None
+
+
+def end_to_end(states: Tensor) -> Tensor:
+    """Reshapes `[B, H, T, D]` to `[1, H, B * T, D]`, one row after the other."""
+    return states if states.shape[0] == 1 else states.transpose(0, 1).flatten(1, 2).unsqueeze(0)
+
+
+def attend_unpacked(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern) -> Tensor:
+    """Does what sdpa attention would do if it knew softcap and sinks: same shapes, same reading of a missing mask
+    (causal for more than one query, over the first T keys, as an empty static cache is longer)."""
+    q_length, mask = query.shape[2], pattern.mask
+    if mask is None and pattern.causal and q_length > 1:
+        key, value = key[:, :, :q_length], value[:, :, :q_length]
+        mask = causal_mask(q_length, None, query.device)
+    return attend_dense(query, key, value, mask, pattern).transpose(1, 2).contiguous()
+
+
+def packed_pattern(
+    module: nn.Module, query: Tensor, documents: Documents, pattern: Pattern, kwargs: Mapping
+) -> Pattern:
+    """Returns `pattern` with the layer's window; refuses what a packed layer may ask for and would not get."""
+    if pattern.mask is not None:
+        if pattern.mask.dim() != 4 or pattern.mask.shape[-2:] != (query.shape[2], query.shape[2]):
+            raise refusal(f"a mask of shape {tuple(pattern.mask.shape)} for one row of documents")
+        return pattern  # a mask already holds the window
+    for name in ("indices", "block_indices", "sinks"):
+        if kwargs.get(name) is not None:
+            raise refusal(f"{type(module).__name__} passes `{name}` to its attention")
+    if pattern.bias is not None and query.shape[0] > 1:
+        raise refusal("a position bias for several rows of documents")
+    if kwargs.get("output_attentions"):
+        raise refusal("attention weights are never formed", "don't ask for output_attentions")
+    if "sliding_window" in kwargs:
+        return replace(pattern, window=kwargs["sliding_window"])
+    window = unsaid_window(module)
+    if window is not None and documents.longest > window:
+        what = f"{type(module).__name__} has a window of {window} but does not pass it to its attention"
+        raise refusal(what, f"keep documents within {window} tokens, or use sdpa")
+    return pattern
+
+
+def unsaid_window(module: nn.Module) -> int | None:
+    """Returns the window of the config, if it may concern this layer."""
+    config = getattr(module, "config", None)
+    layer_types, layer = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
+    if layer_types and layer is not None and layer_types[layer] != "sliding_attention":
+        return None
+    return getattr(config, "sliding_window", None)
+
+
+# ----------------------------------------------------------------------------------------- the documents
+
+
+def find_documents(
+    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, kwargs: Mapping
+) -> Documents | None:
+    """Finds the documents of a row, or returns None for a batch that sdpa attention can take as it is.
+
+    A plain row without mask is one document: that is sdpa's own reading, and keeps a window in force.
+    """
+    rows, length = query.shape[0], query.shape[2]
+    row_to_itself = key.shape[2] == length and not getattr(module, "is_cross_attention", False)
+    cu_seq_lens = kwargs.get("cu_seq_lens_q")
+    if cu_seq_lens is not None:
+        documents = documents_of(cu_seq_lens, bounds_from_cu_seq_lens)
+        if rows > 1 or not row_to_itself:
+            if len(documents.bounds) == 2:
+                return None
+            shapes = f"queries {tuple(query.shape)} and keys {tuple(key.shape)}"
+            raise refusal(f"{type(module).__name__} attends from documents to something else: {shapes}")
+        check_fit(documents, length, kwargs.get("cu_seq_lens_k"))
+        return documents
+    if not row_to_itself or mask is not None:
+        return None
+    positions, plain = kwargs.get("position_ids"), Documents(bounds=(0, length), device=query.device)
+    if not torch.is_tensor(positions) or positions.shape != (rows, length):
+        return plain if rows == 1 else None
+    documents = documents_of(positions, bounds_from_positions)
+    return documents if rows == 1 or len(documents.bounds) > rows + 1 else None
+
+
+def check_fit(documents: Documents, length: int, cu_seq_lens_k: Tensor | None) -> None:
+    """Refuses offsets that don't fit the row: the kernels read whatever memory they point at."""
+    bounds = documents.bounds
+    if bounds[0] != 0 or bounds[-1] != length or any(a >= b for a, b in pairwise(bounds)):
+        shown = f"documents end at {bounds[-1]} of {length} tokens"
+        fix = "virtual tokens (prompt tuning) need a padded layout"
+        raise refusal(f"cu_seq_lens does not fit the row ({shown})", fix)
+    if cu_seq_lens_k is not None and documents_of(cu_seq_lens_k, bounds_from_cu_seq_lens).bounds != bounds:
+        raise refusal("cu_seq_lens_k differs from cu_seq_lens_q")
+
+
+def documents_of(source: Tensor, read: Callable[[Tensor], tuple[int, ...]]) -> Documents:
+    """Returns the documents that `source` tells of, read to the host once per batch rather than once per layer.
+
+    All layers get the same tensor object, so what was read stays on it, for as long as nobody writes to it.
+    """
+    version = None if source.is_inference() else source._version
+    known = getattr(source, "_packtrain_documents", None)
+    if known is None or known[0] != version or version is None:
+        known = source._packtrain_documents = (version, Documents(bounds=read(source), device=source.device))
+    return known[1]
+
+
+def bounds_from_cu_seq_lens(cu_seq_lens: Tensor) -> tuple[int, ...]:
+    """Turns `[0, 3, 3, 5]` into `(0, 3, 5)`: an empty document has no tokens to attend with."""
+    return tuple(dict.fromkeys(cu_seq_lens.tolist()))
+
+
+def bounds_from_positions(position_ids: Tensor) -> tuple[int, ...]:
+    """Turns `[[0, 1, 2, 0, 1]]` into `(0, 3, 5)`: a document begins with a row and wherever positions don't go up
+    by one, which is the rule of transformers' `find_packed_sequence_indices`."""
+    rows, length = position_ids.shape
+    begins = F.pad(position_ids.diff(dim=1) != 1, (1, 0), value=True)  # [B, T]
+    return (*begins.flatten().nonzero().flatten().tolist(), rows * length)
+
+
+def refusal(what: str, fix: str = "use sdpa or eager, and let the audit check it") -> ModelError:
+    return ModelError(f"{NAME} cannot: {what}", key="model.attn_implementation", fix=fix)

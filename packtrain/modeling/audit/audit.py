@@ -1,0 +1,293 @@
+"""Does attention leak between the documents of a batch? Measured on the model itself, not looked up in a list.
+
+    report = audit_model(tiny_model("llama"))
+    print("\\n".join(report.lines()))
+    quick_check(model, "flat").refuse()          # what training does before its first step
+
+For every attention implementation, layout and mode, one of
+
+- **isolated**: each document's outputs (and the gradients) are those it has alone, and no change of one
+  document moves another's;
+- **leaks**: some document's outputs depend on another's tokens; which ones, and how strongly;
+- **wrong**: no leak, and yet not what the document gives alone (positions, window, scaling);
+- **not supported**: the model or the implementation refuses, with the reason;
+- **unclear**: the outputs barely depend on the context at all, so that a leak could not be seen.
+
+Numbers are the largest absolute differences of logits. A difference counts when it exceeds what rounding of the
+model's dtype explains; `packtrain.modeling.audit.probe` has the experiments themselves.
+
+The same model also shows whether padding reaches real tokens: under a mask on either side of a document, and as the
+unmasked tail of diffusion models.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from packtrain.modeling.attention.kernels import HALF
+from packtrain.modeling.attention.varlen import NAME, check_implementation, choose_implementation
+from packtrain.modeling.audit import probe
+from packtrain.modeling.audit.causes import advice, cause
+from packtrain.modeling.audit.models import tiny_model
+from packtrain.modeling.audit.report import (
+    ISOLATED,
+    LEAKS,
+    REFUSED,
+    UNCLEAR,
+    WRONG,
+    AuditReport,
+    Finding,
+    PaddingEffect,
+)
+from packtrain.modeling.audit.settings import COUNTED, base, countable, in_mode, quietly, register_counted, using
+from packtrain.modeling.audit.subject import Subject, short
+
+__all__ = ["AuditReport", "Finding", "audit_model", "quick_check", "tiny_model"]
+
+logger = logging.getLogger(__name__)
+
+OTHERS = ("sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+MODES: dict[str, dict] = {
+    "eval": {},
+    "train": {"train": True},
+    "checkpointing": {"train": True, "checkpointing": True},
+    "cache": {"use_cache": True},
+    "lora": {"train": True, "adapter": "lora"},
+    "prompt tuning": {"train": True, "adapter": "prompt tuning"},
+}
+LARGE = 100_000_000  # weights; above, adapters are not tried on a copy, and `quick_check` runs the first layers
+
+
+def audit_model(
+    model: PreTrainedModel,
+    *,
+    layouts: Sequence[str] = tuple(probe.LAYOUTS),
+    implementations: Sequence[str] | None = None,
+    modes: Sequence[str] = tuple(MODES),
+    padding: bool = True,
+) -> AuditReport:
+    """Tries every combination on `model`, as it is: its weights, its dtype, its device.
+
+    Args:
+        layouts: keys of `probe.LAYOUTS`.
+        implementations: names for `attn_implementation`; None for packtrain_varlen, what transformers picks for the
+            model by itself, and all that it has built in.
+        modes: keys of `MODES`. Adapters are tried on a copy, and left out for models above `LARGE` weights.
+        padding: whether to measure what padding does.
+
+    Raises:
+        ModelError: the model cannot run even a single document, or there is no such implementation.
+    """
+    register_counted()
+    for implementation in implementations or ():
+        check_implementation(implementation)
+    subject = Subject.of(model)
+    implementations = list(dict.fromkeys(implementations or [NAME, subject.own, *OTHERS]))
+    if sum(weight.numel() for weight in model.parameters()) > LARGE:
+        modes = [mode for mode in modes if "adapter" not in MODES[mode]]
+    if "use_cache" not in inspect.signature(base(model).forward).parameters:
+        modes = [mode for mode in modes if mode != "cache"]
+    findings: list[Finding] = []
+    with quietly():
+        for mode in modes:
+            try:
+                adapted = subject.adapted(MODES[mode].get("adapter"))
+            except Exception as error:  # peft refuses in many ways
+                refused = {"verdict": REFUSED, "error": short(error), "mode": mode}
+                findings += [Finding(implementation=i, layout=l, **refused) for i in implementations for l in layouts]
+                continue
+            findings += [_examine(adapted, i, layout, mode) for i in implementations for layout in layouts]
+        running = [i for i in implementations if any(f.implementation == i and f.verdict != REFUSED for f in findings)]
+        effects = [effect for i in running for effect in padding_effects(subject, i)] if padding else []
+        noted = notes(subject) if padding else []
+    findings = [replace(finding, cause=cause(finding, findings, model)) for finding in findings]
+    return AuditReport(
+        model=getattr(model.config, "name_or_path", "") or type(model).__name__,
+        architecture=model.config.model_type,
+        transformers=transformers.__version__,
+        position_start=subject.start,
+        findings=findings,
+        padding=effects,
+        notes=noted,
+        advice=advice(findings),
+    )
+
+
+def quick_check(
+    model: nn.Module,
+    layout: str,
+    attn_implementation: str | None = None,
+    *,
+    compute_dtype: torch.dtype | None = None,
+) -> Finding:
+    """Checks a model as training does before its first step: the real one, one layout, the implementation in force.
+
+    A large model runs its first layers only, as many as show every kind of layer it has: a leak is a property of a
+    layer's attention and mask, which layers of a kind share.
+
+    Args:
+        layout: "flat" or "padded".
+        attn_implementation: to check another than the one in force.
+        compute_dtype: what training computes in; where that is half precision and the weights are not, the check runs
+            under autocast as training does, and so by the same kernels. None for the weights' own.
+    """
+    register_counted()
+    weight = next(model.parameters())
+    half = compute_dtype if compute_dtype in HALF and compute_dtype != weight.dtype else None
+    large = sum(weight.numel() for weight in model.parameters()) > LARGE
+    autocast = nullcontext() if half is None else torch.autocast(weight.device.type, half)
+    with quietly(), autocast, _first_layers(model) if large else nullcontext() as checked:
+        subject = Subject.of(model, half)
+        implementation = attn_implementation or subject.own
+        finding = _examine(subject, implementation, layout, "eval")
+        return replace(finding, cause=cause(finding, [finding], base(model)), checked=checked)
+
+
+def _examine(subject: Subject, implementation: str, layout: str, mode: str) -> Finding:
+    settings = MODES[mode]
+    place = {"implementation": implementation, "layout": layout, "mode": mode}
+    name = countable(subject.model) if implementation == NAME else implementation
+    model, options = subject.model, {"start": subject.start, "pad": subject.pad}
+    options["use_cache"] = settings.get("use_cache", False)
+    modes = {"train": settings.get("train", False), "checkpointing": settings.get("checkpointing", False)}
+    calls = COUNTED.calls
+    try:
+        device = next(model.parameters()).device
+        choose_implementation(implementation, "flat", device, subject.dtype)  # not every one runs everywhere
+        with using(model, name), in_mode(model, **modes):
+            with torch.no_grad():
+                laid = probe.LAYOUTS[layout](subject.documents, subject.start, subject.pad)
+                together = probe.each(probe.outputs(model, laid, options["use_cache"]), laid.places)
+                calls = COUNTED.calls - calls
+                matrix = probe.dependence(model, probe.LAYOUTS[layout], subject.documents, **options)
+            gradient = _gradient_difference(subject, laid) if modes["train"] else None
+    except Exception as error:  # whatever a model raises is what it has to say about this combination
+        return Finding(**place, verdict=REFUSED, error=short(error))
+    pairs = zip(together, subject.expected, strict=True)
+    difference = max(probe.largest(ours, theirs) for ours, theirs in pairs)
+    others = matrix.masked_fill(torch.eye(len(matrix), dtype=torch.bool), 0.0)
+    sees = [(i, j) for i, j in (others > subject.tolerance).nonzero().tolist()]
+    off = difference > 10 * subject.tolerance or (gradient or 0.0) > 100 * probe.precision(subject.dtype)
+    if subject.context <= 3 * subject.tolerance:
+        verdict = UNCLEAR
+    else:
+        verdict = LEAKS if sees else WRONG if off else ISOLATED
+    return Finding(
+        **place,
+        verdict=verdict,
+        difference=difference,
+        leak=others.max().item(),
+        sees=sees,
+        gradient_difference=gradient,
+        calls=calls if name == COUNTED.name else None,
+        scale=subject.scale,
+    )
+
+
+def _gradient_difference(subject: Subject, laid: probe.Laid) -> float:
+    """Returns the relative norm of the difference between the gradients of documents together and alone."""
+    model = subject.model
+    ours = probe.gradients(model, probe.each(probe.outputs(model, laid), laid.places))
+    with using(model, subject.reference):
+        theirs = probe.gradients(model, probe.alone(model, subject.documents))
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+@contextmanager
+def _first_layers(model: nn.Module) -> Iterator[str | None]:
+    """Leaves the model only its first layers while open: the shortest prefix with every kind, and at least two."""
+    config = base(model).config.get_text_config()
+    total, types = config.num_hidden_layers, getattr(config, "layer_types", None)
+    stacks = [
+        (parent, name, stack)
+        for parent in model.modules()
+        for name, stack in parent.named_children()
+        if isinstance(stack, nn.ModuleList) and len(stack) == total
+    ]
+    kinds = [(type(layer), types[i] if types else None) for i, layer in enumerate(stacks[0][2])] if stacks else []
+    kept = max([2, *(kinds.index(kind) + 1 for kind in set(kinds))])
+    if not stacks or kept >= total:
+        yield None
+        return
+    try:
+        for parent, name, stack in stacks:
+            setattr(parent, name, nn.ModuleList(list(stack)[:kept]))
+        yield f"first {kept} of {total} layers"
+    finally:
+        for parent, name, stack in stacks:
+            setattr(parent, name, stack)
+
+
+# ---------------------------------------------------------------------------------------------------- padding
+
+
+def padding_effects(subject: Subject, implementation: str) -> Iterator[PaddingEffect]:
+    """Measures what padding does on either side of a document, and as an unmasked tail."""
+    model, documents, start, pad = subject.model, subject.documents, subject.start, subject.pad
+    other = int(documents[0][0])
+
+    def tail(these: list[Tensor], start: int, pad: int, *, extra: int = 0) -> probe.Laid:
+        laid = probe.padded(these, start, pad, extra=extra)
+        return probe.Laid(batch={"input_ids": laid.batch["input_ids"]}, places=laid.places)
+
+    layouts = {
+        "right": probe.padded,
+        "left": lambda *args, **options: probe.padded(*args, left=True, **options),
+        "tail": tail,
+    }
+    for side, layout in layouts.items():
+        try:
+            with using(model, implementation), in_mode(model, train=False), torch.no_grad():
+                plain, content, amount = (
+                    probe.each(probe.outputs(model, laid), laid.places)
+                    for laid in (
+                        layout(documents, start, pad),
+                        layout(documents, start, other),
+                        layout(documents, start, pad, extra=5),
+                    )
+                )
+        except Exception as error:
+            logger.debug("%s, %s: %s", implementation, side, error)  # the findings say what is not supported
+            continue
+        by_content = max(map(probe.largest, plain, content))
+        by_amount = max(map(probe.largest, plain, amount))
+        yield PaddingEffect(
+            implementation=implementation,
+            side=side,
+            by_content=by_content,
+            by_amount=by_amount,
+            reaches=max(by_content, by_amount) > subject.tolerance,
+        )
+
+
+def notes(subject: Subject) -> list[str]:
+    """Says what padding does apart from the outputs."""
+    losses = router_losses(subject.model, subject.documents, subject.start, subject.pad)
+    if losses is None or abs(losses[0] - losses[1]) <= 1e-5 * abs(losses[0]):
+        return []
+    return [f"the router's auxiliary loss counts filler: {losses[0]:.4f}, with more padding {losses[1]:.4f}"]
+
+
+def router_losses(model: nn.Module, documents: list[Tensor], start: int, pad: int) -> tuple[float, float] | None:
+    """Measures the auxiliary loss of a mixture of experts on a padded batch, and with ten more columns of padding; None
+    for a model that has none."""
+    if getattr(base(model).config.get_text_config(), "router_aux_loss_coef", None) is None:
+        return None
+    found = []
+    with in_mode(model, train=True), torch.no_grad():
+        for extra in (0, 10):
+            batch = probe.padded(documents, start, pad, extra=extra).batch
+            try:
+                found.append(model(**batch, labels=batch["input_ids"], output_router_logits=True).aux_loss.item())
+            except (AttributeError, TypeError):
+                return None
+    return found[0], found[1]

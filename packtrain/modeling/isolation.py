@@ -1,0 +1,67 @@
+"""Does attention leak between the documents of a batch? Checked on the model before its engine takes it.
+
+DeepSpeed and FSDP take whole weights from the CPU, where the check can run, but for those that were sharded while they
+were loaded (ZeRO-3, which runs them in its engine only).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import TrainingArguments
+
+from packtrain.errors import ModelError
+from packtrain.modeling.audit.audit import quick_check
+
+NOT_CHECKED = "not checked: "
+
+
+def compute_dtype(args: TrainingArguments, weights: torch.dtype) -> torch.dtype:
+    """Returns what attention computes in: the autocast dtype, else that of the weights."""
+    if args.bf16 or args.fp16:
+        return torch.bfloat16 if args.bf16 else torch.float16
+    return weights
+
+
+def cannot_ask(model: nn.Module) -> str | None:
+    """Says why this rank can't run the model before its engine takes it; None where it can."""
+    weights = list(model.parameters())
+    if any(hasattr(weight, "ds_id") or isinstance(weight, DTensor) for weight in weights):
+        return "weights are sharded already; `packtrain audit` tries the architecture on one process"
+    if any(weight.is_meta for weight in weights):  # of FSDP, which loads them on one rank of every host
+        return "weights are on another rank, which checks them"
+    return None
+
+
+def check_isolation(
+    model: nn.Module,
+    layout: str,
+    device: torch.device,
+    *,
+    dtype: torch.dtype | None = None,
+    allow_contamination: bool = False,
+) -> str:
+    """Runs `quick_check` and says what it finds, or why it could not run: "not checked: ...".
+
+    Args:
+        model: as it was loaded, not wrapped by an engine yet.
+        layout: "flat" or "padded".
+        device: where it will train; until then DeepSpeed and FSDP leave it on the CPU.
+        dtype: what it will compute in there, see `compute_dtype`; None for that of its weights.
+        allow_contamination: warn instead of refusing.
+
+    Raises:
+        ModelError: attention leaks between documents, or the model can't run at all.
+    """
+    if (reason := cannot_ask(model)) is not None:
+        return f"{NOT_CHECKED}{reason}"
+    weights = list(model.parameters())
+    try:
+        finding = quick_check(model, layout, compute_dtype=dtype)
+    except ModelError as error:
+        if weights[0].device.type == device.type:
+            raise
+        return f"{NOT_CHECKED}{error.what}, on the {weights[0].device.type} where weights are until training"
+    finding.refuse(allow_contamination=allow_contamination)
+    return finding.what()

@@ -1,0 +1,52 @@
+"""Examples as an objective lays them out: other tokens or labels than `packtrain.data` gives, for the same rows."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import numpy as np
+
+from packtrain.data.examples import Examples
+from packtrain.data.report import DataReport
+
+
+class DerivedExamples(ABC):
+    """The interface of examples to a plan and a collator; a subclass says its lengths and how to gather documents.
+
+    Attributes:
+        examples: as `packtrain.data` gives them.
+        lengths: int64 `[n]`, tokens of each document: what a plan needs.
+        supervised: int `[n]`, supervised tokens of each.
+        fingerprint: of the examples and of what was made of them.
+    """
+
+    examples: Examples
+    lengths: np.ndarray
+    supervised: np.ndarray
+    fingerprint: str
+
+    @property
+    def rows(self) -> np.ndarray:
+        """int64 `[n]`, the source row of each example."""
+        return self.examples.rows
+
+    @property
+    @abstractmethod
+    def report(self) -> DataReport:
+        """The examples' own report, and what was made of them."""
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, example_id: int) -> dict[str, np.ndarray]:
+        """Returns `{"input_ids": int64 [L], "labels": int64 [L]}`."""
+        if not 0 <= example_id < len(self):
+            raise IndexError(example_id)
+        input_ids, labels = self.gather([example_id])
+        return {"input_ids": input_ids, "labels": labels}
+
+    @abstractmethod
+    def gather(
+        self, example_ids: np.ndarray, starts: np.ndarray | None = None, stops: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns documents end to end, as `Examples.gather`."""

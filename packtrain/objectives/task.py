@@ -1,0 +1,47 @@
+"""Recipe -> task: rows, tokenizer and examples, as its objective learns from them. Imports no torch by itself.
+
+What `train`, `plan`, `show`, `compare`, `sample` and `evaluate` have in common.
+"""
+
+from __future__ import annotations
+
+from packtrain.data.examples import Examples, find_examples, load_examples
+from packtrain.data.sources import open_rows, texts
+from packtrain.data.store import tokenizer_key
+from packtrain.objectives.objective import Task
+from packtrain.recipe.recipe import Recipe
+
+
+def load_task(recipe: Recipe) -> Task:
+    """Reads, tokenises (or finds tokenised) and splits the recipe's data, and makes them what its objective learns from.
+
+    Raises:
+        DataError, ModelError: with file, row or key, and the fix.
+    """
+    from packtrain.modeling.tokenizer import load_tokenizer
+
+    data, objective, seed = recipe.data, recipe.objective, recipe.training["seed"]
+    rows = open_rows(data.path, name=data.name, split=data.split, num_rows=data.num_rows, seed=seed)
+    tokenizer = load_tokenizer(recipe.model, corpus=texts(rows, data.format))
+    train, held_out = load_examples(
+        data,
+        rows,
+        tokenizer,
+        seed=seed,
+        completions_only=objective.completions_only,
+        tokenizer_key=tokenizer_key(recipe.model),
+    )
+    return objective.task(tokenizer, train, held_out, seed=seed)
+
+
+def find_training_examples(recipe: Recipe) -> tuple[Examples | None, str]:
+    """Finds the recipe's training examples as tokenised before, or says why they have to be made.
+
+    `packtrain plan` answers in a fraction of a second with it: no torch, no tokenizer, no rows.
+
+    Raises:
+        DataError: what is wrong with the data, as far as it can be known without tokenising.
+    """
+    if not recipe.objective.keeps_examples:
+        return None, "the objective makes its own of the rows"
+    return find_examples(recipe.data, tokenizer_key(recipe.model), seed=recipe.training["seed"])

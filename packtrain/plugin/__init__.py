@@ -1,0 +1,1 @@
+"""packtrain's layouts inside a trainer you already have."""

@@ -1,0 +1,205 @@
+"""packtrain's layouts inside a trainer you already have.
+
+    trainer = SFTTrainer(...)                     # or any transformers.Trainer, built as always
+    trainer = packtrain.attach(trainer)           # the same examples in the same updates, laid out flat
+    trainer.train()
+
+The trainer keeps its own order of examples, loss, optimizer, callbacks, evaluation and logs. What changes is what a
+micro-batch looks like: the examples of each update are dealt anew over ranks and accumulation steps by a strategy.
+Only the instance is touched: its `get_train_dataloader` and `set_initial_training_values`, and the attention of its
+model through `set_attn_implementation`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+from transformers import Trainer
+
+from packtrain.data.examples import Examples
+from packtrain.errors import DataError, PacktrainError
+from packtrain.modeling.attention.varlen import choose_implementation
+from packtrain.modeling.audit.settings import base
+from packtrain.modeling.isolation import NOT_CHECKED, check_isolation, compute_dtype
+from packtrain.modeling.positions import position_start
+from packtrain.objectives.logits import NOT_MODEL_INPUTS
+from packtrain.packing.collator import MicroBatches, PackCollator
+from packtrain.packing.plan import MicroBatch, Plan
+from packtrain.packing.strategies import resolve_strategy
+from packtrain.plugin.checks import agreed_settings, refuse_changes, refuse_contradictions, without_effect
+from packtrain.plugin.order import TrainersOrder, examples_per_step, fits_max_tokens, plan_attached
+from packtrain.plugin.proof import Proof
+from packtrain.training.loader import PlanLoader, loader_options, values_of_plan
+from packtrain.training.meters import Meter
+from packtrain.training.trainer import StepEnd
+
+logger = logging.getLogger(__name__)
+
+
+def attach(
+    trainer: Trainer,
+    *,
+    strategy: str = "balanced",
+    max_tokens: int | None = None,
+    attn_implementation: str = "auto",
+    allow_contamination: bool = False,
+    allow_differences: bool = False,
+) -> Trainer:
+    """Give `trainer` packtrain's layout of its training batches; returns the same trainer.
+
+    A step-scope strategy (`balanced`, `padding_free`, `group_by_length`, ...) keeps the examples of every update, so
+    losses and gradients stay those of the trainer before; its own loss is asked about some documents of the first update
+    in both layouts, and must say the same. An epoch-scope strategy (`bfd`, `optimal`, ...) packs the whole epoch: updates
+    then see other examples, and the log says how many.
+
+    Args:
+        trainer: a `transformers.Trainer` or `trl.SFTTrainer` over a tokenised `datasets.Dataset` (columns `input_ids`,
+            and `labels` or masks), not yet trained.
+        strategy: a key of `packtrain.packing.strategies.STRATEGIES`, or `my_package.my_module:function`.
+        max_tokens: most tokens in one micro-batch. By default a step-scope strategy keeps the trainer's
+            `gradient_accumulation_steps`; with `max_tokens` it is raised until every micro-batch fits.
+        attn_implementation: "auto" is `packtrain_varlen` for flat layouts.
+        allow_contamination: train even where the model lets documents of a batch see each other, which changes losses.
+        allow_differences: train even where the trainer's own batches of the same documents have another loss.
+
+    Raises:
+        PacktrainError: something in the trainer contradicts the layout, documents of a batch see each other (the model
+            itself is asked), or their loss is another than before (the trainer itself is asked); says what to change, and
+            leaves the trainer as it was.
+    """
+    refuse_contradictions(trainer, strategy, max_tokens)
+    rule, examples = resolve_strategy(strategy), _examples(trainer)
+    order = TrainersOrder(trainer)
+    plan = plan_attached(trainer, examples, strategy, max_tokens, order)
+    collator = PackCollator(
+        layout=plan.layout,
+        pad_token_id=_pad_token_id(trainer),
+        padded_to=rule.padded_to,
+        max_length=int(examples.lengths.max()),
+        position_start=position_start(trainer.model),
+    )
+    batches = _ModelInputs(MicroBatches(examples, collator))
+    changes = [f"{strategy} lays out its training batches"]
+    with _as_it_was_if_refused(trainer):
+        changes += _without_cache(trainer)
+        proof = Proof(trainer, order.loader, plan, max_tokens)
+        changes += _prepare_model(trainer, plan.layout, attn_implementation, allow_contamination)
+        changes.append(proof.of(batches, allow_differences=allow_differences or allow_contamination))
+    args, ours = trainer.args, plan.gradient_accumulation_steps
+    if ours != args.gradient_accumulation_steps:
+        changes.append(f"gradient_accumulation_steps {args.gradient_accumulation_steps} -> {ours}")
+    if rule.scope == "epoch":
+        mean, theirs = len(examples) / plan.steps_in_epoch(0), examples_per_step(trainer)
+        changes.append(f"updates see other examples: {mean:.1f} on average, where the trainer had {theirs}")
+        args.max_steps = plan.total_steps
+    args.gradient_accumulation_steps = ours
+    args.ignore_data_skip = True  # the plan starts at global_step by itself
+
+    loader = PlanLoader(
+        plan=plan,
+        dataset=batches,
+        rank=args.process_index,
+        global_step=lambda: trainer.state.global_step,
+        dataloader_kwargs=loader_options(args),
+    )
+    agreed, before = agreed_settings(trainer), trainer.set_initial_training_values
+
+    def at_training() -> PlanLoader:
+        refuse_changes(trainer, agreed)
+        if rule.scope == "step":
+            _take_todays_order(order, plan, max_tokens)
+        return loader
+
+    trainer.get_train_dataloader = at_training
+    trainer.set_initial_training_values = lambda *given: values_of_plan(plan, before(*given))
+    trainer.add_callback(StepEnd(plan, Meter()))
+    for ignored in without_effect(trainer, plan.layout, one_denominator=proof.one_denominator):
+        logger.warning("packtrain: %s", ignored)
+    logger.warning("packtrain: %s", "; ".join(changes))
+    return trainer
+
+
+def _take_todays_order(order: TrainersOrder, plan: Plan, max_tokens: int | None) -> None:
+    """Trainer takes its seed for the order when it begins to train, which may be another than when it was attached."""
+    attached = order(0)
+    order.renew()
+    if max_tokens is not None and not np.array_equal(attached, order(0)) and not fits_max_tokens(plan, max_tokens):
+        what = "the order of examples is another than when the trainer was attached, and micro-batches no longer fit"
+        raise PacktrainError(what, key="max_tokens", value=max_tokens, fix="call set_seed before attach")
+
+
+# The model
+
+
+@contextmanager
+def _as_it_was_if_refused(trainer: Trainer) -> Iterator[None]:
+    inner = base(trainer.accelerator.unwrap_model(trainer.model))
+    implementation, use_cache = inner.config._attn_implementation, inner.config.use_cache
+    try:
+        yield
+    except PacktrainError:
+        inner.config.use_cache = use_cache
+        if inner.config._attn_implementation != implementation:
+            inner.set_attn_implementation(implementation)
+        raise
+
+
+def _without_cache(trainer: Trainer) -> list[str]:
+    config = base(trainer.accelerator.unwrap_model(trainer.model)).config
+    changed, config.use_cache = config.use_cache, False
+    return ["use_cache True -> False"] if changed else []
+
+
+def _prepare_model(trainer: Trainer, layout: str, attn_implementation: str, allow_contamination: bool) -> list[str]:
+    """Set the model's attention for batches of this layout, and ask it whether documents stay apart; what was changed,
+    in words."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    inner, changes = base(model), []
+    before = inner.config._attn_implementation
+    args, dtype = trainer.args, compute_dtype(trainer.args, inner.dtype)
+    chosen = choose_implementation(attn_implementation, layout, args.device, dtype)
+    if chosen is not None and chosen != before:
+        inner.set_attn_implementation(chosen)
+        changes.append(f"attn_implementation {before} -> {chosen}")
+    found = check_isolation(model, layout, args.device, dtype=dtype, allow_contamination=allow_contamination)
+    return [*changes, f"whether documents see each other is {found}"] if found.startswith(NOT_CHECKED) else changes
+
+
+# The batch: what the trainer's own loss passes to the model
+
+
+def _examples(trainer: Trainer) -> Examples:
+    try:
+        return Examples.from_dataset(trainer.train_dataset)
+    except DataError as error:
+        if "on_bad_row" not in (error.fix or ""):  # of a recipe
+            raise
+        fix = "mend these rows, or leave them out of train_dataset (`train_dataset.filter`)"
+        raise DataError(error.what, where=error.where, key="train_dataset", value=error.value, fix=fix) from None
+
+
+class _ModelInputs(Dataset):
+    """Micro-batches without the keys that only packtrain's own trainer knows."""
+
+    def __init__(self, micro_batches: MicroBatches):
+        self.micro_batches = micro_batches
+
+    def at_epoch(self, epoch: int) -> _ModelInputs:
+        return _ModelInputs(self.micro_batches.at_epoch(epoch))
+
+    def __getitem__(self, micro_batch: MicroBatch) -> dict[str, Any]:
+        batch = self.micro_batches[micro_batch]
+        return {key: value for key, value in batch.items() if key == "labels" or key not in NOT_MODEL_INPUTS}
+
+
+def _pad_token_id(trainer: Trainer) -> int:
+    """The tokenizer's, else the model's, else 0: it only fills, by position, and is never learnt."""
+    for owner in (trainer.processing_class, trainer.accelerator.unwrap_model(trainer.model).config):
+        if getattr(owner, "pad_token_id", None) is not None:
+            return owner.pad_token_id
+    return 0

@@ -1,0 +1,213 @@
+"""Has this trainer the same loss in packtrain's layout? Asked of the trainer itself, before it trains.
+
+A few documents of the first update go through the trainer's own data collator and through packtrain's, and the trainer's
+own `compute_loss` is asked about both batches, without dropout and gradients. What a trainer does with its batches (labels
+that its collator makes, transforms, other inputs, losses of whole rows) shows as a difference, also where packtrain does
+not know of it. Every rank asks about the same documents.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import send_to_device
+from torch.utils.data import DataLoader, Dataset
+from transformers import Trainer
+
+from packtrain.errors import PacktrainError
+from packtrain.modeling.isolation import cannot_ask, compute_dtype
+from packtrain.modeling.loading import has_router_loss
+from packtrain.packing.plan import MicroBatch, Plan
+from packtrain.training.guards.out_of_memory import is_out_of_memory
+
+AT_MOST = 8  # documents
+PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "position_ids", "seq_idx", "shift_labels")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What the trainer says of a batch.
+
+    Attributes:
+        loss: of the batch; the number that training would log, were this batch an update.
+        items: labels that the trainer counts for the denominator; None where it doesn't.
+        tokens: real tokens; None where the batch doesn't say.
+        keys: of the batch.
+        one_denominator: whether the loss is divided by the labels of the update, not by those of the micro-batch.
+    """
+
+    loss: float
+    items: int | None
+    tokens: int | None
+    keys: frozenset[str]
+    one_denominator: bool
+
+
+def documents_to_ask(lengths: np.ndarray, example_ids: np.ndarray, *, rows: int, max_tokens: int | None) -> MicroBatch:
+    """Whole documents of every length among `example_ids`, no more than the trainer would have in a micro-batch.
+
+    Args:
+        lengths: int32 `[n]` of all examples.
+        example_ids: int64 `[m]`, those of an update.
+        rows: the trainer's `per_device_train_batch_size`.
+        max_tokens: most tokens of a micro-batch, padding included; None for `rows` of the longest.
+    """
+    by_length = example_ids[np.argsort(lengths[example_ids], kind="stable")]
+    count = min(len(by_length), max(2, min(rows, AT_MOST)))
+    chosen = by_length[np.linspace(0, len(by_length) - 1, count).round().astype(np.int64)]
+    most = max_tokens or rows * int(lengths[by_length[-1]])
+    while len(chosen) > 1 and len(chosen) * int(lengths[chosen[-1]]) > most:
+        chosen = chosen[:-1]
+    return MicroBatch(example_ids=chosen, starts=np.zeros_like(chosen), stops=lengths[chosen].astype(np.int64))
+
+
+def its_own_batch(loader: DataLoader, documents: MicroBatch) -> dict[str, Any]:
+    """The documents as the trainer's own data loader would collate them."""
+    return loader.collate_fn([loader.dataset[int(i)] for i in documents.example_ids])
+
+
+def ask(trainer: Trainer, batch: dict[str, Any], dtype: torch.dtype) -> Answer:
+    """The trainer's answer to a batch, in evaluation mode, computed in `dtype`; nothing of it stays in the trainer."""
+    model = trainer.model
+    weight = next(model.parameters())
+    device, lower = weight.device, dtype is not weight.dtype
+    keys, mask = frozenset(batch), batch.get("attention_mask")
+    flat = "cu_seq_lens_q" in batch
+    tokens = batch["input_ids"].numel() if flat else int(mask.sum()) if torch.is_tensor(mask) else None
+    (batch,), items = trainer.get_batch_samples(iter([send_to_device(batch, device)]), 1, device)
+
+    def loss(denominator: torch.Tensor | int | None) -> float:
+        with torch.no_grad(), torch.autocast(device.type, dtype=dtype, enabled=lower):
+            return float(trainer.compute_loss(model, dict(batch), num_items_in_batch=denominator))
+
+    training, metrics = model.training, copy.deepcopy(getattr(trainer, "_metrics", None))  # TRL's, logged as means
+    model.eval()
+    try:
+        found = loss(items)
+        halved = found if items is None else loss(2 * items)
+    finally:
+        model.train(training)
+        if metrics is not None:
+            trainer._metrics = metrics
+    one_denominator = abs(halved - found / 2) < abs(halved - found)
+    if items is not None:  # of all ranks, who are asked about the same documents
+        items = int(items) // (trainer.args.world_size if trainer.args.average_tokens_across_devices else 1)
+    return Answer(loss=found, items=items, tokens=tokens, keys=keys, one_denominator=one_denominator)
+
+
+class Proof:
+    """The trainer's own answer, taken when this is made, and whether packtrain's batch has the same.
+
+    Args:
+        loader: the trainer's own.
+        max_tokens: most tokens of a micro-batch.
+
+    Attributes:
+        one_denominator: see `Answer`; what transformers says of itself where nothing could be asked.
+    """
+
+    def __init__(self, trainer: Trainer, loader: DataLoader, plan: Plan, max_tokens: int | None):
+        self.trainer = trainer
+        self.one_denominator = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
+        rows = trainer.args.per_device_train_batch_size
+        self.documents = documents_to_ask(plan.lengths, plan.examples(0), rows=rows, max_tokens=max_tokens)
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        weight = next(model.parameters())
+        self.dtype = compute_dtype(trainer.args, weight.dtype)
+        self.tolerance = tolerance(self.dtype, weight.device)
+        self.before, self.not_asked = None, cannot_ask(model)
+        if self.not_asked is None and weight.device.type != trainer.args.device.type:
+            self.not_asked = f"weights are on the {weight.device.type} until training"
+        if self.not_asked is None and has_router_loss(model.config):
+            self.not_asked = "the router loss depends on the layout"
+        if self.not_asked is None:
+            try:
+                self.before = ask(trainer, its_own_batch(loader, self.documents), self.dtype)
+            except Exception as error:  # whatever a user's collator and loss may raise
+                self.not_asked = f"its own batch of some documents came to {type(error).__name__}: {error}"
+
+    def of(self, batches: Dataset, *, allow_differences: bool) -> str:
+        """The result in words.
+
+        Args:
+            batches: packtrain's, `MicroBatch -> batch`.
+
+        Raises:
+            PacktrainError: another loss, or none at all, and differences are not allowed.
+        """
+        if self.before is None:
+            return f"whether losses stay as they are was not asked: {self.not_asked}"
+        try:
+            after = ask(self.trainer, batches[self.documents], self.dtype)
+            self.one_denominator = after.one_denominator
+            return agree(self.before, after, self.documents, self.tolerance)
+        except PacktrainError as error:
+            if not allow_differences:
+                raise
+            return error.what
+        except Exception as error:
+            if is_out_of_memory(error):
+                return "whether losses stay as they are was not asked: out of memory"
+            what = f"training would fail on packtrain's batches: {type(error).__name__}: {error}"
+            fix = "a padded strategy (pad_longest) asks less of a model; packtrain lays out input_ids and labels per token"
+            raise PacktrainError(what, key="trainer", fix=fix) from error
+
+
+def tolerance(dtype: torch.dtype, device: torch.device) -> float:
+    """How far two losses of the same documents may be apart, relatively: sums in another order."""
+    if dtype is not torch.float32:
+        return 2e-2
+    return 1e-4 if device.type == "cpu" else 1e-3  # TF32
+
+
+def agree(before: Answer, after: Answer, documents: MicroBatch, tolerance: float) -> str:
+    """Check that two answers agree, and say what they are.
+
+    Raises:
+        PacktrainError: they don't; says by how much, and what may be the cause.
+    """
+    said = f"the loss of {len(documents)} documents is {after.loss:.4f}"
+    if (
+        _close(before.loss, after.loss, tolerance)
+        and before.items == after.items
+        and before.tokens in (None, after.tokens)
+    ):
+        return f"{said}, as before"
+    if before.items and after.items and 0 < before.items - after.items <= len(documents):
+        if _close(before.loss * before.items, after.loss * after.items, tolerance):
+            return (
+                f"{said}, and was {before.loss:.4f}: the trainer counted {before.items} labels, among them those of first "
+                f"tokens, which its model does not learn, and now counts {after.items}"
+            )
+    where = "rows " + ", ".join(map(str, documents.example_ids.tolist()))
+    what = (
+        f"the trainer's own batch of these rows has the loss {before.loss:.6g}, packtrain's has {after.loss:.6g}: "
+        f"{_cause(before, after, len(documents))}"
+    )
+    fix = (
+        "put what the batches are made of (input_ids, labels) into train_dataset, and what depends on whole rows out of "
+        "the loss; allow_differences=True attaches anyway"
+    )
+    raise PacktrainError(what, where=where, key="trainer", fix=fix)
+
+
+def _close(one: float, other: float, tolerance: float) -> bool:
+    return abs(one - other) <= tolerance * abs(one)
+
+
+def _cause(before: Answer, after: Answer, documents: int) -> str:
+    if before.tokens not in (None, after.tokens):
+        return f"its collator makes {before.tokens} tokens of them, train_dataset has {after.tokens}"
+    if before.items != after.items:
+        if before.items and after.items and 0 < before.items - after.items <= documents:
+            return "its loss learns the labels of first tokens, which packtrain leaves out (give them -100)"
+        return f"its collator makes {before.items} labels of them, packtrain reads {after.items}"
+    if more := before.keys - after.keys - {"attention_mask", *PACKING}:
+        return f"its batches have {', '.join(sorted(more))}, too, which packtrain does not read"
+    return (
+        "its labels or inputs are made elsewhere than in train_dataset, or its loss depends on which row a token is in"
+    )

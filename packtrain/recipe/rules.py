@@ -1,0 +1,252 @@
+"""Finds settings that are fine one by one and wrong together.
+
+Each rule says which key to use instead. A setting that would be ignored is refused as well (see `DECIDED_BY_US`):
+nothing in a recipe is without effect. Strategies and objectives bring the rules of what contradicts them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+
+from packtrain.objectives import OBJECTIVES
+from packtrain.packing import strategies
+from packtrain.packing.lengths import LONGEST, MOST_EPOCHS
+from packtrain.packing.strategies import Strategy
+from packtrain.recipe.sections import Settings, Verdicts
+
+SECRETS = ("training.hub_token",)  # never shown
+
+
+def contradictions(settings: Settings, strategy: Strategy | None) -> Verdicts:
+    """Runs every rule: the recipe's own, the strategy's and the objective's.
+
+    A rule that needs a key missing from `settings` (it was unreadable) says nothing.
+
+    Args:
+        strategy: None where there is no strategy of that name; its rules and the objective's are left out.
+    """
+    of_strategy: Iterable = ()
+    if strategy is not None:
+        objective = OBJECTIVES.get(settings.get("objective.name", ""))
+        of_strategy = (*strategies.RULES, *(objective.rules if objective else ()))
+    for rule in (*RULES, *of_strategy):
+        try:
+            yield from rule(settings, strategy)
+        except KeyError:
+            continue
+
+
+def _decided_by_us(settings: Settings, strategy: Strategy | None) -> Verdicts:
+    for name, (allowed, why, fix) in DECIDED_BY_US.items():
+        key = f"training.{name}"
+        if key in settings and (allowed is NEVER or settings[key] != allowed):
+            yield key, f"cannot be set: {why}" if allowed is NEVER else f"must stay {allowed}: {why}", fix
+
+
+def _loader_is_ours(settings: Settings, strategy: Strategy | None) -> Verdicts:
+    given = settings.get("training.accelerator_config")
+    for name in ("split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler", "non_blocking"):
+        if isinstance(given, Mapping) and name in given:
+            what = f"cannot set `{name}`: the plan deals micro-batches to ranks, not accelerate"
+            yield "training.accelerator_config", what, f"leave `{name}` out"
+
+
+def _names_are_plain(settings: Settings, strategy: Strategy | None) -> Verdicts:
+    for key in ("training.output_dir", "training.run_name"):
+        name = settings.get(key)
+        if isinstance(name, str) and (not name.isprintable() or ".." in re.split(r"[/\\]", name)):
+            yield key, "must be printable and without `..`", "write a plain path, for example results/my_run"
+        elif isinstance(name, str) and "$" in name:
+            fix = "write the path out; `~` is your home directory"
+            yield key, "has a `$` in it, and variables are not expanded", fix
+
+
+def _one_precision(settings: Settings, strategy: Strategy | None) -> Verdicts:
+    if settings.get("training.bf16") and settings.get("training.fp16"):
+        yield "training.fp16", "contradicts `training.bf16`", "keep one of them"
+
+
+def _overflow_is_the_scalers(settings: Settings, strategy: Strategy | None) -> Verdicts:
+    if settings.get("training.fp16") and settings["batching.on_nonfinite"] == "skip":
+        fix = "use bf16, or on_nonfinite: stop; the scaler skips updates whose gradients overflow"
+        yield "batching.on_nonfinite", "cannot be `skip` with `training.fp16`, whose scaler needs every gradient", fix
+
+
+def _some_training(settings: Settings, strategy: Strategy | None) -> Verdicts:
+    if settings.get("training.num_train_epochs", 1) <= 0 and settings.get("training.max_steps", -1) <= 0:
+        yield "training.num_train_epochs", "trains for no epoch and no step", "set it above 0"
+    elif settings.get("training.max_steps") == 0:
+        fix = "set it, or leave it out to train by `num_train_epochs`"
+        yield "training.max_steps", "must be greater than 0", fix
+    if settings.get("training.num_train_epochs", 1) > MOST_EPOCHS:
+        yield "training.num_train_epochs", f"must be at most {MOST_EPOCHS:,}", "set `training.max_steps` instead"
+
+
+def _one_model(settings: Settings, strategy: Strategy | None) -> Verdicts:
+    name, config = settings["model.model_name_or_path"], settings["model.config"]
+    if name and config is not None:
+        fix = "keep `model_name_or_path` to fine-tune, or `config` to train from scratch"
+        yield "model.config", "contradicts `model.model_name_or_path`", fix
+    if not name and config is None:
+        fix = "set `model.model_name_or_path` (Hub name or directory) or `model.config` (from scratch)"
+        yield "model", "names no model", fix
+
+
+def _config_names_architecture(settings: Settings, strategy: Strategy | None) -> Verdicts:
+    config = settings["model.config"]
+    if config is not None and not isinstance(config.get("model_type"), str):
+        yield "model.config", "lacks `model_type`", "name the architecture, for example `model_type: llama`"
+
+
+def _one_tokenizer(settings: Settings, strategy: Strategy | None) -> Verdicts:
+    name, config = settings["model.model_name_or_path"], settings["model.config"]
+    tokenizer, vocab_size = settings["model.tokenizer_name_or_path"], settings["model.tokenizer_vocab_size"]
+    if tokenizer and vocab_size:
+        fix = "keep one: a tokenizer is either loaded or trained on the data"
+        yield "model.tokenizer_vocab_size", "contradicts `model.tokenizer_name_or_path`", fix
+    elif name and vocab_size:
+        fix = "leave it out: a pretrained model keeps its own tokenizer"
+        yield "model.tokenizer_vocab_size", "contradicts `model.model_name_or_path`", fix
+    elif config is not None and not (name or tokenizer or vocab_size):
+        fix = "set `model.tokenizer_vocab_size` to train one on the data, or `model.tokenizer_name_or_path`"
+        yield "model.config", "comes without a tokenizer", fix
+
+
+def _revision_is_of_a_model(settings: Settings, strategy: Strategy | None) -> Verdicts:
+    if settings["model.revision"] and not settings["model.model_name_or_path"]:
+        fix = "leave it out, or set `model.model_name_or_path`"
+        yield "model.revision", "has no effect without a model to load", fix
+
+
+def _remote_code_is_pinned(settings: Settings, strategy: Strategy | None) -> Verdicts:
+    if not settings["model.trust_remote_code"] or os.path.isdir(settings["model.model_name_or_path"] or ""):
+        return
+    if not re.fullmatch("[0-9a-f]{40}", settings["model.revision"] or ""):
+        fix = "set `model.revision` to the full commit hash of the code you have read"
+        yield "model.trust_remote_code", "runs code from the Hub, which must be pinned", fix
+
+
+def _one_loss_mask(settings: Settings, strategy: Strategy | None) -> Verdicts:
+    if settings["data.completion_only_loss"] and settings["data.assistant_only_loss"]:
+        fix = "keep `completion_only_loss` for prompts with completions, `assistant_only_loss` for messages"
+        yield "data.assistant_only_loss", "contradicts `data.completion_only_loss`", fix
+
+
+def _one_evaluation_source(settings: Settings, strategy: Strategy | None) -> Verdicts:
+    for other in ("data.eval_path", "data.eval_split"):
+        if settings["data.eval_size"] and settings[other]:
+            fix = "keep one: evaluation data are either held out or named"
+            yield "data.eval_size", f"contradicts `{other}`", fix
+
+
+def _evaluation_is_held_out(settings: Settings, strategy: Strategy | None) -> Verdicts:
+    same_path = settings["data.eval_path"] in (None, settings["data.path"])
+    named = settings["data.eval_path"] or settings["data.eval_split"]
+    if named and same_path and settings["data.eval_split"] in (None, settings["data.split"]):
+        key = "data.eval_split" if settings["data.eval_split"] else "data.eval_path"
+        fix = "name another, or hold rows out of the training data with `data.eval_size: 0.05`"
+        yield key, "names the training data", fix
+
+
+def _evaluation_has_data(settings: Settings, strategy: Strategy | None) -> Verdicts:
+    if any(settings[f"data.{name}"] for name in ("eval_size", "eval_path", "eval_split")):
+        return
+    for key in ("training.eval_strategy", "training.eval_on_start", "training.load_best_model_at_end"):
+        if settings.get(key) not in (None, "no", False):
+            fix = "set `data.eval_size` (rows, or a share below 1), `data.eval_split` or `data.eval_path`"
+            yield key, "asks for evaluation, and the recipe has no data for it", fix
+
+
+def _longest_can_be_packed(settings: Settings, strategy: Strategy | None) -> Verdicts:
+    if settings["data.max_length"] > LONGEST:
+        yield "data.max_length", f"must be at most {LONGEST:,}", "set it to what the model can read"
+
+
+RULES = (
+    _decided_by_us,
+    _loader_is_ours,
+    _names_are_plain,
+    _one_precision,
+    _overflow_is_the_scalers,
+    _some_training,
+    _one_model,
+    _config_names_architecture,
+    _one_tokenizer,
+    _revision_is_of_a_model,
+    _remote_code_is_pinned,
+    _one_loss_mask,
+    _one_evaluation_source,
+    _evaluation_is_held_out,
+    _evaluation_has_data,
+    _longest_can_be_packed,
+)
+
+
+# `training:` key -> (the one value it may have, why another can't be, what to do). Unset is always fine.
+NEVER = object()
+DECIDED_BY_US: dict[str, tuple[object, str, str]] = {
+    "per_device_train_batch_size": (
+        NEVER,
+        "the planner decides how many examples share a micro-batch",
+        "set `batching.examples_per_step` (examples per update, over all devices) and `batching.max_tokens` "
+        "(tokens per micro-batch)",
+    ),
+    "train_sampling_strategy": (
+        NEVER,
+        "the order of the examples belongs to the plan",
+        "set `batching.strategy`",
+    ),
+    "length_column_name": (NEVER, "lengths come from the tokenised data", "leave it out"),
+    "auto_find_batch_size": (
+        False,
+        "a batch size found by trial would change what an update sees",
+        "lower `batching.max_tokens`: the updates stay the same",
+    ),
+    "dataloader_drop_last": (False, "no example is dropped", "leave it out"),
+    "remove_unused_columns": (False, "the metadata of packed batches would be removed", "leave it out"),
+    "logging_nan_inf_filter": (False, "a loss of NaN would be logged as 0.0", "leave it out"),
+    "average_tokens_across_devices": (
+        True,
+        "the loss is divided by the weight of the whole step on all devices",
+        "leave it out",
+    ),
+    "label_smoothing_factor": (0.0, "the loss has no label smoothing", "leave it out"),
+    "use_cache": (False, "a cache joins the documents of a packed batch", "leave it out"),
+    "resume_from_checkpoint": (
+        NEVER,
+        "it belongs to the command line",
+        "use `packtrain train RECIPE --resume`",
+    ),
+    "do_train": (True, "training is what `packtrain train` does", "leave it out"),
+    "do_eval": (
+        NEVER,
+        "a recipe with evaluation data evaluates",
+        "set `data.eval_size`; set `training.eval_strategy` to evaluate before the end too",
+    ),
+    "per_device_eval_batch_size": (
+        NEVER,
+        "the planner sizes the micro-batches of evaluation, and the loss does not depend on them",
+        "set `batching.max_tokens`",
+    ),
+    **dict.fromkeys(
+        ("bf16_full_eval", "fp16_full_eval"),
+        (False, "evaluation computes in the precision of training", "set `training.bf16` or `training.fp16`"),
+    ),
+    "prediction_loss_only": (True, "evaluation sums losses and keeps no predictions", "leave it out"),
+    "include_for_metrics": ([], "evaluation sums losses and keeps nothing for metrics", "leave it out"),
+    **dict.fromkeys(
+        ("batch_eval_metrics", "eval_use_gather_object"),
+        (False, "evaluation sums losses and has no other metrics", "leave it out"),
+    ),
+    "eval_do_concat_batches": (True, "evaluation keeps no predictions", "leave it out"),
+    "eval_accumulation_steps": (NEVER, "evaluation keeps no predictions that would fill the device", "leave it out"),
+    "dataloader_persistent_workers": (False, "every epoch starts its own workers", "leave it out"),
+    "dataloader_multiprocessing_context": (NEVER, "workers are started by Python's default method", "leave it out"),
+    "dataloader_in_order": (True, "micro-batches must come in the order of the plan", "leave it out"),
+    "ignore_data_skip": (True, "the plan itself resumes at the update where the run stopped", "leave it out"),
+    "disable_tqdm": (True, "packtrain shows its own progress bar", "leave it out"),
+    "do_predict": (False, "there is nothing to predict on", "leave it out"),
+    "hub_token": (NEVER, "a secret does not belong in a recipe", "set the environment variable HF_TOKEN"),
+}

@@ -1,0 +1,79 @@
+"""`packtrain train RECIPE --launch zero2`: the same as `accelerate launch --config_file launch/zero2.yaml ...`.
+
+The file is looked for in the current folder, in `launch/` there, then among those that come with packtrain; a path
+to an accelerate config does as well. It is started on every visible GPU (of each of its hosts), or, without any or with
+`training.use_cpu`, on as many processes as it says.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from packtrain.errors import LaunchError, PacktrainError
+from packtrain.recipe.shipped import find_shipped
+
+
+def relaunch(name: str, arguments: Sequence[str], *, use_cpu: bool = False) -> None:
+    """Replaces this process by accelerate's launcher, running `packtrain` with `arguments`; doesn't return.
+
+    Args:
+        use_cpu: whether the run leaves GPUs alone.
+
+    Raises:
+        LaunchError: no such file, or a launcher has started this process already.
+    """
+    if "WORLD_SIZE" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:
+        raise LaunchError("a launcher has already started this process", key="--launch", value=name, fix="leave it out")
+    import torch
+
+    command = launch_command(
+        find_launch_file(name), arguments, devices=0 if use_cpu else torch.accelerator.device_count()
+    )
+    os.execv(sys.executable, command)
+
+
+def launch_command(file: Path, arguments: Sequence[str], *, devices: int) -> list[str]:
+    """Returns the command that starts `packtrain` with `arguments`, on every one of this host's `devices` GPUs; without
+    any, in as many processes as the file says."""
+    config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    options = ["--config_file", str(file)]
+    if devices and config.get("distributed_type") != "NO":
+        options += ["--num_processes", str(devices * config.get("num_machines", 1))]
+    deepspeed = (config.get("deepspeed_config") or {}).get("deepspeed_config_file")
+    if deepspeed and not Path(deepspeed).exists():  # it is relative to the directory that launch/ is in
+        options += ["--deepspeed_config_file", str(file.parent.parent / deepspeed)]
+    return [sys.executable, "-m", "accelerate.commands.launch", *options, "-m", "packtrain", *arguments]
+
+
+def find_launch_file(name: str) -> Path:
+    """Finds the accelerate config for `zero2` or a path. Raises LaunchError."""
+    try:
+        return find_shipped(name, "launch", kind="launch file").resolve()
+    except PacktrainError as error:
+        raise LaunchError(error.what, key="--launch", value=name, fix=error.fix) from None
+
+
+def engine_of(file: Path) -> str:
+    """Returns what a launch file starts, as the plan of memory calls it: `ddp`, `zero2`, `zero3_offload_cpu`, `fsdp2` ...
+
+    Raises:
+        LaunchError: a DeepSpeed run without a config file.
+    """
+    config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    kind = config.get("distributed_type")
+    if kind != "DEEPSPEED":
+        return "fsdp2" if kind == "FSDP" else "ddp"
+    given = (config.get("deepspeed_config") or {}).get("deepspeed_config_file")
+    path = next((path for path in (Path(given or ""), file.parent.parent / (given or "")) if path.is_file()), None)
+    if path is None:
+        fix = "name it as deepspeed_config_file, as launch/zero2.yaml does"
+        raise LaunchError("has no DeepSpeed config", where=str(file), key="deepspeed_config", value=given, fix=fix)
+    zero = json.loads(path.read_text(encoding="utf-8"))["zero_optimization"]
+    devices = {(zero.get(name) or {}).get("device", "none") for name in ("offload_param", "offload_optimizer")}
+    return f"zero{zero['stage']}" + "".join(f"_offload_{device}" for device in sorted(devices - {"none"}))

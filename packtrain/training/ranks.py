@@ -1,0 +1,81 @@
+"""The ranks of a run: as many as were launched, and their end.
+
+`accelerate launch --cpu --num_processes 2` (or `distributed_type: MULTI_CPU`) starts one process without a word, and
+two GPUs without a launcher run DataParallel, which would cut a flat batch in two. Both stop before the first step.
+
+The end of a run of several processes: a thread of gloo drops the tensors of a finished collective only when it gets
+Python's lock. Should the interpreter be shutting down by then, the process aborts ("terminate called without an active
+exception"), and a launcher calls a run failed that has trained and saved everything. Nothing public waits for these
+threads: a process group joins them when it is freed, and the models of DDP and DeepSpeed hold theirs to the end. So they
+get time.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+
+import torch.distributed as dist
+from accelerate import Accelerator
+
+from packtrain.errors import LaunchError
+
+PAUSE = 0.25  # seconds; such a thread needs microseconds, and a turn on a busy processor
+
+
+def asked_world_size(env: Mapping[str, str] | None = None) -> int:
+    """Returns the ranks that the launcher set up (`WORLD_SIZE`, 1 without a launcher).
+
+    Raises:
+        LaunchError: accelerate was asked for several processes and started one.
+    """
+    env = os.environ if env is None else env  # as it is now, not as it was at import
+    world_size = env.get("WORLD_SIZE")
+    started_by_accelerate = "ACCELERATE_MIXED_PRECISION" in env
+    if world_size is None and started_by_accelerate and "MASTER_PORT" in env and not _under_mpi(env):
+        raise LaunchError(
+            "accelerate was asked for several processes but started one",
+            fix="on CPU use `torchrun --nproc_per_node 2 -m packtrain train RECIPE` or "
+            "`accelerate launch --config_file launch/cpu.yaml -m packtrain train RECIPE --set use_cpu=true`",
+        )
+    return int(world_size or 1)
+
+
+def check_processes(*, world_size: int, n_gpu: int, env: Mapping[str, str] | None = None) -> None:
+    """Compares the processes that run with those that were launched; `engine` does the same for the engine.
+
+    Args:
+        world_size: ranks that take part (`TrainingArguments.world_size`).
+        n_gpu: devices this process drives (`TrainingArguments.n_gpu`); more than one means DataParallel.
+
+    Raises:
+        LaunchError: on any difference.
+    """
+    env = os.environ if env is None else env  # as it is now, not as it was at import
+    asked = asked_world_size(env)
+    if world_size != asked:
+        raise LaunchError(f"{asked} processes were launched but {world_size} take part", fix="start it with torchrun")
+    if n_gpu > 1:
+        raise LaunchError(
+            f"one process would drive {n_gpu} GPUs by DataParallel",
+            fix="start one process per GPU (`accelerate launch` or `torchrun --nproc_per_node`), "
+            "or choose one with CUDA_VISIBLE_DEVICES=0",
+        )
+
+
+def _under_mpi(env: Mapping[str, str]) -> bool:
+    return any(name in env for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"))
+
+
+def leave(accelerator: Accelerator) -> None:
+    """Waits for all ranks, ends the trackers and destroys the process group; nothing collective may follow."""
+    accelerator.wait_for_everyone()
+    settle()
+    accelerator.end_training()
+
+
+def settle() -> None:
+    """Gives the threads of the process group, where there is one, the time to drop what they hold."""
+    if dist.is_initialized():
+        time.sleep(PAUSE)

@@ -1,0 +1,74 @@
+"""`packtrain audit`: what can be named, what is printed, and when a recipe fails."""
+
+from __future__ import annotations
+
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from packtrain.cli.audit import show_audit
+from packtrain.errors import ModelError
+from packtrain.modeling.attention.varlen import NAME
+from packtrain.modeling.audit.models import tiny_model
+
+RECIPE = """
+model: {{config: {{model_type: llama, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2,
+  num_attention_heads: 4}}, tokenizer_vocab_size: 300, attn_implementation: {attention}}}
+data: {{path: 'packtrain:arithmetic'}}
+batching: {{strategy: {strategy}}}
+lora: {{r: 4, target_modules: all-linear}}
+training: {{output_dir: out, gradient_checkpointing: true}}
+"""
+
+
+def audit(target: object, implementations: str = "sdpa", layouts: str = "flat") -> tuple[bool, str]:
+    printed = StringIO()
+    options = {"implementations": implementations.split(","), "layouts": layouts.split(","), "device": "cpu"}
+    return show_audit(str(target), Console(file=printed, width=200), **options), printed.getvalue()
+
+
+def test_an_encoder_directory_is_loaded_with_the_head_it_is_trained_with(tmp_path):
+    tiny_model("distilbert").save_pretrained(tmp_path)
+    safe, text = audit(tmp_path, f"sdpa,{NAME}")
+    assert safe  # no recipe, nothing to fail
+    assert "bidirectional" in text and f"flat batches are safe with {NAME}" in text
+
+
+def test_the_fields_of_a_config():
+    fields = "model_type: llama, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: 4"
+    _, text = audit(f"config: {{{fields}, vocab_size: 300}}")
+    assert "LlamaForCausalLM" in text and "flat batches are safe with sdpa" in text
+    with pytest.raises(ModelError, match="not a mapping of config fields"):
+        audit("config: llama")
+    with pytest.raises(ModelError, match="hiden_size"):
+        audit("config: {model_type: llama, hiden_size: 32}")
+
+
+def test_a_misspelt_architecture_is_told_from_a_missing_checkpoint():
+    with pytest.raises(ModelError, match="did you mean the architecture llama"):
+        audit("lama")
+    with pytest.raises(ModelError, match="did you mean sdpa"):
+        audit("llama", "sdpaa")
+    with pytest.raises(ModelError, match="is not a layout"):
+        audit("llama", layouts="flatt")
+
+
+def test_a_recipe_is_judged_by_what_it_trains_with(tmp_path):
+    recipe = Path(tmp_path / "recipe.yaml")
+    recipe.write_text(RECIPE.format(attention="auto", strategy="balanced"))
+    safe, text = audit(recipe)  # its own attention is tried beside those asked for
+    assert safe and f"the recipe's own, {NAME} and flat (train): isolated" in text
+    recipe.write_text(RECIPE.format(attention="eager", strategy="pad_longest"))
+    safe, text = audit(recipe)
+    assert safe and "the recipe's own, eager and padded (train): isolated" in text
+    recipe.write_text(RECIPE.format(attention="sdpa", strategy="balanced").replace("llama", "biogpt"))
+    safe, text = audit(recipe)
+    assert not safe and "the recipe's own, sdpa and flat (train): leaks" in text
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "tpu"])
+def test_a_device_that_is_not_there_is_our_error(device):
+    with pytest.raises(ModelError, match="--device: is not a device of this machine"):
+        show_audit("llama", Console(file=StringIO()), implementations=None, layouts=None, device=device)

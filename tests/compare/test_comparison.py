@@ -1,0 +1,108 @@
+"""Rows from runs with known answers."""
+
+from __future__ import annotations
+
+import pytest
+
+from packtrain.compare.comparison import summarise
+from tests.compare.synthetic_runs import make_manifest, make_run
+
+VARIANTS = [("pad_longest", "packtrain", True), ("balanced", "packtrain", True), ("bfd", "packtrain", False)]
+
+
+def comparison_of(runs, variants=VARIANTS, **changes):
+    return summarise(make_manifest(variants, **changes), runs)
+
+
+def rounds_of(name, *rates, **changes):
+    return [make_run(name, number, rate=rate, learns=number == 0, **changes) for number, rate in enumerate(rates)]
+
+
+def test_speed_counts_the_timed_updates_only():
+    """The first update is ten times as slow and belongs to the warm-up; the fifth and sixth come after the window."""
+    row = comparison_of(rounds_of("pad_longest", 100.0)).row("pad_longest")
+    assert row.tokens_per_second == pytest.approx(100.0)
+    assert row.supervised_per_second == pytest.approx(50.0)
+    assert row.update_seconds.median == pytest.approx(10.0)
+    assert len(row.timed_runs) == row.rounds == 1
+
+
+def test_speed_is_total_tokens_over_total_seconds():
+    """1000 tokens in 1 s, 1000 in 1 s and 4000 in 10 s are 500 per second, whatever the median update does."""
+    run = make_run("pad_longest", 0, rate=1000.0)
+    run.updates[3] = type(run.updates[3])(**vars(run.updates[3]) | {"real_tokens": 4000, "seconds": 10.0})
+    row = comparison_of([run]).row("pad_longest")
+    assert row.tokens_per_second == pytest.approx(500.0)
+    assert row.update_rate.median == pytest.approx(1000.0)
+
+
+def test_ratios_pair_the_rounds():
+    runs = rounds_of("pad_longest", 100.0, 50.0, 200.0) + rounds_of("balanced", 250.0, 125.0, 500.0)
+    speed = comparison_of(runs).row("balanced").speed
+    assert (speed.low, speed.estimate, speed.high) == pytest.approx((2.5, 2.5, 2.5))
+
+
+def test_a_round_without_its_partner_does_not_count():
+    runs = rounds_of("pad_longest", 100.0, 100.0) + rounds_of("balanced", 200.0, 200.0, 900.0)
+    row = comparison_of(runs).row("balanced")
+    assert row.speed.estimate == pytest.approx(2.0) and row.speed.pairs == 2
+    assert row.rounds == 3
+
+
+def test_losses_are_compared_update_by_update():
+    runs = rounds_of("pad_longest", 100.0) + rounds_of("balanced", 100.0, loss_factor=1.01)
+    row = comparison_of(runs).row("balanced")
+    assert row.loss_difference == pytest.approx(0.01)
+    assert row.norm_difference == 0.0
+    assert row.held_out == pytest.approx(4.4 * 1.01) and row.per_example == pytest.approx(2.2 * 1.01)
+    assert row.held_out_ratio.estimate == pytest.approx(1.01)
+
+
+def test_packers_are_compared_after_the_same_updates_too():
+    """4 updates instead of 6: the end of both runs, and update 4, where both were evaluated."""
+    runs = rounds_of("pad_longest", 100.0) + rounds_of("bfd", 150.0, updates=4, loss_factor=1.1)
+    row = comparison_of(runs).row("bfd")
+    assert row.loss_difference is None  # its updates see other examples
+    assert row.updates == 4
+    assert row.held_out == pytest.approx(4.6 * 1.1)
+    equal = row.equal_updates
+    assert (equal.update, equal.loss, equal.reference) == (4, pytest.approx(4.6 * 1.1), pytest.approx(4.6))
+
+
+def test_shares_padding_examples_and_memory():
+    row = comparison_of(rounds_of("pad_longest", 100.0, 300.0)).row("pad_longest")
+    assert row.shares == pytest.approx({"data": 0.1, "forward": 0.3, "backward": 0.5, "optimizer": 0.1})
+    assert row.padding_share == pytest.approx(0.5)
+    assert row.examples_per_update == (8, 8.0, 8)
+    assert row.memory == 600 * 2**20
+
+
+def test_what_was_not_measured_is_none():
+    runs = rounds_of("pad_longest", 100.0, examples=None, flops=None, grad_norm=None)
+    row = comparison_of(runs + rounds_of("balanced", 100.0, grad_norm=None)).row("pad_longest")
+    assert row.examples_per_update is None and row.flops_per_second is None
+    assert row.mfu is None and row.norm_difference is None
+
+
+def test_mfu_needs_a_known_peak():
+    run = make_run("pad_longest", 0, rate=1000.0)  # 1e9 FLOPs per second
+    on_gpu = type(run.end)(**vars(run.end) | {"device": "NVIDIA A100-SXM4-80GB", "dtype": "bfloat16"})
+    known = type(run)(**vars(run) | {"end": on_gpu})
+    assert comparison_of([run]).row("pad_longest").mfu is None
+    assert comparison_of([known]).row("pad_longest").mfu == pytest.approx(1e9 / 312e12)
+
+
+def test_a_failed_variant_is_a_row_without_figures():
+    runs = rounds_of("pad_longest", 100.0) + [make_run("balanced", 0, rate=100.0, failure="OutOfMemoryError: no room")]
+    comparison = comparison_of(runs)
+    row = comparison.row("balanced")
+    assert row.failure == "OutOfMemoryError: no room"
+    assert row.tokens_per_second is None and row.speed is None and row.updates is None
+    assert [row.name for row in comparison.measured] == ["pad_longest"]
+
+
+def test_without_its_reference_a_variant_keeps_its_own_figures():
+    runs = [make_run("pad_longest", 0, rate=100.0, failure="killed by SIGKILL"), *rounds_of("balanced", 100.0)]
+    row = comparison_of(runs).row("balanced")
+    assert row.tokens_per_second == pytest.approx(100.0)
+    assert row.speed is None and row.loss_difference is None and row.equal_updates is None

@@ -1,0 +1,175 @@
+"""The recipe of a comparison: what it means, and what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from packtrain.compare.experiment import load_experiment, portable, shown_path, with_settings
+from packtrain.compare.manifest import check_same
+from packtrain.compare.results import write_manifest
+from packtrain.errors import PacktrainError, RecipeError
+from tests.compare.synthetic_runs import make_manifest
+from tests.compare.tiny_experiment import write_experiment
+
+
+def test_variants_become_recipes(tmp_path):
+    path = write_experiment(
+        tmp_path,
+        variants=["pad_longest", "bfd", {"name": "small", "batching.max_tokens": 600}, "trl:padding_free"],
+        seeds=[3, 4],
+        repeats=2,
+    )
+    experiment = load_experiment(path, ["repeats=3", "data.num_rows=70"])
+    strategies = {variant.name: variant.recipe.batching.strategy for variant in experiment.variants}
+    assert strategies == {
+        "pad_longest": "pad_longest",
+        "bfd": "bfd",
+        "small": "balanced",
+        "trl:padding_free": "padding_free",
+    }
+    kept = [variant.keeps_updates_of(experiment.of_reference) for variant in experiment.variants]
+    assert kept == [True, False, True, True]
+    small = experiment.variants[2].recipe
+    assert (small.batching.max_tokens, small.data.num_rows) == (600, 70)
+    assert [(turn.seed, turn.learns) for turn in experiment.rounds] == [
+        (3, True), (4, True), (3, False), (4, False), (3, False), (4, False),
+    ]  # fmt: skip
+    assert experiment.eval_every == 2 and small.training["eval_strategy"] == "no"
+
+
+def test_what_a_variant_shares_with_the_reference(tmp_path):
+    """Only what sees the same examples in the same updates may be held against its loss curve."""
+    changes = {
+        "other batch": {"batching.examples_per_step": 4},
+        "other data": {"data.num_rows": 50},
+        "other order": {"training.data_seed": 9},
+        "other rate": {"training.learning_rate": 0.1},
+        "other end": {"training.num_train_epochs": 2},
+    }
+    variants = ["pad_longest", "bfd", *({"name": name, **change} for name, change in changes.items())]
+    experiment = load_experiment(write_experiment(tmp_path, variants=variants))
+    reference = experiment.of_reference
+    shared = {v.name: (v.keeps_updates_of(reference), v.ends_with(reference)) for v in experiment.variants}
+    assert shared == {
+        "pad_longest": (True, "examples"),
+        "bfd": (False, "examples"),
+        "other batch": (False, "examples"),
+        "other data": (False, None),
+        "other order": (False, "examples"),
+        "other rate": (True, "examples"),
+        "other end": (True, None),
+    }
+    limited = load_experiment(write_experiment(tmp_path), ["training.max_steps=5"])
+    assert limited.variants[1].ends_with(limited.of_reference) == "updates"
+
+
+def test_more_rounds_are_the_same_experiment_and_other_settings_are_not(tmp_path):
+    path = write_experiment(tmp_path)
+    same = load_experiment(path).hash
+    assert load_experiment(path, ["repeats=9"]).hash == same
+    assert load_experiment(path, ["batching.strategy=balanced", "data.worker_timeout=300"]).hash == same  # defaults
+    for override in ("measure_steps=7", "training.learning_rate=0.5", "reference=balanced"):
+        assert load_experiment(path, [override]).hash != same
+
+
+def test_other_objectives_are_other_experiments(tmp_path):
+    path = write_experiment(tmp_path)
+    names = ("causal_lm", "masked_diffusion", "block_diffusion")
+    hashes = {load_experiment(path, [f"objective.name={name}"]).hash for name in names}
+    assert len(hashes) == 3
+
+
+def test_runs_go_together_only_with_runs_of_the_same(tmp_path):
+    before = make_manifest([("pad_longest", "packtrain", True)], rounds=2, data={"examples": 9}, git={"commit": "a"})
+    write_manifest(tmp_path, before)
+    check_same(tmp_path, before)
+    first, second = before["rounds"]
+    check_same(tmp_path, before | {"rounds": [first, second, second]})
+    check_same(tmp_path, before | {"rounds": [first]})
+    others = {
+        "other seeds": {"rounds": [first, {"seed": 1, "learns": True}]},  # two seeds, where there was one twice
+        "another commit": {"git": {"commit": "b"}},
+        "other data": {"data": {"examples": 8}},
+        "another machine": {"machine": {}},
+        "other versions": {"versions": {}},
+    }
+    for what, change in others.items():
+        with pytest.raises(PacktrainError, match=f"holds runs of {what}"):
+            check_same(tmp_path, before | change)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"repeat": 2}, "did you mean repeats"),
+        ({"repeats": 0}, "above 0"),
+        ({"repeats": "many"}, "a whole number"),
+        ({"reference": "pad_longst"}, "did you mean pad_longest"),
+        ({"variants": ["pad_longest", "balancd"]}, "did you mean balanced"),
+        ({"variants": ["pad_longest", {"batching.max_tokens": 600}]}, "has no name"),
+        ({"variants": ["pad_longest", "pad_longest"]}, "has this name twice"),
+        ({"variants": ["pad_longest", {"name": "x", "trainer": "trl:paddin"}]}, "did you mean trl:padding"),
+        ({"variants": ["pad_longest", {"name": "x", "batching.max_tokns": 600}]}, "did you mean `max_tokens`"),
+        ({"variants": ["pad_longest", {"name": "x", "batching.max_tokens": 5}]}, "an example may not fit"),
+        ({"base": "nowhere.yaml"}, "cannot read the recipe"),
+        ({"base": None}, "must be text"),
+    ],
+)
+def test_what_is_wrong_is_said(tmp_path, changes, expected):
+    with pytest.raises(RecipeError) as caught:
+        load_experiment(write_experiment(tmp_path, **changes))
+    assert expected in str(caught.value)
+
+
+def test_a_problem_names_its_variant_and_every_problem_is_reported(tmp_path):
+    variants = ["pad_longest", {"name": "x", "batching.max_tokns": 1}, {"name": "y", "training.learning_rat": 1}]
+    with pytest.raises(RecipeError) as caught:
+        load_experiment(write_experiment(tmp_path, variants=variants))
+    places = [problem.where for problem in caught.value.problems]
+    assert len(places) == 2 and "variant x" in places[0] and "variant y" in places[1]
+
+
+def test_a_stored_recipe_tells_no_path_of_this_machine(tmp_path):
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"text": "a"}\n')
+    experiment = load_experiment(write_experiment(tmp_path), [f"data.path={data}", "data.num_rows=20"])
+    stored = json.dumps(portable(with_settings(experiment.variants[0].recipe, output_dir=str(tmp_path))))
+    assert str(tmp_path) not in stored and '"path": "rows.jsonl"' in stored
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("gsm8k/train.jsonl", "gsm8k/train.jsonl"),
+        ("./train.jsonl", "train.jsonl"),
+        ("../someone/train.jsonl", "train.jsonl"),
+        ("/home/someone/train.jsonl", "train.jsonl"),
+    ],
+)
+def test_a_path_is_shown_as_given_only_where_it_tells_nothing(given, shown):
+    assert shown_path(given) == shown
+
+
+def test_the_same_data_in_another_place_are_the_same_experiment(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = write_experiment(tmp_path)
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "rows.jsonl").write_text('{"text": "a"}\n')
+    here, there = (load_experiment(path, [f"data.path={folder}/rows.jsonl"]) for folder in ("here", "there"))
+    assert portable(here.of_reference.recipe)["data"]["path"] == "here/rows.jsonl"
+    assert here.hash == there.hash != load_experiment(path, ["data.path=other.jsonl"]).hash
+
+
+@pytest.mark.parametrize("name", ["quickstart", "long_tail", "gsm8k", "gpu_sft", "ibm_packing"])
+def test_shipped_comparisons_are_valid(name):
+    path = Path(__file__).parents[2] / "recipes" / "compare" / f"{name}.yaml"
+    experiment = load_experiment(path, ["data.path=train.jsonl"])
+    assert experiment.reference in {variant.name for variant in experiment.variants}
+    assert any(
+        variant.trainer == "packtrain" and variant.recipe.batching.strategy == "balanced"
+        for variant in experiment.variants
+    )

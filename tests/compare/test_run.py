@@ -1,0 +1,117 @@
+"""The whole way with real processes: run, fail, be killed, continue, report."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from packtrain.compare.comparison import read_comparison
+from packtrain.compare.run import run_comparison
+from packtrain.compare.verdict import verdict
+from packtrain.errors import PacktrainError
+from tests.compare.tiny_experiment import write_experiment
+
+NAN = {"name": "nan", "training.learning_rate": 1e30, "training.max_grad_norm": 0}
+IMPOSSIBLE = {"name": "impossible", "training.gradient_accumulation_steps": 1, "batching.max_tokens": 512}
+KILLED = {"name": "killed", "batching.strategy": "tests.programs.deadly:kill_this_process"}
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """Runs get one thread each, as tests do."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+
+
+def test_a_comparison_from_recipe_to_report(tmp_path):
+    """Two rounds of good variants, and three that fail each in its own way."""
+    path = write_experiment(tmp_path, variants=["pad_longest", "balanced", "bfd", NAN, IMPOSSIBLE, KILLED], repeats=2)
+    said: list[str] = []
+    directory = run_comparison(path, output_dir=tmp_path / "out", say=said.append)
+    assert [line.split()[0] for line in said] == ["run"] * 9 + ["report:"]  # what failed is left out of round two
+    order = [line.split()[4] for line in said[:-1]]
+    assert order == ["pad_longest", "balanced", "bfd", "nan", "impossible", "killed", "pad_longest", "balanced", "bfd"]
+
+    comparison = read_comparison(directory)
+    rows = {row.name: row for row in comparison.rows}
+    assert rows["balanced"].loss_difference < 1e-4 and rows["balanced"].norm_difference < 1e-4
+    assert rows["balanced"].speed.pairs == 2 and rows["bfd"].loss_difference is None
+    assert rows["balanced"].padding_share == 0 < rows["pad_longest"].padding_share
+    assert rows["balanced"].held_out == pytest.approx(rows["pad_longest"].held_out, rel=1e-4)
+    assert rows["balanced"].equal_updates is not None and rows["pad_longest"].memory_of in ("process", "device")
+    assert rows["nan"].failure.startswith("NonFiniteError: update 1") and "is not finite" in rows["nan"].failure
+    assert rows["impossible"].failure.startswith("PlanError: ")
+    assert rows["killed"].failure == "killed by SIGKILL"
+    assert sum(sentence.topic == "failure" for sentence in verdict(comparison)) == 3
+
+    manifest = (directory / "manifest.json").read_text()
+    assert str(tmp_path) not in manifest and str(Path.home()) not in manifest
+    assert json.loads(manifest)["recommendation"]["strategy"] in ("pad_longest", "group_by_length", "balanced")
+    text = (directory / "report.html").read_text()
+    assert "killed by SIGKILL" in text and str(tmp_path) not in text
+    assert {file.suffix for file in (directory / "runs").iterdir()} == {".jsonl", ".log"}  # logs of what failed
+
+
+def test_killed_in_the_middle_it_continues(tmp_path):
+    path = write_experiment(tmp_path, variants=["pad_longest", "balanced", "padding_free"])
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "packtrain", "compare", str(path), "--out", str(out)]
+    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
+    first = out / "runs" / "00-pad_longest.jsonl"
+    deadline = time.monotonic() + 200
+    while not first.exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (out / "report.html").exists()
+    kept, written = first.read_bytes(), first.stat().st_mtime_ns
+
+    said: list[str] = []
+    run_comparison(path, output_dir=out, say=said.append)
+    assert first.read_bytes() == kept and first.stat().st_mtime_ns == written
+    assert [line.split()[4] for line in said[:-1]] in (["balanced", "padding_free"], ["padding_free"])
+    comparison = read_comparison(out)
+    assert [row.name for row in comparison.rows if row.updates] == ["pad_longest", "balanced", "padding_free"]
+    assert comparison.row("padding_free").loss_difference < 1e-4
+    assert not list((out / "runs").glob("*.part"))
+
+    said.clear()
+    run_comparison(path, output_dir=out, say=said.append)
+    assert len(said) == 1  # the report: there was nothing left to run
+
+    with pytest.raises(PacktrainError, match="(?s)runs of another recipe.*--restart"):
+        run_comparison(path, ["training.learning_rate=0.5"], output_dir=out)
+    assert first.read_bytes() == kept
+    (out / "notes.txt").write_text("mine")
+    run_comparison(path, ["variants=[pad_longest]"], output_dir=out, restart=True, say=lambda line: None)
+    assert [file.name for file in (out / "runs").iterdir()] == [first.name] and first.read_bytes() != kept
+    assert (out / "notes.txt").exists()
+
+
+def test_peers_see_the_same_examples_in_the_same_updates(tmp_path):
+    """TRL and transformers, in their own code, lie on packtrain's curve; packing over the epoch doesn't."""
+    pytest.importorskip("trl")
+    peers = ["trl:padding", "trl:padding_free", "transformers:flattening"]
+    packers = ["trl:packing_bfd", "trl:packing_wrapped"]
+    path = write_experiment(tmp_path, variants=["pad_longest", *peers, *packers])
+    run_comparison(path, ["training.num_train_epochs=2"], output_dir=tmp_path / "out", say=lambda line: None)
+    comparison = read_comparison(tmp_path / "out")
+    assert not [row.failure for row in comparison.rows if row.failure]
+    reference = comparison.reference
+    for name in peers:
+        row = comparison.row(name)
+        assert row.loss_difference < 1e-4 and row.norm_difference < 1e-4, name
+        assert row.updates == reference.updates
+        assert row.examples_per_update == reference.examples_per_update
+        assert row.held_out == pytest.approx(reference.held_out, rel=1e-4)
+    first = [comparison.row(name).learning_runs[0].updates[0].loss for name in ("pad_longest", *packers)]
+    assert abs(first[1] / first[0] - 1) > 1e-4 and abs(first[2] / first[0] - 1) > 1e-4  # the control
+    assert comparison.row("trl:packing_wrapped").examples_per_update is None

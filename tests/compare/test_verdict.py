@@ -1,0 +1,209 @@
+"""Every sentence stays true: what is claimed, and what is not, in each case."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from packtrain.compare.comparison import summarise
+from packtrain.compare.results import Update
+from packtrain.compare.verdict import alike_until, headliner, verdict
+from tests.compare.synthetic_runs import make_manifest, make_run
+
+OURS = [("pad_longest", "packtrain", True), ("balanced", "packtrain", True)]
+PADDING_FREE, BFD = ("padding_free", "packtrain", True), ("bfd", "packtrain", False)
+PEERS = [("trl:padding", "trl:padding", True), ("trl:packing_bfd", "trl:packing_bfd", False)]
+
+
+def runs_of(name, *rates, **changes):
+    return [make_run(name, number, rate=rate, learns=number == 0, **changes) for number, rate in enumerate(rates)]
+
+
+def comparison_of(variants, *runs, **changes):
+    return summarise(make_manifest(variants, **changes), [run for some in runs for run in some])
+
+
+def texts(comparison, topic):
+    return [sentence.text for sentence in verdict(comparison) if sentence.topic == topic]
+
+
+REFERENCE = runs_of("pad_longest", 100.0, 102.0, 98.0)
+
+
+def test_the_headline_has_the_ratio_and_the_loss():
+    comparison = comparison_of(OURS, REFERENCE, runs_of("balanced", 240.0, 244.8, 235.2))
+    first = verdict(comparison)[0]
+    assert first.topic == "speed"
+    assert first.text == (
+        "`balanced` is 2.40x (2.40-2.40) as fast as `pad_longest`, with the same loss in every one of 6 updates "
+        "(largest relative difference 0)."
+    )
+
+
+def test_an_unequal_loss_is_said():
+    comparison = comparison_of(OURS, REFERENCE, runs_of("balanced", 240.0, 244.8, 235.2, loss_factor=1.02))
+    text = verdict(comparison)[0].text
+    assert "its training loss differs by up to 2.0% in one of 6 updates" in text and "same loss" not in text
+    assert texts(comparison, "loss") == [
+        "`balanced` sees the same examples in the same updates, but its training loss departs from that of "
+        "`pad_longest` by up to 2.0% (relative); held-out at the end 4.4880 against 4.4000."
+    ]
+
+
+def test_losses_that_drift_apart_are_told_from_losses_that_differ():
+    """Rounding grows: four updates alike, then apart. Unequal from the first update is the test above."""
+    drifting = runs_of("balanced", 240.0, 244.8, 235.2)
+    late = [
+        Update(**vars(update) | {"loss": update.loss * (1.03 if update.update > 4 else 1)})
+        for update in drifting[0].updates
+    ]
+    drifting[0] = replace(drifting[0], updates=late)
+    comparison = comparison_of(OURS, REFERENCE, drifting)
+    assert alike_until(comparison.row("balanced"), comparison.reference) == 4
+    assert (
+        "lies within 0.1% of that of `pad_longest` for the first 4 updates, then departs"
+        in texts(comparison, "loss")[0]
+    )
+
+
+def test_no_loss_is_claimed_where_none_was_measured():
+    runs = [*REFERENCE[1:], *runs_of("balanced", 240.0, 244.8, 235.2)[1:]]  # the rounds that only time
+    text = verdict(comparison_of(OURS, runs))[0].text
+    assert "loss" not in text and "2.4" in text
+
+
+def test_noise_is_not_a_difference():
+    text = verdict(comparison_of(OURS, REFERENCE, runs_of("balanced", 150.0, 70.0, 110.0)))[0].text
+    assert text.startswith("`balanced` is neither measurably faster nor slower than `pad_longest`, 1.05x")
+
+
+def test_slower_is_said_as_it_is():
+    text = verdict(comparison_of(OURS, REFERENCE, runs_of("balanced", 50.0, 51.0, 49.0)))[0].text
+    assert text.startswith("`balanced` is 0.50x (0.50-0.50) as fast as `pad_longest`")
+
+
+def test_one_round_gives_no_interval_and_says_so():
+    comparison = comparison_of(OURS, REFERENCE[:1], runs_of("balanced", 240.0), rounds=1)
+    assert verdict(comparison)[0].text.startswith(
+        "`balanced` was 2.40x as fast as `pad_longest` in the one round there is"
+    )
+    assert texts(comparison, "caution") == [
+        "There is one timed round, which gives no confidence intervals; three `seeds` or more do."
+    ]
+
+
+def test_the_default_speaks_unless_another_is_measurably_faster():
+    close = comparison_of(
+        [*OURS, PADDING_FREE],
+        REFERENCE,
+        runs_of("balanced", 240.0, 250.0, 230.0),
+        runs_of("padding_free", 241.0, 246.0, 234.0),
+    )
+    assert headliner(close).name == "balanced"
+    clear = comparison_of(
+        [*OURS, PADDING_FREE],
+        REFERENCE,
+        runs_of("balanced", 240.0, 250.0, 230.0),
+        runs_of("padding_free", 300.0, 312.0, 288.0),
+    )
+    assert headliner(clear).name == "padding_free"
+
+
+def test_packing_names_speed_updates_and_loss():
+    comparison = comparison_of(
+        [*OURS, BFD],
+        REFERENCE,
+        runs_of("balanced", 240.0, 244.8, 235.2),
+        runs_of("bfd", 264.0, 269.28, 258.72, updates=3, loss_factor=1.1),
+    )
+    assert texts(comparison, "packing") == [
+        "`bfd` is faster than `balanced`, 1.10x (1.10-1.10), and makes 2.0x fewer updates (3 for 6); after the same "
+        "examples its held-out loss is 5.1700 against 4.4000 (+17.5%, one seed), after the same 2 updates "
+        "5.2800 against 4.8000."
+    ]
+
+
+def test_max_steps_means_equal_updates():
+    manifest = make_manifest([*OURS, BFD])
+    for variant in manifest["variants"]:
+        variant["ends_with_reference"] = "updates"
+    runs = [
+        *REFERENCE,
+        *runs_of("balanced", 240.0, 244.8, 235.2),
+        *runs_of("bfd", 240.0, 244.8, 235.2, loss_factor=0.9),
+    ]
+    (text,) = [s.text for s in verdict(summarise(manifest, runs)) if s.topic == "packing"]
+    assert "makes the same number of updates (6) of other examples; after the same updates its held-out loss is" in text
+    assert "(-10.0%, one seed)" in text
+
+
+PACKER = "trl:packing_bfd"
+SDPA = f"Without flash-attention, the kernel for flat batches, `{PACKER}` ran with sdpa."
+
+
+def test_ahead_of_every_peer_only_if_every_interval_says_so():
+    balanced = runs_of("balanced", 240.0, 244.8, 235.2)
+    slow = runs_of("trl:padding", 90.0, 92.0, 88.0)
+    ahead = comparison_of([*OURS, *PEERS], REFERENCE, balanced, slow, runs_of("trl:packing_bfd", 120.0, 122.4, 117.6))
+    assert texts(ahead, "peers") == [
+        "`balanced` is faster than both other trainers: 2.00x (2.00-2.00) as fast as `trl:packing_bfd`, the closest, "
+        "and 2.67x (2.65-2.68) as fast as `trl:padding`, the closest with the same updates.",
+        SDPA,
+    ]
+    tied = comparison_of([*OURS, *PEERS], REFERENCE, balanced, slow, runs_of("trl:packing_bfd", 200.0, 290.0, 240.0))
+    assert "not measurably apart" in texts(tied, "peers")[0]
+    behind = comparison_of([*OURS, *PEERS], REFERENCE, balanced, slow, runs_of("trl:packing_bfd", 480.0, 489.6, 470.4))
+    assert texts(behind, "peers") == ["`trl:packing_bfd` is faster than `balanced`: 2.00x (2.00-2.00) as fast.", SDPA]
+    flash = [replace(run, end=replace(run.end, attention="flash_attention_2")) for run in behind.row(PACKER).timed_runs]
+    assert SDPA not in texts(comparison_of([*OURS, *PEERS], REFERENCE, balanced, slow, flash), "peers")
+
+
+def test_no_peers_no_word_of_them():
+    assert texts(comparison_of(OURS, REFERENCE, runs_of("balanced", 240.0, 244.8, 235.2)), "peers") == []
+
+
+def test_a_failed_peer_is_not_beaten():
+    failed = [make_run("trl:packing_bfd", 0, rate=1.0, failure="ImportError: no trl")]
+    comparison = comparison_of(
+        [*OURS, *PEERS, ("trl:padding_free", "trl:padding_free", True)],
+        REFERENCE,
+        runs_of("balanced", 240.0, 244.8, 235.2),
+        runs_of("trl:padding", 90.0, 92.0, 88.0),
+        runs_of("trl:padding_free", 90.0, 92.0, 88.0),
+        failed,
+    )
+    assert "both other trainers that ran" in texts(comparison, "peers")[0]
+    assert texts(comparison, "failure") == ["`trl:packing_bfd` failed: ImportError: no trl"]
+
+
+def test_without_the_reference_there_are_no_ratios():
+    failed = [make_run("pad_longest", 0, rate=1.0, failure="killed by SIGKILL")]
+    comparison = comparison_of(OURS, failed, runs_of("balanced", 240.0, 244.8, 235.2))
+    assert [sentence.topic for sentence in verdict(comparison)] == ["caution", "failure"]
+    assert verdict(comparison)[0].text == "The reference, `pad_longest`, was not timed, so there are no ratios to it."
+
+
+def test_nothing_measured_nothing_claimed():
+    failed = [make_run(name, 0, rate=1.0, failure="RunFailed: the loss is nan") for name in ("pad_longest", "balanced")]
+    assert [sentence.topic for sentence in verdict(comparison_of(OURS, failed))] == ["failure", "failure", "caution"]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "rate", "expected"),
+    [
+        ("balanced", 120.0, "picks `balanced`: right, no variant with the same updates was measurably faster."),
+        ("balanced", 300.0, "picks `balanced`: wrong here, `padding_free` was faster, 1.25x (1.25-1.25)."),
+        ("group_by_length", 120.0, "picks `group_by_length`, which was not among the variants."),
+    ],
+)
+def test_the_recommendation_is_judged(strategy, rate, expected):
+    comparison = comparison_of(
+        [*OURS, PADDING_FREE],
+        REFERENCE,
+        runs_of("balanced", 240.0, 244.8, 235.2),
+        runs_of("padding_free", rate, rate * 1.02, rate * 0.98),
+        recommendation={"strategy": strategy, "reasons": []},
+    )
+    (text,) = texts(comparison, "recommendation")
+    assert text.endswith(expected)

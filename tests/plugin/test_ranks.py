@@ -1,0 +1,43 @@
+"""`attach` on two ranks over gloo: the losses of one stock process, and every example once per epoch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.programs.two_ranks_attach import EXAMPLES
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(output_dir: Path, *, ranks: int, attached: bool) -> list[dict]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    what = "attached" if attached else "stock"
+    done = subprocess.run(
+        [sys.executable, *launcher, "-m", "tests.programs.two_ranks_attach", str(output_dir), what],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((output_dir / f"rank{rank}.json").read_text()) for rank in range(ranks)]
+
+
+@pytest.mark.slow  # three processes, each of which imports everything
+def test_two_attached_ranks_take_the_steps_of_one_stock_trainer(tmp_path):
+    (stock,) = run(tmp_path / "stock", ranks=1, attached=False)
+    both = run(tmp_path / "attached", ranks=2, attached=True)
+    assert len(stock["losses"]) > 0
+    np.testing.assert_allclose(both[0]["losses"], stock["losses"], rtol=1e-4)
+    every = sorted(list(range(EXAMPLES)) * 2)  # two epochs
+    assert sorted(stock["read"]) == every
+    assert sorted(both[0]["read"] + both[1]["read"]) == every
+    assert both[0]["read"] and both[1]["read"]

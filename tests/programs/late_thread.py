@@ -1,0 +1,39 @@
+"""Run under torchrun by training/test_ranks.py: ends while a thread of gloo is about to drop a tensor."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+
+from packtrain.training import ranks
+
+
+class Late:
+    """Whoever drops it takes a while, as a thread does that waits for its turn."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+
+    def __del__(self):
+        time.sleep(self.seconds)
+
+
+def reduce_and_forget(group: dist.ProcessGroup, seconds: float) -> None:
+    """Afterwards only gloo's thread has the tensor."""
+    tensor = torch.ones(2)
+    tensor.late = Late(seconds)
+    if dist.get_rank(group):
+        time.sleep(0.1)  # the other rank has let go of it before it is reduced
+    dist.all_reduce(tensor, group=group, async_op=True)
+
+
+if __name__ == "__main__":
+    accelerator = Accelerator(cpu=True)
+    GROUP = dist.new_group()  # held to the end, as DDP holds its own
+    seconds, ranks.PAUSE = float(sys.argv[1]), float(sys.argv[2])
+    reduce_and_forget(GROUP, seconds)
+    ranks.leave(accelerator)

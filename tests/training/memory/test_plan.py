@@ -1,0 +1,173 @@
+"""The plan of memory: its parts, its phases, and the whole against the peak that torch tracks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from packtrain.errors import ModelError
+from packtrain.modeling.attention.varlen import register
+from packtrain.modeling.loading import load_config, load_model
+from packtrain.objectives.causal import causal_lm_losses
+from packtrain.packing.collator import PackCollator
+from packtrain.packing.plan import make_plan
+from packtrain.recipe.reader import load_recipe
+from packtrain.training.memory.activations import activation_formula
+from packtrain.training.memory.plan import (
+    MemoryPlan,
+    MicroBatchSize,
+    ModelMemory,
+    describe_model,
+    largest_sizes,
+    parameters_of,
+    plan_memory,
+)
+from packtrain.training.memory.states import Line
+
+RECIPE = "recipes/quickstart.yaml"
+
+
+def line(what, size, **how):
+    return Line(what=what, bytes=size, **how)
+
+
+def test_phases_that_do_not_coincide_do_not_add_up():
+    lines = (line("parameters", 10), line("activations", 7), line("gradients in float32", 5, transient=True))
+    plan = MemoryPlan(engine="zero2", ranks=2, lines=lines)
+    assert plan.total() == 10 + 7
+    small = MemoryPlan(engine="zero2", ranks=2, lines=(*lines[:1], line("activations", 3), *lines[2:]))
+    assert small.total() == 10 + 5
+    assert MemoryPlan(engine="x", ranks=1, lines=(line("parameters", 4, where="host"),)).total("host") == 4
+
+
+def test_verdicts():
+    plan = MemoryPlan(engine="ddp", ranks=1, lines=(line("parameters", 86),))
+    assert [plan.verdict(memory) for memory in (200, 102, 101, 86, 85)] == [
+        "fits",
+        "fits",
+        "tight",
+        "tight",
+        "does not fit",
+    ]
+
+
+def test_the_largest_micro_batch_of_each_layout():
+    lengths = np.array([3, 5, 2, 4])
+    supervised = np.array([1, 5, 2, 3])
+    flat = make_plan(lengths, strategy="padding_free", examples_per_step=4, max_tokens=16)
+    assert largest_sizes(flat, supervised) == MicroBatchSize(tokens=14, supervised=11, rows=1, width=14)
+    padded = make_plan(lengths, strategy="pad_longest", examples_per_step=4, max_tokens=20)
+    assert largest_sizes(padded, supervised) == MicroBatchSize(tokens=20, supervised=11, rows=4, width=5)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_the_model_is_described_without_its_weights(lora):
+    overrides = ["lora={r: 4, target_modules: all-linear}", "model.dtype=bfloat16"] if lora else []
+    recipe = load_recipe(RECIPE, overrides)
+    model = describe_model(recipe)
+    config = load_config(recipe.model)
+    config.vocab_size = recipe.model.tokenizer_vocab_size
+    whole = load_model(recipe.model, config, attn_implementation="packtrain_varlen")
+    elements = sum(parameter.numel() for parameter in whole.parameters())
+    counted = model.parameters
+    assert sum(counted.frozen if lora else counted.trained) == elements
+    assert (counted.trained_itemsize, counted.frozen_itemsize) == (4, 2 if lora else 4)
+    assert model.vocabulary == recipe.model.tokenizer_vocab_size
+    assert model.activations.basis == "measured"
+
+
+def of_architecture(model_type: str, **fields) -> ModelMemory:
+    sizes = {"model_type": model_type, "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 128, **fields}
+    recipe = load_recipe(RECIPE)
+    return describe_model(recipe.model_copy(update={"model": recipe.model.model_copy(update={"config": sizes})}))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "why"),
+    [
+        ("falcon", "it takes no attention but its own"),
+        ("mpt", "AttributeError: 'NoneType' object has no attribute 'to'"),
+        ("bloom", "ValueError: a token keeps more the longer its row"),
+        ("xlstm", "ValueError: num_hidden_layers is not how many layers it has"),
+    ],
+)
+def test_what_cannot_be_counted_is_our_error(architecture, why):
+    with pytest.raises(ModelError, match=f"the activations of {architecture} can't be counted: {why}.*\n.*probe"):
+        of_architecture(architecture, **{"num_heads" if architecture == "xlstm" else "num_attention_heads": 2})
+
+
+def test_a_model_without_attention_has_a_plan():
+    model = of_architecture("mamba", state_size=8)
+    assert model.activations.basis == "measured" and model.activations.layer > 0
+    assert model.heads == 0 and model.layers == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+def test_the_plan_is_near_the_peak_that_torch_tracks(dtype, checkpointing):
+    """Forward and backward of one real micro-batch: parameters, gradients, activations and logits, within 12%."""
+    tools = pytest.importorskip("torch.distributed._tools.mem_tracker")
+    register()
+    vocabulary = 8000
+    config = AutoConfig.for_model(
+        "llama", vocab_size=vocabulary, hidden_size=128, intermediate_size=352, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="packtrain_varlen").train()
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    documents = [torch.randint(3, vocabulary, (length,)).tolist() for length in (300, 200, 124, 400)]
+    rows = [{"input_ids": ids, "labels": [-100] * (len(ids) // 2) + ids[len(ids) // 2 :]} for ids in documents]
+    batch = PackCollator(layout="flat", pad_token_id=0)(rows)
+    tracker = tools.MemTracker()
+    tracker.track_external(model)
+    with tracker:
+        causal_lm_losses(model, batch).weighted_sum().backward()
+    (peak,) = (device["Total"] for device in tracker.get_tracker_snapshot("peak").values())
+
+    activations = activation_formula(config, itemsize=dtype.itemsize)
+    memory = ModelMemory(
+        parameters=parameters_of(model),
+        activations=activations,
+        activations_deepspeed=activations,
+        vocabulary=vocabulary,
+        heads=4,
+        layers=4,
+    )
+    supervised = int((batch["labels"] != -100).sum())
+    size = MicroBatchSize(tokens=1024, supervised=supervised, rows=1, width=1024)
+    half = dtype is torch.bfloat16
+    plan = plan_memory(memory, size, engine="zero1", ranks=1, half=half, checkpointing=checkpointing)
+    kinds = ("parameters", "gradients", "activations", "logits, kept", "logits, at work")
+    planned = sum(one.bytes for one in plan.lines if one.what in kinds)
+    assert planned == pytest.approx(peak, rel=0.12)
+
+
+def test_masks_and_eager_attention_are_counted():
+    activations = activation_formula(
+        {"model_type": "llama", "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    )
+    model = ModelMemory(
+        parameters=parameters_of(torch_model()),
+        activations=activations,
+        activations_deepspeed=activations,
+        vocabulary=16,
+        heads=2,
+        layers=2,
+    )
+    size = MicroBatchSize(tokens=12, supervised=3, rows=2, width=6)
+    how = dict(engine="ddp", ranks=1, half=False, checkpointing=False)
+    masks = {
+        name: [one.bytes for one in plan_memory(model, size, **how, **kind).lines if one.what == "attention mask"]
+        for name, kind in {"none": {}, "sdpa": {"masked": True}, "eager": {"eager": True}}.items()
+    }
+    assert masks == {"none": [], "sdpa": [2 * 36], "eager": [2 * 36 * (4 + 2 * 2 * 8)]}
+
+
+def torch_model():
+    config = AutoConfig.for_model(
+        "llama", vocab_size=16, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
+    )
+    return AutoModelForCausalLM.from_config(config)

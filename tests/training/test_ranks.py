@@ -1,0 +1,69 @@
+"""A run of other processes than were asked for stops, and the end of one of several is not a failure of it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from packtrain.errors import LaunchError
+from packtrain.training.ranks import PAUSE, asked_world_size, check_processes
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_world_size_is_the_launchers():
+    assert asked_world_size({}) == 1
+    assert asked_world_size({"WORLD_SIZE": "4"}) == 4
+
+
+def test_accelerate_starting_one_process_instead_of_two_is_noticed():
+    env = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "True", "MASTER_PORT": "29500"}
+    with pytest.raises(LaunchError, match="asked for several processes but started one"):
+        asked_world_size(env)
+    assert asked_world_size({**env, "WORLD_SIZE": "2"}) == 2
+    assert asked_world_size({"ACCELERATE_MIXED_PRECISION": "no"}) == 1  # asked for one
+
+
+@pytest.mark.parametrize(
+    ("in_force", "env", "message"),
+    [
+        ({"world_size": 1, "n_gpu": 0}, {"WORLD_SIZE": "2"}, "2 processes were launched but 1 take part"),
+        ({"world_size": 1, "n_gpu": 2}, {}, "2 GPUs by DataParallel"),
+    ],
+)
+def test_differences_stop_the_run(in_force, env, message):
+    with pytest.raises(LaunchError, match=message):
+        check_processes(**in_force, env=env)
+
+
+def test_what_was_launched_passes():
+    check_processes(world_size=1, n_gpu=0, env={})
+    check_processes(world_size=2, n_gpu=1, env={"WORLD_SIZE": "2"})
+
+
+def end_with_a_late_thread(seconds: float, pause: float) -> subprocess.CompletedProcess:
+    """Two ranks whose threads of gloo drop a tensor `seconds` late, and who leave them `pause` seconds."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    return subprocess.run(
+        [*launcher, "-m", "tests.programs.late_thread", str(seconds), str(pause)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def test_a_late_thread_of_gloo_does_not_abort_the_run():
+    done = end_with_a_late_thread(0.05, PAUSE)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_it_would_without_the_pause():
+    done = end_with_a_late_thread(2.0, 0.0)
+    assert done.returncode != 0
+    assert "exitcode: -6" in done.stderr
