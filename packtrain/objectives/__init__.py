@@ -8,10 +8,12 @@ from packtrain.objectives.block_diffusion import BlockDiffusion
 from packtrain.objectives.causal import CausalLM
 from packtrain.objectives.masked_diffusion import MaskedDiffusion
 from packtrain.objectives.objective import Objective
+from packtrain.objectives.sequence_classification import SequenceClassification
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "causal_lm": CausalLM,
     "masked_diffusion": MaskedDiffusion,
     "block_diffusion": BlockDiffusion,
+    "sequence_classification": SequenceClassification,
 }
 DEFAULT = "causal_lm"
