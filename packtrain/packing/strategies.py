@@ -23,8 +23,11 @@ result is checked), or the name of a `Strategy`, which says its scope and layout
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 from typing import Literal
 
 import numpy as np
@@ -223,7 +226,7 @@ def resolve_strategy(name: str) -> Strategy:
             "for rows that can't be counted, packtrain.PackedStream in your own trainer",
         )
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        found = getattr(_import(module), attribute)
     except (ImportError, AttributeError) as error:
         raise PlanError(
             f"could not import the strategy: {error}",
@@ -234,8 +237,21 @@ def resolve_strategy(name: str) -> Strategy:
     if isinstance(found, Strategy):
         return found
     if not callable(found):
-        raise PlanError("the strategy is not a function", key="batching.strategy", value=name)
+        raise PlanError("is not a function", key="batching.strategy", value=name)
     return Strategy(function=checked(found, name), by_order=True)
+
+
+def _import(module: str) -> ModuleType:
+    """Imports a module; one in the current folder needs no PYTHONPATH."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        top = module.partition(".")[0]
+        here = Path.cwd()
+        if error.name != top or not ((here / f"{top}.py").is_file() or (here / top).is_dir()) or str(here) in sys.path:
+            raise
+        sys.path.append(str(here))
+        return importlib.import_module(module)
 
 
 def checked(function: Callable, name: str) -> Callable:
@@ -278,8 +294,8 @@ def _longest_example_fits(settings: Settings, strategy: Strategy) -> Verdicts:
 def _noise_goes_by_rows(settings: Settings, strategy: Strategy) -> Verdicts:
     if settings.get("training.neftune_noise_alpha") and strategy.layout != "padded":
         padded = ", ".join(name for name, known in STRATEGIES.items() if known.layout == "padded")
-        what = "scales its noise by 1 / sqrt(tokens of a row), and a row of this strategy is many documents"
-        fix = f"leave it out, or choose a strategy with a document to a row: {padded}"
+        what = "scales its noise by 1 / sqrt(tokens of a row), and a row of this strategy holds many documents"
+        fix = f"leave it out, or choose a strategy with one document per row: {padded}"
         yield "training.neftune_noise_alpha", what, fix
 
 
