@@ -7,13 +7,15 @@
     packtrain show recipes/sft.yaml --step 3
     torchrun --nproc_per_node 2 -m packtrain train recipes/sft.yaml
 
-What a user can fix is printed without a traceback, with exit code 2; Ctrl-C exits with 130. A training run that is
-told to stop saves a checkpoint and exits with 75; a second signal, five seconds later or more, ends it at once.
+Errors that a user can fix are printed without a traceback, with exit code 2; Ctrl-C exits with 130. A training run that is
+told to stop saves a checkpoint and exits with 75; a second signal, at least five seconds later, ends it at once.
 Heavy libraries are imported by the verb that needs them, so that help and errors come at once.
 """
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -40,7 +42,7 @@ from packtrain.errors import PacktrainError, Stopped
 
 
 class Verbs(TyperGroup):
-    """The group of verbs, with packtrain's exit codes and a `--resume` that may stand alone."""
+    """Groups the verbs; adds packtrain's exit codes and a `--resume` that may stand alone."""
 
     def parse_args(self, ctx, args: list[str]) -> list[str]:
         return super().parse_args(ctx, fill_bare_resume(args))
@@ -60,8 +62,8 @@ class Verbs(TyperGroup):
 
 
 def fill_bare_resume(args: Sequence[str]) -> list[str]:
-    """`--resume` at the end, before another option or before the recipe gets the value `last`; options can't have
-    optional values. A checkpoint is a directory, so what is a file, or is named like a recipe, is the recipe.
+    """Gives `--resume` the value `last` at the end, before another option and before the recipe; an option can't have an
+    optional value. A checkpoint is a directory, so a word that is a file, or ends like a recipe, is the recipe.
 
     >>> fill_bare_resume(["train", "r.yaml", "--resume", "--set", "a=1"])
     ['train', 'r.yaml', '--resume', 'last', '--set', 'a=1']
@@ -84,7 +86,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
-    help="Packing and padding for LLM fine-tuning: a step is a set of examples, a strategy only lays them out.",
+    help="Fine-tune LLMs with packing or padding: a step is a set of examples, and a strategy only lays them out.",
 )
 
 
@@ -108,5 +110,16 @@ for verb in (init, train, plan, show, audit, keys, compare, report, sample, eval
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Entry point; exits with 0, 2 (what the user gave is wrong), 75 (stopped, resumable) or 130 (interrupted)."""
+    """Runs the command line; exits with 0, 2 (the user can fix it), 75 (stopped, resumable) or 130 (interrupted)."""
+    quiet_libraries()
     app(args=args, prog_name="packtrain")
+
+
+def quiet_libraries() -> None:
+    """Silences warnings of libraries that a user of the command line can't act on.
+
+    DeepSpeed names its accelerator whenever it is installed, used or not; transformers and peft announce
+    deprecated names, which packtrain takes care of.
+    """
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate|torch)\b")

@@ -21,11 +21,14 @@ def train(
     resume: Annotated[
         str | None,
         typer.Option(
-            metavar="[PATH]", help="After RECIPE: go on from a checkpoint; without PATH from the newest good one."
+            metavar="[PATH]", help="Resume from a checkpoint; without PATH (after RECIPE) from the newest valid one."
         ),
     ] = None,
     allow_changes: Annotated[
-        bool, typer.Option("--allow-changes", help="Resume although harmless keys of the recipe have changed.")
+        bool, typer.Option("--allow-changes", help="Resume even if harmless keys of the recipe have changed.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing run in `training.output_dir`.")
     ] = False,
     launch: Annotated[
         str | None, typer.Option(metavar="NAME", help="Start through `accelerate launch` with launch/NAME.yaml.")
@@ -34,7 +37,7 @@ def train(
     """Train a model from a recipe and print a summary.
 
     Runs on any number of processes: `torchrun --nproc_per_node 2 -m packtrain train RECIPE`, or
-    `accelerate launch`. The steps see the same examples whatever their number.
+    `accelerate launch`. The updates see the same examples on any number of processes.
     """
     loaded = load_checked(recipe, overrides)
     if launch is not None:
@@ -42,12 +45,16 @@ def train(
 
         sets = [part for override in overrides or [] for part in ("--set", override)]
         more = [*(["--resume", resume] if resume else []), *(["--allow-changes"] if allow_changes else [])]
+        more += ["--overwrite"] if overwrite else []
         relaunch(launch, ["train", str(recipe), *sets, *more], use_cpu=bool(loaded.training.get("use_cpu")))
+    console = Console(quiet=RANK != 0)
+    data, batching = loaded.data, loaded.batching
+    first = f"{Path(recipe).stem}: {hidden(data.path)}, {batching.strategy}; loading torch and transformers"
+    console.print(first, style="dim", markup=False)
     from packtrain.training.run import train as run
 
-    console = Console(quiet=RANK != 0)
     resume_from = True if resume == LAST else resume or False
-    summary = run(loaded, resume=resume_from, allow_changes=allow_changes, console=console)
+    summary = run(loaded, resume=resume_from, allow_changes=allow_changes, overwrite=overwrite, console=console)
     console.print(summary.table())
     console.print("\nTry next:")
     padded = f"{loaded.training['output_dir']}-padded"
@@ -59,11 +66,11 @@ def train(
 def next_commands(
     recipe: Path, overrides: Sequence[str], padded_dir: str, *, sampled: bool = False
 ) -> list[tuple[str, str]]:
-    """(what for, command), each as it can be pasted.
+    """Returns (purpose, command) pairs; each command can be pasted.
 
     Args:
-        padded_dir: where a padded run would be stored.
-        sampled: whether the model is one that `sample` and `evaluate` take.
+        padded_dir: directory for a padded run.
+        sampled: whether `sample` and `evaluate` work with the model.
     """
 
     def command(verb: str, overrides: Sequence[str], *more: str) -> str:
@@ -72,10 +79,10 @@ def next_commands(
 
     padded = [override for override in overrides if "output_dir" not in override.partition("=")[0]]
     padded += ["batching.strategy=pad_longest", f"training.output_dir={padded_dir}"]
-    answers = [("how its answers depend on the room they get", command("evaluate", overrides))] if sampled else []
+    answers = [("how its answers depend on the allocated length", command("evaluate", overrides))] if sampled else []
     return [
         *answers,
         ("what the model saw, step by step", command("show", overrides, "--step", "0")),
-        ("what every other strategy would do with these data", command("plan", overrides, "--all")),
+        ("what every other strategy does with these data", command("plan", overrides, "--all")),
         ("the same updates with plain padding: compare losses and real tokens/s", command("train", padded)),
     ]

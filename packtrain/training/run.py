@@ -5,6 +5,7 @@ It is what `packtrain train quickstart` does, and on every rank `torchrun --npro
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -21,23 +22,23 @@ from packtrain.modeling.isolation import check_isolation, compute_dtype
 from packtrain.modeling.loading import add_lora, count_parameters, load_config, load_model, weights_dtype
 from packtrain.modeling.positions import check_positions, position_start
 from packtrain.objectives.objective import Task
-from packtrain.objectives.task import load_task
+from packtrain.objectives.task import load_task, plan_recipe
 from packtrain.packing.cost import Cost
-from packtrain.packing.plan import Plan, plan_evaluation, plan_run
+from packtrain.packing.plan import Plan, plan_evaluation
 from packtrain.packing.strategies import resolve_strategy
 from packtrain.recipe.recipe import Recipe
 from packtrain.training.checkpoints import choose_checkpoint, facts_of, redacted
 from packtrain.training.deepspeed_config import deepspeed_config
-from packtrain.training.engine import EngineReport, asked_engine
+from packtrain.training.engine import STATE_FILE, EngineReport, asked_engine
 from packtrain.training.guards.nonfinite import FILE as UPDATES_FILE
 from packtrain.training.guards.out_of_memory import checkpoints_activations, is_out_of_memory, of_optimizer
 from packtrain.training.guards.stops import StopOnSignal
 from packtrain.training.loader import worker_failure
 from packtrain.training.meters import peak_memory, reset_peak
 from packtrain.training.progress import RichProgress
-from packtrain.training.ranks import asked_world_size, check_processes, leave
+from packtrain.training.ranks import asked_rank, asked_world_size, check_processes, leave
 from packtrain.training.resharding import prepare_resume
-from packtrain.training.sealing import read_manifest
+from packtrain.training.sealing import is_sealed, read_manifest
 from packtrain.training.summary import Summary, describe_machine, package_versions
 from packtrain.training.trainer import PackTrainer
 
@@ -49,6 +50,7 @@ def train(
     *,
     resume: str | bool = False,
     allow_changes: bool = False,
+    overwrite: bool = False,
     console: Console | None = None,
     trainer_class: type[PackTrainer] = PackTrainer,
 ) -> Summary:
@@ -58,6 +60,7 @@ def train(
         recipe: a checked recipe.
         resume: a checkpoint directory, or True for the newest good one in `output_dir`.
         allow_changes: resume although harmless keys of the recipe have changed.
+        overwrite: remove the run that is in `output_dir`, with its checkpoints, instead of refusing to replace it.
         console: where progress goes; rank 0's standard output by default.
         trainer_class: what trains, where PackTrainer is to do more.
 
@@ -66,11 +69,11 @@ def train(
     """
     console = console or Console()
     output_dir = _output_dir(recipe)
+    if resume is False and asked_rank() == 0:
+        _clear(output_dir, overwrite=overwrite)
     trainer = build(recipe, console=console, resume=resume, allow_changes=allow_changes, trainer_class=trainer_class)
     checkpoint = trainer.checkpoints.chosen
     if trainer.is_world_process_zero():
-        if checkpoint is None:
-            _say_what_is_there(output_dir, _sayer(console))
         (output_dir / "recipe.yaml").write_text(yaml.safe_dump(redacted(recipe.to_dict()), sort_keys=False))
     reset_peak()
     fit(trainer, checkpoint and str(checkpoint), console=console)
@@ -104,7 +107,7 @@ def build(
     ranks = asked_world_size()
     task = load_task(recipe)
     config = load_config(recipe.model, tokenizer=task.tokenizer, new_tokens=task.new_tokens, fields=task.config_fields)
-    plan = plan_task(recipe, task, world_size=ranks, cost=Cost.of_config(config))
+    plan = plan_recipe(recipe, task.train.lengths, world_size=ranks, cost=Cost.of_config(config))
     args = training_arguments(recipe, plan, evaluate=task.held_out is not None)
     check_processes(world_size=args.world_size, n_gpu=args.n_gpu)
     checkpoint = choose_checkpoint(
@@ -120,19 +123,6 @@ def build(
     return trainer
 
 
-def plan_task(recipe: Recipe, task: Task, *, world_size: int, cost: Cost | None = None) -> Plan:
-    """Plans the recipe's whole run over the task's examples."""
-    return plan_run(
-        recipe.batching,
-        recipe.schedule,
-        task.train.lengths,
-        max_length=recipe.data.max_length,
-        equal_lengths=recipe.objective.equal_lengths,
-        world_size=world_size,
-        cost=cost,
-    )
-
-
 def prepare_model(
     recipe: Recipe,
     task: Task,
@@ -145,7 +135,7 @@ def prepare_model(
     """Loads the model with the attention that the layout needs, and makes it ready for the task.
 
     Raises:
-        ModelError: it can't be had, takes no such adapter, or has too few positions.
+        ModelError: it can't be loaded, does not take the adapter, or has too few positions.
     """
     objective = recipe.objective
     dtype = compute_dtype(args, weights_dtype(recipe.model, config))
@@ -256,7 +246,7 @@ def training_arguments(recipe: Recipe, plan: Plan, *, evaluate: bool) -> Trainin
     with refused_by("transformers", "training", training):
         args = TrainingArguments(**training)
     if args.fp16 and args.device.type == "cpu" and training["deepspeed"] is None:
-        what, fix = "has no effect on a CPU, where nothing would compute in it", "take bf16: true, or leave it out"
+        what, fix = "has no effect on a CPU, which would compute in float32", "set bf16: true, or leave it out"
         raise PacktrainError(what, key="training.fp16", value=True, fix=fix)
     return args
 
@@ -270,7 +260,7 @@ def fit(trainer: PackTrainer, checkpoint: str | None = None, *, console: Console
     """Runs `trainer.train()` with the engine checked before the first update, from a checkpoint of any number of ranks.
 
     Raises:
-        LaunchError: the engine is not what was asked for, or can't read the checkpoint.
+        LaunchError: the engine is not the one that was requested, or can't read the checkpoint.
         CheckpointError: `checkpoint` is damaged, not ours or of another run, or one could not be saved.
         DataError: a data-loading worker was killed, or hangs.
         NonFiniteError: an update's loss or gradient is not finite.
@@ -322,16 +312,27 @@ def _output_dir(recipe: Recipe) -> Path:
         with tempfile.TemporaryFile(dir=path):
             return path
     except OSError as error:
-        what, fix = f"nothing can be written there: {error.strerror}", "choose a directory on a drive with room"
+        what, fix = f"is not a writable directory: {error.strerror}", "choose a directory on a drive with free space"
         raise PacktrainError(what, key="training.output_dir", value=str(path), fix=fix) from None
 
 
-def _say_what_is_there(output_dir: Path, say: Say) -> None:
-    """Says that another run has left something in the directory."""
-    (output_dir / UPDATES_FILE).unlink(missing_ok=True)  # updates that were not finite, of that run
-    if (output_dir / "summary.json").exists() or any(output_dir.glob("checkpoint-*")):
-        fix = "--resume goes on with it; choose another training.output_dir to keep it"
-        say(f"{output_dir} holds another run, whose model, recipe and checkpoints this one will replace ({fix})")
+def _clear(output_dir: Path, *, overwrite: bool) -> None:
+    """Refuses to replace a run that is finished or has checkpoints, or removes what packtrain has written of it.
+
+    Raises:
+        PacktrainError: there is one, and it is not to be overwritten.
+    """
+    checkpoints = [path for path in output_dir.glob("checkpoint-*") if is_sealed(path)]
+    if not overwrite and (checkpoints or (output_dir / "summary.json").exists()):
+        what = (
+            "contains a finished run" if (output_dir / "summary.json").exists() else "contains the checkpoints of a run"
+        )
+        fix = "continue it with --resume, replace it with --overwrite, or choose another training.output_dir"
+        raise PacktrainError(what, key="training.output_dir", value=str(output_dir), fix=fix)
+    for name in ("summary.json", STATE_FILE, UPDATES_FILE, "recipe.yaml"):
+        (output_dir / name).unlink(missing_ok=True)
+    for directory in (*checkpoints, *([output_dir / "model"] if overwrite else [])):
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _summarise(trainer: PackTrainer, recipe: Recipe, model_dir: Path, after: float | None) -> Summary:
@@ -364,7 +365,7 @@ def _summarise(trainer: PackTrainer, recipe: Recipe, model_dir: Path, after: flo
         world_size=trainer.args.world_size,
         real_tokens=real,
         supervised_tokens=supervised,
-        filler_share=1 - real / computed if computed else None,
+        padding_share=1 - real / computed if computed else None,
         seconds=meter.seconds,
         real_tokens_per_second=real / meter.seconds if meter.seconds else None,
         peak_memory=peak,

@@ -63,7 +63,8 @@ def test_a_secret_in_a_recipe_reaches_no_message_and_no_record(tmp_path):
     recipe = write_recipe(tmp_path)
     for where in (TOKEN, ADDRESS):
         assert run(recipe, "--set", f"data.path={where}") == 2
-        assert run(recipe, "--set", f"training.run_name={where}", "--set", "max_steps=2") == 0, log_of(recipe)
+        words = ("--set", f"training.run_name={where}", "--set", "max_steps=2", "--overwrite")
+        assert run(recipe, *words) == 0, log_of(recipe)
     stored = yaml.safe_load((tmp_path / "run/recipe.yaml").read_text())
     assert stored["training"]["run_name"] == f"https://{HIDDEN}@host/rows.jsonl"
     manifest = json.loads((tmp_path / "run/checkpoint-2/packtrain_manifest.json").read_text())

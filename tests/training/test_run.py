@@ -62,7 +62,7 @@ def weights_of(directory: Path) -> dict[str, torch.Tensor]:
 def test_a_recipe_trains_and_leaves_a_model_that_loads(tmp_path, recipe_file):
     summary = train(load_recipe(recipe_file))
     assert summary.held_out_loss_after < summary.held_out_loss_before - 0.3
-    assert summary.updates == 20 and summary.examples == 100 and summary.filler_share == 0.0
+    assert summary.updates == 20 and summary.examples == 100 and summary.padding_share == 0.0
     stored = summary_of(tmp_path)
     assert stored["updates"] == 20 and stored["data"]["rows"] == 120
     assert stored["real_tokens"] > 0 and stored["supervised_tokens"] < stored["real_tokens"]
@@ -83,7 +83,9 @@ def test_lora_trains_the_adapter_only(tmp_path, recipe_file):
 
 def test_held_out_loss_does_not_depend_on_the_layout(recipe_file):
     before = [
-        train(load_recipe(recipe_file, [f"strategy={name}", "max_steps=1", "save_strategy=no"])).held_out_loss_before
+        train(
+            load_recipe(recipe_file, [f"strategy={name}", "max_steps=1", "save_strategy=no"]), overwrite=True
+        ).held_out_loss_before
         for name in ("balanced", "pad_longest", "bfd")
     ]
     assert before[1:] == pytest.approx(before[:1] * 2, rel=1e-5)
@@ -95,13 +97,16 @@ OPT = (
 )
 
 
-def test_a_model_whose_documents_see_each_other_is_refused(recipe_file):
+def test_a_model_that_leaks_between_documents_is_refused(recipe_file):
     """OPT builds its mask without position_ids, so sdpa lets documents of a flat batch see each other."""
     leaking = ["attn_implementation=sdpa", f"model.config={OPT}", "max_steps=1", "save_strategy=no"]
-    with pytest.raises(ModelError, match="(?s)keep to themselves with sdpa: leaks.*allow_contamination"):
+    with pytest.raises(
+        ModelError, match="(?s)attention leaks between documents of a flat batch with sdpa: leaks.*allow_contamination"
+    ):
         train(load_recipe(recipe_file, leaking))
     train(load_recipe(recipe_file, [*leaking, "allow_contamination=true"]))
-    train(load_recipe(recipe_file, [*leaking, "strategy=pad_longest"]))  # control: padded, the same model is fine
+    padded = load_recipe(recipe_file, [*leaking, "strategy=pad_longest"])
+    train(padded, overwrite=True)  # control: padded, the same model is fine
 
 
 @pytest.mark.parametrize(("device", "use_cpu"), [("mps", True), ("cuda", False), (None, True)])
@@ -113,7 +118,7 @@ def test_a_device_without_float64_is_left_alone(monkeypatch, device, use_cpu):
 
 
 def test_nothing_to_resume_is_an_error(recipe_file):
-    with pytest.raises(PacktrainError, match="no checkpoint to resume from"):
+    with pytest.raises(PacktrainError, match="no valid checkpoint to resume from"):
         train(load_recipe(recipe_file), resume=True)
 
 
@@ -156,21 +161,33 @@ def test_a_directory_under_home_is_one_directory(tmp_path, recipe_file, monkeypa
     assert {"model", "recipe.yaml", "summary.json", "engine.json", "checkpoint-1"} <= found
 
 
-def test_a_run_that_will_be_replaced_is_said(tmp_path, recipe_file):
-    out, recipe = io.StringIO(), load_recipe(recipe_file, ["max_steps=1"])
-    train(recipe, console=Console(file=out))
-    assert "holds another run" not in out.getvalue()
+def test_a_run_is_not_replaced_unless_asked_to(tmp_path, recipe_file):
+    first = train(load_recipe(recipe_file, ["max_steps=2", "save_steps=1", "save_strategy=steps"]))
     (tmp_path / "run/nonfinite.jsonl").write_text("of the first run")
-    train(recipe, console=Console(file=out))
-    assert "holds another run" in out.getvalue() and "--resume goes on with it" in out.getvalue()
-    assert not (tmp_path / "run/nonfinite.jsonl").exists()
+    (tmp_path / "run/mine.txt").write_text("not a file of packtrain's")
+    recipe, weights = load_recipe(recipe_file, ["max_steps=1", "learning_rate=0.1"]), weights_of(Path(first.model_dir))
+    with pytest.raises(PacktrainError, match="contains a finished run") as caught:
+        train(recipe)
+    assert caught.value.key == "training.output_dir" and "--overwrite" in caught.value.fix
+    assert all(torch.equal(weights[name], value) for name, value in weights_of(Path(first.model_dir)).items())
+
+    (tmp_path / "run/summary.json").unlink()  # as after a crash
+    with pytest.raises(PacktrainError, match="contains the checkpoints of a run"):
+        train(recipe)
+    train(recipe, overwrite=True)
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert "checkpoint-2" not in left and "nonfinite.jsonl" not in left and {"checkpoint-1", "mine.txt"} <= left
+    assert any(not torch.equal(weights[name], value) for name, value in weights_of(tmp_path / "run/model").items())
 
 
 def test_updates_that_are_left_out_are_said(tmp_path, recipe_file, caplog):
     summary = train(load_recipe(recipe_file, ["on_nonfinite=skip", "learning_rate=1e12", "max_steps=4"]))
     assert summary.skipped_updates >= 1 and summary_of(tmp_path)["skipped_updates"] == summary.skipped_updates
-    assert caplog.text.count("is left out: its") == summary.skipped_updates
-    assert any(name == "left out" for name, _ in summary._lines())
+    assert (
+        len(re.findall(r"skipped update \d+: its (loss|gradient) is not finite", caplog.text))
+        == summary.skipped_updates
+    )
+    assert any(name == "skipped" for name, _ in summary._lines())
 
 
 def test_half_precision_on_a_cpu_is_refused(recipe_file):
@@ -192,7 +209,7 @@ def test_examples_beyond_the_positions_of_the_model(recipe_file):
 def test_two_processes_train_the_recipe_as_one_does(tmp_path, recipe_file):
     alone = train(load_recipe(recipe_file, ["model.config.attention_dropout=0"]))
     done = subprocess.run(
-        command(recipe_file, "--set", "model.config.attention_dropout=0", ranks=2),
+        command(recipe_file, "--overwrite", "--set", "model.config.attention_dropout=0", ranks=2),
         env=environment(), capture_output=True, text=True, timeout=280,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
