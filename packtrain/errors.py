@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 HIDDEN = "***"
 _SECRETS = re.compile(
@@ -78,7 +79,7 @@ class ModelError(PacktrainError):
 
 
 class LaunchError(PacktrainError):
-    """The run in force (world size, engine, device) is not the run that was asked for."""
+    """The run that started (world size, engine, device) is not the one that was requested."""
 
 
 class CheckpointError(PacktrainError):
@@ -115,8 +116,14 @@ def refused_by(library: str, key: str, names: Iterable[str] = ()) -> Iterator[No
         lines = str(error).strip().splitlines() or [""]
         words = set(re.findall(r"\w+", str(error)))
         key = next((f"{key}.{name}" for name in names if name in words), key)
-        what = f"{library} refuses it: {type(error).__name__}: {lines[0][:300]}"
-        raise PacktrainError(what, key=key, fix="change or leave out what it names") from error
+        what = f"is rejected by {library}: {type(error).__name__}: {lines[0][:300]}"
+        raise PacktrainError(what, key=key, fix="change or remove the setting that the message names") from error
+
+
+def require(*packages: str, extra: str) -> None:
+    """Raises PacktrainError where packages of an extra are not installed."""
+    if missing := [name for name in packages if find_spec(name) is None]:
+        raise PacktrainError(f"this needs {' and '.join(missing)} (not installed)", fix=f"pip install 'packtrain[{extra}]'")
 
 
 def hidden(text: str) -> str:

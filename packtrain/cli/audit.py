@@ -1,4 +1,4 @@
-"""`packtrain audit`: are the documents of a batch isolated in this model, and with which attention?"""
+"""`packtrain audit`: check whether attention leaks between the documents of a batch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import yaml
 from rich.console import Console
 
 from packtrain.cli.options import load_checked
-from packtrain.errors import ModelError
+from packtrain.errors import ModelError, RecipeError
 
 if TYPE_CHECKING:
     import torch
@@ -24,20 +24,27 @@ def audit(
     target: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL_OR_RECIPE", help="A recipe, Hub name, directory, architecture (`llama`), or `config: {...}`."
+            metavar="MODEL_OR_RECIPE",
+            help="Recipe (file or name), Hub name, directory, architecture (`llama`) or `config: {...}`.",
         ),
     ],
     implementations: Annotated[
-        str, typer.Option("--attn-implementation", metavar="NAMES", help="`all`, or some, for example `sdpa,eager`.")
+        str,
+        typer.Option(
+            "--attn-implementation",
+            metavar="NAMES",
+            help="Attention implementations to try: `all`, or for example `sdpa,eager`.",
+        ),
     ] = "all",
     layouts: Annotated[
-        str, typer.Option("--layout", metavar="NAMES", help="`all`, or some, for example `flat,padded`.")
+        str, typer.Option("--layout", metavar="NAMES", help="Layouts to try: `all`, or for example `flat,padded`.")
     ] = "all",
-    device: Annotated[str, typer.Option(help="Where to run it: auto, cpu, cuda.")] = "auto",
+    device: Annotated[str, typer.Option(help="Device to run on: auto, cpu or cuda.")] = "auto",
 ) -> None:
-    """Check on the model itself whether attention leaks between documents, for every attention, layout and mode.
+    """Check whether attention leaks between the documents of a batch.
 
-    Exits with 1 where a recipe's own combination of model, layout and attention leaks.
+    The model itself is run with every attention implementation, layout and mode. Exits with 1 if the combination that the
+    recipe uses leaks.
     """
     safe = show_audit(
         target,
@@ -57,7 +64,7 @@ def show_audit(
     layouts: list[str] | None,
     device: str,
 ) -> bool:
-    """Audit a model; False where a recipe's own combination of model, layout and attention does not keep documents apart.
+    """Audits a model and prints the report; returns False if the combination that the recipe uses is not isolated.
 
     Args:
         target: a recipe, a Hub name, a local directory, an architecture (`llama`; a tiny random model of it), or the
@@ -73,14 +80,14 @@ def show_audit(
     from packtrain.modeling.audit.probe import LAYOUTS
 
     if unknown := sorted(set(layouts or ()) - set(LAYOUTS)):
-        raise ModelError("is not a layout", key="--layout", value=unknown[0], fix=f"some of {', '.join(LAYOUTS)}")
+        raise ModelError("is not a layout", key="--layout", value=unknown[0], fix=f"choose from {', '.join(LAYOUTS)}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        what = f"is not a device of this machine: {str(error).splitlines()[0]}"
-        raise ModelError(what, key="--device", value=device, fix="auto, cpu or cuda") from None
+        what = f"is not available on this machine: {str(error).splitlines()[0]}"
+        raise ModelError(what, key="--device", value=device, fix="choose auto, cpu or cuda") from None
     recipe = _recipe(target)
     model = (_of_recipe(recipe, device) if recipe else _of_name(target)).to(device)
     if recipe and implementations is not None:
@@ -93,13 +100,25 @@ def show_audit(
     if recipe is None:
         return True
     own = _own(recipe, report, model.config._attn_implementation)
-    line = f"the recipe's own, {own.implementation} and {own.layout} ({own.mode}): {own.what()}"
+    line = f"this recipe uses {own.implementation} and {own.layout} ({own.mode}): {own.what()}"
     console.print(line, style="bold", markup=False, soft_wrap=True)
     return own.safe
 
 
 def _recipe(target: str) -> Recipe | None:
-    return load_checked(Path(target), []) if Path(target).suffix in (".yaml", ".yml") else None
+    """Reads a recipe by path or name; None where the target is a model."""
+    from transformers import CONFIG_MAPPING
+
+    from packtrain.recipe.shipped import find_recipe
+
+    if Path(target).suffix not in (".yaml", ".yml"):
+        if target.startswith("config:") or target in CONFIG_MAPPING or Path(target).exists():
+            return None
+        try:
+            find_recipe(target)
+        except RecipeError:
+            return None
+    return load_checked(Path(target), [])
 
 
 def _layout(recipe: Recipe) -> str:
@@ -109,7 +128,7 @@ def _layout(recipe: Recipe) -> str:
 
 
 def _own(recipe: Recipe, report: AuditReport, implementation: str) -> Finding:
-    """What the recipe itself would run: the first finding that is not isolated, or that of its training."""
+    """Returns the finding for what the recipe runs: the first that is not isolated, or that of its training."""
     checkpoints = recipe.training.get("gradient_checkpointing") or recipe.training.get("activation_checkpointing")
     modes = ["train", "eval", *(["checkpointing"] if checkpoints else []), *(["lora"] if recipe.lora else [])]
     place = (implementation, _layout(recipe))
@@ -119,7 +138,7 @@ def _own(recipe: Recipe, report: AuditReport, implementation: str) -> Finding:
 
 
 def _of_recipe(recipe: Recipe, device: torch.device | str) -> PreTrainedModel:
-    """The recipe's model with the attention it would train with; from scratch it needs no data for this."""
+    """Loads the recipe's model with the attention it would train with; a model from scratch needs no data for this."""
     import torch
 
     from packtrain.modeling.attention.varlen import choose_implementation
@@ -138,7 +157,7 @@ def _of_recipe(recipe: Recipe, device: torch.device | str) -> PreTrainedModel:
 
 
 def _of_name(target: str) -> PreTrainedModel:
-    """A model by Hub name or directory, of the fields of a config, or a tiny random one of an architecture."""
+    """Loads a model by Hub name or directory, from the fields of a config, or as a tiny random one of an architecture."""
     from transformers import CONFIG_MAPPING
 
     from packtrain.modeling.audit.models import model_class, tiny_model
@@ -163,12 +182,12 @@ def _of_name(target: str) -> PreTrainedModel:
 
 
 def _fields(target: str) -> dict:
-    """`config: {model_type: llama}` -> `{"model_type": "llama"}`."""
+    """Turns `config: {model_type: llama}` into `{"model_type": "llama"}`."""
     try:
         fields = yaml.safe_load(target)["config"]
     except yaml.YAMLError:
         fields = None
     if not isinstance(fields, dict):
-        fix = "for example 'config: {model_type: llama, num_hidden_layers: 2}'"
+        fix = "write for example 'config: {model_type: llama, num_hidden_layers: 2}'"
         raise ModelError("is not a mapping of config fields", key="MODEL_OR_RECIPE", value=target, fix=fix)
     return fields

@@ -1,4 +1,4 @@
-"""`packtrain report`: the report of stored comparisons."""
+"""`packtrain report`: rebuild the report of stored comparisons."""
 
 from __future__ import annotations
 
@@ -10,10 +10,15 @@ from rich.console import Console
 
 
 def report(
-    directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Directories of `packtrain compare`.")],
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Where the page goes.")] = None,
+    directories: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="Directories that `packtrain compare` wrote.")
+    ],
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Where to write the report.")] = None,
 ) -> None:
-    """Rebuild the report of one comparison, or lay several side by side, from stored files alone."""
+    """Rebuild the report of one comparison, or of several side by side, from stored files."""
+    from packtrain.errors import require
+
+    require("jinja2", "matplotlib", extra="plots")
     from packtrain.compare.report import write_report
 
     Console().print(f"report: {write_report(directories, out=out)}", soft_wrap=True)

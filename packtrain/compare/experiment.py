@@ -23,6 +23,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -223,10 +224,13 @@ def _read_variant(item: Any, source: Source, key: str) -> tuple[str, str, list[s
     changes = {name: value for name, value in item.items() if name not in ("name", "trainer")}
     trainer = item.get("trainer", PACKTRAIN)
     if trainer in TRAINERS:
+        if find_spec(TRAINERS[trainer].package) is None:
+            fix = "pip install 'packtrain[compare]', or leave this variant out"
+            _problem(source, key, f"needs {TRAINERS[trainer].package}, which is not installed", trainer, fix=fix)
         changes = {"batching.strategy": TRAINERS[trainer].like, **changes}
     elif trainer != PACKTRAIN:
         near = did_you_mean(str(trainer), TRAINERS)
-        _problem(source, f"{key}.trainer", "is no trainer", trainer, fix=near and f"did you mean {near}?")
+        _problem(source, f"{key}.trainer", "is not a known trainer", trainer, fix=near and f"did you mean {near}?")
         return None
     return item["name"], trainer, _overrides(changes)
 
@@ -235,10 +239,16 @@ def _check_names(names: list[str], reference: str, source: Source) -> None:
     files = [slug(name) for name in names]
     for name, file in zip(names, files, strict=True):
         if files.count(file) > 1:
-            _problem(source, "variants", "has this name twice, or one too much like it", name, fix="rename one of them")
+            _problem(
+                source,
+                "variants",
+                "has two variants with this name, or with names that differ too little",
+                name,
+                fix="rename one of them",
+            )
     if reference not in names and not source.problems:
         near = did_you_mean(reference, names)
-        _problem(source, "reference", "is no variant", reference, fix=near and f"did you mean {near}?")
+        _problem(source, "reference", "is not a variant", reference, fix=near and f"did you mean {near}?")
 
 
 def _overrides(changes: dict[str, Any]) -> list[str]:

@@ -19,6 +19,8 @@ from typing import Any
 
 from packtrain.compare.experiment import Experiment, Variant, load_experiment, with_settings
 from packtrain.compare.results import End, add_end, read_run, remove_runs, run_path, write_manifest
+from packtrain.errors import require
+from packtrain.recipe.shipped import find_recipe
 
 Say = Callable[[str], None]
 
@@ -34,7 +36,7 @@ def run_comparison(
     """Run what is missing of a comparison, write its report, and return its directory.
 
     Args:
-        path: the recipe of the comparison, see `experiment`.
+        path: the recipe of the comparison, see `experiment`; or the name of one that comes with packtrain.
         overrides: `key=value` of it or of its base recipe.
         output_dir: `out/compare_NAME` by default.
         restart: remove the runs that are there first.
@@ -43,12 +45,14 @@ def run_comparison(
     Raises:
         PacktrainError: the recipe is wrong, or the directory holds another experiment.
     """
+    require("jinja2", "matplotlib", extra="plots")
     from packtrain.compare.manifest import check_same, make_manifest
     from packtrain.compare.report import write_report
 
+    path = find_recipe(path, below="compare")
     experiment = load_experiment(path, overrides)
     directory = Path(output_dir) if output_dir else Path("out") / f"compare_{experiment.name}"
-    manifest = make_manifest(experiment, Path(path), overrides)
+    manifest = make_manifest(experiment, path, overrides)
     if restart:
         remove_runs(directory)
     check_same(directory, manifest)

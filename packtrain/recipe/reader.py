@@ -25,6 +25,7 @@ from packtrain.recipe.recipe import (
 )
 from packtrain.recipe.rules import SECRETS, contradictions
 from packtrain.recipe.sections import Section
+from packtrain.recipe.shipped import find_recipe
 from packtrain.recipe.yaml_source import Source
 
 _REQUIRED = {
@@ -60,14 +61,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads and checks a recipe.
 
     Args:
-        path: a YAML file.
+        path: a YAML file, or the name of a recipe that comes with packtrain (`quickstart`).
         overrides: `section.key=value`, or `key=value` (our own keys first, then TrainingArguments' and
             LoraConfig's). The value is YAML; `section=null` takes a section away.
 
     Raises:
         RecipeError: with every problem of the file and the overrides in `.problems`.
     """
-    source = Source.from_file(path)
+    source = Source.from_file(find_recipe(path))
     if not isinstance(source.tree, dict):
         if not source.problems:
             what = "is empty" if source.tree is None else "is not a mapping of sections"

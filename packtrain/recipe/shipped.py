@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from packtrain.errors import PacktrainError
+from packtrain.errors import PacktrainError, RecipeError
 from packtrain.recipe.fields import did_you_mean
 
 PACKAGE = Path(__file__).parents[1]
@@ -40,3 +40,17 @@ def find_shipped(name: str | Path, folder: str, *, kind: str, below: str = "") -
     near = did_you_mean(path.stem, known)
     fix = f"did you mean {near}?" if near else f"give a path, or one of {', '.join(known)}"
     raise PacktrainError(f"there is no such {kind}", value=given, fix=fix)
+
+
+def find_recipe(name: str | Path, *, below: str = "") -> Path:
+    """Finds a recipe by path or by name, in `recipes/` and in its folder `below`.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    if Path(name).exists():  # a directory: reading it says so
+        return Path(name)
+    try:
+        return find_shipped(name, "recipes", kind="recipe", below=below)
+    except PacktrainError as error:
+        raise RecipeError([error]) from None

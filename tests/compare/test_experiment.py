@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -97,7 +98,7 @@ def test_runs_go_together_only_with_runs_of_the_same(tmp_path):
         "other versions": {"versions": {}},
     }
     for what, change in others.items():
-        with pytest.raises(PacktrainError, match=f"holds runs of {what}"):
+        with pytest.raises(PacktrainError, match=f"contains runs of {what}"):
             check_same(tmp_path, before | change)
 
 
@@ -110,11 +111,11 @@ def test_runs_go_together_only_with_runs_of_the_same(tmp_path):
         ({"reference": "pad_longst"}, "did you mean pad_longest"),
         ({"variants": ["pad_longest", "balancd"]}, "did you mean balanced"),
         ({"variants": ["pad_longest", {"batching.max_tokens": 600}]}, "has no name"),
-        ({"variants": ["pad_longest", "pad_longest"]}, "has this name twice"),
+        ({"variants": ["pad_longest", "pad_longest"]}, "has two variants with this name"),
         ({"variants": ["pad_longest", {"name": "x", "trainer": "trl:paddin"}]}, "did you mean trl:padding"),
         ({"variants": ["pad_longest", {"name": "x", "batching.max_tokns": 600}]}, "did you mean `max_tokens`"),
         ({"variants": ["pad_longest", {"name": "x", "batching.max_tokens": 5}]}, "an example may not fit"),
-        ({"base": "nowhere.yaml"}, "cannot read the recipe"),
+        ({"base": "nowhere.yaml"}, "no such recipe"),
         ({"base": None}, "must be text"),
     ],
 )
@@ -122,6 +123,15 @@ def test_what_is_wrong_is_said(tmp_path, changes, expected):
     with pytest.raises(RecipeError) as caught:
         load_experiment(write_experiment(tmp_path, **changes))
     assert expected in str(caught.value)
+
+
+def test_a_trainer_that_is_not_installed_is_an_error_before_the_first_run(tmp_path, monkeypatch):
+    file = write_experiment(tmp_path, variants=["pad_longest", "trl:padding"])
+    load_experiment(file)
+    monkeypatch.setitem(sys.modules, "trl", None)  # as where the extra `compare` is not installed
+    with pytest.raises(RecipeError) as caught:
+        load_experiment(file)
+    assert "needs trl" in str(caught.value) and "packtrain[compare]" in str(caught.value)
 
 
 def test_a_problem_names_its_variant_and_every_problem_is_reported(tmp_path):
