@@ -205,13 +205,13 @@ class Encoder:
 
     def _check_options(self) -> None:
         if self.completion_only and FORMATS[self.format].completion_only is None:
-            what = f"asks for the loss of completions, and rows of format `{self.format}` have none"
+            what = f"needs rows with completions, and rows of format `{self.format}` have none"
             raise DataError(what, key="data.completion_only_loss", value=True, fix="leave it out")
         if self.completion_only and self.assistant_only:
             fix = "keep `completion_only_loss` for prompts with completions, `assistant_only_loss` for messages"
             raise DataError("contradicts `data.completion_only_loss`", key="data.assistant_only_loss", fix=fix)
         if self.assistant_only and self.format in ("input_ids", "text"):
-            what = f"needs conversations, and rows of format `{self.format}` are none"
+            what = f"needs conversations, and rows of format `{self.format}` are not conversations"
             raise DataError(what, key="data.assistant_only_loss", value=True, fix="leave it out")
         if not self.has_template and (self.assistant_only or self.format in ("messages", "sharegpt")):
             what = "the tokenizer has no chat template to render conversations with"
@@ -243,26 +243,28 @@ class Encoder:
         except BadRow as bad:
             return _Draft(problem=str(bad))
         except UnicodeEncodeError:
-            return _Draft(problem="the text holds half a surrogate pair, which is no character")
+            return _Draft(problem="the text contains a lone surrogate, which is not a valid character")
 
     def _draft_text(self, sample: Text) -> _Draft:
         if self.assistant_only:
-            raise BadRow("plain text among rows to be learnt from by `assistant_only_loss`")
+            raise BadRow("the row is plain text, and `data.assistant_only_loss` needs a conversation")
         if self.tokenizer.eos_token_id is None:
-            fix = "set the tokenizer's eos_token; without one the model never learns to stop"
+            fix = "set the tokenizer's eos_token: without one the model never learns to stop"
             raise DataError("the tokenizer has no eos_token to end plain text with", key="model", fix=fix)
         prompt = sample.prompt if self.completion_only else None
         return _Draft(text=sample.prompt + sample.completion, prompt=prompt, plain=True)
 
     def _draft_chat(self, sample: Chat) -> _Draft:
         if not self.has_template:
-            raise BadRow("a conversation, and the tokenizer has no chat template")
+            raise BadRow("the row is a conversation, and the tokenizer has no chat template")
         messages, prompt = sample.messages, None
         if self.completion_only:
             if messages[-1]["role"] != "assistant":
-                raise BadRow(f"the last message is the {messages[-1]['role']}'s, not the assistant's completion")
+                raise BadRow(
+                    f"the last message has the role {messages[-1]['role']!r}, and a completion must be the assistant's"
+                )
             if sample.prompt_messages == 0:
-                raise BadRow("a completion without a prompt before it")
+                raise BadRow("the completion has no prompt before it")
             before = messages[: sample.prompt_messages]
             prompt = self._render(before, sample.tools, add_generation_prompt=True, tokenize=False)
         if not self.assistant_only:
@@ -276,14 +278,14 @@ class Encoder:
         try:
             return self.tokenizer.apply_chat_template(messages, tools=tools, **options)
         except Exception as error:  # a template is foreign code: whatever it raises is about this row
-            raise BadRow(f"the chat template fails: {type(error).__name__}: {error}") from None
+            raise BadRow(f"the chat template failed: {type(error).__name__}: {error}") from None
 
     def _draft_ids(self, sample: Ids) -> _Draft:
         ids, labels = sample.input_ids, sample.labels
         for name, values in (("input_ids", ids), ("labels", labels[labels != IGNORED])):
             outside = values[(values < 0) | (values >= self.vocabulary)]
             if len(outside):
-                raise BadRow(f"'{name}' holds {outside[0]}, outside the vocabulary of {self.vocabulary}")
+                raise BadRow(f"'{name}' contains {outside[0]}, which is outside the vocabulary of {self.vocabulary}")
         labels[0] = IGNORED
         return _checked(_Draft(ids=ids.astype(np.int32), labels=labels.astype(np.int32)))
 
@@ -369,8 +371,8 @@ def _checked(draft: _Draft) -> _Draft:
     if (draft.labels != IGNORED).any():
         return draft
     if len(draft.ids) < 2:
-        return _Draft(problem=f"{len(draft.ids)} token{'s' if len(draft.ids) != 1 else ''}: nothing to predict")
-    return _Draft(problem=f"no supervised token among its {len(draft.ids)}")
+        return _Draft(problem=f"has {len(draft.ids)} token{'s' if len(draft.ids) != 1 else ''}, and nothing to predict")
+    return _Draft(problem=f"none of its {len(draft.ids)} tokens is supervised")
 
 
 def _added_in_front(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -387,12 +389,12 @@ def notes_of(flags: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[str]
     notes = []
     if merged:
         notes.append(
-            f"prompts that end inside a token of the whole text: {merged:,} (tokenised apart from their completions)"
+            f"prompts that end inside a token of the whole text: {merged:,} (tokenised separately from their completions)"
         )
     if unlike:
         notes.append(
-            f"prompts that the chat template renders otherwise when an answer follows: {unlike:,} "
-            "(the completion starts where the two part)"
+            f"prompts that the chat template renders differently when an answer follows: {unlike:,} "
+            "(the completion starts where the two renderings differ)"
         )
     if no_eos and tokenizer.eos_token is not None:
         notes.append(

@@ -148,7 +148,7 @@ class Examples:
         lengths, first = view.lengths[ids], view.starts[ids].astype(np.int64)
         starts = np.zeros_like(first) if starts is None else np.asarray(starts)
         stops = lengths if stops is None else np.asarray(stops)
-        assert ((0 <= starts) & (starts <= stops) & (stops <= lengths)).all(), "a piece leaves its example"
+        assert ((0 <= starts) & (starts <= stops) & (stops <= lengths)).all(), "a piece must lie within its example"
         return self._documents.tokens.gather(view.documents(ids), first + starts, first + stops)
 
     def take(self, indices: Sequence[int] | np.ndarray) -> Examples:
@@ -254,10 +254,22 @@ def load_examples(
         )
 
     if section.eval_path or section.eval_split:
-        path, split = section.eval_path or section.path, section.eval_split or section.split
-        return build(rows), build(open_rows(path, name=section.name, split=split, seed=seed))
+        evaluation = _open_evaluation(section, seed)  # first: what is wrong with it is said before rows are tokenised
+        return build(rows), build(evaluation)
     examples = build(rows)
     return examples.hold_out(section.eval_size, seed) if section.eval_size else (examples, None)
+
+
+def _open_evaluation(section: DataSection, seed: int) -> Rows:
+    path, split = section.eval_path or section.path, section.eval_split or section.split
+    local = section.eval_path and Path(section.eval_path).expanduser().exists()
+    try:
+        return open_rows(path, name=None if local else section.name, split=split, seed=seed)
+    except DataError as error:
+        for own, of_evaluation in (("data.path", section.eval_path), ("data.split", section.eval_split)):
+            if error.key == own and of_evaluation:
+                error.key = own.replace("data.", "data.eval_")
+        raise
 
 
 def find_examples(section: DataSection, tokenizer_key: str, *, seed: int) -> tuple[Examples | None, str]:
@@ -383,7 +395,7 @@ class View:
         """Returns the documents of some pieces, int64 `[k]`."""
         if self.rows is not None:
             return self.rows[index]
-        assert (index >= 0).all(), "examples are numbered from 0"
+        assert (index >= 0).all(), "example ids start at 0"
         return index
 
 
@@ -412,7 +424,7 @@ def select(
         raise _too_long(documents, long, limit, where)
     pieces = _cut(documents, long, limit, overflow)
     hopeless = np.setdiff1d(long, pieces.rows) if overflow != "drop" else long[:0]
-    reason = f"no supervised token is left once it is cut to max_length={limit}"
+    reason = f"no supervised token is left after truncation to max_length={limit}"
     problems = sorted([*documents.problems, *((row, reason) for row in hopeless.tolist())])
     skipped = tuple((where(row), reason) for row, reason in problems)
     if problems and on_bad_row == "error":
@@ -421,7 +433,7 @@ def select(
             len(skipped),
             what=f"{len(skipped):,} of {count:,} rows cannot be trained on",
             key="data.on_bad_row",
-            fix="mend or remove them, or leave them out with `data.on_bad_row: skip`",
+            fix="correct or remove the rows, or skip them with `data.on_bad_row: skip`",
         )
     whole = np.ones(count, dtype=bool)
     whole[long] = whole[[row for row, _ in problems]] = False
@@ -473,14 +485,14 @@ def _merge(documents: Documents, whole: np.ndarray, pieces: View) -> View:
 
 def _check(max_length: int | None, overflow: str, on_bad_row: str) -> None:
     if max_length is not None and max_length < 2:
-        fix = "an example needs two tokens, one to predict from and one to predict"
-        raise DataError("is too short", key="data.max_length", value=max_length, fix=fix)
+        fix = "set it to 2 or more: an example needs a token to predict from and a token to predict"
+        raise DataError("must be at least 2", key="data.max_length", value=max_length, fix=fix)
     for key, value, known in (
         ("data.overflow", overflow, OVERFLOWS),
         ("data.on_bad_row", on_bad_row, BAD_ROW_CHOICES),
     ):
         if value not in known:
-            raise DataError("is no choice", key=key, value=value, fix=f"choose one of {', '.join(known)}")
+            raise DataError("is not a valid choice", key=key, value=value, fix=f"choose one of {', '.join(known)}")
 
 
 def _too_long(documents: Documents, long: np.ndarray, limit: int, where: Callable[[int], str]) -> DataError:
@@ -491,7 +503,7 @@ def _too_long(documents: Documents, long: np.ndarray, limit: int, where: Callabl
         [(where(row), f"{documents.lengths[row]:,} tokens") for row in longest_first[:SHOWN].tolist()],
         len(long),
         what=f"{len(long):,} of {len(documents.lengths):,} rows are longer than max_length={limit}, "
-        f"by {lost:,} tokens in all",
+        f"by {lost:,} tokens in total",
         key="data.overflow",
         fix=f"raise `data.max_length` to {lengths.max()}, or choose `data.overflow`: truncate, split or drop",
     )

@@ -108,7 +108,7 @@ def find_format(columns: Sequence[str], name: str = "auto") -> tuple[str, list[s
     if name != "auto" and name not in FORMATS:
         near = did_you_mean(name, FORMATS)
         fix = f"did you mean `{near}`?" if near else f"formats and the columns they need: {known}"
-        raise DataError("is no format of rows", key="data.format", value=name, fix=fix)
+        raise DataError("is not a row format", key="data.format", value=name, fix=fix)
     fitting = [key for key, fmt in FORMATS.items() if set(fmt.columns) <= set(columns)]
     if name != "auto":
         missing = [column for column in FORMATS[name].columns if column not in columns]
@@ -180,7 +180,7 @@ def _parse_input_ids(row: Row, chat: bool) -> Ids:
         if row.get(column) is not None:
             labels[_integers(row, column, len(ids)) == 0] = IGNORED
     if row.get("attention_mask") is not None and not _integers(row, "attention_mask", len(ids)).all():
-        raise BadRow("'attention_mask' has zeros: the row holds padding; tokenise without padding")
+        raise BadRow("'attention_mask' has zeros, so the row is padded; tokenise without padding")
     return Ids(input_ids=ids, labels=labels)
 
 
@@ -267,7 +267,7 @@ def _tools(row: Row) -> list[object] | None:
         try:
             tools = json.loads(tools) if tools.strip() else None
         except json.JSONDecodeError as error:
-            raise BadRow(f"'tools' is broken JSON: {error.msg}") from None
+            raise BadRow(f"'tools' is not valid JSON: {error.msg}") from None
     if tools is not None and not isinstance(tools, list):
         raise BadRow(f"'tools' is not a list: {shorten(tools, 40)}")
     return tools or None
@@ -282,18 +282,18 @@ def _integers(row: Row, column: str, length: int | None = None) -> np.ndarray:
         raise BadRow(f"'{column}' is {_kind(value)}, not a list of integers: {shorten(value, 40)}")
     if odd := set(map(type, value)) - ({int, bool} if column in (*MASKS, "attention_mask") else {int}):
         example = next(item for item in value if type(item) in odd)
-        raise BadRow(f"'{column}' holds {shorten(example, 40)}, which is not an integer")
+        raise BadRow(f"'{column}' contains {shorten(example, 40)}, which is not an integer")
     if length is not None and len(value) != length:
         raise BadRow(f"'{column}' has {len(value)} entries for {length} input_ids")
     try:
         return np.array(value, dtype=np.int64)
     except OverflowError:
-        raise BadRow(f"'{column}' holds an integer beyond 64 bits") from None
+        raise BadRow(f"'{column}' contains an integer that does not fit into 64 bits") from None
 
 
 def _kind(value: object) -> str:
     if isinstance(value, bool):
-        return "a truth value"
+        return "a boolean"
     if isinstance(value, int | float):
         return "a number"
     return {list: "a list", dict: "an object", str: "text"}.get(type(value), type(value).__name__)

@@ -143,10 +143,12 @@ def open_csv(path: Path, label: str, delimiter: str = ",") -> TextReader:
                     records.append((start, reader.line_num))
                 start = reader.line_num
         except csv.Error as error:
-            raise DataError(f"broken CSV record: {error}", where=f"{label}, line {start + 1}") from None
+            raise DataError(f"invalid CSV record: {error}", where=f"{label}, line {start + 1}") from None
     if not all(header) or len(set(header)) < len(header) or not header:
-        fix = "name every column once in the first line"
-        raise DataError("the header is not usable", where=f"{label}, line 1", value=header, fix=fix)
+        fix = "give every column its own name in the first line"
+        raise DataError(
+            "the header has empty or repeated column names", where=f"{label}, line 1", value=header, fix=fix
+        )
     bounds = np.array(records, dtype=np.int64).reshape(-1, 2)
     spans = np.stack([line_spans[bounds[:, 0], 0], line_spans[bounds[:, 1] - 1, 1]], axis=1)
     parse = functools.partial(_parse_csv, header=header, delimiter=delimiter)
@@ -172,11 +174,11 @@ def _parse_json(block: bytes) -> Row:
     try:
         row = json.loads(text)
     except json.JSONDecodeError as error:
-        raise BadRow(f"broken JSON: {error.msg} at column {error.pos + 1}") from None
+        raise BadRow(f"invalid JSON: {error.msg} at column {error.pos + 1}") from None
     except (ValueError, RecursionError) as error:  # an integer of thousands of digits; thousands of brackets
-        raise BadRow(f"unreadable JSON: {error}") from None
+        raise BadRow(f"cannot be read as JSON: {error}") from None
     if not isinstance(row, dict):
-        raise BadRow(f"not a JSON object: {shorten(row, 40)}")
+        raise BadRow(f"is not a JSON object: {shorten(row, 40)}")
     return row
 
 
@@ -184,7 +186,7 @@ def _parse_csv(block: bytes, *, header: list[str], delimiter: str) -> Row:
     csv.field_size_limit(_CSV_FIELD_LIMIT)
     fields = next(csv.reader([_decode(block)], delimiter=delimiter, strict=True))
     if len(fields) != len(header):
-        raise BadRow(f"{len(fields)} fields where the header names {len(header)}")
+        raise BadRow(f"has {len(fields)} fields, and the header names {len(header)}")
     return dict(zip(header, fields, strict=True))
 
 
@@ -227,7 +229,7 @@ def _scan_array(text: str, label: str) -> tuple[np.ndarray, np.ndarray]:
         return blanks.match(text, at).end()
 
     def broken(what: str, at: int) -> DataError:
-        return DataError(f"broken JSON array: {what}", where=f"{label}, line {text.count(chr(10), 0, at) + 1}")
+        return DataError(f"invalid JSON array: {what}", where=f"{label}, line {text.count(chr(10), 0, at) + 1}")
 
     at = skip(text.index("[") + 1)
     while text[at : at + 1] != "]":
@@ -246,7 +248,7 @@ def _scan_array(text: str, label: str) -> tuple[np.ndarray, np.ndarray]:
         elif text[at : at + 1] != "]":
             raise broken("expected ',' or ']'", at)
     if skip(at + 1) != len(text):
-        raise broken("there is more after it", skip(at + 1))
+        raise broken("unexpected text after its end", skip(at + 1))
     spans = np.array(bounds, dtype=np.int64).reshape(-1, 2)
     return (spans if text.isascii() else _bytes_of(text, spans)), np.array(lines, dtype=np.int64)
 
@@ -288,7 +290,7 @@ class ParquetReader:
         try:
             metadata = pq.read_metadata(path)
         except pa.ArrowException as error:
-            raise DataError(f"not a readable Parquet file: {_first_line(error)}", where=label) from None
+            raise DataError(f"is not a readable Parquet file: {_first_line(error)}", where=label) from None
         groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
         self.path, self.label, self.fingerprint = path, label, _hash_file(path)
         self._bounds = np.cumsum([0, *groups])  # [groups + 1]
@@ -317,7 +319,7 @@ class ParquetReader:
             try:
                 self._loaded = group, pq.ParquetFile(self.path).read_row_group(group)
             except (pa.ArrowException, OSError) as error:
-                where = f"{self.label}, row {self._bounds[group]} and on"
+                where = f"{self.label}, from row {self._bounds[group]} on"
                 raise DataError(f"damaged Parquet row group: {_first_line(error)}", where=where) from None
         return self._loaded[1]
 

@@ -133,7 +133,8 @@ def open_rows(
         seed: of `packtrain:arithmetic`.
 
     Raises:
-        DataError: nothing of that name, no such split, an unreadable file. Broken rows raise nothing yet.
+        DataError: nothing of that name, no such split, an unreadable file, a `name` for a local file. Broken rows raise
+            nothing yet.
     """
     request = describe_request(path, name=name, split=split, num_rows=num_rows, seed=seed)
     if str(path) in synthetic.READERS:
@@ -142,6 +143,9 @@ def open_rows(
         count = synthetic.DEFAULT_ROWS if num_rows is None else num_rows
         return Rows([synthetic.READERS[str(path)](count, seed=seed, split=split)], request=request)
     files = find_files(path, split)
+    if files and name:
+        fix = "leave it out: a file or directory has no configurations"
+        raise DataError("applies only to datasets of the Hub", key="data.name", value=name, fix=fix)
     stats = stat_files(files)  # before reading: a file that changes meanwhile is found changed next time
     local = Path(path).expanduser()
     if not files:
@@ -153,10 +157,12 @@ def open_rows(
         readers = [OPENERS[file.suffix.lower()](file, file.relative_to(root).as_posix()) for file in files]
     rows = Rows(readers, num_rows=num_rows, request=request, files=stats)
     if not len(rows):
-        raise DataError("there are no rows", where=str(path), key="data.path")
+        raise DataError("contains no rows", where=str(path), key="data.path")
     first = rows.read(0, _LOOKED_AT)
     if all(isinstance(row, BadRow) for row in first):
-        raise DataError(f"no row can be read; the first one: {first[0]}", where=rows.where(0), key="data.path")
+        raise DataError(
+            f"none of the first {len(first):,} rows can be read: {first[0]}", where=rows.where(0), key="data.path"
+        )
     return rows
 
 
@@ -187,7 +193,7 @@ def find_files(path: str | Path, split: str = "train") -> list[Path]:
         return sorted(p for p in path.rglob("*") if p.is_file()) if _is_saved(path) else _files_of(path, split)
     if path.is_file():
         if path.suffix.lower() not in OPENERS:
-            what, fix = f"is of no known kind ({', '.join(OPENERS)})", "convert or unpack it, or rename it"
+            what, fix = f"is not a supported kind of file ({', '.join(OPENERS)})", "convert, unpack or rename it"
             raise DataError(what, key="data.path", value=str(path), fix=fix)
         if split != "train":
             raise _no_split(path, split, ["train"])
@@ -234,7 +240,9 @@ def _files_of(directory: Path, split: str) -> list[Path]:
         paths = sorted(directory.rglob("*"))
     except OSError as error:
         fix = "name a directory of data files"
-        raise DataError(f"can't be listed: {error}", key="data.path", value=str(directory), fix=fix) from None
+        raise DataError(
+            f"the directory cannot be listed: {error}", key="data.path", value=str(directory), fix=fix
+        ) from None
     for path in paths:
         inside = path.relative_to(directory)
         if path.is_file() and path.suffix.lower() in OPENERS and not any(p.startswith(".") for p in inside.parts):
@@ -242,7 +250,7 @@ def _files_of(directory: Path, split: str) -> list[Path]:
             named = next((_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS), "")
             files.setdefault(named, []).append(path)
     if not files:
-        what = f"the directory holds no data files ({', '.join(OPENERS)}) and no saved dataset"
+        what = f"the directory contains no data files ({', '.join(OPENERS)}) and no saved dataset"
         raise DataError(what, key="data.path", value=str(directory))
     if set(files) == {""}:
         files = {"train": files[""]}
@@ -251,11 +259,13 @@ def _files_of(directory: Path, split: str) -> list[Path]:
         raise _no_split(directory, split, sorted(name or "(unnamed)" for name in files))
     kinds = {path.suffix.lower() for path in chosen}
     if len(kinds) > 1:
-        fix = "name one file, or keep files of one kind in the directory"
-        raise DataError(f"holds files of several kinds: {', '.join(sorted(kinds))}", where=str(directory), fix=fix)
+        fix = "name one file, or keep only one kind of file in the directory"
+        raise DataError(f"contains several kinds of files: {', '.join(sorted(kinds))}", where=str(directory), fix=fix)
     if unnamed := [path.name for path in files.get("", ()) if path not in chosen]:
         logger.warning(
-            "%s: not read, as their names say no split, and those of others do: %s", directory, shorten(unnamed)
+            "%s: skipped files whose names say no split, because the names of others do: %s",
+            directory,
+            shorten(unnamed),
         )
     return chosen
 

@@ -67,7 +67,9 @@ def cache_root(cache_dir: str | Path | None = None) -> Path:
     try:
         return (Path(given) if given else user_cache_path("packtrain", appauthor=False)).expanduser()
     except RuntimeError:
-        raise DataError("the cache has no directory: the user has no home directory", fix=_SET_CACHE) from None
+        raise DataError(
+            "there is no directory for the cache, because the user has no home directory", fix=_SET_CACHE
+        ) from None
 
 
 def hash_of(*parts: object) -> str:
@@ -136,7 +138,7 @@ def read_store(directory: Path) -> Documents | None:
 def _reopen(directory: Path) -> Documents:
     documents = read_store(directory)
     if documents is None:
-        raise DataError("the tokenised rows have been removed, or are damaged", where=str(directory))
+        raise DataError("the tokenised rows were removed, or are damaged", where=str(directory))
     return documents
 
 
@@ -211,18 +213,18 @@ def recall(
     if changed := _difference(noted["files"], files):
         return changed
     documents = find_store(noted["fingerprint"], cache_dir)
-    return documents or "the tokenised rows have been removed from the cache, or are damaged"
+    return documents or "the tokenised rows were removed from the cache, or are damaged"
 
 
 def _difference(before: dict[str, list[int]], now: dict[str, list[int]]) -> str | None:
     for name in before.keys() - now.keys():
-        return f"{name} is gone since the rows were tokenised"
+        return f"{name} was removed after the rows were tokenised"
     for name in now.keys() - before.keys():
-        return f"{name} has been added since the rows were tokenised"
+        return f"{name} was added after the rows were tokenised"
     for name, (size, _) in before.items():
         if now[name] != before[name]:
             how = f"from {size:,} to {now[name][0]:,} bytes" if now[name][0] != size else "at the same size"
-            return f"{name} has changed since the rows were tokenised ({how})"
+            return f"{name} changed after the rows were tokenised ({how})"
     return None
 
 
@@ -267,14 +269,14 @@ class ListColumn:
         if pa.types.is_fixed_size_list(chunk.type):
             chunk = chunk.cast(pa.list_(chunk.type.value_type))
         if not (pa.types.is_list(chunk.type) or pa.types.is_large_list(chunk.type)):
-            raise DataError(f"column '{self.name}' holds {chunk.type}, not lists of integers")
+            raise DataError(f"column '{self.name}' has the type {chunk.type}, not lists of integers")
         values = chunk.values
         if pa.types.is_boolean(values.type):
             values = values.cast(pa.uint8())
         if not pa.types.is_integer(values.type):
-            raise DataError(f"column '{self.name}' holds lists of {values.type}, not of integers")
+            raise DataError(f"column '{self.name}' has lists of {values.type}, not of integers")
         if chunk.null_count or values.null_count:
-            raise DataError(f"column '{self.name}' holds nulls")
+            raise DataError(f"column '{self.name}' contains nulls")
         return values.to_numpy(), chunk.offsets.to_numpy()
 
     def __len__(self) -> int:
@@ -379,17 +381,17 @@ class Tokens:
         lengths = self.input_ids.lengths()
         found = [(document, "'input_ids' is empty") for document in np.flatnonzero(lengths == 0).tolist()]
         negative = self.input_ids.documents_with(lambda ids: ids < 0)
-        found += [(document, "'input_ids' holds a negative id") for document in negative]
+        found += [(document, "'input_ids' contains a negative id") for document in negative]
         if self._labels is not None:
             negative = self._labels.documents_with(lambda labels: (labels < 0) & (labels != IGNORED))
-            found += [(document, f"'labels' holds a negative id other than {IGNORED}") for document in negative]
+            found += [(document, f"'labels' contains a negative id other than {IGNORED}") for document in negative]
         for column in self._masks if self._labels is None else [self._labels]:
             others = column.lengths()
             for document in np.flatnonzero(others != lengths).tolist():
                 reason = f"'{column.name}' has {others[document]} entries for {lengths[document]} input_ids"
                 found.append((document, reason))
         if "attention_mask" in self._table.column_names:
-            reason = "'attention_mask' has zeros: the row holds padding; tokenise without padding"
+            reason = "'attention_mask' has zeros, so the row is padded; tokenise without padding"
             padded = self._column("attention_mask").documents_with(lambda mask: mask == 0)
             found += [(document, reason) for document in padded]
         return found
@@ -445,7 +447,8 @@ def _table_of_dataset(dataset: datasets.Dataset) -> pa.Table:
     if "input_ids" not in columns or not len(dataset):
         found = f"{len(dataset)} rows with {', '.join(dataset.column_names) or 'no columns'}"
         raise DataError(
-            f"no rows with a column 'input_ids': {found}", fix="tokenise the rows first, or use `build_examples`"
+            f"the dataset must have rows with a column 'input_ids', and it has {found}",
+            fix="tokenise the rows first, or use `build_examples`",
         )
     batches = dataset.select_columns(columns).with_format("arrow").iter(batch_size=10_000)
     return pa.concat_tables(batches)

@@ -120,8 +120,9 @@ def test_labels_and_masks_mean_what_they_mean_to_trl(columns, build, tokenizer, 
     row = {"input_ids": [5, 6, 7, 8]} | columns
     dataset = datasets.Dataset.from_list([row])
     args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[], completion_only_loss=True)
-    prepared = SFTTrainer(tiny_model("llama"), args, train_dataset=dataset, processing_class=tokenizer).train_dataset
-    expected = [-100, *prepared[0]["labels"][1:]]
+    trainer = SFTTrainer(tiny_model("llama"), args, train_dataset=dataset, processing_class=tokenizer)
+    prepared = trainer.train_dataset
+    expected = [-100, *trainer.data_collator([prepared[0]])["labels"][0, 1:].tolist()]
     for examples in (build([row], tokenizer), Examples.from_dataset(dataset), Examples.from_dataset(prepared)):
         assert examples[0]["labels"].tolist() == expected
 

@@ -101,7 +101,7 @@ def test_prompt_that_ends_inside_a_token(build):
     assert tokens_of(tokenizer, examples[0]) == ["a", "b", "c", "d", "</s>"]
     assert shown(tokenizer, examples) == ["ab[cd</s>]"]
     assert examples.report.notes == (
-        "prompts that end inside a token of the whole text: 1 (tokenised apart from their completions)",
+        "prompts that end inside a token of the whole text: 1 (tokenised separately from their completions)",
     )
 
 
@@ -131,7 +131,7 @@ def test_template_that_renders_a_prompt_otherwise_when_an_answer_follows(build):
     tokenizer = make_tokenizer(chat_template=template)
     examples = build([{"question": "one", "answer": "two"}], tokenizer)
     assert shown(tokenizer, examples) == ["<s><|user|>one<|end|><|assistant|>[two</s>]"]
-    assert any("renders otherwise" in note for note in examples.report.notes)
+    assert any("renders differently" in note for note in examples.report.notes)
 
 
 def test_thinking_header_inside_the_rendered_answer_is_prompt(build):
@@ -142,7 +142,7 @@ def test_thinking_header_inside_the_rendered_answer_is_prompt(build):
     tokenizer = make_tokenizer(chat_template=template)
     examples = build([{"question": "one", "answer": " two"}], tokenizer)
     assert shown(tokenizer, examples) == ["<s><|user|>one<|end|><|assistant|>six[ two</s>]"]
-    assert not any("renders otherwise" in note for note in examples.report.notes)
+    assert not any("renders differently" in note for note in examples.report.notes)
 
 
 def test_template_that_never_ends_a_turn_is_noted(build, chat_tokenizer):

@@ -42,7 +42,7 @@ def test_drop(build, tokenizer):
 def test_truncate(build, tokenizer):
     with pytest.raises(DataError) as error:  # nothing to learn is left of row 1
         build(ROWS, tokenizer, max_length=4, overflow="truncate")
-    assert "rows.jsonl, line 2: no supervised token is left once it is cut to max_length=4" in str(error.value)
+    assert "rows.jsonl, line 2: no supervised token is left after truncation to max_length=4" in str(error.value)
     examples = build(ROWS, tokenizer, max_length=4, overflow="truncate", on_bad_row="skip")
     assert pieces(examples) == [WHOLE_0, WHOLE_2, (3, [40, 41, 42, 43], [-100, 41, 42, 43])]
     report = examples.report
@@ -67,7 +67,7 @@ def test_split(build, tokenizer):
 def test_error_names_the_longest_and_the_way_out(build, tokenizer):
     with pytest.raises(DataError) as error:
         build(ROWS, tokenizer, max_length=4)
-    assert "2 of 4 rows are longer than max_length=4, by 6 tokens in all" in str(error.value)
+    assert "2 of 4 rows are longer than max_length=4, by 6 tokens in total" in str(error.value)
     assert "line 2: 9 tokens\n    rows.jsonl, line 4: 5 tokens" in str(error.value)
     assert "raise `data.max_length` to 9, or choose `data.overflow`" in error.value.fix
 
@@ -82,9 +82,9 @@ def test_all_that_fits_is_left_alone(build, tokenizer):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"overflow": "cut"}, "data.overflow: is no choice.*\n.*error, truncate, drop, split"),
-        ({"on_bad_row": "ignore"}, "data.on_bad_row: is no choice"),
-        ({"max_length": 1}, "data.max_length: is too short"),
+        ({"overflow": "cut"}, "data.overflow: is not a valid choice.*\n.*error, truncate, drop, split"),
+        ({"on_bad_row": "ignore"}, "data.on_bad_row: is not a valid choice"),
+        ({"max_length": 1}, "data.max_length: must be at least 2"),
     ],
 )
 def test_options_that_cannot_be(options, message, build, tokenizer):

@@ -99,11 +99,11 @@ def test_jsonl_keeps_mixed_types_apart_and_names_broken_lines(write_rows):
     ]
     assert rows.columns == ["text", "other"]
     assert reasons(path) == {
-        "rows.jsonl, line 5": "broken JSON: Expecting property name enclosed in double quotes at column 2",
+        "rows.jsonl, line 5": "invalid JSON: Expecting property name enclosed in double quotes at column 2",
         "rows.jsonl, line 6": "invalid UTF-8 at byte 10 of the row",
     }
     assert rows.where(5) == "rows.jsonl, line 8"
-    with pytest.raises(DataError, match="rows.jsonl, line 5: broken JSON"):
+    with pytest.raises(DataError, match="rows.jsonl, line 5: invalid JSON"):
         list(rows)
     with pytest.raises(IndexError):
         rows[6]
@@ -122,8 +122,8 @@ def test_csv_names_rows_of_another_width_and_invalid_utf8(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_bytes(b'a,b\n1,2\n"x\ny",2\n1\n\n1,2,3\n\xe9,2\n1,2\n')
     assert reasons(path) == {
-        "rows.csv, line 5": "1 fields where the header names 2",
-        "rows.csv, line 7": "3 fields where the header names 2",
+        "rows.csv, line 5": "has 1 fields, and the header names 2",
+        "rows.csv, line 7": "has 3 fields, and the header names 2",
         "rows.csv, line 8": "invalid UTF-8 at byte 0 of the row",
     }
     assert len(open_rows(path)) == 6
@@ -170,20 +170,20 @@ def test_nulls_that_were_written_down_stay(write_rows):
 @pytest.mark.parametrize(
     ("name", "contents", "message"),
     [
-        ("rows.json", b'[{"a": 1}, {"a": }]', "rows.json, line 1: broken JSON array: Expecting value"),
-        ("rows.json", b'[{"a": 1},\n {"a": 2}', r"rows.json, line 2: broken JSON array: expected ',' or '\]'"),
-        ("rows.json", b'[{"a": 1}] {}', "there is more after it"),
+        ("rows.json", b'[{"a": 1}, {"a": }]', "rows.json, line 1: invalid JSON array: Expecting value"),
+        ("rows.json", b'[{"a": 1},\n {"a": 2}', r"rows.json, line 2: invalid JSON array: expected ',' or '\]'"),
+        ("rows.json", b'[{"a": 1}] {}', "unexpected text after its end"),
         ("rows.json", b'[{"a":\n "\xff"}]', "rows.json, line 2: invalid UTF-8 at byte 9"),
-        ("rows.json", b'{\n"a": 1\n}', "no row can be read; the first one: broken JSON"),
-        ("rows.csv", b'a,b\n"1,2\n3,4\n', "rows.csv, line 2: broken CSV record"),
-        ("rows.csv", b"a,,b\n1,2,3\n", "the header is not usable"),
-        ("rows.csv", b"a,a\n1,2\n", "the header is not usable"),
-        ("rows.csv", b"a,b\n", "there are no rows"),
-        ("rows.csv", b"", "the header is not usable"),
-        ("rows.jsonl", b"\n\n", "there are no rows"),
-        ("rows.jsonl", b"\xff\n\xfe\n", "no row can be read; the first one: invalid UTF-8"),
+        ("rows.json", b'{\n"a": 1\n}', "none of the first 3 rows can be read: invalid JSON"),
+        ("rows.csv", b'a,b\n"1,2\n3,4\n', "rows.csv, line 2: invalid CSV record"),
+        ("rows.csv", b"a,,b\n1,2,3\n", "the header has empty or repeated column names"),
+        ("rows.csv", b"a,a\n1,2\n", "the header has empty or repeated column names"),
+        ("rows.csv", b"a,b\n", "contains no rows"),
+        ("rows.csv", b"", "the header has empty or repeated column names"),
+        ("rows.jsonl", b"\n\n", "contains no rows"),
+        ("rows.jsonl", b"\xff\n\xfe\n", "none of the first 2 rows can be read: invalid UTF-8"),
         ("rows.parquet", b"PAR1 not", "not a readable Parquet file"),
-        ("rows.xlsx", b"PK", "of no known kind"),
+        ("rows.xlsx", b"PK", "is not a supported kind of file"),
     ],
 )
 def test_file_that_cannot_be_read(name, contents, message, tmp_path):
@@ -215,7 +215,7 @@ def test_files_that_are_left_out_of_a_directory_are_named(tmp_path, caplog):
     assert len(open_rows(tmp_path)) == 2 and not caplog.text
     (tmp_path / "extra.jsonl").write_text('{"text": "one"}\n')
     assert len(open_rows(tmp_path)) == 2
-    assert "not read, as their names say no split" in caplog.text and "extra.jsonl" in caplog.text
+    assert "skipped files whose names say no split" in caplog.text and "extra.jsonl" in caplog.text
     assert "validation" not in caplog.text
 
 
@@ -226,7 +226,7 @@ def test_directory_without_split_names_is_train(tmp_path):
     with pytest.raises(DataError, match="no such split"):
         open_rows(tmp_path, split="test")
     (tmp_path / "c.csv").write_text("text\none\n")
-    with pytest.raises(DataError, match="several kinds: .csv, .jsonl"):
+    with pytest.raises(DataError, match="several kinds of files: .csv, .jsonl"):
         open_rows(tmp_path)
 
 

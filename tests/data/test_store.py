@@ -146,7 +146,7 @@ def test_store_that_disappears(write_rows, tokenizer, cache_dir):
     pickled = pickle.dumps(build_examples(open_rows(write_rows(ROW)), tokenizer))
     assert len(pickle.loads(pickled)) == 1
     shutil.rmtree(cache_dir)
-    with pytest.raises(DataError, match="have been removed"):
+    with pytest.raises(DataError, match="were removed"):
         pickle.loads(pickled)
 
 
@@ -180,15 +180,15 @@ def test_changed_files_are_named(tmp_path, tokenizer):
     build_examples(open_rows(tmp_path / "rows"), tokenizer, tokenizer_key="tiny")
     assert why() == ""
     (tmp_path / "rows/b.jsonl").write_text(json.dumps(ROW) * 2)
-    assert "b.jsonl has changed since the rows were tokenised (from 37 to 72 bytes)" in why()
+    assert "b.jsonl changed after the rows were tokenised (from 37 to 72 bytes)" in why()
     (tmp_path / "rows/b.jsonl").write_text(json.dumps(ROW) + "\n")
-    assert "b.jsonl has changed since the rows were tokenised (at the same size)" in why()
+    assert "b.jsonl changed after the rows were tokenised (at the same size)" in why()
     (tmp_path / "rows/b.jsonl").unlink()
-    assert "b.jsonl is gone" in why()
+    assert "b.jsonl was removed" in why()
     build_examples(open_rows(tmp_path / "rows"), tokenizer, tokenizer_key="tiny")
     assert why() == ""
     (tmp_path / "rows/c.jsonl").write_text(json.dumps(ROW) + "\n")
-    assert "c.jsonl has been added" in why()
+    assert "c.jsonl was added" in why()
 
 
 def test_removed_store_is_noticed(write_rows, tokenizer, cache_dir):
@@ -259,5 +259,7 @@ def test_tokenising_does_not_load_torch(write_rows, chat_tokenizer, tmp_path):
         "tokenizer = PreTrainedTokenizerFast.from_pretrained(sys.argv[2])\n"
         "assert build_examples(open_rows(sys.argv[1]), tokenizer)[0]"
     )
+    if "torch" in imported("from transformers import PreTrainedTokenizerFast"):
+        pytest.skip("this version of transformers imports torch with its tokenizers")
     loaded = imported(code, write_rows(ROW), tmp_path / "tokenizer")
     assert {"transformers", "datasets"} <= loaded and "torch" not in loaded
