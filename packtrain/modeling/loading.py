@@ -56,7 +56,7 @@ def load_config(
         fields: set on the config, whatever it says.
 
     Raises:
-        ModelError: the model can't be had, a field doesn't exist, or the tokenizer doesn't fit the model.
+        ModelError: the model can't be loaded, a field doesn't exist, or the tokenizer doesn't fit the model.
     """
     name = section.model_name_or_path
     if name is not None:
@@ -92,13 +92,15 @@ def _config_from_scratch(given: dict[str, Any], tokenizer: PreTrainedTokenizerBa
         config = CONFIG_MAPPING[model_type](**settings)
     except Exception as error:  # whatever a config class meets in its arithmetic
         reason = str(error.__cause__ or error).strip()
-        raise ModelError(f"{model_type} can't be built so: {reason}", key="model.config") from error
+        raise ModelError(f"{model_type} cannot be built with these settings: {reason}", key="model.config") from error
     for path, owner, near in _unknown_fields(config, given):
         fix = f"did you mean {near}?" if near else f"see the fields of {owner}"
         raise ModelError(f"is not a field of {owner}", key=f"model.config.{path}", fix=fix)
     for name, value in vars(config).items():
         if "drop" in name and isinstance(value, (int, float)) and not 0 <= value <= 1:
-            raise ModelError("is no probability", key=f"model.config.{name}", value=value, fix="from 0 up to 1")
+            raise ModelError(
+                "must be a probability", key=f"model.config.{name}", value=value, fix="choose a value from 0 to 1"
+            )
     return config
 
 
@@ -146,6 +148,8 @@ def load_model(
         kind = "a causal language model" if auto_class == "AutoModelForCausalLM" else f"known to {auto_class}"
         raise ModelError(f"{config.model_type} is not {kind}", key=key)
     dtype = dtype or section.dtype
+    if attn_implementation is None and getattr(config.get_text_config(), "attn_logit_softcapping", None):
+        attn_implementation = "eager"  # Gemma 2: some versions of transformers pick sdpa, which leaves out the softcap
     with explained(key, name or config.model_type, section.revision):
         if name is None:
             weights = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
@@ -219,7 +223,9 @@ def add_lora(model: PreTrainedModel, lora: dict[str, Any], *, gradient_checkpoin
             linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
             names = sorted({name.rpartition(".")[2] for name in linear})
             fix = f"`lora.target_modules` may be all-linear or a list of some of {', '.join(names)}"
-        raise ModelError(f"no adapter: {first_line(error)}", key="lora", value=lora, fix=fix) from error
+        raise ModelError(
+            f"the adapter cannot be created: {first_line(error)}", key="lora", value=lora, fix=fix
+        ) from error
     if gradient_checkpointing:
         model.enable_input_require_grads()
     trainable, frozen = count_parameters(adapted)
@@ -252,10 +258,10 @@ def has_router_loss(config: PreTrainedConfig) -> bool:
 
 
 def refuse_router_loss(config: PreTrainedConfig) -> None:
-    """Raises ModelError for a router loss: to leave it out without a word would train another model than was asked for."""
+    """Raises ModelError for a router loss: to leave it out without a word would train another model than the user wants."""
     if has_router_loss(config):
         raise ModelError(
-            "asks for a router loss, which compares whole micro-batches and so depends on how they are laid out",
+            "adds a router loss, which compares whole micro-batches and so depends on their layout",
             key="model.config.output_router_logits",
             value=True,
             fix="set it to False, in the config or on the model (`model.config.output_router_logits = False`)",

@@ -99,6 +99,8 @@ def make_trainer(
     implementation = choose_implementation(
         attn_implementation, layout=plan.layout, device="cpu" if use_cpu else "cuda", dtype=dtype
     )
+    if implementation is None and family == "gemma2":
+        implementation = "eager"  # as load_model has it: some versions of transformers pick sdpa, without the softcap
     model = tiny_model(family, attn_implementation=implementation, **(model_changes or {}))
     if lora:
         model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))

@@ -45,7 +45,10 @@ def test_what_deepspeed_would_ignore_is_an_error(config, message):
         ({"stage": 3, "offload_param": {"device": "gpu"}}, "zero_optimization.offload_param.device"),
         ({"stage": 3, "offload_optimizer": {"devise": "cpu"}}, "zero_optimization.offload_optimizer.devise"),
         ({"stage": 3, GATHER_KEY: False}, "no model could be saved"),
-        ({"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/nowhere"}}, "can be written to"),
+        (
+            {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/nowhere"}},
+            "nvme_path: must be a writable directory",
+        ),
     ],
 )
 def test_the_zero_section_is_checked_by_deepspeeds_own_schema(section, message):
@@ -92,7 +95,7 @@ def test_the_launchers_config_is_read_from_its_file(tmp_path):
     launched = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)}
     config = deepspeed_config({}, **PLAN | {"env": launched})
     assert config["zero_optimization"] == {"stage": 2}
-    with pytest.raises(LaunchError, match="the launcher names another config"):
+    with pytest.raises(LaunchError, match="training.deepspeed: differs from the config that the launcher names"):
         deepspeed_config({"deepspeed": "other.json"}, **PLAN | {"env": launched})
     # Control: the variable alone, without DeepSpeed being launched, means nothing.
     del launched["ACCELERATE_USE_DEEPSPEED"]
@@ -102,7 +105,7 @@ def test_the_launchers_config_is_read_from_its_file(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"bf16": {"enabled": false}, "bf16": {"enabled": true}}', "bf16 given twice"),
+        ('{"bf16": {"enabled": false}, "bf16": {"enabled": true}}', "bf16 is given twice"),
         ("{", "is not a JSON mapping"),
         ("[]", "is not a JSON mapping"),
     ],

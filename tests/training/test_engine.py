@@ -1,4 +1,4 @@
-"""What was asked for and what is in force are compared field by field."""
+"""The requested engine and the one in use are compared field by field."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from packtrain.training.engine import Engine, asked_engine, differences
 from packtrain.training.memory.plan import parse_bytes
 from packtrain.training.memory.state_bytes import state_bytes
 from packtrain.training.progress import RichProgress
-from packtrain.training.resharding import mend_resumed_optimizer, prepare_resume
+from packtrain.training.resharding import correct_resumed_optimizer, prepare_resume
 from packtrain.training.run import fit
 from tests.training.helpers import make_trainer
 
@@ -45,7 +45,7 @@ def test_every_difference_is_named():
     fields = {"name": "DDP", "zero_stage": None, "gradient_accumulation_steps": 1}
     found = differences(ZERO2, Engine(**{**vars(ZERO2), **fields}))
     assert len(found) == 3
-    assert "zero_stage: 2 was asked for, None is in force" in found
+    assert "zero_stage: 2 was requested, None is in use" in found
     assert differences(ZERO2, ZERO2) == []
 
 
@@ -67,7 +67,7 @@ def test_another_engine_than_was_asked_for_stops_the_run(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, strategy="balanced", max_steps=2)
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
-    with pytest.raises(LaunchError, match="DeepSpeed was asked for, single process is in force.*zero_stage: 3"):
+    with pytest.raises(LaunchError, match="DeepSpeed was requested, single process is in use.*zero_stage: 3"):
         fit(trainer)
     assert trainer.state.global_step == 0
 
@@ -87,11 +87,11 @@ def test_an_optimizer_that_is_elsewhere_than_the_run_is_refused(tmp_path):
     """The failure of universal checkpoints under ZeRO-3: step counters shared by groups, so ahead of the run."""
     trainer = make_trainer(tmp_path, strategy="balanced", max_steps=2, save_strategy="steps", save_steps=2)
     trainer.train()
-    mend_resumed_optimizer(trainer, tmp_path / "checkpoint-2")
+    correct_resumed_optimizer(trainer, tmp_path / "checkpoint-2")
     state = next(iter(trainer.optimizer.optimizer.state.values()))
     state["step"] = torch.tensor(4.0)
-    with pytest.raises(LaunchError, match="the optimizer says that it has done 2, 4 updates, and 2 when it was saved"):
-        mend_resumed_optimizer(trainer, tmp_path / "checkpoint-2")
+    with pytest.raises(LaunchError, match="the restored optimizer counts 2, 4 updates, and it counted 2"):
+        correct_resumed_optimizer(trainer, tmp_path / "checkpoint-2")
 
 
 def test_bytes_of_views_count_once():
@@ -107,7 +107,7 @@ def test_bytes_of_views_count_once():
 @pytest.mark.parametrize(("text", "size"), [("80GiB", 80 * 2**30), ("80 GB", 80 * 10**9), ("512mib", 512 * 2**20)])
 def test_amounts_of_memory(text, size):
     assert parse_bytes(text) == size
-    with pytest.raises(ValueError, match="is not an amount of memory"):
+    with pytest.raises(ValueError, match="must be an amount of memory"):
         parse_bytes(text[:-1] + "x")
 
 
@@ -126,7 +126,7 @@ def test_an_error_of_the_first_forward_pass_is_not_taken_for_a_refused_setting(t
 
 def test_a_setting_that_the_trainer_refuses_is_named(tmp_path):
     trainer = make_trainer(tmp_path, strategy="balanced", max_steps=2, lr_scheduler_kwargs={"nonsense": 1})
-    with pytest.raises(PacktrainError, match="the trainer refuses it.*nonsense"):
+    with pytest.raises(PacktrainError, match="training: is rejected by the trainer.*nonsense"):
         fit(trainer)
 
 

@@ -22,7 +22,7 @@ SETTINGS = [
         lora,
         checkpointing,
         id="-".join([family, weighting, "lora" if lora else "full", "checkpointing" if checkpointing else "plain"]),
-        marks=[] if (weighting, lora, checkpointing) in TWO_OF_EACH else [pytest.mark.slow],
+        marks=[] if (weighting, lora, checkpointing) in TWO_OF_EACH else [pytest.mark.slow, pytest.mark.ci],
     )
     for family in sorted(CONFIGS)
     for weighting, lora, checkpointing in itertools.product(("token", "example"), (False, True), (False, True))

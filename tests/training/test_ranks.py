@@ -22,7 +22,7 @@ def test_world_size_is_the_launchers():
 
 def test_accelerate_starting_one_process_instead_of_two_is_noticed():
     env = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "True", "MASTER_PORT": "29500"}
-    with pytest.raises(LaunchError, match="asked for several processes but started one"):
+    with pytest.raises(LaunchError, match="configured for several processes but started one"):
         asked_world_size(env)
     assert asked_world_size({**env, "WORLD_SIZE": "2"}) == 2
     assert asked_world_size({"ACCELERATE_MIXED_PRECISION": "no"}) == 1  # asked for one

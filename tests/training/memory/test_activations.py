@@ -40,7 +40,7 @@ def kept_on_real_tensors(model, tokens, *, autocast=None, checkpointing=False) -
     """Bytes of the distinct storages that the backbone keeps, from saved-tensor hooks on a real forward pass."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if checkpointing:
-        base.activation_checkpointing_enable({"use_reentrant": True})  # keeps a layer's input where hooks see it
+        base.gradient_checkpointing_enable({"use_reentrant": True})  # keeps a layer's input where hooks see it
     backbone = getattr(base, base.base_model_prefix).train()
     ids, positions = torch.zeros(1, tokens, dtype=torch.long), torch.arange(tokens)[None]
     kept = {}

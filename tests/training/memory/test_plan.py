@@ -87,14 +87,14 @@ def of_architecture(model_type: str, **fields) -> ModelMemory:
 @pytest.mark.parametrize(
     ("architecture", "why"),
     [
-        ("falcon", "it takes no attention but its own"),
+        ("falcon", "it supports only its own attention"),
         ("mpt", "AttributeError: 'NoneType' object has no attribute 'to'"),
-        ("bloom", "ValueError: a token keeps more the longer its row"),
-        ("xlstm", "ValueError: num_hidden_layers is not how many layers it has"),
+        ("bloom", "ValueError: a token keeps more in a longer row"),
+        ("xlstm", "ValueError: num_hidden_layers is not the number of its layers"),
     ],
 )
 def test_what_cannot_be_counted_is_our_error(architecture, why):
-    with pytest.raises(ModelError, match=f"the activations of {architecture} can't be counted: {why}.*\n.*probe"):
+    with pytest.raises(ModelError, match=f"the activations of {architecture} cannot be counted: {why}.*\n.*probe"):
         of_architecture(architecture, **{"num_heads" if architecture == "xlstm" else "num_attention_heads": 2})
 
 
@@ -117,7 +117,7 @@ def test_the_plan_is_near_the_peak_that_torch_tracks(dtype, checkpointing):
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="packtrain_varlen").train()
     if checkpointing:
-        model.activation_checkpointing_enable()
+        model.gradient_checkpointing_enable()
     documents = [torch.randint(3, vocabulary, (length,)).tolist() for length in (300, 200, 124, 400)]
     rows = [{"input_ids": ids, "labels": [-100] * (len(ids) // 2) + ids[len(ids) // 2 :]} for ids in documents]
     batch = PackCollator(layout="flat", pad_token_id=0)(rows)
