@@ -1,0 +1,112 @@
+"""The Python in the documentation does what it says."""
+
+from __future__ import annotations
+
+import io
+from contextlib import redirect_stdout
+
+import numpy as np
+import pytest
+import torch
+
+import packtrain
+from packtrain.modeling.tokenizer import train_bpe
+from packtrain.packing.plan import make_plan
+from packtrain.training.run import build
+from packtrain.training.trainer import PackTrainer
+from tests.docs.markdown import ROOT, blocks
+from tests.tiny import tiny_model
+
+RECIPE = """
+model:
+  config: {model_type: llama, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: 4,
+    num_key_value_heads: 2, max_position_embeddings: 256}
+  tokenizer_vocab_size: 300
+data: {path: packtrain:arithmetic, num_rows: 40, max_length: 128, overflow: drop}
+batching: {strategy: pad_longest, examples_per_step: 8, max_tokens: 512}
+training: {output_dir: out, learning_rate: 1e-2, num_train_epochs: 2, lr_scheduler_type: constant, logging_steps: 1,
+  save_strategy: "no"}
+"""
+
+
+def example(page: str, name: str) -> str:
+    """The block that stands below `<!-- example: NAME -->` in a page."""
+    (block,) = [each for each in blocks((ROOT / page).read_text(encoding="utf-8")) if each.mark == f"example: {name}"]
+    return block.code
+
+
+class Logged(PackTrainer):
+    """Keeps the loss of every update."""
+
+    losses: list[float] = []
+
+    def log(self, logs, *args):
+        if "loss" in logs:
+            Logged.losses.append(logs["loss"])
+        super().log(logs, *args)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_own_loop_has_the_losses_of_train(folder):
+    """Even of padded batches; control: a mean per micro-batch, which the page warns of, has others."""
+    (folder / "recipe.yaml").write_text(RECIPE)
+    recipe = packtrain.load_recipe("recipe.yaml")
+    Logged.losses = []
+    packtrain.train(recipe, trainer_class=Logged)
+
+    def losses(code: str) -> list[float]:
+        trainer = build(recipe)  # the same first weights
+        rows = [trainer.train_dataset[i] for i in range(len(trainer.train_dataset))]
+        scope = {"model": trainer.model.train(), "rows": rows}
+        exec(code, scope)
+        assert scope["plan"].gradient_accumulation_steps > 1
+        return scope["losses"]
+
+    code = example("recipes/README.md", "own loop")
+    assert len(Logged.losses) > 4
+    np.testing.assert_allclose(losses(code), Logged.losses, atol=1e-5, rtol=0)
+    per_micro_batch = code.replace("/ denominator", "/ (weights.sum() * len(batches))")
+    assert per_micro_batch != code
+    assert np.abs(np.array(losses(per_micro_batch)) - Logged.losses).max() > 1e-3
+
+
+def test_a_trained_adapter_answers_and_is_merged(folder):
+    tokenizer = train_bpe(["2+2? 4 3+3? 6"] * 20, vocab_size=300)
+    base = tiny_model("llama", vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=2)
+    base.save_pretrained("base")
+    tokenizer.save_pretrained("base")
+    (folder / "rows.jsonl").write_text('{"prompt": "2+2? ", "completion": "4"}\n' * 8)
+    (folder / "my_run.yaml").write_text(
+        "model: {model_name_or_path: base}\n"
+        "data: {path: rows.jsonl, max_length: 64}\n"
+        "batching: {examples_per_step: 4, max_tokens: 64}\n"
+        "lora: {r: 4, target_modules: all-linear}\n"
+        "training: {output_dir: out/my_run, learning_rate: 1e-1, num_train_epochs: 2, save_strategy: 'no'}\n"
+    )
+    packtrain.train(packtrain.load_recipe("my_run.yaml"))
+    answered, merged = {}, {}
+    out = io.StringIO()
+    with redirect_stdout(out):
+        exec(example("recipes/README.md", "generate"), answered)
+    exec(example("recipes/README.md", "merge"), merged)
+    assert "2+2?" in out.getvalue()
+
+    from transformers import AutoModelForCausalLM
+
+    alone = AutoModelForCausalLM.from_pretrained("out/my_run/merged")  # nothing else is needed
+    ids = torch.tensor([tokenizer("2+2? 4")["input_ids"]])
+    logits = [model(ids).logits for model in (answered["model"], alone, base)]
+    torch.testing.assert_close(logits[0], logits[1], atol=1e-5, rtol=1e-4)
+    assert (logits[0] - logits[2]).abs().max() > 1e-3  # control: the base model answers otherwise
+
+
+def test_the_strategy_packs_pairs(folder, sft_lengths):
+    (folder / "my_packing.py").write_text(example(".github/CONTRIBUTING.md", "strategy"))
+    plan = make_plan(sft_lengths, strategy="my_packing:pairs", max_tokens=1024)
+    packs = [pack for step in range(plan.total_steps) for pack in plan.layout_of(step) if len(pack)]
+    assert max(map(len, packs)) == 2 and sum(map(len, packs)) == len(sft_lengths)
