@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from packtrain.training.run import train
     from packtrain.training.trainer import PackTrainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "PackCollator",
     "PackTrainer",

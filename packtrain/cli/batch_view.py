@@ -1,9 +1,9 @@
-"""`packtrain show`: one collated batch, made visible.
+"""`packtrain show`: print one collated batch.
 
 ━━ document 2 of 5 · example 117 · 43 tokens at positions 0-42 · 12 supervised
 Question: what is 3 + 4?          (prompt: read, not learnt)
 3 + 4 = 7.<|eos|>                 (supervised: learnt)
-[5 filler]
+[5 padding]
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from rich.text import Text
 from packtrain.errors import PacktrainError
 from packtrain.modeling.loading import load_config
 from packtrain.objectives.objective import Task
-from packtrain.objectives.task import load_task
+from packtrain.objectives.task import load_task, plan_recipe
 from packtrain.packing.collator import IGNORED, MicroBatches
 from packtrain.packing.cost import Cost
-from packtrain.packing.plan import MicroBatch, Plan, plan_run
+from packtrain.packing.plan import MicroBatch, Plan
 from packtrain.packing.strategies import resolve_strategy
 from packtrain.recipe.recipe import Recipe
 from packtrain.recipe.sections import ModelSection
@@ -37,18 +37,18 @@ from packtrain.recipe.sections import ModelSection
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-SUPERVISED, PROMPT, FILLER = "bold green", "blue", "dim red"
+SUPERVISED, PROMPT, PADDING = "bold green", "blue", "dim red"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """One document of a batch, cut out of its row.
+    """One document of a batch.
 
     Attributes:
-        example_id: -1 for filler.
+        example_id: -1 for padding.
         input_ids, labels, positions: int `[L]`.
-        weights: float `[L]`, of the loss.
-        filler: further positions of its row, there only to fill it.
+        weights: loss weights, float `[L]`.
+        padding: padding tokens in its row.
     """
 
     example_id: int
@@ -56,7 +56,7 @@ class Document:
     labels: list[int]
     positions: list[int]
     weights: list[float]
-    filler: int = 0
+    padding: int = 0
 
     @property
     def supervised(self) -> int:
@@ -64,7 +64,7 @@ class Document:
 
 
 def documents_of(batch: Mapping[str, Any]) -> list[Document]:
-    """The documents of a flat `[1, T]` or padded `[B, T]` batch (see `packtrain.packing.collator`)."""
+    """Returns the documents of a flat `[1, T]` or padded `[B, T]` batch (see `packtrain.packing.collator`)."""
     width = batch["input_ids"].shape[1]
     if "cu_seq_lens_q" in batch:
         bounds = batch["cu_seq_lens_q"].tolist()
@@ -73,7 +73,7 @@ def documents_of(batch: Mapping[str, Any]) -> list[Document]:
         masks = batch["attention_mask"].bool()  # [B, T]
         places = [(row, mask, width - int(mask.sum())) for row, mask in enumerate(masks)]
     documents = []
-    for example_id, (row, place, filler) in zip(batch["example_ids"].tolist(), places, strict=True):
+    for example_id, (row, place, padding) in zip(batch["example_ids"].tolist(), places, strict=True):
         ids, labels, positions, weights = (
             batch[name][row][place].tolist() for name in ("input_ids", "labels", "position_ids", "loss_weights")
         )
@@ -84,26 +84,26 @@ def documents_of(batch: Mapping[str, Any]) -> list[Document]:
                 labels=labels,
                 positions=positions,
                 weights=weights,
-                filler=filler,
+                padding=padding,
             )
         )
     return documents
 
 
 def text_of(document: Document, tokenizer: PreTrainedTokenizerBase) -> Text:
-    """The decoded document; runs of supervised and of prompt tokens in their colours."""
+    """Decodes a document; runs of supervised and of prompt tokens have their own colours."""
     text = Text()
     pairs = zip(document.input_ids, document.labels, strict=True)
     for supervised, run in groupby(pairs, key=lambda pair: pair[1] != IGNORED):
         decoded = _printable(tokenizer.decode([token for token, _ in run]))
-        text.append(decoded, FILLER if document.example_id < 0 else SUPERVISED if supervised else PROMPT)
-    if document.filler:
-        text.append(f"[{document.filler:,} filler]", FILLER)
+        text.append(decoded, PADDING if document.example_id < 0 else SUPERVISED if supervised else PROMPT)
+    if document.padding:
+        text.append(f"[{document.padding:,} padding]", PADDING)
     return text
 
 
 def _printable(text: str) -> str:
-    """Control characters in data must not reach the terminal as such."""
+    """Escapes control characters, which must not reach the terminal."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
@@ -132,15 +132,7 @@ def show_batch(
         head = f"{len(ids)} example{'s' if len(ids) > 1 else ''}"
     else:
         cost = Cost.of_config(config)
-        plan = plan_run(
-            recipe.batching,
-            recipe.schedule,
-            task.train.lengths,
-            max_length=recipe.data.max_length,
-            equal_lengths=recipe.objective.equal_lengths,
-            world_size=world_size,
-            cost=cost,
-        )
+        plan = plan_recipe(recipe, task.train.lengths, world_size=world_size, cost=cost)
         chosen, head = _micro_batch(plan, step, rank, micro_batch)
         epoch, _ = plan.locate(step)
     strategy = resolve_strategy(recipe.batching.strategy)
@@ -151,7 +143,7 @@ def show_batch(
 
 
 def print_batch(batch: Mapping[str, Any], task: Task, console: Console, *, head: str, texts: int) -> None:
-    """A line of totals, a table of documents, and the text of the first `texts` of them."""
+    """Prints a line of totals, a table of documents, and the text of the first `texts` of them."""
     found = documents_of(batch)
     real = sum(len(document.input_ids) for document in found if document.example_id >= 0)
     computed, supervised = batch["input_ids"].numel(), sum(document.supervised for document in found)
@@ -159,12 +151,12 @@ def print_batch(batch: Mapping[str, Any], task: Task, console: Console, *, head:
     shape = ", ".join(map(str, batch["input_ids"].shape))
     console.print(
         f"{head}: {layout} \\[{shape}], {len(found)} documents, {real:,} real tokens "
-        f"({supervised:,} supervised), {computed - real:,} filler",
+        f"({supervised:,} supervised), {computed - real:,} padding",
         style="bold",
         highlight=False,
     )
     table = Table(box=SIMPLE_HEAD, show_edge=False)
-    for column in ("document", "example", "row", "tokens", "positions", "supervised", "weight", "filler"):
+    for column in ("document", "example", "row", "tokens", "positions", "supervised", "weight", "padding"):
         table.add_column(column, justify="right")
     for number, document in enumerate(found):
         row = str(task.train.rows[document.example_id]) if document.example_id >= 0 else "-"
@@ -176,10 +168,10 @@ def print_batch(batch: Mapping[str, Any], task: Task, console: Console, *, head:
             f"{document.positions[0]:,}-{document.positions[-1]:,}",
             f"{document.supervised:,}",
             f"{sum(document.weights):.4g}",
-            f"{document.filler:,}",
+            f"{document.padding:,}",
         )
     console.print(table)
-    console.print(Text.assemble(("supervised", SUPERVISED), "  ", ("prompt", PROMPT), "  ", ("filler", FILLER)))
+    console.print(Text.assemble(("supervised", SUPERVISED), "  ", ("prompt", PROMPT), "  ", ("padding", PADDING)))
     for number, document in enumerate(found[:texts]):
         console.print(Rule(f"document {number} · example {document.example_id}", align="left", style="dim"))
         console.print(text_of(document, task.tokenizer), soft_wrap=True)
@@ -188,7 +180,7 @@ def print_batch(batch: Mapping[str, Any], task: Task, console: Console, *, head:
 
 
 def _position_start(recipe: Recipe, config: PreTrainedConfig) -> int:
-    """The model's own first position, of which no weight is made; 0 for one whose code is not transformers' own."""
+    """Returns the model's first position, found without making weights; 0 for a model whose code is from the Hub."""
     import torch
 
     from packtrain.modeling.loading import has_class, load_model
@@ -203,14 +195,14 @@ def _position_start(recipe: Recipe, config: PreTrainedConfig) -> int:
 
 
 def _micro_batch(plan: Plan, step: int, rank: int, number: int) -> tuple[MicroBatch, str]:
-    """The micro-batch, and its place in words."""
+    """Returns the micro-batch, and its place in words."""
     for name, value, count in (
         ("step", step, plan.total_steps),
         ("rank", rank, plan.world_size),
         ("micro-batch", number, plan.gradient_accumulation_steps),
     ):
         if value >= count:
-            fix = f"choose one from 0 to {count - 1}" + ("; --gpus says for how many" if name == "rank" else "")
+            fix = f"choose one from 0 to {count - 1}" + ("; --gpus sets their number" if name == "rank" else "")
             raise PacktrainError(f"there is no such {name}", key=f"--{name}", value=value, fix=fix)
     epoch, _ = plan.locate(step)
     place = f"step {step} of {plan.total_steps:,} (epoch {epoch}), rank {rank} of {plan.world_size}"
@@ -223,11 +215,11 @@ def _last_examples(path: Path) -> str:
         return ",".join(map(str, json.loads(path.read_text(encoding="utf-8").splitlines()[-1])["example_ids"]))
     except (OSError, ValueError, LookupError, TypeError) as error:
         fix = "name the nonfinite.jsonl of a run, or give numbers separated by commas"
-        raise PacktrainError(f"names no examples: {error}", key="--examples", value=str(path), fix=fix) from None
+        raise PacktrainError(f"does not name examples: {error}", key="--examples", value=str(path), fix=fix) from None
 
 
 def _example_ids(text: str, count: int) -> np.ndarray:
-    """`3,17` -> int64 `[3, 17]`; of a `nonfinite.jsonl`, the examples of its last update."""
+    """Turns `3,17` into int64 `[3, 17]`, and a `nonfinite.jsonl` into the examples of its last update."""
     if text.endswith(".jsonl"):
         text = _last_examples(Path(text))
     words = re.split(r"[,\s]+", text.strip())

@@ -1,4 +1,4 @@
-"""`packtrain compare`: variants of a recipe against each other."""
+"""`packtrain compare`: compare variants of a recipe."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from packtrain.cli.options import Overrides, RecipePath
 def compare(
     recipe: RecipePath,
     overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Default: out/compare_NAME.")] = None,
-    restart: Annotated[bool, typer.Option("--restart", help="Remove the runs that are there first.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Directory for runs and report. Default: out/compare_NAME.")
+    ] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Remove existing runs first.")] = False,
 ) -> None:
-    """Run variants of a recipe against each other, interleaved, each in a fresh process, and write a report.
+    """Compare variants of a recipe: run them in turn, each in a fresh process, and write a report.
 
-    Interrupted, the same command continues: finished runs are kept. A variant that fails is a row of the report.
+    After an interruption the same command continues, and finished runs are kept. A variant that fails is listed in the
+    report.
     """
     from packtrain.compare.run import run_comparison
 

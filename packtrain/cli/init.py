@@ -1,4 +1,4 @@
-"""`packtrain init`: a commented recipe to start from."""
+"""`packtrain init`: write a commented recipe."""
 
 from __future__ import annotations
 
@@ -12,20 +12,18 @@ from packtrain.errors import PacktrainError
 
 
 def init(
-    name: Annotated[str, typer.Argument(metavar="[NAME]", help="Name of the recipe; it is written to NAME.yaml.")] = (
-        "recipe"
-    ),
+    name: Annotated[str, typer.Argument(metavar="[NAME]", help="The recipe is written to NAME.yaml.")] = "recipe",
 ) -> None:
-    """Write a commented recipe to start from into the current folder."""
+    """Write a commented recipe into the current directory."""
     from packtrain.recipe.shipped import SHARE
 
     target = Path(name if name.endswith((".yaml", ".yml")) else f"{name}.yaml")
     if target.exists():
-        raise PacktrainError("there is such a file already", key="NAME", value=str(target), fix="choose another name")
+        raise PacktrainError("exists already", key="NAME", value=str(target), fix="choose another name")
     text = (SHARE / "recipes" / "start.yaml").read_text(encoding="utf-8")
     try:
         target.write_text(text.replace("{file}", str(target)), encoding="utf-8")
     except OSError as error:
-        fix = "choose a folder that can be written to"
-        raise PacktrainError(f"can't be written: {error.strerror}", key="NAME", value=str(target), fix=fix) from None
-    Console().print(f"{target}: name your rows in `data.path`, then run `packtrain plan {target}`", soft_wrap=True)
+        fix = "choose a writable directory"
+        raise PacktrainError(f"cannot be written: {error.strerror}", key="NAME", value=str(target), fix=fix) from None
+    Console().print(f"wrote {target}: set `data.path` to your rows, then run `packtrain plan {target}`", soft_wrap=True)

@@ -1,4 +1,4 @@
-"""`packtrain keys`: every key of a recipe with its type, default and meaning."""
+"""`packtrain keys`: print every key of a recipe with its type, default and meaning."""
 
 from __future__ import annotations
 
@@ -15,16 +15,19 @@ from packtrain.errors import PacktrainError
 
 def keys(
     section: Annotated[
-        str | None, typer.Argument(metavar="[SECTION]", help="model, data, batching, objective, training or lora.")
+        str | None,
+        typer.Argument(
+            metavar="[SECTION]", help="Section to print: model, data, batching, objective, training or lora."
+        ),
     ] = None,
     schema: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write a JSON schema for editors instead.")
+        Path | None, typer.Option(metavar="FILE", help="Write a JSON schema for editors to FILE instead.")
     ] = None,
 ) -> None:
     """Print every key of a recipe with its type, default and meaning.
 
-    The sections `training:` and `lora:` take any field of transformers.TrainingArguments and peft.LoraConfig; they are
-    listed when they are named.
+    `training:` and `lora:` take any field of transformers.TrainingArguments and peft.LoraConfig; name the section to list
+    them.
     """
     from packtrain.recipe import keys as recipe_keys
     from packtrain.recipe.fields import did_you_mean
@@ -32,7 +35,7 @@ def keys(
 
     if schema is not None:
         schema.write_text(json.dumps(recipe_keys.schema(), indent=1) + "\n", encoding="utf-8")
-        Console().print(f"schema: {schema}", soft_wrap=True)
+        Console().print(f"wrote {schema}", soft_wrap=True)
         return
     if section is not None and section not in SECTIONS:
         near = did_you_mean(section, SECTIONS)

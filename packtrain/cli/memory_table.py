@@ -1,4 +1,4 @@
-"""`packtrain plan --memory 80GiB --gpus 8`: what a run needs per rank, line by line, and whether it fits.
+"""`packtrain plan --memory 80GiB --gpus 8`: estimate the memory per rank, line by line, and whether it fits.
 
 packtrain plan recipes/sft_lora.yaml --memory 80GiB --gpus 8                   every engine of launch/
 packtrain plan recipes/sft_lora.yaml --memory 80GiB --gpus 8 --launch zero3    one of them
@@ -45,26 +45,26 @@ SHORT = {"fits": "fits", "tight": "tight", "does not fit": "no"}
 
 @dataclass(frozen=True, kw_only=True)
 class AskedMemory:
-    """`size` of one device in bytes, and the only `engine` to show, if one was named."""
+    """The `size` of one device in bytes, and the only `engine` to show, if one was named."""
 
     size: int
     engine: str | None
 
 
 def asked_memory(size: str | None, launch: str | None) -> AskedMemory | None:
-    """`--memory 80GiB --launch zero3`, checked before anything is read; None if no memory was named.
+    """Checks `--memory 80GiB --launch zero3` before anything is read; returns None if no memory was named.
 
     Raises:
-        PacktrainError: no amount of memory, no launch file of that name, or an engine without formulas.
+        PacktrainError: not an amount of memory, no launch file of that name, or an engine without formulas.
     """
     if size is None:
         if launch is not None:
-            raise LaunchError("needs --memory", key="--launch", value=launch, fix="for example --memory 80GiB")
+            raise LaunchError("needs --memory", key="--launch", value=launch, fix="add for example --memory 80GiB")
         return None
     engine = engine_of(find_launch_file(launch)) if launch is not None else None
     if engine not in (None, *ENGINES):
-        fix = f"one that starts {', '.join(ENGINES)}"
-        raise LaunchError(f"there is no plan of memory for {engine}", key="--launch", value=launch, fix=fix)
+        fix = f"choose one that starts {', '.join(ENGINES)}"
+        raise LaunchError(f"the memory of {engine} cannot be estimated", key="--launch", value=launch, fix=fix)
     return AskedMemory(size=parse_bytes(size), engine=engine)
 
 
@@ -86,7 +86,7 @@ def show_memory(
         engine: of `ENGINES`, the only one shown; all that launch/ has by default.
 
     Raises:
-        ModelError: the model can't be had, or takes no such adapter.
+        ModelError: the model can't be loaded, or does not take the adapter.
     """
     own = recipe.batching.strategy
     engines = (engine,) if engine else ENGINES if plans[own].world_size > 1 else ALONE
@@ -107,7 +107,7 @@ def show_memory(
 
 
 def _advice(plans: list[MemoryPlan], checkpointed: list[MemoryPlan], memory: int) -> list[str]:
-    """The simplest engine that fits, or what checkpointing would change where none does."""
+    """Names the simplest engine that fits, or what checkpointing would change if none does."""
 
     def simplest(of: list[MemoryPlan]) -> str | None:
         fitting = (plan.engine for plan in of if plan.verdict(memory) == "fits")
@@ -115,10 +115,10 @@ def _advice(plans: list[MemoryPlan], checkpointed: list[MemoryPlan], memory: int
         return "single_gpu" if found == "ddp" and of[0].ranks == 1 else found
 
     if found := simplest(plans):
-        return [f"the simplest that fits: launch/{found}.yaml"] if len(plans) > 1 else []
+        return [f"the simplest engine that fits: launch/{found}.yaml"] if len(plans) > 1 else []
     if found := simplest(checkpointed):
         return [f"with training.gradient_checkpointing=true it fits: launch/{found}.yaml"]
-    return ["nothing fits: fewer tokens per micro-batch (batching.max_tokens), more devices, or LoRA"]
+    return ["nothing fits: use fewer tokens per micro-batch (batching.max_tokens), more devices, or LoRA"]
 
 
 def _plan(
@@ -139,7 +139,7 @@ def _plan(
 
 
 def line_table(plans: list[MemoryPlan], strategy: str, size: MicroBatchSize, memory: int) -> RenderableType:
-    """Rows are lines with a mark of how they are known, columns engines."""
+    """Builds a table with a row per line of the estimate, marked by how it is known, and a column per engine."""
     unit, name = _unit(memory)
     table = _table(
         f"Memory per rank in {name}, {plans[0].ranks} rank{'s' * (plans[0].ranks > 1)}, largest micro-batch of "
@@ -163,13 +163,13 @@ def line_table(plans: list[MemoryPlan], strategy: str, size: MicroBatchSize, mem
             table.add_row(f"  {prefix}peak", *cells, style="bold", end_section=True)
     table.add_row(f"  on {_size(memory)}", *(_verdict(plan, memory) for plan in plans))
     legend = "   ".join(f"{mark} {basis}" for basis, mark in MARKS.items())
-    return Group(Text(), table, Text(f"{legend}   (at step: when activations are gone)\n", "dim"))
+    return Group(Text(), table, Text(f"{legend}   (at step: after activations are freed)\n", "dim"))
 
 
 def verdict_table(
     by_strategy: Mapping[str, list[MemoryPlan]], sizes: Mapping[str, MicroBatchSize], own: str, memory: int
 ) -> RenderableType:
-    """Rows are strategies, columns engines: the peak on the device, and the verdict where it isn't `fits`."""
+    """Builds a table with a row per strategy and a column per engine: the peak, and the verdict if it isn't `fits`."""
     unit, name = _unit(memory)
     table = _table(f"Peak per rank in {name} by strategy")
     for column in ("\n\nstrategy", "largest\nmicro-\nbatch", "of it\nsuper-\nvised"):
@@ -203,7 +203,7 @@ def _number(amount: float) -> str:
 
 
 def _unit(memory: int) -> tuple[int, str]:
-    """GiB, or MiB for a small device."""
+    """Returns GiB, or MiB for a small device."""
     return (2**30, "GiB") if memory >= 4 * 2**30 else (2**20, "MiB")
 
 

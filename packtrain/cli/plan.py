@@ -1,4 +1,4 @@
-"""`packtrain plan`: lengths, strategies and memory of a recipe, before anything is trained."""
+"""`packtrain plan`: show lengths, strategies and memory before training."""
 
 from __future__ import annotations
 
@@ -17,34 +17,38 @@ STRATEGY = "balanced"  # of `--lengths` without a recipe
 
 def plan(
     recipe: Annotated[
-        Path | None, typer.Argument(metavar="[RECIPE]", help="A YAML file; not needed with --lengths.")
+        Path | None,
+        typer.Argument(
+            metavar="[RECIPE]", help="YAML file, or the name of a shipped recipe; not needed with --lengths."
+        ),
     ] = None,
     overrides: Overrides = None,
-    every: Annotated[bool, typer.Option("--all", help="One row for every strategy, not only the recipe's.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Show every strategy, not only the recipe's.")] = False,
     gpus: Gpus = 1,
     lengths: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Plan for these lengths (.npy, integers), not for the data.")
+        Path | None, typer.Option(metavar="FILE", help="Plan for these lengths (.npy, integers) instead of the data.")
     ] = None,
     strategy: Annotated[
-        str | None, typer.Option(metavar="NAME", help=f"Without a recipe: the strategy ({STRATEGY} by default).")
+        str | None, typer.Option(metavar="NAME", help=f"Strategy without a recipe. Default: {STRATEGY}.")
     ] = None,
     max_tokens: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help=f"Without a recipe: most tokens in a micro-batch ({MAX_TOKENS})."),
+        typer.Option(min=1, metavar="N", help=f"Most tokens in a micro-batch without a recipe. Default: {MAX_TOKENS}."),
     ] = None,
-    recommend: Annotated[bool, typer.Option("--recommend", help="Say which strategy to use, and why.")] = False,
+    recommend: Annotated[bool, typer.Option("--recommend", help="Recommend a strategy, and say why.")] = False,
     memory: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="Estimate memory per GPU and check whether it fits, for example `80GiB`."),
+        typer.Option(metavar="SIZE", help="Estimate memory per GPU and check whether it fits, e.g. `--memory 80GiB`."),
     ] = None,
     launch: Annotated[
-        str | None, typer.Option(metavar="NAME", help="With --memory: only the engine that launch/NAME.yaml starts.")
+        str | None,
+        typer.Option(metavar="NAME", help="With --memory: show only the engine that launch/NAME.yaml starts."),
     ] = None,
 ) -> None:
-    """Show the lengths of the examples and what strategies make of them, before anything is trained.
+    """Show example lengths, compare strategies and estimate memory before training.
 
-    Rows are tokenised once and remembered; after that the answer takes a second and no GPU, torch or tokenizer.
-    Lengths may be a billion: `packtrain plan --lengths lengths.npy --max-tokens 8192`.
+    Rows are tokenised once and cached; after that it takes a second, and no GPU, torch or tokenizer. A lengths file may
+    hold a billion: `packtrain plan --lengths lengths.npy --max-tokens 8192`.
     """
     from packtrain.cli.memory_table import asked_memory
     from packtrain.cli.strategy_table import show_lengths, show_plan
@@ -52,10 +56,12 @@ def plan(
     asked = asked_memory(memory, launch)
     if recipe is None:
         if lengths is None:
-            raise PacktrainError("nothing to plan for", key="plan", fix="name a recipe, or --lengths lengths.npy")
+            raise PacktrainError(
+                "needs a recipe or a lengths file", key="plan", fix="name a recipe, or add --lengths lengths.npy"
+            )
         if overrides or recommend or asked:
             what = "--set, --recommend and --memory need a recipe"
-            raise PacktrainError(what, key="plan", fix="name one, or leave them out")
+            raise PacktrainError(what, key="plan", fix="name a recipe, or leave these options out")
         show_lengths(
             lengths,
             Console(),
@@ -67,9 +73,9 @@ def plan(
         return
     if strategy is not None or max_tokens is not None:
         raise PacktrainError(
-            "--strategy and --max-tokens are for --lengths without a recipe",
+            "--strategy and --max-tokens work only without a recipe",
             key="plan",
-            fix="leave the recipe out, or write --set batching.strategy=NAME, --set batching.max_tokens=N",
+            fix="use --set batching.strategy=NAME and --set batching.max_tokens=N, or leave the recipe out",
         )
     show_plan(
         load_checked(recipe, overrides),

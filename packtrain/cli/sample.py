@@ -1,4 +1,4 @@
-"""`packtrain sample`: answers of a trained diffusion model."""
+"""`packtrain sample`: answer prompts with a trained diffusion model."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ def sample(
     recipe: RecipePath,
     overrides: Overrides = None,
     prompt: Annotated[
-        list[str] | None, typer.Option(metavar="TEXT", help="What to answer; repeatable. Asked for if left out.")
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="Prompt to answer; repeatable. You are asked for one if it is left out."),
     ] = None,
-    length: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens allocated: answer, end and tail.")] = 128,
-    steps: Annotated[int | None, typer.Option(min=1, metavar="N", help="Default: one per token.")] = None,
+    length: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens allocated to answer, end and tail.")] = 128,
+    steps: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Number of sampling steps. Default: one per token.")
+    ] = None,
     block_length: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Write blocks of N tokens in turn. Default: all at once.")
     ] = None,
@@ -24,12 +27,12 @@ def sample(
     temperature: Temperature = 0.0,
     cfg_scale: Annotated[
         float,
-        typer.Option(min=0, metavar="W", help="Guidance away from what it writes without the prompt; twice the work."),
+        typer.Option(min=0, metavar="W", help="Scale of classifier-free guidance; doubles the work."),
     ] = 0.0,
     end_token_policy: Policy = "none",
-    seed: Annotated[int, typer.Option(metavar="N", help="Of temperature and random remasking.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed for temperature and random remasking.")] = 0,
 ) -> None:
-    """Answer prompts with the masked-diffusion model that a recipe has trained.
+    """Answer prompts with a trained masked-diffusion model.
 
     The model is read from the recipe's `training.output_dir`. An answer is printed up to its end.
     """

@@ -1,4 +1,4 @@
-"""`packtrain show`: one batch as the model gets it."""
+"""`packtrain show`: print one batch as the model gets it."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from packtrain.cli.options import Gpus, Overrides, RecipePath, load_checked
 def show(
     recipe: RecipePath,
     overrides: Overrides = None,
-    step: Annotated[int, typer.Option(min=0, metavar="N", help="Which update.")] = 0,
-    rank: Annotated[int, typer.Option(min=0, metavar="R", help="Of which rank.")] = 0,
-    micro_batch: Annotated[int, typer.Option(min=0, metavar="M", help="Which of its micro-batches.")] = 0,
+    step: Annotated[int, typer.Option(min=0, metavar="N", help="Update to show.")] = 0,
+    rank: Annotated[int, typer.Option(min=0, metavar="R", help="Rank to show.")] = 0,
+    micro_batch: Annotated[int, typer.Option(min=0, metavar="M", help="Micro-batch of that rank to show.")] = 0,
     examples: Annotated[
-        str | None, typer.Option(metavar="IDS", help="These examples instead: `3,17`, or a run's nonfinite.jsonl.")
+        str | None, typer.Option(metavar="IDS", help="Show these examples instead: `3,17`, or a run's nonfinite.jsonl.")
     ] = None,
-    documents: Annotated[int, typer.Option(min=0, metavar="N", help="Texts to print.")] = 8,
+    documents: Annotated[int, typer.Option(min=0, metavar="N", help="Number of documents whose text is printed.")] = 8,
     gpus: Gpus = 1,
 ) -> None:
-    """Print one batch exactly as the model gets it: documents, positions, loss mask, text.
+    """Print one batch exactly as the model gets it: documents, positions, loss mask and text.
 
-    What is supervised, what is prompt and what is padding have different colours.
+    Supervised tokens, prompts and padding have different colours.
     """
     from packtrain.cli.batch_view import show_batch
 

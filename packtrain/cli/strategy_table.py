@@ -1,10 +1,9 @@
-"""`packtrain plan`: the histogram of lengths and a table of strategies, of a recipe or of a lengths file alone."""
+"""`packtrain plan`: print a histogram of lengths and a table of strategies, for a recipe or a lengths file alone."""
 
 from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
@@ -15,10 +14,10 @@ from rich.text import Text
 from packtrain.cli.memory_table import AskedMemory, show_memory
 from packtrain.data.report import DataReport
 from packtrain.errors import PlanError
-from packtrain.objectives.task import find_training_examples, load_task
+from packtrain.objectives.task import find_training_examples, load_task, plan_recipe
 from packtrain.packing.cost import find_cost
 from packtrain.packing.lengths import histogram, load_lengths
-from packtrain.packing.plan import Plan, make_plan, plan_run
+from packtrain.packing.plan import Plan, make_plan
 from packtrain.packing.recommend import recommend as choose
 from packtrain.packing.report import SAMPLED_STEPS, PlanReport, describe
 from packtrain.packing.strategies import STRATEGIES, resolve_strategy
@@ -43,7 +42,7 @@ def show_plan(
     """Prints the lengths of the recipe's examples and what its strategy, or every strategy, does with them.
 
     Args:
-        asked: the memory of one device; what a run needs of it is printed, too.
+        asked: the memory of one device, to print an estimate of what a run needs.
 
     Raises:
         PacktrainError: bad data, or the recipe's own strategy cannot take them.
@@ -68,14 +67,22 @@ def show_plan(
     lost = report.tokens_lost if report is not None else 0
     console.print(strategy_table(rows, own=own, world_size=world_size, data_lost=lost))
     if recommend:
-        for line in choose(recipe.batching, recipe.schedule, lengths, **_run(recipe, world_size)).lines():
+        for line in choose(
+            recipe.batching,
+            recipe.schedule,
+            lengths,
+            max_length=recipe.data.max_length,
+            equal_lengths=recipe.objective.equal_lengths,
+            world_size=world_size,
+            cost=find_cost(recipe.model),
+        ).lines():
             console.print(line, soft_wrap=True, highlight=False)
     if asked is not None:
         show_memory(recipe, plans, supervised, console, memory=asked.size, engine=asked.engine)
 
 
 def show_lengths(file: Path, console: Console, *, strategy: str, max_tokens: int, every: bool, world_size: int) -> None:
-    """What `show_plan` prints, for one epoch of a lengths file and no recipe.
+    """Prints what `show_plan` prints, for one epoch of a lengths file and no recipe.
 
     Raises:
         PlanError: a file or capacity from which nothing can be planned.
@@ -98,7 +105,7 @@ def show_lengths(file: Path, console: Console, *, strategy: str, max_tokens: int
 
 
 def _lengths(recipe: Recipe, console: Console, file: Path | None) -> tuple[np.ndarray, np.ndarray, DataReport | None]:
-    """Lengths, supervised tokens (all, where only lengths are known) and the report of the data."""
+    """Returns lengths, supervised tokens (all, if only lengths are known) and the report of the data."""
     if file is not None:
         lengths = load_lengths(file)
         return lengths, lengths, None
@@ -110,34 +117,24 @@ def _lengths(recipe: Recipe, console: Console, file: Path | None) -> tuple[np.nd
 
 
 def _plan(recipe: Recipe, strategy: str, lengths: np.ndarray, world_size: int) -> Plan:
-    """The recipe's plan with another strategy; `tokens_per_step` goes along where it has a meaning."""
+    """Plans the recipe with another strategy; `tokens_per_step` is kept where it has a meaning."""
     changed = {"strategy": strategy}
     if strategy != recipe.batching.strategy and resolve_strategy(strategy).scope == "step":
         changed["tokens_per_step"] = None
-    batching = recipe.batching.model_copy(update=changed)
-    return plan_run(batching, recipe.schedule, lengths, **_run(recipe, world_size))
-
-
-def _run(recipe: Recipe, world_size: int) -> dict[str, Any]:
-    """What a plan depends on besides batching, schedule and lengths."""
-    return {
-        "max_length": recipe.data.max_length,
-        "equal_lengths": recipe.objective.equal_lengths,
-        "world_size": world_size,
-        "cost": find_cost(recipe.model),
-    }
+    other = recipe.model_copy(update={"batching": recipe.batching.model_copy(update=changed)})
+    return plan_recipe(other, lengths, world_size=world_size, cost=find_cost(recipe.model))
 
 
 # -------------------------------------------------------------------------------------------------- the histogram
 
 
 def length_histogram(lengths: np.ndarray, *, unicode: bool = True) -> RenderableType:
-    """As `counts_histogram`, of lengths int `[n]`."""
+    """Draws `counts_histogram` for lengths, int `[n]`."""
     return counts_histogram(histogram(lengths), unicode=unicode)
 
 
 def counts_histogram(counts: np.ndarray, *, unicode: bool = True) -> RenderableType:
-    """Bars over lengths (each range sqrt(2) or 2 times as wide as the one before), percentiles, totals.
+    """Draws bars over lengths (each range sqrt(2) or 2 times as wide as the one before), percentiles and totals.
 
     Args:
         counts: int64 `[longest + 1]`, examples of each length.
@@ -169,7 +166,7 @@ def counts_histogram(counts: np.ndarray, *, unicode: bool = True) -> RenderableT
 
 
 def _edges(shortest: int, longest: int) -> list[int]:
-    """Range bounds from `shortest` to above `longest`, growing by a constant factor.
+    """Returns range bounds from `shortest` to above `longest`, growing by a constant factor.
 
     >>> _edges(5, 100)
     [5, 6, 8, 11, 16, 23, 32, 45, 64, 91, 101]
@@ -188,7 +185,7 @@ def _edges(shortest: int, longest: int) -> list[int]:
 def strategy_table(
     rows: list[tuple[str, PlanReport | PlanError]], *, own: str, world_size: int = 1, data_lost: int = 0
 ) -> RenderableType:
-    """One row per strategy, the recipe's own in bold; those that change the updates are marked.
+    """Builds a table with a row per strategy, the recipe's own in bold; strategies that change the updates are marked.
 
     Args:
         rows: name and report, or why the strategy cannot take these lengths.
@@ -198,9 +195,9 @@ def strategy_table(
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_edge=False)
     table.padding, table.pad_edge = (0, 0, 0, 1), False
     table.add_column("\nstrategy", no_wrap=True)
-    for column in ("\nupdates", "micro-\nbatches", " examples per update\nmin    mean   max"):
+    for column in ("\nupdates", "micro-\nbatches", "examples per update\nmin   mean   max"):
         table.add_column(column, justify="right", no_wrap=True)
-    for column in ("\nfiller", "largest\nbatch", "tokens\nlost"):
+    for column in ("pad-\nding", "largest\nbatch", "tokens\nlost"):
         table.add_column(column, justify="right", no_wrap=True)
 
     notes = {}
@@ -208,15 +205,17 @@ def strategy_table(
         style = "bold" if name == own else None
         if isinstance(report, PlanError):
             table.add_row(name, style=style)
-            notes[f"{name} is impossible: {report.what}"] = None
+            notes[f"{name} cannot be used: {report.what}"] = None
             continue
         changed = resolve_strategy(name).scope == "epoch"
         if changed:
             notes["* packs the whole epoch: updates see other examples than with plain padding"] = None
         if report.examples_split:
-            notes[f"{name} cuts {report.examples_split:,} examples into pieces"] = None
+            notes[f"{name} splits {report.examples_split:,} examples"] = None
         if report.sampled_updates < report.updates:
-            notes[f"the last four columns are from {report.sampled_updates:,} updates, evenly spaced"] = None
+            notes[
+                f"the columns from `examples per update` on are from {report.sampled_updates:,} updates, evenly spaced"
+            ] = None
         if report.bound:
             gap = report.packs / report.bound - 1
             notes[f"{name}: {report.packs:,} packs, proved to be at most {gap:.2%} above the fewest possible"] = None
@@ -227,8 +226,8 @@ def strategy_table(
             name + (" *" if changed else ""),
             f"{report.updates:,}",
             f"{report.micro_batches:,}",
-            f"{low:,} {mean:7,.1f} {high:5,}",
-            f"{report.filler_share:.1%}",
+            f"{low:,} {mean:6,.1f} {high:5,}",
+            f"{report.padding_share:.1%}",
             f"{report.largest_micro_batch:,}",
             f"{report.tokens_dropped + data_lost:,}",
             style=style,

@@ -136,4 +136,4 @@ def check_same(directory: Path, manifest: dict[str, Any]) -> None:
         other = "other seeds"
     if other is not None:
         fix = "choose another directory with --out, or replace its runs with --restart"
-        raise PacktrainError(f"holds runs of {other}", where=str(directory), fix=fix)
+        raise PacktrainError(f"contains runs of {other}", where=str(directory), fix=fix)

@@ -189,7 +189,9 @@ def read_run(path: Path, *, round: int, variant: str) -> Run:
             fix = "delete this file and run the comparison again: the other runs are kept"
             raise PacktrainError(f"is not a run's record: {error}", where=f"{path}:{number}", fix=fix) from None
     if not records["end"]:
-        raise PacktrainError("has no end", where=str(path), fix="delete it and run the comparison again")
+        raise PacktrainError(
+            "is incomplete: it has no end record", where=str(path), fix="delete it and run the comparison again"
+        )
     return Run(
         variant=variant,
         round=round,
@@ -238,7 +240,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         fix = "name a directory that `packtrain compare` wrote"
-        raise PacktrainError(f"holds no experiment: {error}", where=str(directory), fix=fix) from None
+        raise PacktrainError(f"contains no comparison: {error}", where=str(directory), fix=fix) from None
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -253,5 +255,5 @@ def write_atomically(path: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8")
         os.replace(part, path)
     except OSError as error:
-        fix = "name a file in a directory with room, or a directory for one"
-        raise PacktrainError(f"can't be written: {error.strerror}", where=str(path), fix=fix) from None
+        fix = "name a file in a directory with free space"
+        raise PacktrainError(f"cannot be written: {error.strerror}", where=str(path), fix=fix) from None

@@ -26,7 +26,8 @@ from packtrain.compare.measure import EvaluateHeldOut, Recorder, RunFailed, Time
 from packtrain.compare.peers import as_peer, build_peer
 from packtrain.compare.results import PICTURED_RANKS, End, RunWriter
 from packtrain.compare.trainers import PACKTRAIN, TRAINERS
-from packtrain.packing.plan import Plan, plan_run
+from packtrain.objectives.task import plan_recipe
+from packtrain.packing.plan import Plan
 from packtrain.recipe.recipe import Recipe
 from packtrain.training.meters import peak_memory, reset_peak
 from packtrain.training.run import build
@@ -130,15 +131,7 @@ def over_ranks(recipe: Recipe, plan: Plan) -> list[dict[str, Any]] | None:
     """Deal the first update of a flat plan to `PICTURED_RANKS` ranks (see `results.End`); None for a padded one."""
     if plan.layout != "flat":
         return None
-    dealt = plan_run(
-        recipe.batching,
-        recipe.schedule,
-        plan.lengths,
-        max_length=recipe.data.max_length,
-        equal_lengths=recipe.objective.equal_lengths,
-        world_size=PICTURED_RANKS,
-        cost=plan.scope.cost,
-    )
+    dealt = plan_recipe(recipe, plan.lengths, world_size=PICTURED_RANKS, cost=plan.scope.cost)
     ranks = [[part.lengths.tolist() for part in dealt.micro_batches(0, rank)] for rank in range(PICTURED_RANKS)]
     return [{"width": max(map(sum, rows)), "rows": list(rows)} for rows in zip(*ranks, strict=True)]
 

@@ -23,7 +23,7 @@ def explained(key: str, name: str, revision: str | None = None) -> Iterator[None
     except ModelError:
         raise
     except UnpicklingError as error:
-        what, fix = "has weights in a pickle that would run code when it is read", "name a model with safetensors"
+        what, fix = "has weights in a pickle that would run code when loaded", "name a model with safetensors weights"
         raise ModelError(what, key=key, value=name, fix=fix) from error
     except (OSError, ValueError, ImportError, KeyError) as error:
         what, fix = _explain(error, name, revision)
@@ -49,7 +49,7 @@ def _explain(error: Exception, name: str, revision: str | None) -> tuple[str, st
     if among(hub.RepositoryNotFoundError, hub.HFValidationError):
         return (
             "is neither a directory here nor a model on the Hub",
-            f"check the spelling; where it is private, {log_in}",
+            f"check the spelling; if it is private, {log_in}",
         )
     if among(hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, ConnectionError, TimeoutError):
         return (

@@ -85,7 +85,7 @@ def load_tokenizer(section: ModelSection, corpus: Iterable[str] = ()) -> PreTrai
         corpus: read only where a tokenizer is trained.
 
     Raises:
-        ModelError: the tokenizer can't be had, or the chat template can't be read.
+        ModelError: the tokenizer can't be loaded, or the chat template can't be read.
     """
     own = section.tokenizer_name_or_path is None
     name = section.tokenizer_name_or_path or section.model_name_or_path
@@ -124,5 +124,5 @@ def _padding_token(tokenizer: PreTrainedTokenizerBase) -> str:
     for token in (tokenizer.unk_token, tokenizer.eos_token):
         if token is not None:
             return token
-    fix = "name another with `model.tokenizer_name_or_path`"
-    raise ModelError("the tokenizer has no pad, unk or eos token to fill with", fix=fix)
+    fix = "name another tokenizer with `model.tokenizer_name_or_path`"
+    raise ModelError("the tokenizer has no pad, unk or eos token to pad with", fix=fix)

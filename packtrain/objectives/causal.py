@@ -28,7 +28,7 @@ class CausalLM(Objective):
 
     name: Literal["causal_lm"] = "causal_lm"
     loss_weighting: Literal["token", "example"] = "token"
-    """What counts the same: every supervised token, or every example."""
+    """What is weighted equally: every supervised token, or every example."""
 
     def task(
         self, tokenizer: PreTrainedTokenizerBase, train: Examples, held_out: Examples | None, *, seed: int

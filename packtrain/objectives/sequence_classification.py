@@ -166,11 +166,11 @@ def _names(named: list[str | int], count: int | None, column: str) -> list[str |
     """
     kinds = {type(name) for name in named}
     if len(kinds) > 1:
-        what, fix = f"'{column}' holds text in some rows and numbers in others", "write every class the same way"
+        what, fix = f"'{column}' is text in some rows and a number in others", "write every class the same way"
         raise DataError(what, key="objective.label_column", value=column, fix=fix)
     if kinds == {int}:
         if min(named) < 0:
-            raise DataError("classes are numbered from 0 on", key="objective.label_column", value=min(named))
+            raise DataError("class numbers must be 0 or greater", key="objective.label_column", value=min(named))
         names: list[str | int] = list(range(max(count or 0, max(named) + 1)))
     else:
         names = sorted(set(named))
@@ -186,7 +186,7 @@ def _numbered(named: list[str | int], names: list[str | int], examples: Examples
     numbers = {name: number for number, name in enumerate(names)}
     for row, name in zip(examples.rows.tolist(), named, strict=True):
         if name not in numbers:
-            what, fix = f"no training row has the class of '{column}'", f"known: {', '.join(map(str, names))}"
+            what, fix = f"no training row has this class in '{column}'", f"known: {', '.join(map(str, names))}"
             raise DataError(what, where=examples.source.where(row), key="objective.label_column", value=name, fix=fix)
     return np.array([numbers[name] for name in named], dtype=np.int64)
 
@@ -221,8 +221,8 @@ def classification_head(model: torch.nn.Module) -> torch.nn.Module:
     """Returns the module that scores every token. Raises ModelError for a model that pools before its head (BERT)."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not hasattr(inner, "score"):
-        what = "pools its hidden states before its head, so packed documents can't be told apart there"
-        fix = "take a decoder (Llama, Qwen, Gemma, GPT-2 ...)"
+        what = "pools its hidden states before its head, so packed documents cannot be separated there"
+        fix = "use a decoder (Llama, Qwen, Gemma, GPT-2 ...)"
         raise ModelError(what, key="objective.name", value=type(inner).__name__, fix=fix)
     return inner.score
 

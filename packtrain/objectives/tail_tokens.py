@@ -91,18 +91,18 @@ def make_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fresh:
     """
     weight = model.get_input_embeddings().weight
     if hasattr(weight, "ds_id"):  # DeepSpeed's mark of a partitioned parameter
-        what = f"{len(fresh)} tokens need rows that begin as a mean of all, and ZeRO-3 has sharded the embedding"
-        fix = "use ZeRO-2, or a mask_token that the tokenizer has and a tail without pads of its own (none, eos)"
+        what = f"{len(fresh)} new tokens need embeddings that start as the mean of all, and ZeRO-3 has sharded the embedding"
+        fix = "use ZeRO-2, or a mask_token that the tokenizer has and a tail without its own pads (none, eos)"
         raise ModelError(what, key="objective.name", fix=fix)
     rows = weight.shape[0]
     if len(tokenizer) > rows:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         note = f"{len(fresh)}, for which the embedding grew from {rows:,} to {len(tokenizer):,} rows"
     else:
-        note = f"{len(fresh)}, in rows the embedding had already"
+        note = f"{len(fresh)}, in rows that the embedding already had"
     head = model.get_output_embeddings()
     layers = [model.get_input_embeddings()] + ([head] if head is not None and not is_tied(model) else [])
-    note += ", which the head shares" if is_tied(model) else ", and the head in its own matrix"
+    note += ", which the head shares" if is_tied(model) else ", and the head has its own matrix"
     if fresh:
         for layer in layers:
             _start_rows(layer, rows, list(fresh))
@@ -133,8 +133,8 @@ def _add(tokenizer: PreTrainedTokenizerBase, names: list[str]) -> None:
 def _id(tokenizer: PreTrainedTokenizerBase, name: str, key: str) -> int:
     token_id = tokenizer.get_vocab().get(name)
     if token_id is None:
-        fix = "name a token of the vocabulary, or leave it out to have new ones"
-        raise ModelError("is no token of the tokenizer", key=key, value=name, fix=fix)
+        fix = "name a token of the vocabulary, or leave it out to add new ones"
+        raise ModelError("is not a token of the tokenizer", key=key, value=name, fix=fix)
     return token_id
 
 

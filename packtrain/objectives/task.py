@@ -1,14 +1,18 @@
-"""Recipe -> task: rows, tokenizer and examples, as its objective learns from them. Imports no torch by itself.
+"""Recipe -> task and plan: rows, tokenizer and examples, as its objective learns from them. Imports no torch by itself.
 
 What `train`, `plan`, `show`, `compare`, `sample` and `evaluate` have in common.
 """
 
 from __future__ import annotations
 
+import numpy as np
+
 from packtrain.data.examples import Examples, find_examples, load_examples
 from packtrain.data.sources import open_rows, texts
 from packtrain.data.store import tokenizer_key
 from packtrain.objectives.objective import Task
+from packtrain.packing.cost import Cost
+from packtrain.packing.plan import Plan, plan_run
 from packtrain.recipe.recipe import Recipe
 
 
@@ -45,3 +49,16 @@ def find_training_examples(recipe: Recipe) -> tuple[Examples | None, str]:
     if not recipe.objective.keeps_examples:
         return None, "the objective makes its own of the rows"
     return find_examples(recipe.data, tokenizer_key(recipe.model), seed=recipe.training["seed"])
+
+
+def plan_recipe(recipe: Recipe, lengths: np.ndarray, *, world_size: int = 1, cost: Cost | None = None) -> Plan:
+    """Plans the recipe's whole run over examples of these `lengths` (int, `[n]`)."""
+    return plan_run(
+        recipe.batching,
+        recipe.schedule,
+        lengths,
+        max_length=recipe.data.max_length,
+        equal_lengths=recipe.objective.equal_lengths,
+        world_size=world_size,
+        cost=cost,
+    )

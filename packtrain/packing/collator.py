@@ -28,7 +28,7 @@ from packtrain.data.formats import IGNORED
 from packtrain.errors import DataError, PlanError
 from packtrain.packing.packs import offsets_of
 from packtrain.packing.plan import MicroBatch
-from packtrain.packing.scopes import FILLER_TOKENS
+from packtrain.packing.scopes import EMPTY_TOKENS
 
 Batch = dict[str, Any]
 
@@ -108,7 +108,9 @@ def collate_padded(
     longest = int(lengths.max())
     width = longest if width is None else width
     if longest > width:
-        raise PlanError(f"a document of {longest} tokens doesn't fit a row of {width}", key="max_length", value=width)
+        raise PlanError(
+            f"a document of {longest} tokens does not fit into a row of {width}", key="max_length", value=width
+        )
     start = np.zeros_like(lengths) if padding_side == "right" else width - lengths  # [B], column of the first token
     columns = np.arange(width)[None]  # [1, width]
     real = (columns >= start[:, None]) & (columns < (start + lengths)[:, None])  # [B, width]
@@ -157,11 +159,11 @@ class PackCollator:
         padding_side: Literal["right", "left"] = "right",
     ):
         if layout not in ("flat", "padded"):
-            raise PlanError("the layout is 'flat' or 'padded'", key="layout", value=layout)
+            raise PlanError("must be 'flat' or 'padded'", key="layout", value=layout)
         if loss_weighting not in ("token", "example"):
-            raise PlanError("is 'token' or 'example'", key="objective.loss_weighting", value=loss_weighting)
+            raise PlanError("must be 'token' or 'example'", key="objective.loss_weighting", value=loss_weighting)
         if padded_to == "max_length" and max_length is None:
-            raise PlanError("padding to max_length needs max_length", key="max_length")
+            raise PlanError("must be set for padding to max_length", key="max_length")
         self.layout, self.pad_token_id = layout, pad_token_id
         self.width = max_length if padded_to == "max_length" else None
         self.loss_weighting, self.position_start, self.padding_side = loss_weighting, position_start, padding_side
@@ -176,14 +178,14 @@ class PackCollator:
         for number, (own, targets) in enumerate(zip(ids, labels, strict=True)):
             if own.ndim != 1 or own.shape != targets.shape or len(own) == 0:
                 raise DataError(
-                    f"input_ids of shape {own.shape} and labels of shape {targets.shape}; both must be flat, equally "
-                    "long and not empty",
+                    f"input_ids have the shape {own.shape} and labels {targets.shape}; both must be flat, of the same "
+                    "length and not empty",
                     where=f"row {number} of the batch",
                 )
         example_ids = [feature.get("example_id", number) for number, feature in enumerate(features)]
         lengths = np.array([len(own) for own in ids], dtype=np.int64)
         if not ids:
-            return self.filler()
+            return self.empty()
         return self.collate(np.concatenate(ids), np.concatenate(labels), lengths, np.array(example_ids))
 
     def collate(
@@ -209,11 +211,11 @@ class PackCollator:
         """Returns the collator of that epoch; this one draws nothing, so it is the same in all."""
         return self
 
-    def filler(self) -> Batch:
+    def empty(self) -> Batch:
         """Makes the micro-batch of a rank that has no examples left in a step: one document of padding, weight zero."""
-        ids = np.full(FILLER_TOKENS, self.pad_token_id, dtype=np.int64)
-        labels = np.full(FILLER_TOKENS, IGNORED, dtype=np.int64)
-        return self.collate(ids, labels, np.array([FILLER_TOKENS]), np.array([-1]))
+        ids = np.full(EMPTY_TOKENS, self.pad_token_id, dtype=np.int64)
+        labels = np.full(EMPTY_TOKENS, IGNORED, dtype=np.int64)
+        return self.collate(ids, labels, np.array([EMPTY_TOKENS]), np.array([-1]))
 
 
 class MicroBatches(Dataset):
@@ -231,7 +233,7 @@ class MicroBatches(Dataset):
 
     def __getitem__(self, micro_batch: MicroBatch) -> Batch:
         if not len(micro_batch):
-            return self.collator.filler()
+            return self.collator.empty()
         ids = micro_batch.example_ids
         input_ids, labels = self.examples.gather(ids, micro_batch.starts, micro_batch.stops)
         supervised = np.asarray(self.examples.supervised[ids], dtype=np.int64)

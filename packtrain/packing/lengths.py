@@ -46,26 +46,26 @@ def check_lengths(lengths: Sequence[int] | np.ndarray, *, where: str | None = No
         if chunk.dtype.kind == "i" and chunk.min() < 0:
             first = int(np.flatnonzero(chunk < 0)[0])
             raise PlanError(
-                "a length is negative", where=where, key=f"example {start + first}", value=int(chunk[first])
+                "has a negative length", where=where, key=f"example {start + first}", value=int(chunk[first])
             )
         if (longest := int(chunk.max())) > LONGEST:
             first = start + int(chunk.argmax())
-            raise PlanError(f"a length is above {LONGEST:,}", where=where, key=f"example {first}", value=longest)
+            raise PlanError(f"has a length above {LONGEST:,}", where=where, key=f"example {first}", value=longest)
     return array
 
 
 def load_lengths(path: str | Path) -> np.ndarray:
     """Loads lengths from a `.npy` file, memory-mapped and checked. Raises PlanError for any other kind of file."""
     path = Path(path)
-    fix = "write it with numpy.save('lengths.npy', lengths), lengths a one-dimensional integer array"
+    fix = "write it with numpy.save('lengths.npy', lengths), where lengths is a one-dimensional integer array"
     if not path.is_file():
         raise PlanError("there is no such lengths file", where=str(path), fix=fix)
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
-        raise PlanError(f"not a .npy file of integers: {shorten(str(error))}", where=str(path), fix=fix) from error
+        raise PlanError(f"is not a .npy file of integers: {shorten(str(error))}", where=str(path), fix=fix) from error
     if not isinstance(array, np.ndarray):  # a .npz archive
-        raise PlanError("an .npz archive, not a .npy file", where=str(path), fix=fix)
+        raise PlanError("is an .npz archive, not a .npy file", where=str(path), fix=fix)
     return check_lengths(array, where=str(path))
 
 

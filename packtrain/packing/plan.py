@@ -71,7 +71,7 @@ class Plan:
     def locate(self, step: int) -> tuple[int, int]:
         """Returns (epoch, index within the epoch) of an update of the run."""
         if not 0 <= step < self.total_steps:
-            raise IndexError(f"step {step} of a run of {self.total_steps} steps")
+            raise IndexError(f"step {step} is out of range for a run of {self.total_steps} steps")
         epoch = bisect_right(self.epoch_starts, step) - 1
         return epoch, step - self.epoch_starts[epoch]
 
@@ -85,7 +85,7 @@ class Plan:
 
     def micro_batches(self, step: int, rank: int) -> list[MicroBatch]:
         """Returns what one rank computes for an update: `gradient_accumulation_steps` micro-batches, maybe padding only."""
-        assert 0 <= rank < self.world_size, f"rank {rank} of {self.world_size}"
+        assert 0 <= rank < self.world_size, f"rank {rank} is out of range for {self.world_size} ranks"
         return self.layout_of(step)[rank :: self.world_size]
 
     @cached_property
@@ -155,19 +155,21 @@ def make_plan(
         raise PlanError("must be a positive number", key="num_epochs", value=num_epochs)
     if rule.scope == "step" and tokens_per_step is not None:
         raise PlanError(
-            f"{strategy!r} takes its steps by examples, not by tokens",
+            f"cannot be set for {strategy!r}, which counts the examples of an update, not its tokens",
             key="batching.tokens_per_step",
             value=tokens_per_step,
             fix="set examples_per_step, or choose a strategy that packs the whole epoch (bfd, optimal, ...)",
         )
     if max_documents is not None and "max_documents" not in inspect.signature(rule.function).parameters:
-        raise PlanError(f"{strategy!r} has no limit on documents", key="max_documents", value=max_documents)
+        raise PlanError(
+            f"cannot be set for {strategy!r}, which has no limit on documents", key="max_documents", value=max_documents
+        )
     if rule.scope == "epoch" and equal_lengths:
         raise PlanError(
-            f"{strategy!r} packs the whole epoch, so an update has no longest document to fill up to",
+            f"{strategy!r} packs the whole epoch, so an update has no longest document to pad to",
             key="objective.canvas",
             value="batch_max",
-            fix="choose another canvas policy, or a strategy that lays out steps (balanced, pad_longest, ...)",
+            fix="choose another canvas policy, or a strategy of step scope (balanced, pad_longest, ...)",
         )
     longest = _check_examples(lengths, max_tokens, max_length, rule)
     width = (max_length or longest) if rule.padded_to == "max_length" else longest
@@ -200,7 +202,7 @@ def make_plan(
             gradient_accumulation_steps = needed
         elif gradient_accumulation_steps < needed:
             raise PlanError(
-                f"an update of {tokens_per_step} tokens is {scope.packs_per_step} packs of {max_tokens}, {needed} per rank",
+                f"an update of {tokens_per_step} tokens has {scope.packs_per_step} packs of {max_tokens}, {needed} per rank",
                 key="gradient_accumulation_steps",
                 value=gradient_accumulation_steps,
                 fix="leave it 'auto', or lower tokens_per_step",
@@ -321,7 +323,9 @@ def _schedule(scope: StepScope | EpochScope, num_epochs: float, max_steps: int) 
     positive, else the whole epochs and the rounded-up part of the last."""
     if max_steps > 0 and max_steps > MOST_EPOCHS * scope.steps_in_epoch(0):
         what = f"is more than {MOST_EPOCHS:,} epochs of {scope.steps_in_epoch(0)} updates"
-        raise PlanError(what, key="training.max_steps", value=max_steps, fix="set it to the updates that you want")
+        raise PlanError(
+            what, key="training.max_steps", value=max_steps, fix="set it to the number of updates that you want"
+        )
     starts, steps, epoch = [], 0, 0
     while steps < max_steps if max_steps > 0 else epoch < num_epochs:
         starts.append(steps)

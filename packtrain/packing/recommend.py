@@ -157,7 +157,7 @@ def _reasons(chosen: Modelled, modelled: dict[str, Modelled], lengths: np.ndarra
         reasons.append(
             f"on {world_size} ranks it saves {waiting:.0%} of the time that unbalanced ranks wait for the slowest"
         )
-    reasons.append("the examples of every update stay those of plain padding, so the loss does too")
+    reasons.append("every update sees the same examples as with plain padding, so the loss stays the same")
     packer = modelled.get(PACKER)
     if packer is not None:
         low, mean, high = packer.examples

@@ -1,7 +1,7 @@
 """What a plan does, in one row: the table of `packtrain plan`, and the balance figures of the benchmark.
 
     report = describe(make_plan(lengths, strategy="bfd", max_tokens=8192))
-    print(report.filler_share, report.examples_per_update)
+    print(report.padding_share, report.examples_per_update)
 
 A plan of more than `SAMPLED_STEPS` updates is described from that many, evenly spaced; the report says so.
 """
@@ -15,7 +15,7 @@ import numpy as np
 
 from packtrain.packing.accumulation import micro_batch_tokens
 from packtrain.packing.plan import MicroBatch, Plan
-from packtrain.packing.scopes import FILLER_TOKENS
+from packtrain.packing.scopes import EMPTY_TOKENS
 
 SAMPLED_STEPS = 1000
 
@@ -34,7 +34,7 @@ class PlanReport:
         examples_per_update_std: standard deviation; an update's mean length varies with it in epoch scope.
         mean_length_spread: standard deviation over updates of the mean example length, over what random updates of the
             same size would have (1 is a random mix; above 1, updates of long and of short examples).
-        filler_share: share of the computed tokens that are padding, in [0, 1).
+        padding_share: share of the computed tokens that are padding, in [0, 1).
         tokens: real tokens computed.
         tokens_dropped: tokens that no update sees.
         examples_split: examples cut into pieces.
@@ -56,7 +56,7 @@ class PlanReport:
     examples_per_update: tuple[int, float, int]
     examples_per_update_std: float
     mean_length_spread: float
-    filler_share: float
+    padding_share: float
     tokens: int
     tokens_dropped: int
     examples_split: int
@@ -77,7 +77,7 @@ def describe(plan: Plan, *, sampled_steps: int = SAMPLED_STEPS) -> PlanReport:
     number = min(sampled_steps, plan.total_steps)
     steps = np.unique(np.linspace(0, plan.total_steps - 1, number).round().astype(np.int64))
     strategy, width = plan.scope.strategy, getattr(plan.scope, "width", 0)
-    filler = width if strategy.padded_to == "max_length" else FILLER_TOKENS
+    empty = width if strategy.padded_to == "max_length" else EMPTY_TOKENS
     examples, real = [], []  # of each update
     computed = split = largest = 0
     balance, token_balance = _Balance(), _Balance()
@@ -88,7 +88,7 @@ def describe(plan: Plan, *, sampled_steps: int = SAMPLED_STEPS) -> PlanReport:
         lengths = [part.lengths for part in micro_batches]
         tokens = [micro_batch_tokens(own, strategy, width) for own in lengths]
         real.append(sum(int(own.sum()) for own in lengths))
-        computed += sum(size or filler for size in tokens)
+        computed += sum(size or empty for size in tokens)
         largest = max(largest, *tokens)
         costs = [_micro_batch_cost(own, size, plan) for own, size in zip(lengths, tokens, strict=True)]
         balance.add(np.array(costs).reshape(-1, plan.world_size))
@@ -104,7 +104,7 @@ def describe(plan: Plan, *, sampled_steps: int = SAMPLED_STEPS) -> PlanReport:
         examples_per_update=(min(examples), float(np.mean(examples)), max(examples)),
         examples_per_update_std=float(np.std(examples)),
         mean_length_spread=spread,
-        filler_share=1 - sum(real) / computed,
+        padding_share=1 - sum(real) / computed,
         tokens=sum(real),
         tokens_dropped=0,
         examples_split=split,
@@ -126,7 +126,7 @@ def _first_pieces(part: MicroBatch, lengths: np.ndarray) -> int:
 def _notes(plan: Plan, spread: float) -> Iterator[str]:
     if plan.scope.strategy.pack_order == "cost":
         yield (
-            "ranks are level, but the mix of an update is not a shuffle's: "
+            "ranks are balanced, but their updates are not mixed as by a shuffle: "
             f"its mean length varies {spread:.1f} times as much"
         )
     if plan.scope.strategy.scope == "epoch" and plan.scope.packs_per_step < plan.world_size:

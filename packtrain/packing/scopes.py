@@ -18,7 +18,7 @@ from packtrain.packing.shuffle import derive_key, permute, shuffled
 from packtrain.packing.strategies import Strategy
 
 EXAMPLES, PACKS, CHOICES = 0, 1, 2  # what a seeded shuffle is for
-FILLER_TOKENS = 2  # of a micro-batch without documents: the shortest one with something to predict, before any copies
+EMPTY_TOKENS = 2  # of a micro-batch without documents: the shortest one with something to predict, before any copies
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -74,12 +74,14 @@ class Stream:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise PlanError("must be a positive integer", key=key, value=value)
         if window < buffer:
-            raise PlanError("must be at least `buffer`", key="window", value=window, fix=f"at least {buffer}, or None")
+            raise PlanError(
+                "must be at least `buffer`", key="window", value=window, fix=f"set it to at least {buffer}, or None"
+            )
         if iter(rows) is rows:
             raise PlanError(
-                "the rows can be iterated only once, so no run could go on from a checkpoint",
+                "the rows can be iterated only once, so a run could not resume from a checkpoint",
                 key="rows",
-                fix="give an object whose __iter__ starts anew, for example a datasets.IterableDataset",
+                fix="give an object whose __iter__ starts over, for example a datasets.IterableDataset",
             )
         self.rows, self.capacity, self.length_of = rows, capacity, length_of
         self.buffer, self.window, self.max_documents, self.world_size = buffer, window, max_documents, world_size
@@ -142,7 +144,7 @@ class Stream:
         if not 0 < length <= self.capacity:
             what = "has no tokens" if length <= 0 else f"has {length} tokens, more than the capacity of {self.capacity}"
             raise DataError(
-                what, where=f"row {number} of the stream", fix="drop, cut or split such rows before they come"
+                what, where=f"row {number} of the stream", fix="drop, truncate or split such rows before packing"
             )
         return length
 
@@ -170,7 +172,7 @@ class PackedStream(IterableDataset):
     Args:
         rows: an iterable of `{"input_ids", "labels"}` that starts anew each time it is iterated, with all rows in
             every process that does.
-        collator: makes the batches; its `filler()` stands in where a rank has no pack in the last group.
+        collator: makes the batches; its `empty()` stands in where a rank has no pack in the last group.
         rank, world_size: None for those of `torch.distributed`, where it runs.
         options: `capacity`, `buffer`, `window`, `max_documents` of `Stream`.
 
@@ -191,7 +193,9 @@ class PackedStream(IterableDataset):
         self.rank = rank if rank is not None else torch.distributed.get_rank() if running else 0
         world_size = world_size or (torch.distributed.get_world_size() if running else 1)
         if not 0 <= self.rank < world_size:
-            raise PlanError(f"there are {world_size} ranks", key="rank", value=self.rank)
+            raise PlanError(
+                f"must be from 0 to {world_size - 1}, because there are {world_size} ranks", key="rank", value=self.rank
+            )
         self.collator = collator
         self.stream = Stream(rows, length_of=_tokens, world_size=world_size, **options)
 
@@ -200,15 +204,15 @@ class PackedStream(IterableDataset):
         workers, own = (worker.num_workers, worker.id) if worker else (1, 0)
         if workers > 1 and isinstance(self.stream.rows, IterableDataset):  # one of `datasets` is one of torch, too
             raise PlanError(
-                "the rows share themselves out among loader workers, and every worker must read them all",
+                "the dataset splits its rows among data-loading workers, and every worker must read all of them",
                 key="num_workers",
                 value=workers,
-                fix="load with num_workers=0 (1 is exact as well)",
+                fix="set num_workers to 0 or 1",
             )
         for number, group in enumerate(self.stream):
             if number % workers == own:  # the loader asks its workers in turn, so the order stays
                 pack = [row | {"example_id": number} for number, row in group[self.rank]]
-                yield self.collator(pack) if pack else self.collator.filler()
+                yield self.collator(pack) if pack else self.collator.empty()
 
     def set_epoch(self, epoch: int) -> None:
         """Passes the epoch on to the rows, if they can be shuffled anew."""

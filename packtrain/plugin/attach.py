@@ -1,4 +1,4 @@
-"""packtrain's layouts inside a trainer you already have.
+"""Attaches packtrain's layouts to a trainer that you already have.
 
     trainer = SFTTrainer(...)                     # or any transformers.Trainer, built as always
     trainer = packtrain.attach(trainer)           # the same examples in the same updates, laid out flat
@@ -50,12 +50,12 @@ def attach(
     allow_contamination: bool = False,
     allow_differences: bool = False,
 ) -> Trainer:
-    """Give `trainer` packtrain's layout of its training batches; returns the same trainer.
+    """Gives `trainer` packtrain's layout of its training batches, and returns it.
 
     A step-scope strategy (`balanced`, `padding_free`, `group_by_length`, ...) keeps the examples of every update, so
-    losses and gradients stay those of the trainer before; its own loss is asked about some documents of the first update
-    in both layouts, and must say the same. An epoch-scope strategy (`bfd`, `optimal`, ...) packs the whole epoch: updates
-    then see other examples, and the log says how many.
+    losses and gradients stay the same. This is checked: the trainer computes its own loss of some documents of the
+    first update in both layouts, and the two must agree. An epoch-scope strategy (`bfd`, `optimal`, ...) packs the whole
+    epoch: updates then see other examples, and the log says how many.
 
     Args:
         trainer: a `transformers.Trainer` or `trl.SFTTrainer` over a tokenised `datasets.Dataset` (columns `input_ids`,
@@ -64,13 +64,13 @@ def attach(
         max_tokens: most tokens in one micro-batch. By default a step-scope strategy keeps the trainer's
             `gradient_accumulation_steps`; with `max_tokens` it is raised until every micro-batch fits.
         attn_implementation: "auto" is `packtrain_varlen` for flat layouts.
-        allow_contamination: train even where the model lets documents of a batch see each other, which changes losses.
-        allow_differences: train even where the trainer's own batches of the same documents have another loss.
+        allow_contamination: train even where attention leaks between the documents of a batch, which changes losses.
+        allow_differences: train even where the trainer's own batches of the same documents have a different loss.
 
     Raises:
-        PacktrainError: something in the trainer contradicts the layout, documents of a batch see each other (the model
-            itself is asked), or their loss is another than before (the trainer itself is asked); says what to change, and
-            leaves the trainer as it was.
+        PacktrainError: a setting of the trainer contradicts the layout, attention leaks between the documents of a batch
+            (checked on the model itself), or their loss changes (checked on the trainer itself). It says what to change;
+            the trainer is left as it was.
     """
     refuse_contradictions(trainer, strategy, max_tokens)
     rule, examples = resolve_strategy(strategy), _examples(trainer)
@@ -84,7 +84,7 @@ def attach(
         position_start=position_start(trainer.model),
     )
     batches = _ModelInputs(MicroBatches(examples, collator))
-    changes = [f"{strategy} lays out its training batches"]
+    changes = [f"{strategy} lays out the training batches"]
     with _as_it_was_if_refused(trainer):
         changes += _without_cache(trainer)
         proof = Proof(trainer, order.loader, plan, max_tokens)
@@ -95,7 +95,7 @@ def attach(
         changes.append(f"gradient_accumulation_steps {args.gradient_accumulation_steps} -> {ours}")
     if rule.scope == "epoch":
         mean, theirs = len(examples) / plan.steps_in_epoch(0), examples_per_step(trainer)
-        changes.append(f"updates see other examples: {mean:.1f} on average, where the trainer had {theirs}")
+        changes.append(f"updates see other examples than before, {mean:.1f} on average instead of {theirs}")
         args.max_steps = plan.total_steps
     args.gradient_accumulation_steps = ours
     args.ignore_data_skip = True  # the plan starts at global_step by itself
@@ -125,12 +125,14 @@ def attach(
 
 
 def _take_todays_order(order: TrainersOrder, plan: Plan, max_tokens: int | None) -> None:
-    """Trainer takes its seed for the order when it begins to train, which may be another than when it was attached."""
+    """Renews the order of examples: Trainer takes its seed when training begins, and it may have changed since `attach`."""
     attached = order(0)
     order.renew()
     if max_tokens is not None and not np.array_equal(attached, order(0)) and not fits_max_tokens(plan, max_tokens):
-        what = "the order of examples is another than when the trainer was attached, and micro-batches no longer fit"
-        raise PacktrainError(what, key="max_tokens", value=max_tokens, fix="call set_seed before attach")
+        what = "the order of examples has changed since the trainer was attached, and micro-batches no longer fit"
+        raise PacktrainError(
+            what, key="max_tokens", value=max_tokens, fix="call set_seed before attach, or raise max_tokens"
+        )
 
 
 # The model
@@ -156,8 +158,7 @@ def _without_cache(trainer: Trainer) -> list[str]:
 
 
 def _prepare_model(trainer: Trainer, layout: str, attn_implementation: str, allow_contamination: bool) -> list[str]:
-    """Set the model's attention for batches of this layout, and ask it whether documents stay apart; what was changed,
-    in words."""
+    """Sets the model's attention for this layout, checks that documents are isolated, and says what was changed."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     inner, changes = base(model), []
     before = inner.config._attn_implementation
@@ -167,7 +168,11 @@ def _prepare_model(trainer: Trainer, layout: str, attn_implementation: str, allo
         inner.set_attn_implementation(chosen)
         changes.append(f"attn_implementation {before} -> {chosen}")
     found = check_isolation(model, layout, args.device, dtype=dtype, allow_contamination=allow_contamination)
-    return [*changes, f"whether documents see each other is {found}"] if found.startswith(NOT_CHECKED) else changes
+    return (
+        [*changes, f"whether attention leaks between documents was {found}"]
+        if found.startswith(NOT_CHECKED)
+        else changes
+    )
 
 
 # The batch: what the trainer's own loss passes to the model
@@ -179,12 +184,12 @@ def _examples(trainer: Trainer) -> Examples:
     except DataError as error:
         if "on_bad_row" not in (error.fix or ""):  # of a recipe
             raise
-        fix = "mend these rows, or leave them out of train_dataset (`train_dataset.filter`)"
+        fix = "correct these rows, or remove them with `train_dataset.filter`"
         raise DataError(error.what, where=error.where, key="train_dataset", value=error.value, fix=fix) from None
 
 
 class _ModelInputs(Dataset):
-    """Micro-batches without the keys that only packtrain's own trainer knows."""
+    """Yields micro-batches without the keys that only packtrain's own trainer knows."""
 
     def __init__(self, micro_batches: MicroBatches):
         self.micro_batches = micro_batches
@@ -198,7 +203,7 @@ class _ModelInputs(Dataset):
 
 
 def _pad_token_id(trainer: Trainer) -> int:
-    """The tokenizer's, else the model's, else 0: it only fills, by position, and is never learnt."""
+    """Returns the pad token of the tokenizer, else of the model, else 0: padding is masked by position and never learnt."""
     for owner in (trainer.processing_class, trainer.accelerator.unwrap_model(trainer.model).config):
         if getattr(owner, "pad_token_id", None) is not None:
             return owner.pad_token_id

@@ -1,4 +1,4 @@
-"""What in a trainer contradicts packtrain's layout of its batches, and what of it has no effect there."""
+"""Finds settings of a trainer that contradict packtrain's layout of its batches, or have no effect on it."""
 
 from __future__ import annotations
 
@@ -18,106 +18,107 @@ AGREED = ("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradi
 
 
 def refuse_contradictions(trainer: Trainer, strategy: str, max_tokens: int | None) -> None:
-    """Raises PacktrainError for what cannot be had together with a plan by this strategy."""
+    """Raises PacktrainError for settings that cannot be combined with a plan of this strategy."""
     if not isinstance(trainer, Trainer):
-        raise PacktrainError("is not a transformers.Trainer", key="trainer", value=type(trainer).__name__)
+        raise PacktrainError("must be a transformers.Trainer", key="trainer", value=type(trainer).__name__)
     if not isinstance(strategy, str):
-        raise PacktrainError("is not the name of a strategy", key="strategy", value=strategy)
+        raise PacktrainError("must be the name of a strategy", key="strategy", value=strategy)
     if max_tokens is not None and (not isinstance(max_tokens, Integral) or max_tokens < 1):
-        raise PacktrainError("is not a number of tokens", key="max_tokens", value=max_tokens)
+        raise PacktrainError("must be a positive integer", key="max_tokens", value=max_tokens)
     _refuse_models(trainer)
     args, data = trainer.args, trainer.train_dataset
     if "get_train_dataloader" in vars(trainer):
-        raise PacktrainError("has its batches laid out already", key="trainer", fix="attach once")
+        raise PacktrainError("is attached already", key="trainer", fix="call attach once")
     if getattr(args, "packing", False):
-        what, fix = "the trainer has packed its examples already", "build it with packing=False"
+        what, fix = "must be False: the trainer has packed its examples already", "build the trainer with packing=False"
         raise PacktrainError(what, key="packing", value=True, fix=fix)
     if not hasattr(data, "column_names") or not hasattr(data, "__len__"):
-        what = "packtrain needs a tokenised datasets.Dataset of known length"
-        fix = (
-            "datasets.Dataset.from_list makes one of rows" if hasattr(data, "__len__") else "load it without streaming"
-        )
+        what = "must be a tokenised datasets.Dataset of known length"
+        fix = "make one with datasets.Dataset.from_list" if hasattr(data, "__len__") else "load it without streaming"
         raise PacktrainError(what, key="train_dataset", value=type(data).__name__, fix=fix)
     if data.format["type"] == "custom":
-        what, fix = "its transform is made whenever a row is read, and packtrain reads the table", "use `dataset.map`"
+        what, fix = "has a transform, which runs when a row is read, but packtrain reads the table", "use `dataset.map`"
         raise PacktrainError(what, key="train_dataset", value="with_transform", fix=fix)
     owner = next(cls for cls in type(trainer).__mro__ if "get_train_dataloader" in vars(cls))
     if not owner.__module__.startswith(LIBRARIES):
-        what = "has a `get_train_dataloader` of its own, and packtrain would lay out all of train_dataset in its place"
-        fix = "give the rows by train_dataset, and their order by a sampler with `set_epoch(epoch)`"
+        what = "has its own `get_train_dataloader`, which packtrain would replace with all of train_dataset"
+        fix = "give the rows as train_dataset, and their order by a sampler with `set_epoch(epoch)`"
         raise PacktrainError(what, key="trainer", value=owner.__name__, fix=fix)
     if getattr(trainer.data_collator, "mlm", False):
-        what, fix = "its collator masks tokens at random, which packtrain's batches don't", "give it mlm=False"
+        what, fix = (
+            "must be False: packtrain's batches have no randomly masked tokens",
+            "build the collator with mlm=False",
+        )
         raise PacktrainError(what, key="data_collator.mlm", value=True, fix=fix)
     if args.dataloader_drop_last:
-        raise PacktrainError("packtrain drops no example", key="dataloader_drop_last", value=True, fix="leave it out")
+        what = "must be False: packtrain drops no example"
+        raise PacktrainError(what, key="dataloader_drop_last", value=True, fix="leave it out")
     if args.auto_find_batch_size:
-        what, fix = "the plan of all batches is made once", "leave it out; max_tokens bounds a micro-batch"
+        what, fix = "must be False: all batches are planned once", "leave it out; max_tokens limits a micro-batch"
         raise PacktrainError(what, key="auto_find_batch_size", value=True, fix=fix)
     if args.train_sampling_strategy == "group_by_length":
-        what, fix = "packtrain orders examples itself", 'leave it out; attach(strategy="group_by_length") sorts updates'
+        what, fix = "cannot be set: packtrain orders examples itself", 'use attach(strategy="group_by_length") instead'
         raise PacktrainError(what, key="train_sampling_strategy", value="group_by_length", fix=fix)
     if args.n_gpu > 1:
-        what, fix = "DataParallel would split a flat batch", "start one process per GPU"
+        what, fix = "must be 1: DataParallel would split a flat batch", "start one process per GPU"
         raise PacktrainError(what, key="n_gpu", value=args.n_gpu, fix=fix)
     shared = trainer.get_tp_size() * trainer.get_cp_size() * trainer.get_sp_size()
     if shared > 1:
-        what = "packtrain deals every rank examples of its own, and these ranks share theirs"
+        what = "makes ranks share their examples, and packtrain gives every rank its own"
         raise PacktrainError(what, key="parallelism_config", value=shared, fix="use data parallelism (DDP, FSDP, ZeRO)")
     if resolve_strategy(strategy).scope == "epoch" and max_tokens is None:
-        raise PacktrainError("a strategy that packs the whole epoch needs the size of a pack", key="max_tokens")
+        raise PacktrainError("must be set for a strategy that packs the whole epoch", key="max_tokens")
 
 
 def _refuse_models(trainer: Trainer) -> None:
     inner = base(trainer.accelerator.unwrap_model(trainer.model))
     if not isinstance(inner, PreTrainedModel):
-        raise PacktrainError("is not a model of transformers", key="trainer.model", value=type(inner).__name__)
+        raise PacktrainError("must be a transformers model", key="trainer.model", value=type(inner).__name__)
     if inner.config.is_encoder_decoder:
-        what, fix = "packtrain lays out one sequence per document, this model reads two", "take a decoder or an encoder"
+        what, fix = "reads two sequences per document, and packtrain lays out one", "use a decoder or an encoder"
         raise PacktrainError(what, key="trainer.model", value=type(inner).__name__, fix=fix)
     if trainer.model_init is not None:
-        what, fix = "makes another model when training begins, which is not the one that is attached", "pass `model`"
+        what, fix = "builds another model than the attached one when training begins", "pass `model` instead"
         raise PacktrainError(what, key="trainer.model_init", fix=fix)
 
 
 def agreed_settings(trainer: Trainer) -> dict[str, Any]:
-    """What the plan was made of, to be asked again when training begins."""
+    """Returns the settings that the plan was made of, to be compared when training begins."""
     return {name: getattr(trainer.args, name) for name in AGREED} | {"train_dataset": trainer.train_dataset}
 
 
 def refuse_changes(trainer: Trainer, agreed: Mapping[str, Any]) -> None:
-    """Raises PacktrainError for what is no longer as it was when the trainer was attached."""
+    """Raises PacktrainError for a setting that has changed since the trainer was attached."""
     for name, now in agreed_settings(trainer).items():
         if now is not agreed[name] and (name not in AGREED or now != agreed[name]):
             value = now if name in AGREED else type(now).__name__
-            raise PacktrainError(
-                "has changed since the trainer was attached", key=name, value=value, fix="set it before"
-            )
+            what, fix = "has changed since the trainer was attached", "set it before you call attach"
+            raise PacktrainError(what, key=name, value=value, fix=fix)
 
 
 def without_effect(trainer: Trainer, layout: str, *, one_denominator: bool) -> Iterator[str]:
-    """What the user has set and training will not follow, or not as before, each in a sentence.
+    """Yields a sentence for every setting that training ignores, or follows differently than before.
 
     Args:
-        one_denominator: whether the trainer divides by the labels of an update, see `plugin_proof.Answer`.
+        one_denominator: whether the trainer divides by the labels of an update, see `packtrain.plugin.proof.Answer`.
     """
     args = trainer.args
     if isinstance(getattr(args, "pad_to_multiple_of", None), int):
-        yield f"pad_to_multiple_of {args.pad_to_multiple_of} is for evaluation only"
+        yield f"pad_to_multiple_of={args.pad_to_multiple_of} applies to evaluation only"
     for name in ("split_batches", "dispatch_batches"):
         if getattr(args.accelerator_config, name, False):
-            yield f"accelerator_config.{name} is for evaluation only: the plan deals micro-batches to ranks"
+            yield f"accelerator_config.{name} applies to evaluation only: the plan deals micro-batches to ranks"
     if args.dataloader_persistent_workers:
-        yield "dataloader_persistent_workers is for evaluation only: every epoch starts its workers"
+        yield "dataloader_persistent_workers applies to evaluation only: every epoch of training starts its own workers"
     for name, plain in (("dataloader_multiprocessing_context", (None, "fork")), ("dataloader_in_order", (True,))):
         if args.dataloader_num_workers and getattr(args, name, plain[0]) not in plain:
-            yield f"{name} is for evaluation only: training starts its workers as Python does, and keeps their order"
+            yield f"{name} applies to evaluation only: training starts its workers as Python does, and keeps their order"
     if layout == "flat" and args.neftune_noise_alpha:
-        yield "neftune_noise_alpha scales its noise by the length of a row, which is now that of all its documents"
+        yield "neftune_noise_alpha scales its noise by the length of a row, and a row now holds several documents"
     if has_router_loss(trainer.accelerator.unwrap_model(trainer.model).config):
-        yield "output_router_logits adds a router loss of each micro-batch, which depends on its layout"
+        yield "output_router_logits adds a router loss per micro-batch, which depends on the layout"
     if _averages_micro_batches(trainer, one_denominator):
-        yield "its loss is a mean of micro-batches' means, so it depends a little on which examples share one"
+        yield "the trainer's loss is a mean of micro-batches' means, so it depends a little on which examples share one"
 
 
 def _averages_micro_batches(trainer: Trainer, one_denominator: bool) -> bool:

@@ -1,4 +1,4 @@
-"""The plan of an attached trainer: its own order of examples, packtrain's layout."""
+"""Plans an attached trainer: its own order of examples, packtrain's layout."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ NO_LIMIT = np.iinfo(np.int32).max
 
 
 class TrainersOrder:
-    """epoch -> the order in which the trainer's own data loader reads its examples, int64 `[n]`.
+    """Maps an epoch to the order in which the trainer's own data loader reads its examples, int64 `[n]`.
 
-    Taken from the sampler under the prepared loader, which accelerate seeds by epoch, so it is the same on every rank. The
-    seed is the one of the moment; `renew` takes that of now.
+    It comes from the sampler of the prepared loader, which accelerate seeds by epoch, so it is the same on every rank. The
+    seed is the one at construction; `renew` takes the present one.
     """
 
     def __init__(self, trainer: Trainer):
@@ -40,10 +40,10 @@ class TrainersOrder:
     def check(self) -> None:
         if not hasattr(self.sampler, "set_epoch") and not isinstance(self.sampler, SequentialSampler):
             raise PacktrainError(
-                "the trainer's sampler has no seed per epoch, so its order can't be known",
+                "is not seeded per epoch, so its order cannot be known",
                 key="train_dataset sampler",
                 value=type(self.sampler).__name__,
-                fix="leave accelerator_config.use_seedable_sampler on, or give your own sampler a `set_epoch(epoch)`",
+                fix="keep accelerator_config.use_seedable_sampler on, or give your own sampler a `set_epoch(epoch)`",
             )
 
     def __call__(self, epoch: int) -> np.ndarray:
@@ -56,7 +56,7 @@ class TrainersOrder:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GivenOrder(StepScope):
-    """An update is the next `examples_per_step` of the order that the trainer's own sampler has in that epoch."""
+    """Makes an update of the next `examples_per_step` examples in the order of the trainer's own sampler."""
 
     order: Callable[[int], np.ndarray]
 
@@ -68,7 +68,7 @@ class GivenOrder(StepScope):
 def plan_attached(
     trainer: Trainer, examples: Examples, strategy: str, max_tokens: int | None, order: TrainersOrder
 ) -> Plan:
-    """The plan of the trainer's whole run; with `max_tokens` under as many accumulation steps as that takes."""
+    """Plans the trainer's whole run; `max_tokens` raises the number of accumulation steps until every micro-batch fits."""
     args, rule = trainer.args, resolve_strategy(strategy)
     settings: dict[str, Any] = dict(
         strategy=strategy,
@@ -90,13 +90,15 @@ def plan_attached(
         if max_tokens is None or fits_max_tokens(plan, max_tokens):
             return plan
         if micro_steps >= settings["examples_per_step"]:
-            longest, fix = int(examples.lengths.max()), "raise it, or leave longer rows out of train_dataset"
-            raise PacktrainError(f"an example has {longest} tokens", key="max_tokens", value=max_tokens, fix=fix)
+            longest, fix = int(examples.lengths.max()), "raise it, or remove longer rows from train_dataset"
+            raise PacktrainError(
+                f"is too small: the longest example has {longest} tokens", key="max_tokens", value=max_tokens, fix=fix
+            )
         micro_steps += 1
 
 
 def fits_max_tokens(plan: Plan, max_tokens: int) -> bool:
-    """Whether every micro-batch of the run is within `max_tokens`, filler included."""
+    """Returns whether every micro-batch of the run has at most `max_tokens`, padding included."""
     widest, padded_to = int(plan.lengths.max()), resolve_strategy(plan.strategy).padded_to
 
     def size(part: MicroBatch) -> int:
@@ -113,7 +115,7 @@ def examples_per_step(trainer: Trainer) -> int:
 
 
 def _cost(trainer: Trainer) -> Cost:
-    """Of the model; of its tokens alone where the config doesn't tell of attention."""
+    """Returns the cost of the model, or of its tokens alone if the config says nothing about attention."""
     try:
         return Cost.of_config(trainer.accelerator.unwrap_model(trainer.model).config)
     except PlanError:

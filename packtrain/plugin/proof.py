@@ -1,9 +1,9 @@
-"""Has this trainer the same loss in packtrain's layout? Asked of the trainer itself, before it trains.
+"""Checks that a trainer has the same loss in packtrain's layout, on the trainer itself and before it trains.
 
 A few documents of the first update go through the trainer's own data collator and through packtrain's, and the trainer's
-own `compute_loss` is asked about both batches, without dropout and gradients. What a trainer does with its batches (labels
-that its collator makes, transforms, other inputs, losses of whole rows) shows as a difference, also where packtrain does
-not know of it. Every rank asks about the same documents.
+own `compute_loss` computes the loss of both batches, without dropout and gradients. Whatever a trainer does with its
+batches (labels that its collator makes, transforms, other inputs, losses of whole rows) shows as a difference, even if
+packtrain does not know of it. Every rank takes the same documents.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "po
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What the trainer says of a batch.
+    """The trainer's loss of a batch, and what it was computed from.
 
     Attributes:
-        loss: of the batch; the number that training would log, were this batch an update.
-        items: labels that the trainer counts for the denominator; None where it doesn't.
-        tokens: real tokens; None where the batch doesn't say.
-        keys: of the batch.
+        loss: the number that training would log if this batch were an update.
+        items: labels that the trainer counts for the denominator; None if it does not count them.
+        tokens: real tokens; None if the batch does not say.
+        keys: keys of the batch.
         one_denominator: whether the loss is divided by the labels of the update, not by those of the micro-batch.
     """
 
@@ -48,11 +48,11 @@ class Answer:
 
 
 def documents_to_ask(lengths: np.ndarray, example_ids: np.ndarray, *, rows: int, max_tokens: int | None) -> MicroBatch:
-    """Whole documents of every length among `example_ids`, no more than the trainer would have in a micro-batch.
+    """Chooses whole documents of every length among `example_ids`, at most as many as the trainer has in a micro-batch.
 
     Args:
-        lengths: int32 `[n]` of all examples.
-        example_ids: int64 `[m]`, those of an update.
+        lengths: lengths of all examples, int32 `[n]`.
+        example_ids: the examples of an update, int64 `[m]`.
         rows: the trainer's `per_device_train_batch_size`.
         max_tokens: most tokens of a micro-batch, padding included; None for `rows` of the longest.
     """
@@ -66,12 +66,12 @@ def documents_to_ask(lengths: np.ndarray, example_ids: np.ndarray, *, rows: int,
 
 
 def its_own_batch(loader: DataLoader, documents: MicroBatch) -> dict[str, Any]:
-    """The documents as the trainer's own data loader would collate them."""
+    """Collates the documents as the trainer's own data loader does."""
     return loader.collate_fn([loader.dataset[int(i)] for i in documents.example_ids])
 
 
 def ask(trainer: Trainer, batch: dict[str, Any], dtype: torch.dtype) -> Answer:
-    """The trainer's answer to a batch, in evaluation mode, computed in `dtype`; nothing of it stays in the trainer."""
+    """Computes the trainer's loss of a batch in evaluation mode and in `dtype`, and leaves no trace in the trainer."""
     model = trainer.model
     weight = next(model.parameters())
     device, lower = weight.device, dtype is not weight.dtype
@@ -94,20 +94,20 @@ def ask(trainer: Trainer, batch: dict[str, Any], dtype: torch.dtype) -> Answer:
         if metrics is not None:
             trainer._metrics = metrics
     one_denominator = abs(halved - found / 2) < abs(halved - found)
-    if items is not None:  # of all ranks, who are asked about the same documents
+    if items is not None:  # of all ranks, which take the same documents
         items = int(items) // (trainer.args.world_size if trainer.args.average_tokens_across_devices else 1)
     return Answer(loss=found, items=items, tokens=tokens, keys=keys, one_denominator=one_denominator)
 
 
 class Proof:
-    """The trainer's own answer, taken when this is made, and whether packtrain's batch has the same.
+    """Takes the trainer's own loss when it is made, and compares that of packtrain's batch with it.
 
     Args:
-        loader: the trainer's own.
+        loader: the trainer's own data loader.
         max_tokens: most tokens of a micro-batch.
 
     Attributes:
-        one_denominator: see `Answer`; what transformers says of itself where nothing could be asked.
+        one_denominator: see `Answer`; what transformers declares if nothing could be computed.
     """
 
     def __init__(self, trainer: Trainer, loader: DataLoader, plan: Plan, max_tokens: int | None):
@@ -121,26 +121,26 @@ class Proof:
         self.tolerance = tolerance(self.dtype, weight.device)
         self.before, self.not_asked = None, cannot_ask(model)
         if self.not_asked is None and weight.device.type != trainer.args.device.type:
-            self.not_asked = f"weights are on the {weight.device.type} until training"
+            self.not_asked = f"the weights are on the {weight.device.type} until training"
         if self.not_asked is None and has_router_loss(model.config):
             self.not_asked = "the router loss depends on the layout"
         if self.not_asked is None:
             try:
                 self.before = ask(trainer, its_own_batch(loader, self.documents), self.dtype)
             except Exception as error:  # whatever a user's collator and loss may raise
-                self.not_asked = f"its own batch of some documents came to {type(error).__name__}: {error}"
+                self.not_asked = f"the trainer's own batch raised {type(error).__name__}: {error}"
 
     def of(self, batches: Dataset, *, allow_differences: bool) -> str:
-        """The result in words.
+        """Compares the losses, and returns the result in words.
 
         Args:
-            batches: packtrain's, `MicroBatch -> batch`.
+            batches: packtrain's batches, `MicroBatch -> batch`.
 
         Raises:
-            PacktrainError: another loss, or none at all, and differences are not allowed.
+            PacktrainError: the loss differs or cannot be computed, and differences are not allowed.
         """
         if self.before is None:
-            return f"whether losses stay as they are was not asked: {self.not_asked}"
+            return f"whether the loss stays the same was not checked: {self.not_asked}"
         try:
             after = ask(self.trainer, batches[self.documents], self.dtype)
             self.one_denominator = after.one_denominator
@@ -151,24 +151,24 @@ class Proof:
             return error.what
         except Exception as error:
             if is_out_of_memory(error):
-                return "whether losses stay as they are was not asked: out of memory"
+                return "whether the loss stays the same was not checked: out of memory"
             what = f"training would fail on packtrain's batches: {type(error).__name__}: {error}"
-            fix = "a padded strategy (pad_longest) asks less of a model; packtrain lays out input_ids and labels per token"
+            fix = "try a padded strategy (pad_longest); packtrain lays out input_ids and labels, one label per token"
             raise PacktrainError(what, key="trainer", fix=fix) from error
 
 
 def tolerance(dtype: torch.dtype, device: torch.device) -> float:
-    """How far two losses of the same documents may be apart, relatively: sums in another order."""
+    """Returns the largest relative difference of two losses that sums in another order explain."""
     if dtype is not torch.float32:
         return 2e-2
     return 1e-4 if device.type == "cpu" else 1e-3  # TF32
 
 
 def agree(before: Answer, after: Answer, documents: MicroBatch, tolerance: float) -> str:
-    """Check that two answers agree, and say what they are.
+    """Checks that two losses agree, and returns them in words.
 
     Raises:
-        PacktrainError: they don't; says by how much, and what may be the cause.
+        PacktrainError: they differ; says by how much, and what may be the cause.
     """
     said = f"the loss of {len(documents)} documents is {after.loss:.4f}"
     if (
@@ -180,17 +180,17 @@ def agree(before: Answer, after: Answer, documents: MicroBatch, tolerance: float
     if before.items and after.items and 0 < before.items - after.items <= len(documents):
         if _close(before.loss * before.items, after.loss * after.items, tolerance):
             return (
-                f"{said}, and was {before.loss:.4f}: the trainer counted {before.items} labels, among them those of first "
+                f"{said}, and was {before.loss:.4f}: the trainer counted {before.items} labels, including those of first "
                 f"tokens, which its model does not learn, and now counts {after.items}"
             )
     where = "rows " + ", ".join(map(str, documents.example_ids.tolist()))
     what = (
-        f"the trainer's own batch of these rows has the loss {before.loss:.6g}, packtrain's has {after.loss:.6g}: "
+        f"these rows have the loss {before.loss:.6g} in the trainer's own batch and {after.loss:.6g} in packtrain's: "
         f"{_cause(before, after, len(documents))}"
     )
     fix = (
-        "put what the batches are made of (input_ids, labels) into train_dataset, and what depends on whole rows out of "
-        "the loss; allow_differences=True attaches anyway"
+        "put the final input_ids and labels into train_dataset, and use a loss that does not depend on whole rows; "
+        "allow_differences=True attaches anyway"
     )
     raise PacktrainError(what, where=where, key="trainer", fix=fix)
 
@@ -201,13 +201,11 @@ def _close(one: float, other: float, tolerance: float) -> bool:
 
 def _cause(before: Answer, after: Answer, documents: int) -> str:
     if before.tokens not in (None, after.tokens):
-        return f"its collator makes {before.tokens} tokens of them, train_dataset has {after.tokens}"
+        return f"its collator makes {before.tokens} tokens of them, and train_dataset has {after.tokens}"
     if before.items != after.items:
         if before.items and after.items and 0 < before.items - after.items <= documents:
-            return "its loss learns the labels of first tokens, which packtrain leaves out (give them -100)"
-        return f"its collator makes {before.items} labels of them, packtrain reads {after.items}"
+            return "its loss includes the labels of first tokens, which packtrain ignores (set them to -100)"
+        return f"its collator makes {before.items} labels of them, and packtrain reads {after.items}"
     if more := before.keys - after.keys - {"attention_mask", *PACKING}:
-        return f"its batches have {', '.join(sorted(more))}, too, which packtrain does not read"
-    return (
-        "its labels or inputs are made elsewhere than in train_dataset, or its loss depends on which row a token is in"
-    )
+        return f"its batches also have {', '.join(sorted(more))}, which packtrain does not read"
+    return "its labels or inputs are not those of train_dataset, or its loss depends on which row a token is in"

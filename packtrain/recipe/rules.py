@@ -156,7 +156,7 @@ def _evaluation_has_data(settings: Settings, strategy: Strategy | None) -> Verdi
     for key in ("training.eval_strategy", "training.eval_on_start", "training.load_best_model_at_end"):
         if settings.get(key) not in (None, "no", False):
             fix = "set `data.eval_size` (rows, or a share below 1), `data.eval_split` or `data.eval_path`"
-            yield key, "asks for evaluation, and the recipe has no data for it", fix
+            yield key, "needs evaluation data, and the recipe has none", fix
 
 
 def _longest_can_be_packed(settings: Settings, strategy: Strategy | None) -> Verdicts:

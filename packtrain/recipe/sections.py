@@ -57,7 +57,7 @@ class ModelSection(Section):
 
 
 class DataSection(Section):
-    """Which rows, and what becomes of them."""
+    """Which rows, and how they become examples."""
 
     path: Text
     """A file, a directory, a Hub dataset, packtrain:arithmetic or packtrain:trend."""

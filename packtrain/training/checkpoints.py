@@ -4,7 +4,7 @@ Trainer writes `checkpoint-N`; `Checkpoints` gives it a manifest as the last thi
 removes older ones. `choose_checkpoint` takes the newest one whose manifest and bytes hold, says which it skipped
 and why, and refuses one that is of another run:
 
-    checkpoint-40 passed over: is damaged: optimizer.pt is missing
+    skipped checkpoint-40: is damaged: optimizer.pt is missing
     resuming after step 30 from checkpoint-30
 
 `changes` finds what differs between the run that wrote a checkpoint and the one that would resume it. Differences that
@@ -47,8 +47,8 @@ def facts_of(recipe: Recipe | None, plan: Plan, examples: Any) -> dict[str, Any]
     """Returns what identifies a run: written into manifests, and compared when one is resumed.
 
     Args:
-        recipe: what the run was asked for; None for one put together in Python.
-        examples: those that it trains on; only their `fingerprint` is asked for.
+        recipe: the settings of the run; None for one put together in Python.
+        examples: those that it trains on; only their `fingerprint` is read.
     """
     return {
         "recipe_hash": recipe and recipe.hash,
@@ -65,7 +65,7 @@ class Checkpoints(TrainerCallback):
         trainer: on every rank; each process that Trainer lets save on its drive seals and removes there.
         facts: makes what identifies the run, see `facts_of`; called once, when it is first needed.
         keep: sealed checkpoints to leave, at least one; None or 0 for all.
-        progress: further entries of a manifest, asked for when a checkpoint is sealed.
+        progress: returns further entries of a manifest, called when a checkpoint is sealed.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class Checkpoints(TrainerCallback):
         full = free < FULL or getattr(error, "errno", None) == errno.ENOSPC  # torch's writer tells of positions only
         if self.trainer.args.should_save and (directory / UNFINISHED).exists():
             shutil.rmtree(directory, ignore_errors=True)
-        fix = f"mend it ({free / 2**20:,.0f} MiB are free there) and go on with --resume; older checkpoints are intact"
+        fix = f"fix the cause ({free / 2**20:,.0f} MiB are free) and use --resume; older checkpoints are intact"
         return CheckpointError(
             f"could not be saved: {'the drive is full: ' if full else ''}{error}", where=str(directory), fix=fix
         )
@@ -204,17 +204,17 @@ def find_last_checkpoint(output_dir: Path, say: Say = print) -> tuple[Path, dict
             if path.is_dir():
                 read_manifest(path)
         except CheckpointError as error:
-            passed.append(f"{path.name} passed over: {error.what}")
+            passed.append(f"skipped {path.name}: {error.what}")
             say(passed[-1])
     for path, manifest in _sealed_in(output_dir):
         try:
             _verify(path, manifest)
             return path, manifest
         except CheckpointError as error:
-            passed.append(f"{path.name} passed over: {error.what}")
+            passed.append(f"skipped {path.name}: {error.what}")
             say(passed[-1])
     raise CheckpointError(
-        "there is no checkpoint to resume from" + "".join(f"\n    {line}" for line in passed),
+        "there is no valid checkpoint to resume from" + "".join(f"\n    {line}" for line in passed),
         key="training.output_dir",
         value=str(output_dir),
         fix="name a checkpoint directory, or start without --resume",
@@ -235,10 +235,10 @@ def _choose(
         lines = "".join(f"\n    {change}" for change in found)
         if not all(change.safe for change in found):
             fix = "undo these changes, or start a new run from the saved model (model.model_name_or_path)"
-            raise CheckpointError(f"is of another run:{lines}", where=str(path), fix=fix)
+            raise CheckpointError(f"was saved by another run:{lines}", where=str(path), fix=fix)
         if not allow_changes:
             raise CheckpointError(
-                f"is of a run that was asked for otherwise:{lines}",
+                f"was saved by a run with different settings:{lines}",
                 where=str(path),
                 fix="undo these changes, or accept them with --allow-changes",
             )
@@ -250,7 +250,7 @@ def _choose(
 def _verify(path: Path, manifest: Mapping[str, Any]) -> None:
     """Raises CheckpointError if it is damaged, or not enough to go on from."""
     if manifest.get("save_only_model"):
-        fix = "start a new run from its weights (model.model_name_or_path); training.save_only_model: false keeps the rest"
+        fix = "start a new run from its weights (model.model_name_or_path); training.save_only_model: false saves the rest"
         raise CheckpointError("has no optimizer state", where=str(path), fix=fix)
     verify(path, manifest, later=added_later(path))
 
@@ -272,7 +272,7 @@ def _make_room(directory: Path) -> None:
         _remove(aside)
     else:
         aside = directory.with_name(f"{directory.name}.foreign-{time.time_ns()}")
-        logger.warning("%s bears no manifest of packtrain; moved to %s", directory, aside.name)
+        logger.warning("%s has no manifest of packtrain and was moved to %s", directory, aside.name)
     directory.rename(aside)
 
 
@@ -311,7 +311,7 @@ class Change:
     safe: bool
 
     def __str__(self) -> str:
-        return f"{self.key}: {_shown(self.then)} then, {_shown(self.now)} now"
+        return f"{self.key}: was {_shown(self.then)}, is now {_shown(self.now)}"
 
 
 def changes(manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> list[Change]:

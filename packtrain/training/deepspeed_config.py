@@ -78,7 +78,9 @@ def _read(given: object, env: Mapping[str, str]) -> tuple[dict[str, Any] | None,
     path = env.get(CONFIG_VARIABLE) if env.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true" else None
     if given and path and given != path:
         fix = "launch with launch/ddp.yaml, or leave `deepspeed` out of the recipe"
-        raise LaunchError("the launcher names another config", key="training.deepspeed", value=given, fix=fix)
+        raise LaunchError(
+            "differs from the config that the launcher names", key="training.deepspeed", value=given, fix=fix
+        )
     source = given or path
     if not source:
         return None, ""
@@ -88,7 +90,7 @@ def _read(given: object, env: Mapping[str, str]) -> tuple[dict[str, Any] | None,
     try:
         config = json.loads(Path(where).read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
     except OSError as error:
-        fix = "paths are relative to the directory the run is started in"
+        fix = "give a path relative to the directory in which the run starts"
         raise LaunchError(f"cannot be read: {error.strerror}", where=where, fix=fix) from None
     except ValueError as error:
         raise LaunchError(f"is not a JSON mapping: {error}", where=where) from None
@@ -100,7 +102,7 @@ def _read(given: object, env: Mapping[str, str]) -> tuple[dict[str, Any] | None,
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     keys = [key for key, _ in pairs]
     if twice := {key for key in keys if keys.count(key) > 1}:
-        raise ValueError(f"{', '.join(sorted(twice))} given twice")
+        raise ValueError(f"{', '.join(sorted(twice))} is given twice")
     return dict(pairs)
 
 
@@ -119,7 +121,9 @@ def _check_zero_section(section: object, where: str) -> None:
     """Checks keys and values of `zero_optimization`, its offload sections included, by DeepSpeed's own schema."""
     name = "zero_optimization"
     if not isinstance(section, dict):
-        raise LaunchError("must be a mapping", where=where, key=name, value=section, fix='{"stage": 2}')
+        raise LaunchError(
+            "must be a mapping", where=where, key=name, value=section, fix='write for example {"stage": 2}'
+        )
     if find_spec("deepspeed") is None:
         raise LaunchError("DeepSpeed is not installed", where=where, fix="pip install 'packtrain[deepspeed]'")
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -136,7 +140,9 @@ def _check_zero_section(section: object, where: str) -> None:
     stage, gather = section.get("stage", 0), section.get(GATHER_KEY, True)
     if stage == 3 and gather is False:
         fix = "set it to true, or leave it out"
-        raise LaunchError("must be true: no model could be saved", where=where, key=f"{name}.{GATHER_KEY}", fix=fix)
+        raise LaunchError(
+            "must be true, because no model could be saved without it", where=where, key=f"{name}.{GATHER_KEY}", fix=fix
+        )
     if stage == 3:
         section[GATHER_KEY] = True
 
@@ -189,7 +195,7 @@ def _check_tools(config: Mapping[str, Any], use_cpu: bool, where: str) -> None:
     """Checks for compilers, libaio and directories that DeepSpeed would miss in the middle of its start."""
     devices = offload_devices(config)
     compiles_adam = devices["offload_optimizer"] != "none" and config.get("zero_force_ds_cpu_optimizer", True)
-    for tool, package in {"g++": "the system package g++", "ninja": "`pip install ninja`"}.items():
+    for tool, package in {"g++": "install the system package g++", "ninja": "run `pip install ninja`"}.items():
         if (use_cpu or compiles_adam) and shutil.which(tool) is None:
             compiled = "its CPU optimizer" if compiles_adam else "its communication for CPU ranks"
             what = f"DeepSpeed compiles {compiled} at the first start and needs {tool}"
@@ -205,7 +211,7 @@ def _check_nvme(path: str | None, key: str, where: str) -> None:
 
     if not path or not os.access(path, os.W_OK) or not os.path.isdir(path):
         fix = "name a directory on a local NVMe drive"
-        raise LaunchError("is not a directory that can be written to", where=where, key=key, value=path, fix=fix)
+        raise LaunchError("must be a writable directory", where=where, key=key, value=path, fix=fix)
     if not AsyncIOBuilder().is_compatible(verbose=False):
-        fix = "install its headers (Debian: apt-get install libaio-dev)"
-        raise LaunchError("DeepSpeed's async-io needs libaio, which is not here", where=where, key=key, fix=fix)
+        fix = "install libaio with its headers (Debian: apt-get install libaio-dev)"
+        raise LaunchError("DeepSpeed's async-io needs libaio, which is not installed", where=where, key=key, fix=fix)

@@ -1,4 +1,4 @@
-"""The engine of a run: what was asked for, what is in force, and that they are the same.
+"""The engine of a run: what was requested, what is in use, and that they are the same.
 
 Launchers and engines differ from what they were told without a word (DDP instead of ZeRO or FSDP, stage 0 instead of 2,
 one micro-batch per update instead of four). So the same record is filled twice, once from what the launcher, the
@@ -30,7 +30,7 @@ from packtrain.modeling.loading import count_parameters
 from packtrain.training.deepspeed_config import offload_devices
 from packtrain.training.memory.state_bytes import state_bytes
 from packtrain.training.ranks import asked_world_size
-from packtrain.training.resharding import mend_resumed_optimizer
+from packtrain.training.resharding import correct_resumed_optimizer
 
 STATE_FILE = "engine.json"
 
@@ -117,9 +117,9 @@ def engine_in_force(trainer: Trainer) -> Engine:
 
 
 def differences(asked: Engine, in_force: Engine) -> list[str]:
-    """Returns a line per field that differs: `zero_stage: 2 was asked for, 0 is in force`."""
+    """Returns a line per field that differs: `zero_stage: 2 was requested, 0 is in use`."""
     pairs = [(field.name, getattr(asked, field.name), getattr(in_force, field.name)) for field in fields(Engine)]
-    return [f"{name}: {one} was asked for, {other} is in force" for name, one, other in pairs if one != other]
+    return [f"{name}: {one} was requested, {other} is in use" for name, one, other in pairs if one != other]
 
 
 class EngineReport(TrainerCallback):
@@ -128,7 +128,7 @@ class EngineReport(TrainerCallback):
     Args:
         asked: what has to be in force.
         resumed_from: the checkpoint whose optimizer is in force.
-        notes: further lines to print, asked for when training begins.
+        notes: returns further lines to print, called when training begins.
     """
 
     def __init__(
@@ -148,9 +148,9 @@ class EngineReport(TrainerCallback):
         in_force = engine_in_force(self.trainer)
         if found := differences(self.asked, in_force):
             fix = "see the comments in launch/ for what starts which engine"
-            raise LaunchError("the run is not what was asked for: " + "; ".join(found), fix=fix)
+            raise LaunchError("the engine is not the one that was requested: " + "; ".join(found), fix=fix)
         if self.resumed_from is not None:
-            mend_resumed_optimizer(self.trainer, self.resumed_from)
+            correct_resumed_optimizer(self.trainer, self.resumed_from)
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         trained, frozen = count_parameters(model)
         dtypes = _dtypes(model)

@@ -72,7 +72,7 @@ def engine_of(file: Path) -> str:
     given = (config.get("deepspeed_config") or {}).get("deepspeed_config_file")
     path = next((path for path in (Path(given or ""), file.parent.parent / (given or "")) if path.is_file()), None)
     if path is None:
-        fix = "name it as deepspeed_config_file, as launch/zero2.yaml does"
+        fix = "set deepspeed_config_file, as launch/zero2.yaml does"
         raise LaunchError("has no DeepSpeed config", where=str(file), key="deepspeed_config", value=given, fix=fix)
     zero = json.loads(path.read_text(encoding="utf-8"))["zero_optimization"]
     devices = {(zero.get(name) or {}).get("device", "none") for name in ("offload_param", "offload_optimizer")}

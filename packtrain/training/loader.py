@@ -36,6 +36,8 @@ from packtrain.packing.collator import MicroBatches
 from packtrain.packing.plan import MicroBatch, Plan
 from packtrain.recipe.sections import WORKER_TIMEOUT
 
+_DIED = "DataLoader worker was killed"
+
 
 class PlanLoader:
     """Iterable over the micro-batches of one rank, one epoch at a time.
@@ -106,7 +108,7 @@ def values_of_plan(plan: Plan, values: tuple) -> tuple:
     """Returns what `Trainer.set_initial_training_values` gives, with epochs, updates and micro-batches as the plan has them.
 
     Trainer takes every epoch to be as long as the first. Order-dependent packers vary: it would begin too few epochs,
-    and end before the plan does. An epoch that ends before its longest is no matter to it.
+    and end before the plan does. An epoch that ends before its longest does not matter.
     """
     *_, batch_size, _, _ = values
     examples, (epoch, index) = len(plan.lengths), plan.locate(plan.total_steps - 1)
@@ -114,9 +116,6 @@ def values_of_plan(plan: Plan, values: tuple) -> tuple:
     per_epoch = max(plan.steps_in_epoch(epoch) for epoch in range(plan.num_epochs))
     micro_batches = per_epoch * plan.gradient_accumulation_steps
     return plan.num_epochs, per_epoch, examples, samples, batch_size, micro_batches, plan.total_steps
-
-
-_DIED = "DataLoader worker was killed"
 
 
 def leave_signals_to_the_run(worker: int) -> None:
@@ -132,11 +131,13 @@ def worker_failure(error: Exception) -> DataError | None:
     if not isinstance(error, RuntimeError) or not words.startswith("DataLoader"):
         return None
     _kill_workers()
-    key, fix = "data.worker_timeout", "look for rows or a drive that hang; raise it if a batch may take so long"
+    happened = "a data-loading worker did not answer in time"
+    key, fix = "data.worker_timeout", "check for a slow drive or rows that hang; raise it if a batch may take that long"
     if "timed out" not in words:
+        happened = "a data-loading worker died"
         key = "training.dataloader_num_workers"
-        fix = "workers are mostly killed for want of memory: take fewer, or 0 to load in the run's own process"
-    return DataError(f"a data worker gave out: {words.splitlines()[0]}", key=key, fix=fix)
+        fix = "workers are mostly killed when memory runs out: use fewer, or 0 to load in the main process"
+    return DataError(f"{happened}: {words.splitlines()[0]}", key=key, fix=fix)
 
 
 def _kill_workers() -> None:

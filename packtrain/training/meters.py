@@ -91,7 +91,7 @@ class Meter:
         return {
             "real_tokens_per_second": round(real / seconds, 1),
             "supervised_tokens_per_second": round(supervised / seconds, 1),
-            "filler_share": round(1 - real / computed, 4),
+            "padding_share": round(1 - real / computed, 4),
             "data_wait_share": round((self.data_seconds - earlier.data_seconds) / seconds, 4),
         }
 

@@ -28,18 +28,23 @@ def asked_world_size(env: Mapping[str, str] | None = None) -> int:
     """Returns the ranks that the launcher set up (`WORLD_SIZE`, 1 without a launcher).
 
     Raises:
-        LaunchError: accelerate was asked for several processes and started one.
+        LaunchError: accelerate was configured for several processes and started one.
     """
     env = os.environ if env is None else env  # as it is now, not as it was at import
     world_size = env.get("WORLD_SIZE")
     started_by_accelerate = "ACCELERATE_MIXED_PRECISION" in env
     if world_size is None and started_by_accelerate and "MASTER_PORT" in env and not _under_mpi(env):
         raise LaunchError(
-            "accelerate was asked for several processes but started one",
+            "accelerate was configured for several processes but started one",
             fix="on CPU use `torchrun --nproc_per_node 2 -m packtrain train RECIPE` or "
             "`accelerate launch --config_file launch/cpu.yaml -m packtrain train RECIPE --set use_cpu=true`",
         )
     return int(world_size or 1)
+
+
+def asked_rank(env: Mapping[str, str] | None = None) -> int:
+    """Returns which rank the launcher made this process (`RANK`, 0 without a launcher)."""
+    return int((os.environ if env is None else env).get("RANK", 0))
 
 
 def check_processes(*, world_size: int, n_gpu: int, env: Mapping[str, str] | None = None) -> None:
@@ -55,7 +60,10 @@ def check_processes(*, world_size: int, n_gpu: int, env: Mapping[str, str] | Non
     env = os.environ if env is None else env  # as it is now, not as it was at import
     asked = asked_world_size(env)
     if world_size != asked:
-        raise LaunchError(f"{asked} processes were launched but {world_size} take part", fix="start it with torchrun")
+        raise LaunchError(
+            f"{asked} processes were launched but {world_size} take part",
+            fix="start the run with torchrun or accelerate launch",
+        )
     if n_gpu > 1:
         raise LaunchError(
             f"one process would drive {n_gpu} GPUs by DataParallel",

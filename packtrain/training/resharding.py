@@ -55,7 +55,7 @@ def prepare_resume(trainer: Trainer, checkpoint: str | Path) -> None:
     if by_deepspeed != (trainer.accelerator.distributed_type is DistributedType.DEEPSPEED):
         what = "was written by DeepSpeed" if by_deepspeed else "was not written by DeepSpeed"
         fix = "resume with the engine that wrote it (launch/), or start a new run from the saved model"
-        raise LaunchError(f"{what}, and this run's engine can't read its optimizer", where=str(checkpoint), fix=fix)
+        raise LaunchError(f"{what}, and this run's engine cannot read its optimizer", where=str(checkpoint), fix=fix)
     if not by_deepspeed:
         return
     config = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
@@ -63,11 +63,13 @@ def prepare_resume(trainer: Trainer, checkpoint: str | Path) -> None:
     stages, ranks = _stages(shards), len(list(shards.glob(SHARDS)))
     stage = config["zero_optimization"].get("stage", 0)
     if stage not in stages:
-        what = f"was written by ZeRO stage {' or '.join(map(str, stages))}, this run has stage {stage}"
-        raise LaunchError(what, where=str(checkpoint), fix="resume with the stage that wrote it")
+        what = f"was written by ZeRO stage {' or '.join(map(str, stages))}, and this run has stage {stage}"
+        raise LaunchError(what, where=str(checkpoint), fix="resume with the ZeRO stage that wrote it")
     if "nvme" in offload_devices(config).values() or (shards / ON_A_DRIVE).exists():
-        what = "states on NVMe can't be resumed: DeepSpeed gives other weights back than it saved"
-        fix = "start a new run from the saved model; launch/zero3_offload_cpu.yaml makes checkpoints that resume"
+        what = "was written with states on NVMe, from which DeepSpeed restores other weights than it saved"
+        fix = (
+            "start a new run from the saved model; launch/zero3_offload_cpu.yaml makes checkpoints that can be resumed"
+        )
         raise LaunchError(what, where=str(checkpoint), fix=fix)
     if stage == 0 or ranks == trainer.args.world_size:
         return
@@ -131,7 +133,7 @@ def _to_universal(shards: Path) -> None:
     seal(target, {"of": _digest_of(shards)})
 
 
-def mend_resumed_optimizer(trainer: Trainer, checkpoint: str | Path) -> None:
+def correct_resumed_optimizer(trainer: Trainer, checkpoint: str | Path) -> None:
     """Restores what DeepSpeed loads wrongly, and compares every step counter with those that were saved; after loading.
 
     Raises:
@@ -147,7 +149,7 @@ def mend_resumed_optimizer(trainer: Trainer, checkpoint: str | Path) -> None:
     saved, found = read_manifest(Path(checkpoint)).get("optimizer_steps"), optimizer_steps(trainer)
     if saved is not None and set(found) - set(saved):
         found, saved = (", ".join(map(str, steps)) or "none" for steps in (found, saved))
-        what = f"the optimizer says that it has done {found} updates, and {saved} when it was saved"
+        what = f"the restored optimizer counts {found} updates, and it counted {saved} when it was saved"
         raise LaunchError(what, where=str(checkpoint), fix="resume on the number of ranks that wrote it")
 
 

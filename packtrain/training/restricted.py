@@ -48,7 +48,7 @@ def runs_code(error: UnpicklingError, checkpoint: str) -> CheckpointError:
     """Returns the error for a file that the restricted unpickler has refused."""
     lines = [line.strip() for line in str(error).splitlines()]
     reason = next((line for line in lines if "GLOBAL" in line or "Unsupported" in line), lines[0] if lines else "")
-    what = f"has a file that would run code when it is read, or is no pickle at all: {reason[:200]}"
+    what = f"has a file that would run code when loaded, or is not a pickle at all: {reason[:200]}"
     fix = "don't trust it; start from its weights (model.model_name_or_path), if they are safetensors"
     return CheckpointError(what, where=checkpoint, fix=fix)
 

@@ -70,7 +70,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         told = manifest.pop("sha256")
         if not isinstance(manifest["files"], dict) or told != _self_hash(manifest):
-            raise ValueError("not what was written")
+            raise ValueError("the hash does not match")
     except FileNotFoundError:
         if not directory.is_dir():
             raise CheckpointError("there is no such directory", where=str(directory)) from None
@@ -78,16 +78,14 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         what = (
             "is unfinished: it has no manifest"
             if ours
-            else "has no manifest: packtrain did not write it, or it is lost"
+            else "has no manifest: packtrain did not write it, or the manifest was lost"
         )
-        fix = (
-            "start from its weights instead (model.model_name_or_path); engines' files may run code when they are read"
-        )
+        fix = "start from its weights instead (model.model_name_or_path); engines' files may run code when they are loaded"
         raise CheckpointError(what, where=str(directory), key=MANIFEST, fix=None if ours else fix) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError("has a damaged manifest", where=str(directory), key=MANIFEST) from None
     if manifest.get("format") != _FORMAT:
-        what = "was written by another release of packtrain"
+        what = "has a format that this release of packtrain does not know"
         raise CheckpointError(what, where=str(directory), key="format", value=manifest.get("format"))
     return manifest
 
@@ -122,17 +120,17 @@ def is_sealed(directory: Path) -> bool:
 def _fault(directory: Path, name: str, told: Mapping[str, Any]) -> str | None:
     path = directory / name
     if Path(name).is_absolute() or ".." in Path(name).parts or path.is_symlink():
-        return f"{name} leads out of it"
+        return f"{name} points outside of it"
     try:
         size = path.stat().st_size
         if size != told["size"]:
-            return f"{name} has {size:,} bytes, was written with {told['size']:,}"
+            return f"{name} has {size:,} bytes instead of {told['size']:,}"
         if _hash(path) != told["sha256"]:
             return f"{name} has changed since it was written (SHA-256)"
     except FileNotFoundError:
         return f"{name} is missing"
     except OSError as error:
-        return f"{name} can't be read ({error.strerror})"
+        return f"{name} cannot be read ({error.strerror})"
     return None
 
 
@@ -144,7 +142,7 @@ def _files(directory: Path, *, links: bool = False) -> Iterator[Path]:
             if path.parent == directory and name in _OF_OURS:
                 continue
             if path.is_symlink() and not links:
-                raise CheckpointError("is a link and would not be checked", where=str(path))
+                raise CheckpointError("is a link, which cannot be verified", where=str(path))
             yield path
 
 

@@ -38,7 +38,7 @@ class Summary:
     world_size: int
     real_tokens: int
     supervised_tokens: int
-    filler_share: float | None
+    padding_share: float | None
     seconds: float
     real_tokens_per_second: float | None
     peak_memory: int
@@ -67,12 +67,12 @@ class Summary:
             lines.append(("training loss", f"{self.train_loss_first:.4f} -> {self.train_loss_last:.4f}"))
         if self.real_tokens_per_second is not None:
             lines.append(("real tokens/s", f"{self.real_tokens_per_second:,.0f}"))
-        if self.filler_share is not None:
-            lines.append(("filler share", f"{self.filler_share:.2%}"))
+        if self.padding_share is not None:
+            lines.append(("padding", f"{self.padding_share:.2%}"))
         frozen = f", {self.frozen_parameters:,} frozen" if self.frozen_parameters else ""
         return lines + [
             ("updates", f"{self.updates:,} ({self.micro_batches_per_update} x {self.world_size} micro-batches each)"),
-            *([("left out", f"{self.skipped_updates:,} updates that were not finite")] if self.skipped_updates else []),
+            *([("skipped", f"{self.skipped_updates:,} updates that were not finite")] if self.skipped_updates else []),
             ("examples", f"{self.examples:,} x {self.epochs:g} epochs"),
             ("time in updates", f"{self.seconds:.1f} s"),
             ("peak memory", f"{self.peak_memory / 2**20:,.0f} MiB ({self.peak_memory_of})"),

@@ -56,9 +56,9 @@ class PackTrainer(Trainer):
         collator: lays a micro-batch out in memory; its layout must be the plan's.
         loss: what is learnt.
         eval_examples: held-out examples, with `eval_plan` (one epoch over them).
-        recipe: what the run was asked for, kept in its checkpoints.
+        recipe: the settings of the run, kept in its checkpoints.
         probe_memory: whether to try the largest micro-batch before the first update; None: on a GPU.
-        on_nonfinite, max_skipped_updates: what becomes of an update whose loss or gradient is not finite.
+        on_nonfinite, max_skipped_updates: what to do with an update whose loss or gradient is not finite.
         worker_timeout: seconds to wait for a batch of a data-loading worker.
         trainer_kwargs: `callbacks`, `processing_class`, `optimizers` ... as Trainer has them.
     """
@@ -88,11 +88,11 @@ class PackTrainer(Trainer):
                 f"the plan has {plan.gradient_accumulation_steps} micro-batches per step",
                 key="gradient_accumulation_steps",
                 value=args.gradient_accumulation_steps,
-                fix="take it from the plan",
+                fix=f"set it to {plan.gradient_accumulation_steps}",
             )
         if trainer_kwargs.get("compute_metrics") is not None:
             raise PacktrainError(
-                "evaluation sums the loss at supervised positions and keeps no logits for metrics",
+                "is not supported: evaluation sums the loss at supervised positions and keeps no logits for metrics",
                 key="compute_metrics",
                 fix="leave it out, or evaluate the saved model with your own loop",
             )
@@ -149,7 +149,7 @@ class PackTrainer(Trainer):
         )
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> tuple:
-        """Epochs, updates per epoch and updates in all as the plan has them; the rest as Trainer computes it."""
+        """Returns epochs, updates per epoch and updates in total from the plan; the rest as Trainer computes it."""
         return values_of_plan(self.plan, super().set_initial_training_values(args, dataloader))
 
     # Loss
@@ -157,7 +157,7 @@ class PackTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, torch.Tensor | None]:
-        """The step's micro-batches of this rank, and the loss's denominator (float64, summed over all ranks)."""
+        """Returns this rank's micro-batches of the step, and the loss's denominator (float64, summed over all ranks)."""
         self.meter.start_step()
         batches = list(islice(epoch_iterator, num_batches))
         if not batches:  # the resumed epoch is over
@@ -174,7 +174,7 @@ class PackTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """This micro-batch's share of the step's loss, times the ranks that the engine will average over."""
+        """Returns this micro-batch's share of the step's loss, times the ranks that the engine will average over."""
         assert num_items_in_batch is not None and not return_outputs
         losses = self.loss.losses(model, inputs, head=self._head)
         if self.loss.sums is not None:
@@ -216,7 +216,7 @@ class PackTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Held-out loss that does not depend on how the set was batched or dealt to ranks.
+        """Computes a held-out loss that does not depend on how the set was batched or dealt to ranks.
 
         `eval_loss` is the mean nll over supervised tokens, `eval_loss_per_example` the mean over examples of
         their mean, `eval_tokens` the supervised tokens counted. A loss's own `sums` come on top, or instead.
@@ -249,10 +249,10 @@ class PackTrainer(Trainer):
     # Checkpoints
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
-        """As Trainer's; True is the newest checkpoint that holds.
+        """Trains, from the beginning or from a checkpoint; True resumes from the newest valid one.
 
         Raises:
-            CheckpointError: the checkpoint is damaged, not ours, or of another run.
+            CheckpointError: the checkpoint is damaged, was not written by packtrain, or belongs to another run.
         """
         if not resume_from_checkpoint:
             return super().train(**kwargs)
@@ -281,7 +281,7 @@ class PackTrainer(Trainer):
         return self.accelerator.reduce(torch.tensor(counts, device=self.args.device), reduction="sum").tolist()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Training logs gain real tokens/s, padding share and the loss's own figures since the last one, of all ranks."""
+        """Adds real tokens/s, padding share and the loss's own figures since the last log, over all ranks."""
         if "loss" in logs:
             logs |= self.meter.since(self._logged_meter, self._over_ranks)
             self._logged_meter = copy.copy(self.meter)
@@ -291,7 +291,7 @@ class PackTrainer(Trainer):
 
 
 class StepEnd(TrainerCallback):
-    """After every update: stop its clock, and tell the epoch by the plan (Trainer counts from where it resumed)."""
+    """Stops the clock after every update, and sets the epoch from the plan (Trainer counts from where it resumed)."""
 
     def __init__(self, plan: Plan, meter: Meter):
         self.plan, self.meter = plan, meter

@@ -59,16 +59,16 @@ def test_a_recipe_is_judged_by_what_it_trains_with(tmp_path):
     recipe = Path(tmp_path / "recipe.yaml")
     recipe.write_text(RECIPE.format(attention="auto", strategy="balanced"))
     safe, text = audit(recipe)  # its own attention is tried beside those asked for
-    assert safe and f"the recipe's own, {NAME} and flat (train): isolated" in text
+    assert safe and f"this recipe uses {NAME} and flat (train): isolated" in text
     recipe.write_text(RECIPE.format(attention="eager", strategy="pad_longest"))
     safe, text = audit(recipe)
-    assert safe and "the recipe's own, eager and padded (train): isolated" in text
+    assert safe and "this recipe uses eager and padded (train): isolated" in text
     recipe.write_text(RECIPE.format(attention="sdpa", strategy="balanced").replace("llama", "biogpt"))
     safe, text = audit(recipe)
-    assert not safe and "the recipe's own, sdpa and flat (train): leaks" in text
+    assert not safe and "this recipe uses sdpa and flat (train): leaks" in text
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "tpu"])
 def test_a_device_that_is_not_there_is_our_error(device):
-    with pytest.raises(ModelError, match="--device: is not a device of this machine"):
+    with pytest.raises(ModelError, match="--device: is not available on this machine"):
         show_audit("llama", Console(file=StringIO()), implementations=None, layouts=None, device=device)

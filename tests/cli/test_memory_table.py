@@ -72,8 +72,8 @@ def test_the_three_verdicts():
 
 
 def test_the_simplest_engine_that_fits_is_named():
-    assert "the simplest that fits: launch/ddp.yaml" in printed(1024 * MIB)
-    assert "the simplest that fits: launch/single_gpu.yaml" in printed(1024 * MIB, ranks=1)
+    assert "the simplest engine that fits: launch/ddp.yaml" in printed(1024 * MIB)
+    assert "the simplest engine that fits: launch/single_gpu.yaml" in printed(1024 * MIB, ranks=1)
     assert "nothing fits" in printed(1 * MIB)
     peaks = [float(cell) for cell in row(printed(1024 * MIB), "peak")]
     between = round(0.9 * min(peaks) * MIB)
@@ -104,13 +104,13 @@ def test_every_launch_file_has_its_formulas():
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--memory", "80 apples"], "is not an amount of memory"),
-        (["--memory", "-1GiB"], "is not an amount of memory"),
-        (["--memory", "80IB"], "is not an amount of memory"),
-        (["--memory", ".GiB"], "is not an amount of memory"),
-        (["--memory", "1.2.3GiB"], "is not an amount of memory"),
-        (["--memory", "0.1B"], "is not an amount of memory"),
-        (["--memory", "9" * 400 + "GiB"], "is not an amount of memory"),
+        (["--memory", "80 apples"], "must be an amount of memory"),
+        (["--memory", "-1GiB"], "must be an amount of memory"),
+        (["--memory", "80IB"], "must be an amount of memory"),
+        (["--memory", ".GiB"], "must be an amount of memory"),
+        (["--memory", "1.2.3GiB"], "must be an amount of memory"),
+        (["--memory", "0.1B"], "must be an amount of memory"),
+        (["--memory", "9" * 400 + "GiB"], "must be an amount of memory"),
         (["--memory", "80GiB", "--launch", "zero4"], "there is no such launch file"),
         (["--launch", "zero3"], "needs --memory"),
     ],
@@ -134,6 +134,6 @@ def test_an_engine_without_formulas_is_refused(capsys, tmp_path: Path):
     file = tmp_path / "mine.yaml"
     file.write_text(f"distributed_type: DEEPSPEED\ndeepspeed_config: {{deepspeed_config_file: {tmp_path}/z2.json}}\n")
     code, error = run(capsys, "--memory", "80GiB", "--launch", str(file))
-    assert code == 2 and "no plan of memory for zero2_offload_cpu" in error
+    assert code == 2 and "the memory of zero2_offload_cpu cannot be estimated" in error
     file.write_text("distributed_type: DEEPSPEED\n")
     assert "has no DeepSpeed config" in run(capsys, "--memory", "80GiB", "--launch", str(file))[1]

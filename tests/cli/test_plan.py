@@ -26,13 +26,13 @@ def shown(file, **options) -> str:
 def test_a_plan_of_lengths_alone(file):
     plan = shown(file)
     assert "2,000 examples" in plan and "bfd *" in plan and "pad_longest" in plan and "proved to be at most" in plan
-    assert "global_balance: ranks are level, but the mix" in shown(file, every=True)
+    assert "global_balance: ranks are balanced, but their updates" in shown(file, every=True)
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "nothing to plan for"),
+        ([], "needs a recipe or a lengths file"),
         (["--lengths", "absent.npy"], "no such lengths file"),
         (["--lengths", "{file}", "--set", "seed=1"], "need a recipe"),
         (["--lengths", "{file}", "--max-tokens", "10"], "max_tokens"),

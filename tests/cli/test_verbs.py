@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from packtrain.cli import fill_bare_resume, main
-from packtrain.cli.batch_view import FILLER, PROMPT, SUPERVISED, documents_of, text_of
+from packtrain.cli.batch_view import PADDING, PROMPT, SUPERVISED, documents_of, text_of
 from packtrain.cli.strategy_table import length_histogram
 from packtrain.cli.train import next_commands
 from packtrain.modeling.tokenizer import train_bpe
@@ -178,7 +178,7 @@ def test_plan_of_a_recipe_takes_its_strategy_from_it(tmp_path, capsys, option):
     np.save(tmp_path / "lengths.npy", np.array([1, 9, 1, 9], dtype=np.int32))
     recipe = str(write(tmp_path, GOOD))
     assert run("plan", recipe, "--lengths", str(tmp_path / "lengths.npy"), *option) == 2
-    assert "are for --lengths without a recipe" in capsys.readouterr().err
+    assert "work only without a recipe" in capsys.readouterr().err
     assert run("plan", "--lengths", str(tmp_path / "lengths.npy"), *option) == 0
 
 
@@ -195,7 +195,7 @@ def test_plan_says_what_a_strategy_cannot_do(tmp_path, capsys, wide):
         "max_tokens=20",
     ]
     assert run(*args, "--set", "strategy=wrapped") == 0
-    assert "balanced is impossible: " in capsys.readouterr().out
+    assert "balanced cannot be used: " in capsys.readouterr().out
     assert run(*args, "--set", "max_length=20") == 2
     assert "30" in capsys.readouterr().err
 
@@ -271,8 +271,8 @@ def test_documents_of_both_layouts_are_the_same(batches):
     assert [document.example_id for document in flat] == [5, 3]
     assert [document.positions for document in flat] == [[0, 1, 2, 3, 4, 5, 6], [0, 1]]
     assert [document.supervised for document in flat] == [3, 1]
-    assert [document.filler for document in flat] == [0, 0]
-    assert [document.filler for document in padded] == [0, 5]
+    assert [document.padding for document in flat] == [0, 0]
+    assert [document.padding for document in padded] == [0, 5]
     for one, other in zip(flat, padded, strict=True):
         assert (one.input_ids, one.labels, one.weights) == (other.input_ids, other.labels, other.weights)
 
@@ -285,7 +285,7 @@ def test_text_is_coloured_by_what_is_learnt(batches, tokenizer):
     first, second = documents_of(batches[1])
     assert runs(first) == [("ask?", PROMPT), ("yes", SUPERVISED)]
     # The first token of a document is never learnt: nothing stands before it.
-    assert runs(second) == [("n", PROMPT), ("o", SUPERVISED), ("[5 filler]", FILLER)]
+    assert runs(second) == [("n", PROMPT), ("o", SUPERVISED), ("[5 padding]", PADDING)]
 
 
 def test_control_characters_in_data_do_not_reach_the_terminal(tokenizer):
@@ -298,7 +298,7 @@ def test_filler_micro_batches_are_shown_as_such(tokenizer):
     ids, labels = np.zeros(2, dtype=np.int64), np.full(2, -100)
     (document,) = documents_of(collate_flat(ids, labels, np.array([2]), np.array([-1])))
     text = text_of(document, tokenizer)
-    assert document.supervised == 0 and {span.style for span in text.spans} == {FILLER}
+    assert document.supervised == 0 and {span.style for span in text.spans} == {PADDING}
 
 
 @pytest.mark.parametrize("strategy", ["balanced", "pad_longest"])
@@ -328,7 +328,7 @@ def test_show_of_given_examples_and_of_what_is_not_there(capsys, wide):
     assert out.startswith("2 examples: flat [1, ") and "example 3 " in out and "example 17 " in out
     for args, part in (
         (["--step", "7"], "choose one from 0 to 6"),
-        (["--rank", "1"], "--gpus says for how many"),
+        (["--rank", "1"], "--gpus sets their number"),
         (["--micro-batch", "99"], "there is no such micro-batch"),
         (["--examples", "3,100"], "give numbers from 0 to 99"),
         (["--examples", "three"], "is not a list of examples"),
@@ -446,7 +446,7 @@ def test_audit_exits_with_one_where_the_recipes_own_combination_leaks(tmp_path, 
 def test_plan_recommends_a_strategy_with_reasons(capsys):
     assert run("plan", str(QUICKSTART), *sets(SMALL), "--recommend") == 0
     told = capsys.readouterr().out
-    assert "recommended: balanced" in told and "the examples of every update stay those of plain padding" in told
+    assert "recommended: balanced" in told and "every update sees the same examples as with plain padding" in told
 
 
 def test_launch_names_a_file(capsys):

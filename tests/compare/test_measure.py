@@ -33,7 +33,7 @@ def test_a_batch_of_transformers_own_collator_shows_them_too():
 
 @pytest.mark.parametrize("layout", ["flat", "padded"])
 def test_an_empty_micro_batch_is_padding(layout):
-    shape = shape_of(PackCollator(layout=layout, padded_to="longest", max_length=8).filler())
+    shape = shape_of(PackCollator(layout=layout, padded_to="longest", max_length=8).empty())
     assert shape.rows == [[]] and shape.lengths.sum() == 0 and shape.computed == 2
 
 

@@ -188,5 +188,5 @@ def test_before_the_reference_has_run_there_is_a_page_without_ratios(tmp_path):
 
 
 def test_a_directory_without_an_experiment_is_refused(tmp_path):
-    with pytest.raises(PacktrainError, match="holds no experiment"):
+    with pytest.raises(PacktrainError, match="contains no comparison"):
         write_report([tmp_path])

@@ -74,5 +74,5 @@ def test_slugs_are_file_names():
 def test_a_report_that_cannot_be_written_is_our_error(tmp_path):
     (tmp_path / "file").touch()
     for path in (tmp_path / "file" / "report.html", tmp_path):  # below a file, and in the place of a directory
-        with pytest.raises(PacktrainError, match="can't be written"):
+        with pytest.raises(PacktrainError, match="cannot be written"):
             write_atomically(path, "text")

@@ -56,7 +56,7 @@ def test_every_damaged_file_is_found_and_the_older_checkpoint_taken(run_dir, dam
         DAMAGES[damage](newest / name)
         said = []
         assert find_last_checkpoint(run_dir, said.append)[0].name == f"checkpoint-{STEPS - 1}", name
-        assert len(said) == 1 and said[0].startswith(newest.name + " passed over")
+        assert len(said) == 1 and said[0].startswith(f"skipped {newest.name}: ")
         assert ("manifest" if name == MANIFEST else name) in said[0]
         (newest / name).write_bytes(whole)
 
@@ -81,7 +81,7 @@ def test_names_that_lead_out_of_the_directory_are_refused(run_dir, tmp_path):
     (tmp_path / "run/scheduler.pt").write_bytes((newest / "scheduler.pt").read_bytes())
     verify(newest, {"files": files})  # control
     for name in ("../scheduler.pt", str(newest / "scheduler.pt")):
-        with pytest.raises(CheckpointError, match="leads out of it"):
+        with pytest.raises(CheckpointError, match="points outside of it"):
             verify(newest, {"files": files | {name: files["scheduler.pt"]}})
 
 
@@ -103,7 +103,9 @@ def test_a_damaged_name_of_shards_is_found_like_any_damage(run_dir, text):
 def test_nothing_good_left_is_an_error_with_every_reason(run_dir):
     (run_dir / f"checkpoint-{STEPS}" / MANIFEST).unlink()
     truncate(run_dir / f"checkpoint-{STEPS - 1}/optimizer.pt")
-    with pytest.raises(CheckpointError, match="(?s)no checkpoint to resume from.*has no manifest.*optimizer.pt has"):
+    with pytest.raises(
+        CheckpointError, match="(?s)no valid checkpoint to resume from.*has no manifest.*optimizer.pt has"
+    ):
         find_last_checkpoint(run_dir)
 
 
@@ -118,7 +120,7 @@ def test_a_run_goes_on_from_the_older_checkpoint_and_ends_as_if_nothing_had_been
     console = Console(record=True, width=200)
     train(load_recipe(write_recipe(run_dir.parent)), resume=True, console=console)
     said = console.export_text()
-    assert f"checkpoint-{STEPS} passed over: is damaged: optimizer.pt has changed" in said
+    assert f"skipped checkpoint-{STEPS}: is damaged: optimizer.pt has changed" in said
     assert f"resuming after step {STEPS - 1} from checkpoint-{STEPS - 1}" in said
     assert same(weights(run_dir), weights(unbroken))
     verify(run_dir / f"checkpoint-{STEPS}", read_manifest(run_dir / f"checkpoint-{STEPS}"))  # written anew
@@ -128,11 +130,11 @@ def test_a_run_goes_on_from_the_older_checkpoint_and_ends_as_if_nothing_had_been
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("learning_rate=0.01", r"of another run.*training.learning_rate: 0.003 then, 0.01 now"),
-        ("num_rows=59", r"of another run.*data.num_rows: 60 then, 59 now.*the examples.*the plan"),
-        ("examples_per_step=12", r"of another run.*batching.examples_per_step.*the plan"),
-        ("model.config.num_hidden_layers=2", r"of another run.*model.config: "),
-        ("lora.r=4", r"of another run.*lora.r: unset then, 4 now"),
+        ("learning_rate=0.01", r"by another run.*training.learning_rate: was 0.003, is now 0.01"),
+        ("num_rows=59", r"by another run.*data.num_rows: was 60, is now 59.*the examples.*the plan"),
+        ("examples_per_step=12", r"by another run.*batching.examples_per_step.*the plan"),
+        ("model.config.num_hidden_layers=2", r"by another run.*model.config: "),
+        ("lora.r=4", r"by another run.*lora.r: was unset, is now 4"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused_with_the_differences(run_dir, override, message):
@@ -145,7 +147,7 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_differences(run_dir, ov
 def test_harmless_changes_are_accepted_when_allowed(run_dir, unbroken):
     changes = ["logging_steps=3", "max_tokens=2048", "batching.strategy=padding_free"]
     recipe = load_recipe(write_recipe(run_dir.parent), changes)
-    with pytest.raises(CheckpointError, match=r"(?s)max_tokens: 1024 then, 2048 now.*logging_steps.*--allow-changes"):
+    with pytest.raises(CheckpointError, match=r"(?s)max_tokens: was 1024, is now 2048.*logging_steps.*--allow-changes"):
         train(recipe, resume=True)
     console = Console(record=True, width=200)
     summary = train(recipe, resume=True, allow_changes=True, console=console)

@@ -88,7 +88,7 @@ def test_a_drive_that_is_read_only_from_the_beginning(drive, tmp_path):
     place = drive("-o", "remount,ro")
     recipe = on_the_drive(place, tmp_path)
     assert run(recipe) == 2
-    assert "nothing can be written there: Read-only file system" in log_of(recipe).replace("\n", " ")
+    assert "is not a writable directory: Read-only file system" in log_of(recipe).replace("\n", " ")
     assert "Traceback" not in log_of(recipe)
 
 
@@ -96,7 +96,7 @@ def test_a_place_that_can_not_be_a_directory(tmp_path):
     recipe = write_recipe(tmp_path)
     (tmp_path / "run").write_text("a file where the directory should be")
     assert run(recipe) == 2
-    assert "nothing can be written there" in log_of(recipe) and "Traceback" not in log_of(recipe)
+    assert "is not a writable directory" in log_of(recipe) and "Traceback" not in log_of(recipe)
 
 
 @pytest.mark.parametrize("after", [2, 5])

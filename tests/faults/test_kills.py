@@ -60,7 +60,7 @@ def test_killed_in_the_middle_of_a_save(tmp_path, unbroken, file):
     assert (half / UNFINISHED).exists() and not (half / MANIFEST).exists()
     said = []
     assert find_last_checkpoint(half.parent, said.append)[0].name == "checkpoint-4"
-    assert said == ["checkpoint-5 passed over: is unfinished: it has no manifest"]
+    assert said == ["skipped checkpoint-5: is unfinished: it has no manifest"]
     resume_and_compare(recipe, weights(unbroken))
 
 

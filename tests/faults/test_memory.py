@@ -136,7 +136,7 @@ def test_the_optimizers_states_are_named(tmp_path):
             torch.empty(MORE_THAN_ANY, dtype=torch.uint8)
 
     trainer.optimizer = Hungry(trainer.model.parameters())
-    with pytest.raises(OutOfMemory, match="(?s)update 0: .*states of the optimizer.*lora"):
+    with pytest.raises(OutOfMemory, match="(?s)update 0: .*optimizer states.*lora"):
         fit(trainer)
 
 

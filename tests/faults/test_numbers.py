@@ -21,7 +21,7 @@ POISON, BAD_EXAMPLE = VOCABULARY - 1, 17
 
 @pytest.fixture
 def examples() -> Examples:
-    """Sixty documents, of which one bears a token that the others don't have."""
+    """Sixty documents, of which one has a token that the others don't have."""
     rows = random_documents(long_tailed_lengths(60))
     for row in rows:
         row["input_ids"] = [min(token, POISON - 1) for token in row["input_ids"]]
@@ -66,7 +66,9 @@ def test_a_nan_in_the_data_stops_before_the_update_and_is_traced_to_its_micro_ba
     unharmed.add_callback(Leave())
     if step:
         unharmed.train()  # a control as well: without the NaN nothing is stopped
-    with pytest.raises(NonFiniteError, match=f"update {step} .*loss is not finite.*weights are those before it"):
+    with pytest.raises(
+        NonFiniteError, match=f"update {step} .*loss is not finite.*weights are those before this update"
+    ):
         trainer.train()
     assert trainer.state.global_step == step
     assert all(torch.equal(value, weights(unharmed)[name]) for name, value in weights(trainer).items())
@@ -105,7 +107,7 @@ def test_skipping_has_an_end(tmp_path):
     trainer = make_trainer(tmp_path, strategy="balanced", on_nonfinite="skip", max_skipped_updates=3)
     with torch.no_grad():
         next(trainer.model.parameters()).fill_(torch.nan)
-    with pytest.raises(NonFiniteError, match="update 3 .*after 3 that were left out"):
+    with pytest.raises(NonFiniteError, match="update 3 .*after 3 skipped updates"):
         trainer.train()
     assert len(records(tmp_path)) == 4
 

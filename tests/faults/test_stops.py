@@ -53,7 +53,7 @@ def test_a_signal_saves_once_and_the_run_goes_on_bitwise(tmp_path, unbroken, nam
     step = int(saved.name.removeprefix("checkpoint-"))
     assert is_sealed(saved) and 1 <= step < STEPS
     said = log_of(recipe)
-    assert f"stopped by {name} after step {step} of {STEPS}" in said and "go on with --resume" in said
+    assert f"stopped by {name} after step {step} of {STEPS}" in said and "continue with --resume" in said
     assert "Traceback" not in said and not (tmp_path / "run/model").exists()
     assert run(recipe, *NO_SAVES, "--resume") == 0, log_of(recipe)
     assert same(weights(tmp_path / "run"), weights(unbroken))
@@ -87,7 +87,7 @@ def test_the_second_signal_exits_at_once(tmp_path):
     (process,) = start_ranks(recipe, 1, resume=False, overrides=NO_SAVES[1:], trainer_class=Endless)
     wait_for(process, lambda: training(recipe) and "in the third update" in log_of(recipe))
     os.kill(process.pid, signal.SIGINT)
-    wait_for(process, lambda: "SIGINT: stopping after this update" in log_of(recipe))
+    wait_for(process, lambda: "SIGINT: the run stops after this update" in log_of(recipe))
     os.kill(process.pid, signal.SIGTERM)  # too soon to be a second one
     time.sleep(1.5 * PAUSE)
     assert process.is_alive(), log_of(recipe)
@@ -162,6 +162,7 @@ def updates_done(recipe: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
+@pytest.mark.ci
 @pytest.mark.slow
 def test_it_is_enough_that_one_rank_hears_it(tmp_path):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

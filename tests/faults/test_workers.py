@@ -55,8 +55,8 @@ def trainer_with(output_dir, stumble, **settings):
 @pytest.mark.parametrize(
     ("stumble", "seconds", "message"),
     [
-        (hang, 2, "gave out: .*timed out after 2 seconds"),
-        (die, 60, "gave out: .*(killed|exited unexpectedly)"),
+        (hang, 2, "did not answer in time: .*timed out after 2 seconds"),
+        (die, 60, "worker died: .*(killed|exited unexpectedly)"),
     ],
 )
 def test_a_worker_that_hangs_or_dies_ends_the_run(tmp_path, stumble, seconds, message):

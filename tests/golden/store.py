@@ -1,4 +1,4 @@
-"""Golden values: what the code gave when they were stored, beside the tests that ask for the same again.
+"""Golden values: what the code gave when they were stored, next to the tests that expect the same again.
 
     python -m tests.golden.store                 # rewrite all but the checkpoint from the code as it is
     python -m tests.golden.store plans tokens    # only these
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -42,6 +43,11 @@ def save(name: str, values: dict[str, Any]) -> None:
 def plain(value: Any) -> Any:
     """`value` as JSON gives it back."""
     return json.loads(json.dumps(value))
+
+
+def facts(message: str) -> list[str]:
+    """Returns what a message is about (the words before its first colon) and its numbers: its wording is free."""
+    return [message.partition(":")[0], *re.findall(r"[0-9][0-9,]*", message)]
 
 
 def exit_code(function: Callable[[Sequence[str]], None], args: Sequence[str]) -> int:

@@ -93,7 +93,7 @@ def test_a_stored_checkpoint_resumes(unpacked, capsys, named):
 
 def test_a_stored_checkpoint_of_another_seed_is_refused(unpacked, capsys):
     assert exit_code(main, ["train", "recipe.yaml", "--resume", "--set", "training.seed=1"]) == 2
-    assert "is of another run" in capsys.readouterr().err
+    assert "was saved by another run" in capsys.readouterr().err
 
 
 def test_a_damaged_stored_checkpoint_is_refused(unpacked, capsys):
@@ -101,4 +101,4 @@ def test_a_damaged_stored_checkpoint_is_refused(unpacked, capsys):
     path = unpacked / f"out/checkpoint-{BROKEN_AFTER}/model.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     assert exit_code(main, ["train", "recipe.yaml", "--resume"]) == 2
-    assert "passed over" in capsys.readouterr().err
+    assert "skipped checkpoint-3: is damaged" in capsys.readouterr().err

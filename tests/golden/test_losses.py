@@ -56,7 +56,7 @@ LORA = {
     for objective, strategy in (("token", "balanced"), ("example", "bfd"), ("masked", "pad_longest"), ("blocks", "bfd"))
 }
 CASES = FULL | LORA
-COUNTS = ("updates", "micro_batches_per_update", "examples", "real_tokens", "supervised_tokens", "filler_share")
+COUNTS = ("updates", "micro_batches_per_update", "examples", "real_tokens", "supervised_tokens", "padding_share")
 COUNTS += ("trainable_parameters", "frozen_parameters")
 
 

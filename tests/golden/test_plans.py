@@ -13,7 +13,7 @@ import pytest
 from packtrain import make_plan
 from packtrain.errors import PlanError
 from packtrain.packing.strategies import STRATEGIES
-from tests.golden.store import load, plain, save
+from tests.golden.store import facts, load, plain, save
 
 WORLD_SIZES = (1, 2, 4)
 SETTINGS: dict[str, dict] = {
@@ -45,7 +45,7 @@ def planned(strategy: str, setting: str, ranks: int) -> dict:
     try:
         plan = make_plan(lengths(), strategy=strategy, world_size=ranks, **SETTINGS[setting])
     except PlanError as error:
-        return {"refused": str(error)}
+        return {"refused": facts(str(error))}
     digest = hashlib.sha256()
     for step, rank in product(range(plan.total_steps), range(ranks)):
         batches = plan.micro_batches(step, rank)

@@ -16,7 +16,7 @@ from packtrain.data.examples import Examples, build_examples
 from packtrain.data.sources import open_rows
 from packtrain.errors import PacktrainError
 from packtrain.modeling.tokenizer import train_bpe
-from tests.golden.store import load, plain, save
+from tests.golden.store import facts, load, plain, save
 
 CORPUS = [
     "What is 2+2? It is 4. What is 30 + 12? It is 42.",
@@ -113,7 +113,7 @@ def shown(examples: Examples) -> dict:
         "blanks": examples.blanks.tolist(),
         "report": {key: value for key, value in report.items() if key not in ("notes", "skipped")},
         "notes": len(report["notes"]),
-        "skipped": [list(pair) for pair in report["skipped"]],
+        "skipped": [[where, *facts(why)[1:]] for where, why in report["skipped"]],
     }
 
 
@@ -123,7 +123,7 @@ def built(directory: Path, rows: list[Any], *, template: bool = True, **options:
     try:
         examples = build_examples(open_rows(path), tokenizer(template), cache_dir=directory / "cache", **options)
     except PacktrainError as error:
-        return {"refused": str(error).replace(str(directory), "DIRECTORY")}
+        return {"refused": facts(str(error).replace(str(directory), "DIRECTORY"))}
     return shown(examples)
 
 
@@ -198,7 +198,7 @@ def of_batches(directory: Path) -> dict:
             batch = PackCollator(loss_weighting=weighting, **options)(documents)
             values[f"{name}/{weighting}"] = {key: _value(value) for key, value in batch.items()}
         empty = PackCollator(**options)([])
-        values[f"{name}/filler"] = {key: _value(value) for key, value in empty.items()}
+        values[f"{name}/empty"] = {key: _value(value) for key, value in empty.items()}
     return values
 
 
@@ -240,6 +240,7 @@ def test_tokens_and_batches_are_those_stored(kind, tmp_path):
 
 def test_every_format_is_here(tmp_path):
     """The message about an unknown format names those that there are."""
-    refused = built(tmp_path, ROWS["text"], format="qqqq")["refused"]
-    known = [part.split(" (")[0].strip() for part in refused.partition("need: ")[2].split(";")]
+    with pytest.raises(PacktrainError) as refused:
+        build_examples(open_rows(written(tmp_path, ROWS["text"])), tokenizer(), format="qqqq")
+    known = [part.split(" (")[0].strip() for part in str(refused.value).partition("need: ")[2].split(";")]
     assert set(known) == {name.split()[0] for name in ROWS}

@@ -1,4 +1,4 @@
-"""Whether documents keep to themselves is asked before the first step, under every engine that lets it be asked."""
+"""Isolation is checked before the first step, under every engine that allows it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def leaking() -> nn.Module:
 
 def test_whole_weights_are_asked_wherever_they_will_be_taken():
     for device in (CPU, CUDA):  # DeepSpeed and FSDP move them later
-        with pytest.raises(ModelError, match="keep to themselves with sdpa: leaks"):
+        with pytest.raises(ModelError, match="attention leaks between documents of a flat batch with sdpa: leaks"):
             check_isolation(leaking(), "flat", device)
     assert "isolated" in check_isolation(tiny_llama("llama"), "flat", CPU, dtype=torch.bfloat16)
     assert "isolated" in check_isolation(tiny_llama("llama", attn_implementation="sdpa"), "flat", CPU)

@@ -110,7 +110,7 @@ GEMMA3 = {"model_type": "gemma3", "text_config": {"hiden_size": 8}}
             ["not a multiple of the number of attention heads"],
         ),
         (LLAMA | {"hidden_size": "big"}, "model.config", ["expected int, got str"]),
-        (LLAMA | {"attention_dropout": 7}, "model.config.attention_dropout", ["no probability", "from 0 up to 1"]),
+        (LLAMA | {"attention_dropout": 7}, "model.config.attention_dropout", ["must be a probability", "from 0 to 1"]),
         (LLAMA | {"vocab_size": 100}, "model.config.vocab_size", ["only 100", "a larger `vocab_size`"]),
     ],
 )

@@ -103,7 +103,7 @@ def test_a_real_end_token_keeps_its_label_where_it_is_also_the_padding_token():
     ("layout", "extra"), [("flat", {}), ("padded", {}), ("padded", {"padded_to": "max_length", "max_length": 6})]
 )
 def test_filler(layout, extra):
-    batch = PackCollator(layout=layout, pad_token_id=7, **extra).filler()
+    batch = PackCollator(layout=layout, pad_token_id=7, **extra).empty()
     width = extra.get("max_length", 2)
     assert batch["input_ids"].tolist() == [[7] * width]
     assert batch["labels"].tolist() == [[-100] * width]
@@ -118,7 +118,7 @@ def test_bad_rows_and_options():
     for rows in ([{"input_ids": []}], [{"input_ids": [1, 2], "labels": [1]}], [{"input_ids": [[1, 2]]}]):
         with pytest.raises(DataError, match="row 0 of the batch"):
             PackCollator()(rows)
-    with pytest.raises(PlanError, match="doesn't fit a row of 2"):
+    with pytest.raises(PlanError, match="does not fit into a row of 2"):
         PackCollator(layout="padded", padded_to="max_length", max_length=2)(TWO)
     for options in ({"layout": "flatt"}, {"loss_weighting": "tokens"}, {"padded_to": "max_length"}):
         with pytest.raises(PlanError):

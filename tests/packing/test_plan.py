@@ -192,7 +192,7 @@ def test_a_users_strategy_in_a_plan(sft_lengths):
         (dict(num_epochs=0), "num_epochs: must be"),
         (dict(num_epochs=float("nan")), "num_epochs: must be"),
         (dict(strategy="bdf"), "did you mean 'bfd'"),
-        (dict(tokens_per_step=100), "takes its steps by examples"),
+        (dict(tokens_per_step=100), "counts the examples of an update"),
         (dict(max_tokens=8), r"example 1 has 9 tokens, more than max_tokens = 8"),
         (dict(max_tokens=8, strategy="bfd"), r"example 1 has 9 tokens"),
         (dict(strategy="pad_max", max_length=7), r"example 1 has 9 tokens, more than max_length = 7"),

@@ -16,16 +16,16 @@ def test_by_hand():
     lengths = [2, 2, 2, 6]
     padded = describe(make_plan(lengths, strategy="pad_max", examples_per_step=4, max_tokens=12))
     assert (padded.updates, padded.gradient_accumulation_steps, padded.micro_batches) == (1, 2, 2)
-    assert padded.filler_share == pytest.approx(12 / 24) and padded.largest_micro_batch == 12
+    assert padded.padding_share == pytest.approx(12 / 24) and padded.largest_micro_batch == 12
     flat = describe(make_plan(lengths, strategy="balanced", examples_per_step=4, max_tokens=6, world_size=2))
-    assert flat.filler_share == 0 and flat.largest_micro_batch == 6 and flat.tokens == 12
+    assert flat.padding_share == 0 and flat.largest_micro_batch == 6 and flat.tokens == 12
     assert flat.balance == flat.token_balance == 1 and flat.examples_per_update == (4, 4.0, 4)
 
 
 def test_idle_ranks_and_filler_are_counted():
     """One example on two ranks: the second computes two filler tokens and waits."""
     report = describe(make_plan([8], strategy="balanced", world_size=2))
-    assert report.balance == 0.5 and report.filler_share == pytest.approx(2 / 10)
+    assert report.balance == 0.5 and report.padding_share == pytest.approx(2 / 10)
 
 
 def test_attention_cost_is_in_the_balance():
@@ -44,7 +44,7 @@ def test_a_sample_of_the_steps_tells_the_same(name, sft_lengths):
     whole, sample = describe(plan), describe(plan, sampled_steps=60)
     assert whole.sampled_updates == plan.total_steps and sample.sampled_updates == 60
     assert whole.updates == sample.updates and whole.micro_batches == sample.micro_batches
-    assert sample.filler_share == pytest.approx(whole.filler_share, abs=0.03)
+    assert sample.padding_share == pytest.approx(whole.padding_share, abs=0.03)
     assert whole.tokens == 4 * sft_lengths.sum()
     assert (whole.examples_split > 0) == STRATEGIES[name].splits
 

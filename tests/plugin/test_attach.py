@@ -148,15 +148,15 @@ def test_a_decoder_that_counts_positions_from_two(tmp_path, documents):
     assert np.abs(losses(from_zero)[0] - before[0]).max() > 1e-3
 
 
-def test_a_model_whose_documents_see_each_other_is_refused(tmp_path, documents, caplog):
+def test_a_model_that_leaks_between_documents_is_refused(tmp_path, documents, caplog):
     def trainer() -> Trainer:
         args = TrainingArguments(output_dir=str(tmp_path), **COMMON)
         return Trainer(audited_model("opt"), args, train_dataset=documents, data_collator=pad)
 
-    with pytest.raises(PacktrainError, match="don't keep to themselves"):
+    with pytest.raises(PacktrainError, match="attention leaks between documents"):
         packtrain.attach(trainer(), attn_implementation="sdpa")
     packtrain.attach(trainer(), attn_implementation="sdpa", allow_contamination=True)
-    assert "don't keep to themselves" in caplog.text
+    assert "attention leaks between documents" in caplog.text
     packtrain.attach(trainer())  # control: packtrain_varlen keeps them apart
 
 
@@ -170,13 +170,13 @@ def test_an_engine_is_no_reason_not_to_ask_the_model(tmp_path, documents, caplog
         setattr(made, f"is_{engine}_enabled", True)
         return made
 
-    with pytest.raises(PacktrainError, match="don't keep to themselves"):
+    with pytest.raises(PacktrainError, match="attention leaks between documents"):
         packtrain.attach(trainer(), attn_implementation="sdpa")
     assert "not checked" not in caplog.text
     sharded = trainer()
     next(sharded.model.parameters()).ds_id = 0
     packtrain.attach(sharded, attn_implementation="sdpa")
-    assert "whether documents see each other is not checked: weights are sharded already" in caplog.text
+    assert "whether attention leaks between documents was not checked: weights are sharded already" in caplog.text
 
 
 def test_what_has_no_effect_is_a_warning_and_what_changes_is_one_line(tmp_path, documents, caplog):
@@ -191,12 +191,12 @@ def test_what_has_no_effect_is_a_warning_and_what_changes_is_one_line(tmp_path, 
 
     (changed,) = told()
     assert re.fullmatch(
-        "packtrain: balanced lays out its training batches; use_cache True -> False; attn_implementation sdpa -> "
+        "packtrain: balanced lays out the training batches; use_cache True -> False; attn_implementation sdpa -> "
         r"packtrain_varlen; the loss of 4 documents is \d\.\d{4}, as before",
         changed,
     )
     assert any("neftune_noise_alpha" in line for line in told(neftune_noise_alpha=5.0))
-    assert any("router loss of each micro-batch" in line for line in told(router_loss=True))
+    assert any("router loss per micro-batch" in line for line in told(router_loss=True))
     assert any("dataloader_in_order" in line for line in told(dataloader_in_order=False, dataloader_num_workers=1))
     assert any("dispatch_batches" in line for line in told(accelerator_config={"dispatch_batches": True}))
 
@@ -295,12 +295,12 @@ class Epochs(TrainerCallback):
     ("changes", "options", "message"),
     [
         ({"dataloader_drop_last": True}, {}, "drops no example"),
-        ({"auto_find_batch_size": True}, {}, "the plan of all batches is made once"),
+        ({"auto_find_batch_size": True}, {}, "auto_find_batch_size: must be False"),
         ({"train_sampling_strategy": "group_by_length"}, {}, "orders examples itself"),
-        ({}, {"strategy": "bfd"}, "needs the size of a pack"),
+        ({}, {"strategy": "bfd"}, "max_tokens: must be set"),
         ({}, {"strategy": "balancd"}, "did you mean 'balanced'"),
-        ({}, {"max_tokens": 10}, "an example has .* tokens.*max_tokens|max_tokens.*an example has"),
-        ({"accelerator_config": {"use_seedable_sampler": False}}, {}, "no seed per epoch"),
+        ({}, {"max_tokens": 10}, "max_tokens: is too small: the longest example has"),
+        ({"accelerator_config": {"use_seedable_sampler": False}}, {}, "is not seeded per epoch"),
     ],
 )
 def test_contradictions_are_refused(tmp_path, documents, changes, options, message):
@@ -309,7 +309,7 @@ def test_contradictions_are_refused(tmp_path, documents, changes, options, messa
 
 
 def test_a_second_attach_is_refused(tmp_path, documents):
-    with pytest.raises(PacktrainError, match="attach once"):
+    with pytest.raises(PacktrainError, match="call attach once"):
         packtrain.attach(packtrain.attach(stock_trainer(tmp_path, documents)))
 
 
@@ -318,7 +318,7 @@ def test_random_masks_are_refused(tmp_path, documents, tokenizer):
     masking.mlm = True  # which it refuses to be built with where the tokenizer has no mask token
     args = TrainingArguments(output_dir=str(tmp_path), **COMMON)
     trainer = Trainer(tiny_model("llama"), args, train_dataset=documents, data_collator=masking)
-    with pytest.raises(PacktrainError, match="masks tokens at random"):
+    with pytest.raises(PacktrainError, match="data_collator.mlm: must be False"):
         packtrain.attach(trainer)
 
 

@@ -125,7 +125,9 @@ def test_asking_draws_no_random_numbers_and_leaves_training_mode(tmp_path, docum
 
 
 def test_labels_that_the_collator_makes_are_refused(tmp_path, documents):
-    with pytest.raises(PacktrainError, match=r"rows \d+.*its collator makes \d+ labels of them, packtrain reads \d+"):
+    with pytest.raises(
+        PacktrainError, match=r"rows \d+.*its collator makes \d+ labels of them, and packtrain reads \d+"
+    ):
         packtrain.attach(make(tmp_path, documents, collator=second_half))
     without = documents.remove_columns("labels").add_column("labels", [ids for ids in documents["input_ids"]])
     packtrain.attach(make(tmp_path, without))  # control: the same data, and a collator that makes none
@@ -149,7 +151,7 @@ def test_a_truncating_collator_is_noticed(tmp_path, documents):
     def shortened(features):
         return {name: rows[:, :12] for name, rows in pad(features).items()}
 
-    with pytest.raises(PacktrainError, match=r"makes \d+ tokens of them, train_dataset has \d+"):
+    with pytest.raises(PacktrainError, match=r"makes \d+ tokens of them, and train_dataset has \d+"):
         packtrain.attach(make(tmp_path, documents, collator=shortened))
 
 
@@ -157,7 +159,7 @@ def test_other_inputs_of_the_model_are_noticed(tmp_path, documents, tokenizer):
     tagged = documents.map(lambda row: {"token_type_ids": [i % 2 for i in range(len(row["input_ids"]))]})
     tagged = tagged.map(lambda row: {"labels": [-100] + [token % 2 for token in row["labels"][1:]]})
     collator = DataCollatorForTokenClassification(tokenizer)
-    with pytest.raises(PacktrainError, match="its batches have token_type_ids, too"):
+    with pytest.raises(PacktrainError, match="its batches also have token_type_ids"):
         packtrain.attach(make(tmp_path, tagged, model=bert(), collator=collator))
     packtrain.attach(make(tmp_path, tagged.remove_columns("token_type_ids"), model=bert(), collator=collator))
 
@@ -165,7 +167,7 @@ def test_other_inputs_of_the_model_are_noticed(tmp_path, documents, tokenizer):
 def test_a_loss_that_learns_first_tokens_is_refused(tmp_path, documents, tokenizer):
     classes = documents.map(lambda row: {"labels": [token % 2 for token in row["input_ids"]]})
     collator = DataCollatorForTokenClassification(tokenizer)
-    with pytest.raises(PacktrainError, match="learns the labels of first tokens.*give them -100"):
+    with pytest.raises(PacktrainError, match="includes the labels of first tokens.*set them to -100"):
         packtrain.attach(make(tmp_path, classes, model=bert(), collator=collator))
 
 
@@ -226,18 +228,18 @@ def test_what_packtrain_cannot_follow_is_refused(tmp_path, documents):
         with pytest.raises(PacktrainError, match=message):
             packtrain.attach(make(tmp_path, **{"documents": documents} | changes), **options or {})
 
-    refused("`get_train_dataloader` of its own", cls=OwnLoader)
-    refused("is made whenever a row is read", documents=documents.with_transform(lambda rows: rows))
+    refused("trainer: has its own `get_train_dataloader`", cls=OwnLoader)
+    refused("train_dataset: has a transform", documents=documents.with_transform(lambda rows: rows))
     refused("from_list", documents=list(documents))
-    refused("not a model of transformers", model=Plain())
-    refused("is not the name of a strategy", {"strategy": None})
+    refused("trainer.model: must be a transformers model", model=Plain())
+    refused("strategy: must be the name of a strategy", {"strategy": None})
     for tokens in ("64", -5, 0):
-        refused("is not a number of tokens", {"max_tokens": tokens})
+        refused("max_tokens: must be a positive integer", {"max_tokens": tokens})
     bart = BartConfig(vocab_size=320, d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16)
-    refused("this model reads two", model=BartForConditionalGeneration(bart))
+    refused("trainer.model: reads two sequences", model=BartForConditionalGeneration(bart))
     args = TrainingArguments(output_dir=str(tmp_path), **COMMON)
     builds = Trainer(model_init=lambda: tiny_model("llama"), args=args, train_dataset=documents, data_collator=pad)
-    with pytest.raises(PacktrainError, match="makes another model when training begins"):
+    with pytest.raises(PacktrainError, match="trainer.model_init: builds another model"):
         packtrain.attach(builds)
 
 
@@ -245,7 +247,7 @@ def test_a_bad_row_is_reported_with_what_can_be_done_here(tmp_path):
     rows = datasets.Dataset.from_dict({"input_ids": [[5, 6], []]})
     with pytest.raises(PacktrainError, match="row 1.*\n.*train_dataset.filter"):
         packtrain.attach(make(tmp_path, rows))
-    with pytest.raises(PacktrainError, match="no rows with a column 'input_ids'.*\n.*tokenise the rows"):
+    with pytest.raises(PacktrainError, match="must have rows with a column 'input_ids'.*\n.*tokenise the rows"):
         packtrain.attach(make(tmp_path, datasets.Dataset.from_dict({"text": ["one"]})))
 
 

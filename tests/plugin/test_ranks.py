@@ -31,6 +31,7 @@ def run(output_dir: Path, *, ranks: int, attached: bool) -> list[dict]:
     return [json.loads((output_dir / f"rank{rank}.json").read_text()) for rank in range(ranks)]
 
 
+@pytest.mark.ci
 @pytest.mark.slow  # three processes, each of which imports everything
 def test_two_attached_ranks_take_the_steps_of_one_stock_trainer(tmp_path):
     (stock,) = run(tmp_path / "stock", ranks=1, attached=False)

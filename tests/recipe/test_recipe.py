@@ -283,9 +283,9 @@ BAD: dict[str, tuple[str, list[str], list[str]]] = {
     "evaluation without data": (
         GOOD,
         ["training.eval_strategy=steps"],
-        ["training.eval_strategy: asks for evaluation", "data.eval_size"],
+        ["training.eval_strategy: needs evaluation data", "data.eval_size"],
     ),
-    "best model without data": (GOOD, ["load_best_model_at_end=true"], ["asks for evaluation"]),
+    "best model without data": (GOOD, ["load_best_model_at_end=true"], ["needs evaluation data"]),
     "an example that can't fit": (
         GOOD,
         ["max_tokens=1024"],
@@ -327,7 +327,7 @@ BAD: dict[str, tuple[str, list[str], list[str]]] = {
         ["accelerator_config={split_batches: true, non_blocking: true}"],
         ["accelerator_config: cannot set `split_batches`", "leave `non_blocking` out"],
     ),
-    "noise by rows": (GOOD, ["neftune_noise_alpha=5"], ["a row of this strategy is many documents", "pad_longest"]),
+    "noise by rows": (GOOD, ["neftune_noise_alpha=5"], ["a row of this strategy holds many documents", "pad_longest"]),
     "no steps": (GOOD, ["max_steps=0"], ["training.max_steps: must be greater than 0 (got 0)"]),
     "longer than any": (GOOD, ["max_length=100000000", "max_tokens=100000000"], ["data.max_length: must be at most"]),
     "a variable": (GOOD, ["output_dir=$HOME/out"], ["training.output_dir: has a `$` in it"]),
@@ -448,7 +448,7 @@ def test_secrets_are_refused_and_not_shown(tmp_path, key):
 
 
 def test_unreadable_files(tmp_path):
-    assert "No such file" in str(problems(tmp_path / "absent.yaml"))
+    assert "no such recipe" in str(problems(tmp_path / "absent.yaml"))
     assert "Is a directory" in str(problems(tmp_path))
     binary = tmp_path / "binary.yaml"
     binary.write_bytes(b"model: \xff\xfe")

@@ -64,6 +64,7 @@ def test_the_stored_table_is_what_the_stored_findings_say():
     assert (directory / "README.md").read_text() == markdown(sweep["header"], sweep["architectures"])
 
 
+@pytest.mark.ci
 @pytest.mark.slow  # starts processes that import everything
 def test_what_crashes_or_hangs_costs_its_own_row_only():
     found = dict(sweep(["llama", "lama", "bert"], seconds=60))

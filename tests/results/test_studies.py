@@ -40,6 +40,7 @@ def test_pages_are_those_of_the_stored_figures(study):
     assert (RESULTS / study / "README.md").read_text(encoding="utf-8") == page
 
 
+@pytest.mark.ci
 @pytest.mark.slow  # each imports torch and transformers
 @pytest.mark.parametrize("study", STUDIES)
 def test_the_command_runs_from_anywhere(study, tmp_path):

@@ -58,8 +58,10 @@ def check_implementation(name: str) -> None:
     known = ["auto", "eager", *AttentionInterface().valid_keys()]
     if name not in known and "/" not in name:
         near = did_you_mean(name, known)
-        hint = f"did you mean {near}?" if near else f"one of {', '.join(known)}"
-        raise ModelError("no such attention implementation", key="model.attn_implementation", value=name, fix=hint)
+        hint = f"did you mean {near}?" if near else f"choose one of {', '.join(known)}"
+        raise ModelError(
+            "is not a known attention implementation", key="model.attn_implementation", value=name, fix=hint
+        )
 
 
 def choose_implementation(requested: str, layout: str, device: torch.device | str, dtype: torch.dtype) -> str | None:
@@ -80,12 +82,12 @@ def choose_implementation(requested: str, layout: str, device: torch.device | st
         return NAME if layout == "flat" else None
     check_implementation(requested)
     device_type, key = torch.device(device).type, "model.attn_implementation"
-    fix = "use auto"
+    fix = "set it to auto"
     if requested.startswith("flash_attention") and (device_type != "cuda" or dtype not in HALF):
-        what = f"flash-attn runs on CUDA in float16 or bfloat16, not on {device_type} in {dtype}"
+        what = f"needs CUDA and float16 or bfloat16, and this run is on {device_type} in {dtype}"
         raise ModelError(what, key=key, value=requested, fix=fix)
     if requested == "flex_attention" and device_type == "cpu":
-        raise ModelError("flex attention has no backward pass on CPU", key=key, value=requested, fix=fix)
+        raise ModelError("has no backward pass on CPU", key=key, value=requested, fix=fix)
     return requested
 
 
@@ -122,7 +124,7 @@ def varlen_attention_forward(
         ModelError: documents that don't fit the row, or a packed layer that asks for what can't be done here.
     """
     if kwargs.get("cache") is not None:
-        raise refusal("continuous batching brings a paged cache of its own", "generate with sdpa")
+        raise refusal("continuous batching, which brings its own paged cache", "generate with sdpa")
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     pattern = Pattern(
@@ -172,16 +174,16 @@ def packed_pattern(
         return pattern  # a mask already holds the window
     for name in ("indices", "block_indices", "sinks"):
         if kwargs.get(name) is not None:
-            raise refusal(f"{type(module).__name__} passes `{name}` to its attention")
+            raise refusal(f"`{name}`, which {type(module).__name__} passes to its attention")
     if pattern.bias is not None and query.shape[0] > 1:
         raise refusal("a position bias for several rows of documents")
     if kwargs.get("output_attentions"):
-        raise refusal("attention weights are never formed", "don't ask for output_attentions")
+        raise refusal("output_attentions, because attention weights are never formed", "leave output_attentions out")
     if "sliding_window" in kwargs:
         return replace(pattern, window=kwargs["sliding_window"])
     window = unsaid_window(module)
     if window is not None and documents.longest > window:
-        what = f"{type(module).__name__} has a window of {window} but does not pass it to its attention"
+        what = f"the window of {window} that {type(module).__name__} does not pass to its attention"
         raise refusal(what, f"keep documents within {window} tokens, or use sdpa")
     return pattern
 
@@ -214,7 +216,7 @@ def find_documents(
             if len(documents.bounds) == 2:
                 return None
             shapes = f"queries {tuple(query.shape)} and keys {tuple(key.shape)}"
-            raise refusal(f"{type(module).__name__} attends from documents to something else: {shapes}")
+            raise refusal(f"attention from documents to something else, as in {type(module).__name__}: {shapes}")
         check_fit(documents, length, kwargs.get("cu_seq_lens_k"))
         return documents
     if not row_to_itself or mask is not None:
@@ -231,10 +233,10 @@ def check_fit(documents: Documents, length: int, cu_seq_lens_k: Tensor | None) -
     bounds = documents.bounds
     if bounds[0] != 0 or bounds[-1] != length or any(a >= b for a, b in pairwise(bounds)):
         shown = f"documents end at {bounds[-1]} of {length} tokens"
-        fix = "virtual tokens (prompt tuning) need a padded layout"
-        raise refusal(f"cu_seq_lens does not fit the row ({shown})", fix)
+        fix = "use a padded layout for virtual tokens (prompt tuning)"
+        raise refusal(f"cu_seq_lens that do not fit the row ({shown})", fix)
     if cu_seq_lens_k is not None and documents_of(cu_seq_lens_k, bounds_from_cu_seq_lens).bounds != bounds:
-        raise refusal("cu_seq_lens_k differs from cu_seq_lens_q")
+        raise refusal("cu_seq_lens_k that differs from cu_seq_lens_q")
 
 
 def documents_of(source: Tensor, read: Callable[[Tensor], tuple[int, ...]]) -> Documents:
@@ -262,5 +264,5 @@ def bounds_from_positions(position_ids: Tensor) -> tuple[int, ...]:
     return (*begins.flatten().nonzero().flatten().tolist(), rows * length)
 
 
-def refusal(what: str, fix: str = "use sdpa or eager, and let the audit check it") -> ModelError:
-    return ModelError(f"{NAME} cannot: {what}", key="model.attn_implementation", fix=fix)
+def refusal(what: str, fix: str = "use sdpa or eager, and check it with `packtrain audit`") -> ModelError:
+    return ModelError(f"{NAME} does not support {what}", key="model.attn_implementation", fix=fix)

@@ -274,7 +274,7 @@ def notes(subject: Subject) -> list[str]:
     losses = router_losses(subject.model, subject.documents, subject.start, subject.pad)
     if losses is None or abs(losses[0] - losses[1]) <= 1e-5 * abs(losses[0]):
         return []
-    return [f"the router's auxiliary loss counts filler: {losses[0]:.4f}, with more padding {losses[1]:.4f}"]
+    return [f"the router's auxiliary loss counts padding: {losses[0]:.4f}, with more padding {losses[1]:.4f}"]
 
 
 def router_losses(model: nn.Module, documents: list[Tensor], start: int, pad: int) -> tuple[float, float] | None:

@@ -45,21 +45,21 @@ def cause(finding: Finding, findings: Sequence[Finding], model: PreTrainedModel)
     if finding.mode == "prompt tuning":
         return "virtual tokens stand before the first document only, and peft drops position_ids"
     if finding.mode == "cache" and (isolated(mode="eval") or isolated(mode="eval", layout="flat")):
-        return "the cache is on: transformers looks for documents only without one"
+        return "the cache is on, and transformers separates documents only without one"
     if finding.layout == "masked" and isolated(layout="flat"):
-        return "an attention mask is there: transformers looks for documents only without one"
+        return "there is an attention mask, and transformers separates documents only without one"
     if recurrent := recurrent_layers(model):
         return recurrent_cause(model, recurrent)
     if finding.implementation == NAME and finding.calls == 0:
-        return "the model never calls the attention function it is given: its layers have attention of their own"
+        return "the model never calls the registered attention function: its layers have their own attention"
     if finding.verdict == "wrong":
         if "position_ids" not in inspect.signature(model.forward).parameters:
-            return "the model does not take position_ids: positions run on from document to document"
+            return "the model does not take position_ids, so positions run on from document to document"
         if finding.implementation == NAME and any(isolated(implementation=name) for name in ("sdpa", "eager")):
             return WORKS_ON_MASKS
         return None
     if finding.implementation == NAME and finding.layout == "flat":
-        return "something beside its attention reaches over documents"
+        return "something other than its attention leaks between documents"
     masks = mask_builders(type(model))
     if finding.layout != "padded":
         if any("bidirectional" in name for name, _ in masks):
@@ -86,7 +86,7 @@ def recurrent_cause(model: nn.Module, layers: list[str]) -> str:
     shown = ", ".join(layers[:2])
     if "seq_idx" in source or "cu_seqlens" in source or "cu_seq_lens" in source:
         return f"{shown} separates documents only in its CUDA kernels, which are not in use here"
-    return f"{shown} runs along the row from document to document, and takes no seq_idx"
+    return f"{shown} runs along the row from document to document, and does not take seq_idx"
 
 
 @lru_cache
@@ -143,5 +143,7 @@ def advice(findings: Sequence[Finding]) -> list[str]:
         lines.append(f"padded batches are safe with {' and '.join(padded)}")
     by_cache = [f for f in findings if f.mode == "cache" and f.layout == "flat" and f.verdict == "leaks"]
     if by_cache:
-        lines.append(f"keep use_cache=False ({', '.join(sorted({f.implementation for f in by_cache}))} leak with it)")
+        lines.append(
+            f"keep use_cache=False (a cache leaks with {', '.join(sorted({f.implementation for f in by_cache}))})"
+        )
     return lines

@@ -110,7 +110,7 @@ def tiny_model(architecture: str, *, seed: int = 0, **fields: Any) -> PreTrained
     if architecture not in CONFIG_MAPPING:
         near = did_you_mean(architecture, CONFIG_MAPPING)
         fix = f"did you mean {near}?" if near else "name a model_type of transformers"
-        raise ModelError("no such architecture", value=architecture, fix=fix)
+        raise ModelError("is not an architecture of transformers", value=architecture, fix=fix)
     try:
         config = CONFIG_MAPPING[architecture](**shrunk(CONFIG_MAPPING[architecture]()) | fields)
         with torch.random.fork_rng(devices=[]):
@@ -120,7 +120,9 @@ def tiny_model(architecture: str, *, seed: int = 0, **fields: Any) -> PreTrained
     except Exception as error:  # whatever an architecture may raise: the audit of the others goes on
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         fix = "audit a checkpoint of it, or give a config"
-        raise ModelError(f"no tiny model can be made of it: {reason}", value=architecture, fix=fix) from error
+        raise ModelError(
+            f"a tiny model of this architecture cannot be built: {reason}", value=architecture, fix=fix
+        ) from error
     return model.float().eval()
 
 

@@ -63,7 +63,7 @@ class Finding:
             return f": {self.error}" + (f"; {self.cause}" if self.cause else "")
         if self.verdict == UNCLEAR:
             return ": the outputs hardly depend on the context"
-        pairs = [f"{i} sees {j}" for i, j in self.sees[:3]]
+        pairs = [f"document {j} into {i}" for i, j in self.sees[:3]]
         more = [f"{len(self.sees) - 3} more"] if len(self.sees) > 3 else []
         seen = f" ({', '.join(pairs + more)})" if pairs else ""
         return seen + (f"; {self.cause}" if self.cause else "")
@@ -75,18 +75,24 @@ class Finding:
 
     def refuse(self, *, allow_contamination: bool = False) -> None:
         """Raises ModelError on a leak or a wrong result, unless that is allowed; then, and where the check could
-        not be made, it is a warning."""
+        not be made, it logs a warning."""
         if self.verdict in (REFUSED, UNCLEAR):
-            logger.warning("whether documents of a %s batch keep to themselves is %s", self.layout, self.what())
+            logger.warning(
+                "whether attention leaks between documents of a %s batch is not known: %s", self.layout, self.what()
+            )
         if self.verdict not in (LEAKS, WRONG):
             return
-        what = f"documents of a {self.layout} batch don't keep to themselves with {self.implementation}: {self.what()}"
+        if self.verdict == LEAKS:
+            problem = f"attention leaks between documents of a {self.layout} batch with {self.implementation}"
+        else:
+            problem = f"documents of a {self.layout} batch have other outputs than alone with {self.implementation}"
+        what = f"{problem}: {self.what()}"
         if allow_contamination:
             logger.warning(what)
             return
         fix = (
-            "`packtrain audit` says which attn_implementation is safe, a padded strategy (pad_longest) mostly is; "
-            "allow_contamination: true trains anyway"
+            "run `packtrain audit` to find a safe attn_implementation, or choose a padded strategy (pad_longest), which "
+            "is mostly safe; allow_contamination: true trains anyway"
         )
         raise ModelError(what, key="model.attn_implementation", value=self.implementation, fix=fix)
 
@@ -142,7 +148,7 @@ class AuditReport:
             largest = max(max(effect.by_content, effect.by_amount) for effect in effects)
             names = ", ".join(effect.implementation for effect in effects)
             verb = "reaches" if reaches else "does not reach"
-            yield f"  {side} filler {verb} real tokens (by at most {largest:.1g}; {names})"
+            yield f"  {side} padding {verb} real tokens (by at most {largest:.1g}; {names})"
         yield from (f"  {line}" for line in self.notes + self.advice)
 
     def _table(self) -> Iterator[str]:

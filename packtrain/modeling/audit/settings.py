@@ -77,7 +77,7 @@ def using(model: nn.Module, implementation: str | None) -> Iterator[None]:
     try:
         inner.set_attn_implementation(implementation)
         if inner.config._attn_implementation != implementation:
-            raise ModelError(f"{type(inner).__name__} does not look its attention up by name")
+            raise ModelError(f"{type(inner).__name__} does not look up its attention by name")
         yield
     finally:
         if inner.config._attn_implementation != before:
@@ -119,7 +119,7 @@ def switch_checkpointing(model: nn.Module, to: str, *options: dict) -> None:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Silences the warnings of libraries while open: an audit tries what nobody should do, and says what came of it."""
+    """Silences the warnings of libraries while open: an audit tries what nobody should do, and reports the result itself."""
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:

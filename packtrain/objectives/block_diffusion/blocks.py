@@ -43,7 +43,7 @@ from packtrain.modeling.attention.varlen import bounds_from_cu_seq_lens, documen
 from packtrain.objectives.causal import CAUSAL_LM
 from packtrain.objectives.examples import DerivedExamples
 from packtrain.packing.collator import IGNORED, Batch, PackCollator, collate_flat
-from packtrain.packing.scopes import FILLER_TOKENS
+from packtrain.packing.scopes import EMPTY_TOKENS
 from packtrain.packing.shuffle import derive_key
 
 COPIES = 3  # view 1, view 2, clean
@@ -78,7 +78,7 @@ class ViewedExamples(DerivedExamples):
     def report(self) -> DataReport:
         """The examples' own report, and what their views are."""
         old, tokens = self.examples.report, int(self.lengths.sum())
-        what = f"views: {COPIES} copies of every example, filled to blocks of {self.block_size}"
+        what = f"views: {COPIES} copies of every example, padded to blocks of {self.block_size}"
         note = f"{what}: {old.tokens:,} tokens are laid out as {tokens:,}"
         return replace(old, notes=(*old.notes, note))
 
@@ -146,7 +146,9 @@ class BlockCollator(PackCollator):
     ):
         if layout != "flat":
             fix = "choose a flat strategy, such as balanced or padding_free"
-            raise PlanError("block diffusion is laid out flat", key="batching.strategy", value=layout, fix=fix)
+            raise PlanError(
+                "must have the flat layout for block diffusion", key="batching.strategy", value=layout, fix=fix
+            )
         super().__init__(layout="flat", pad_token_id=mask_token_id)
         self.mask_token_id, self.block_size = mask_token_id, block_size
         self.seed, self.epoch, self.eps = seed, epoch, eps
@@ -186,9 +188,9 @@ class BlockCollator(PackCollator):
         batch["position_ids"] = torch.from_numpy(np.concatenate(positions))[None]
         return batch
 
-    def filler(self) -> Batch:
+    def empty(self) -> Batch:
         """Makes the micro-batch of a rank that has no examples left in a step."""
-        row = {"input_ids": np.full(FILLER_TOKENS, self.mask_token_id), "labels": np.full(FILLER_TOKENS, IGNORED)}
+        row = {"input_ids": np.full(EMPTY_TOKENS, self.mask_token_id), "labels": np.full(EMPTY_TOKENS, IGNORED)}
         return self([row | {"example_id": -1}])
 
     def _noised(self, clean: np.ndarray, labels: np.ndarray, example_id: int) -> tuple[np.ndarray, np.ndarray]:
@@ -264,12 +266,12 @@ def block_attention(
         ModelError: another batch, or a sliding window that the documents exceed.
     """
     if kwargs.get("cu_seq_lens_q") is None or attention_mask is not None:
-        fix = "for anything else set another attention, for example sdpa"
-        raise ModelError("block attention reads batches of a BlockCollator only", key="objective.name", fix=fix)
+        fix = "set another attention for other batches, for example sdpa"
+        raise ModelError("block attention works only on batches of a BlockCollator", key="objective.name", fix=fix)
     documents = documents_of(kwargs["cu_seq_lens_q"], bounds_from_cu_seq_lens)
     window = kwargs.get("sliding_window")
     if window is not None and documents.longest > COPIES * window:
-        what = f"the model has a window of {window}, which block attention doesn't apply"
+        what = f"the model has a window of {window}, which block attention does not apply"
         fix = f"keep examples within {window} tokens"
         raise ModelError(what, key="data.max_length", value=documents.longest // COPIES, fix=fix)
     lengths = [length // COPIES for length in documents.lengths]

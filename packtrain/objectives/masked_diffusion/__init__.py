@@ -33,17 +33,21 @@ def _tail_has_a_canvas(settings: Settings, strategy: Strategy) -> Verdicts:
         fix = "choose `batch_max`, `fixed`, `multiple_of` or `sampled` for every tail but `none`"
         yield "objective.canvas", f"does not go with the tail `{tail}`", fix
     elif (size is None) != (canvas in (None, "batch_max")):
-        yield "objective.canvas_size", f"does not go with the canvas `{canvas}`", "give tokens to all but `batch_max`"
+        yield (
+            "objective.canvas_size",
+            f"does not go with the canvas `{canvas}`",
+            "give a number of tokens for every canvas but `batch_max`, and none for that one",
+        )
     if settings["data.overflow"] in ("truncate", "split"):
         fix = "drop long rows (`overflow: drop`), or raise `data.max_length`"
-        yield "data.overflow", "cuts answers, and an answer that was cut has no end to learn", fix
+        yield "data.overflow", "cuts answers, and a truncated answer has no end to learn", fix
 
 
 def _remote_code_sees_no_padding(settings: Settings, strategy: Strategy) -> Verdicts:
     if not settings["model.trust_remote_code"]:
         return
     if settings["objective.canvas"] != "batch_max" or strategy.padded_to != "longest":
-        what = "lays out padding or several documents in a row, which models like LLaDA and Dream can't tell apart"
+        what = "lays out padding or several documents in a row, which models like LLaDA and Dream cannot separate"
         fix = "use `objective.canvas: batch_max` with a strategy that pads to the longest document, such as group_by_length"
         yield "batching.strategy", what, fix
 

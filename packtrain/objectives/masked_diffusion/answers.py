@@ -68,8 +68,13 @@ def load_trained(recipe: Recipe) -> Trained:
         PacktrainError: another objective, nothing trained yet, or trained with other tokens.
     """
     if not recipe.objective.answers:
-        what = "can't be sampled by diffusion"
-        raise PacktrainError(what, key="objective.name", value=recipe.objective.name, fix="name masked_diffusion")
+        what = "cannot be sampled by diffusion"
+        raise PacktrainError(
+            what,
+            key="objective.name",
+            value=recipe.objective.name,
+            fix="use a recipe with `objective.name: masked_diffusion`",
+        )
     directory = Path(recipe.training["output_dir"]) / "model"
     if not directory.is_dir():
         fix = "train the recipe first"
@@ -77,8 +82,8 @@ def load_trained(recipe: Recipe) -> Trained:
     task, section = load_task(recipe), recipe.model
     saved = ModelSection(model_name_or_path=str(directory), trust_remote_code=section.trust_remote_code)
     if load_tokenizer(saved).get_vocab() != task.tokenizer.get_vocab():
-        what = "was trained with other tokens than this recipe has"
-        fix = "repeat the --set options of the training, those of data and objective above all"
+        what = "was trained with different tokens than this recipe has"
+        fix = "pass the same --set options as for training, especially those of data and objective"
         raise PacktrainError(what, key="training.output_dir", value=str(directory), fix=fix)
     attention = "sdpa" if section.trust_remote_code else NAME
     if (directory / "adapter_config.json").exists():
@@ -132,7 +137,7 @@ def evaluate(
     examples, tail = trained.examples, trained.tokens.tail
     ids = [i for i in range(len(examples)) if examples.answers[i] < min(lengths)][:prompts]
     if not ids:
-        fix = f"begin with {int(examples.answers.min()) + 1} or more"
+        fix = f"choose {int(examples.answers.min()) + 1} or more for the shortest"
         raise PacktrainError("is too short for every answer", key="lengths", value=min(lengths), fix=fix)
     asked, references = zip(*(split_example(examples, i) for i in ids), strict=True)
     judge, reference_length = judge_of(trained, references), sum(map(len, references)) / len(references)

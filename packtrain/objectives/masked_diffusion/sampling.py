@@ -66,19 +66,21 @@ class Sampling:
     def __post_init__(self):
         for key, known in (("remasking", get_args(Remasking)), ("end_token_policy", get_args(EndTokenPolicy))):
             if getattr(self, key) not in known:
-                fix = f"known: {', '.join(known)}"
-                raise PacktrainError("is not known", key=key, value=getattr(self, key), fix=fix)
+                fix = f"choose one of {', '.join(known)}"
+                raise PacktrainError("is not a valid choice", key=key, value=getattr(self, key), fix=fix)
 
     def blocks(self, canvas_length: int) -> tuple[int, int, int]:
         """Returns (blocks, tokens per block, steps per block). Raises PacktrainError where they don't come out even."""
         length = self.block_length or canvas_length
         if canvas_length % length:
-            what = f"does not divide a canvas of {canvas_length}"
+            what = f"must divide the canvas of {canvas_length} tokens"
             raise PacktrainError(what, key="block_length", value=length, fix="choose a divisor, or another length")
         blocks = canvas_length // length
         if self.steps % blocks or self.steps < blocks:
-            what = f"is not a multiple of the {blocks} blocks"
-            raise PacktrainError(what, key="steps", value=self.steps, fix="every block takes the same number of steps")
+            what = f"must be a multiple of the {blocks} blocks"
+            raise PacktrainError(
+                what, key="steps", value=self.steps, fix="choose the same number of steps for every block"
+            )
         return blocks, length, self.steps // blocks
 
 

@@ -59,7 +59,7 @@ class Tail:
         expected = {"none": "0", "eos": "0", "single": "1"}.get(self.kind, "2 or more")
         count = len(self.pad_token_ids)
         if not (count >= 2 if expected == "2 or more" else count == int(expected)):
-            what = f"a tail of kind {self.kind!r} has {expected} pad tokens"
+            what = f"a tail of kind {self.kind!r} must have {expected} pad tokens"
             raise DataError(what, key="objective.pad_tokens", value=count)
         if len({self.eos_token_id, *self.pad_token_ids}) != count + 1:
             what = "eos and pad tokens of a tail must all differ"
@@ -97,7 +97,10 @@ class Canvas:
         if (self.size is None) != (self.policy == "batch_max") or (self.size is not None and self.size < 1):
             fix = "leave it out for batch_max, and give a number of tokens for the others"
             raise DataError(
-                f"does not fit the canvas policy {self.policy!r}", key="objective.canvas_size", value=self.size, fix=fix
+                f"does not go with the canvas policy {self.policy!r}",
+                key="objective.canvas_size",
+                value=self.size,
+                fix=fix,
             )
 
     def lengths(self, needed: np.ndarray, *, seed: int = 0) -> np.ndarray:
@@ -118,7 +121,7 @@ class Canvas:
             return -(-needed // self.size) * self.size
         if len(too_long := np.flatnonzero(needed > self.size)):
             first = int(too_long[0])
-            what = f"{len(too_long):,} answers do not fit, the first is example {first} with {needed[first]} tokens"
+            what = f"{len(too_long):,} answers do not fit; the first is example {first} with {needed[first]} tokens"
             fix = f"raise it to {needed.max()} or more"
             raise DataError(what, key="objective.canvas_size", value=self.size, fix=fix)
         if self.policy == "fixed":
@@ -159,7 +162,7 @@ class TailedExamples(DerivedExamples):
         if report.truncated_rows or report.split_rows:
             cut = report.truncated_rows + report.split_rows
             fix = "drop them (`data.overflow: drop`) or raise `data.max_length`"
-            raise DataError("an answer that was cut has no end to learn", key="data.overflow", value=cut, fix=fix)
+            raise DataError("a truncated answer has no end to learn", key="data.overflow", value=cut, fix=fix)
         self.examples, self.tail, self.canvas, self.seed = examples, tail, canvas, seed
         self.contents, self.answers, supervised = _measure(examples, tail)
         canvases = self.answers + 1
@@ -242,7 +245,7 @@ def _measure(examples: Examples, tail: Tail) -> tuple[np.ndarray, np.ndarray, np
         answers[ids] = kept[ids] - gap - 1
         if np.isin(input_ids, tail.pad_token_ids).any():
             document = np.repeat(ids, lengths)[np.isin(input_ids, tail.pad_token_ids)][0]
-            fix = "name reserved tokens that no text contains, or leave them out to have new ones"
+            fix = "name reserved tokens that no text contains, or leave them out to add new ones"
             what = f"example {document} contains a pad token of the tail"
             raise DataError(what, key="objective.pad_tokens", value=tail.pad_token_ids, fix=fix)
     return kept, answers, supervised

@@ -40,7 +40,7 @@ class FiniteUpdates:
 
     def __init__(self, trainer: Trainer, on_nonfinite: Literal["stop", "skip"], max_skipped: int):
         if on_nonfinite == "skip" and trainer.is_deepspeed_enabled:
-            what, fix = "can't be had with DeepSpeed, which updates in the backward pass", "use stop"
+            what, fix = "is not supported with DeepSpeed, which updates in the backward pass", "set it to stop"
             raise PacktrainError(what, key="batching.on_nonfinite", value="skip", fix=fix)
         self.trainer, self.on_nonfinite, self.max_skipped = trainer, on_nonfinite, max_skipped
         self.skipped = 0
@@ -99,15 +99,15 @@ class FiniteUpdates:
             self.skipped += 1
             if self.trainer.is_world_process_zero():
                 left_out = f"{self.skipped} of at most {self.max_skipped}, examples in {path}"
-                logger.warning("update %d is left out: its %s is not finite (%s)", step, what, left_out)
+                logger.warning("skipped update %d: its %s is not finite (%s)", step, what, left_out)
             return
-        skipped = f", after {self.skipped} that were left out" if self.skipped else ""
+        skipped = f", after {self.skipped} skipped update{'s' if self.skipped > 1 else ''}" if self.skipped else ""
         where = f"update {step} (rank {found[0]['rank']}, micro-batch {found[0]['micro_batch']})" if found else ""
         shown = ", ".join(map(str, ids[:SHOWN])) + (f" and {len(ids) - SHOWN} more" if len(ids) > SHOWN else "")
         raise NonFiniteError(
-            f"the {what} is not finite{skipped}; the weights are those before it. Examples {shown}",
+            f"the {what} is not finite{skipped}; the weights are those before this update (examples {shown})",
             where=where,
-            fix=f"look at them by `packtrain show RECIPE --examples {path}`; lower the learning rate, mend the data, "
+            fix=f"look at them with `packtrain show RECIPE --examples {path}`; lower the learning rate, fix the data, "
             "or set batching.on_nonfinite: skip",
         )
 

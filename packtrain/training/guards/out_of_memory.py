@@ -57,7 +57,7 @@ def explaining_out_of_memory(
 def of_optimizer(step: int) -> OutOfMemory:
     """Returns the error for memory that ran out in update `step` while no micro-batch was being computed."""
     return OutOfMemory(
-        "out of memory outside of the micro-batches, most likely for the states of the optimizer",
+        "out of memory outside of the micro-batches, most likely for the optimizer states",
         where=f"update {step}",
         fix="train an adapter (lora:), shard the states over ranks (launch/), or choose another training.optim",
     )
@@ -75,7 +75,7 @@ def _of_batch(batch: Mapping[str, Any], where: str, max_tokens: int, args: Train
         f"the longest of {int(lengths.max()):,}, {int((labels != -100).sum()):,} supervised"
     )
     knob = f"lower batching.max_tokens (it is {max_tokens:,}; the updates stay the same)"
-    fixes = [knob if documents > 1 else "lower data.max_length: a document is a micro-batch by itself"]
+    fixes = [knob if documents > 1 else "lower data.max_length: this document is a micro-batch by itself"]
     if not checkpoints_activations(args):
         fixes.append("set training.gradient_checkpointing: true")
     if layout:
@@ -107,12 +107,15 @@ class ProbeMemory(TrainerCallback):
         """Returns whether to try: by default on a device with its own memory.
 
         Raises:
-            PacktrainError: asked for with DeepSpeed.
+            PacktrainError: requested with DeepSpeed.
         """
         if trainer.is_deepspeed_enabled:
             if asked:
-                what, fix = "can't be had with DeepSpeed, which keeps what a backward pass gives", "leave it out"
-                fix += "; `packtrain plan RECIPE --memory 80GiB` says what the run needs"
+                what, fix = (
+                    "is not supported with DeepSpeed, which keeps the gradients of every backward pass",
+                    "leave it out",
+                )
+                fix += "; `packtrain plan RECIPE --memory 80GiB` estimates what the run needs"
                 raise PacktrainError(what, key="batching.probe_memory", value=True, fix=fix)
             return False
         return trainer.args.device.type != "cpu" if asked is None else asked

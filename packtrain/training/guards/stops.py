@@ -62,8 +62,8 @@ class StopOnSignal(TrainerCallback):
             return
         self.heard, self._heard_at = number, time.monotonic()
         name = signal.Signals(number).name
-        once_more = f"once more, after {PAUSE:.0f} seconds, stops at once"
-        os.write(2, f"{name}: stopping after this update, with a checkpoint; {once_more}\n".encode())
+        once_more = f"another signal after {PAUSE:.0f} seconds stops it at once"
+        os.write(2, f"{name}: the run stops after this update, with a checkpoint; {once_more}\n".encode())
 
     def on_step_end(self, args, state, control, **kwargs):
         heard = torch.tensor([self.heard], device=args.device)
@@ -82,4 +82,4 @@ class StopOnSignal(TrainerCallback):
             return None
         checkpoint = Path(self.trainer.args.output_dir, f"checkpoint-{state.global_step}")
         what = f"stopped by {signal.Signals(self.agreed).name} after step {state.global_step} of {state.max_steps}"
-        return Stopped(what, where=str(checkpoint), fix="go on with --resume")
+        return Stopped(what, where=str(checkpoint), fix="continue with --resume")

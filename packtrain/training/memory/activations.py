@@ -122,9 +122,9 @@ def count_activations(build: Callable[[Any], nn.Module], config: Any, *, autocas
         per_token[layers] = [(b - a) / (n - m) for (a, b), (m, n) in zip(pairwise(kept), pairwise(TOKENS), strict=True)]
     shorter, layer = (two - one for one, two in zip(per_token[1], per_token[2], strict=True))
     if layer <= 0:
-        raise ValueError("num_hidden_layers is not how many layers it has")
+        raise ValueError("num_hidden_layers is not the number of its layers")
     if layer > LINEAR * shorter:
-        raise ValueError("a token keeps more the longer its row, as where attention of its own keeps all scores")
+        raise ValueError("a token keeps more in a longer row, as when the model's own attention keeps all scores")
     embedding = backbone.get_input_embeddings().weight
     return Activations(
         layer=layer,

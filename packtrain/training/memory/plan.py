@@ -165,7 +165,7 @@ def describe_model(recipe: Recipe) -> ModelMemory:
     """Describes parameters and activations of the recipe's model, from shapes alone: no weights are read or made.
 
     Raises:
-        ModelError: the model can't be had, takes no such adapter, or keeps activations that nobody can count.
+        ModelError: the model can't be loaded, does not take the adapter, or keeps activations that nobody can count.
     """
     import torch
 
@@ -209,8 +209,8 @@ def _countable(config: Any) -> Iterator[None]:
         if isinstance(error, ModelError) and COUNTING not in str(error):
             raise
         own = isinstance(error, ModelError)  # it looks the name up among those it knows
-        why = "it takes no attention but its own" if own else f"{type(error).__name__}: {error}".splitlines()[0]
-        what = f"the activations of {config.model_type} can't be counted: {why}"
+        why = "it supports only its own attention" if own else f"{type(error).__name__}: {error}".splitlines()[0]
+        what = f"the activations of {config.model_type} cannot be counted: {why}"
         fix = "leave --memory out; batching.probe_memory: true tries the largest micro-batch before the first update"
         raise ModelError(what, key="--memory", fix=fix) from error
 
@@ -265,5 +265,5 @@ def parse_bytes(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*((?:[KMGT]I?)?B)\s*", text.upper())
     amount = float(match[1]) * UNITS[match[2]] if match else 0
     if not 1 <= amount < math.inf:
-        raise PlanError("is not an amount of memory", key="--memory", value=text, fix="write for example 80GiB")
+        raise PlanError("must be an amount of memory", key="--memory", value=text, fix="write for example 80GiB")
     return int(amount)

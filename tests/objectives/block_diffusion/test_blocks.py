@@ -225,7 +225,7 @@ def test_packed_equals_separate(family):
     packed, separate = step([collator()(documents)]), step([collator()([row]) for row in documents])
     assert packed[0] == pytest.approx(separate[0], rel=1e-6)
     assert (packed[1] - separate[1]).norm() < 1e-5 * separate[1].norm()
-    filled = step([collator()(documents), collator().filler()])
+    filled = step([collator()(documents), collator().empty()])
     assert filled[0] == pytest.approx(packed[0], rel=1e-7)
 
 

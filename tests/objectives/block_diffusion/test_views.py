@@ -37,7 +37,7 @@ def test_lengths_are_what_is_laid_out(viewed):
 
 def test_the_report_says_what_views_cost(viewed):
     said = viewed.report.lines()[-1]
-    assert said == "views: 3 copies of every example, filled to blocks of 2: 7 tokens are laid out as 24"
+    assert said == "views: 3 copies of every example, padded to blocks of 2: 7 tokens are laid out as 24"
     assert viewed.report.tokens == 7, "what was read is counted as it was read"
 
 

@@ -65,11 +65,11 @@ def plan_held_out(recipe: Recipe, lengths: np.ndarray, *, layout: str) -> Plan:
 def test_train_sample_evaluate(recipe_path, overrides):
     recipe = load_recipe(recipe_path, overrides)
     summary = train(recipe, console=QUIET)
-    assert summary.filler_share == 0 and summary.updates == 12
+    assert summary.padding_share == 0 and summary.updates == 12
     assert len(sample(recipe, ["Mia has 3 coins.\n"], length=8)) == 1
     table = evaluate(recipe, lengths=[64], blocks=[1, 4], prompts=2, steps=8)
     assert table.count("\n") == 3 and (Path(summary.output_dir) / "evaluation/evaluation.json").exists()
-    with pytest.raises(PacktrainError, match="other tokens"):
+    with pytest.raises(PacktrainError, match="different tokens"):
         sample(load_recipe(recipe_path, [*overrides, "data.num_rows=50"]), ["Mia has 3 coins.\n"], length=8)
 
 
@@ -260,7 +260,7 @@ def test_contradictions(recipe_path, overrides, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["evaluate", "--lengths", "64,x"], "is not a list of numbers"),
+        (["evaluate", "--lengths", "64,x"], "must be a list of positive integers"),
         (["evaluate", "--lengths", "64"], "there is no model yet"),
         (["sample", "--prompt", "1 + 1"], "there is no model yet"),
     ],
