@@ -123,7 +123,9 @@ def refused_by(library: str, key: str, names: Iterable[str] = ()) -> Iterator[No
 def require(*packages: str, extra: str) -> None:
     """Raises PacktrainError where packages of an extra are not installed."""
     if missing := [name for name in packages if find_spec(name) is None]:
-        raise PacktrainError(f"this needs {' and '.join(missing)} (not installed)", fix=f"pip install 'packtrain[{extra}]'")
+        raise PacktrainError(
+            f"this needs {' and '.join(missing)} (not installed)", fix=f"pip install 'packtrain[{extra}]'"
+        )
 
 
 def hidden(text: str) -> str:

@@ -68,8 +68,8 @@ def levels(descending: np.ndarray, micro_steps: int, ranks: int) -> np.ndarray:
     result, left = [], descending.sum()
     for micro_step in range(micro_steps):
         first = micro_step * ranks
-        dearest = descending[first] if first < len(descending) else 0.0
-        result.append(max(dearest, left / (ranks * (micro_steps - micro_step))))
+        costliest = descending[first] if first < len(descending) else 0.0
+        result.append(max(costliest, left / (ranks * (micro_steps - micro_step))))
         left = max(left - ranks * result[-1], 0.0)
     return np.array(result)
 
@@ -170,10 +170,10 @@ def exchange(
         load = np.bincount(where, weights=costs, minlength=number)
         left = capacity - np.bincount(where, weights=lengths, minlength=number)
         table = load.reshape(-1, ranks)
-        dearest = table.argmax(axis=1) + np.arange(len(table)) * ranks
+        costliest = table.argmax(axis=1) + np.arange(len(table)) * ranks
         first = table.max(axis=1)
         second = np.partition(table, -2, axis=1)[:, -2] if ranks > 1 else np.zeros(len(table))
-        mine = np.flatnonzero(dearest[rows[where]] == where)  # documents of the most expensive parts, [B]
+        mine = np.flatnonzero(costliest[rows[where]] == where)  # documents of the most expensive parts, [B]
         if len(mine) * (documents + number) > MOST_PAIRS:
             break
         place = np.append(where, np.arange(number))  # [P], the part of each place
