@@ -69,7 +69,7 @@ def test_the_stored_table_is_what_the_stored_findings_say():
 def test_what_crashes_or_hangs_costs_its_own_row_only():
     found = dict(sweep(["llama", "lama", "bert"], seconds=60))
     assert "findings" in found["llama"] and "findings" in found["bert"]
-    assert found["lama"] == {"error": "no such architecture"}
+    assert found["lama"].keys() == {"error"} and "architecture" in found["lama"]["error"]
     assert dict(sweep(["llama"], seconds=1))["llama"] == {"error": "not done in 1 s"}
 
 
