@@ -55,6 +55,8 @@ def test_a_misspelt_architecture_is_told_from_a_missing_checkpoint():
         audit("llama", layouts="flatt")
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_a_recipe_is_judged_by_what_it_trains_with(tmp_path):
     recipe = Path(tmp_path / "recipe.yaml")
     recipe.write_text(RECIPE.format(attention="auto", strategy="balanced"))

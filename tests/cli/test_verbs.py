@@ -64,6 +64,8 @@ def test_bad_recipes_exit_with_2_and_no_traceback(tmp_path, capsys, name):
         assert part in printed.err
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["train", "plan", "show"])
 def test_every_verb_fails_alike_in_a_process_of_its_own(tmp_path, verb):
     path = write(tmp_path, GOOD + "batching: {max_token: 1}\n")
@@ -428,6 +430,8 @@ def test_train_trains_and_says_what_came_of_it(tmp_path, capsys, wide):
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_audit_exits_with_one_where_the_recipes_own_combination_leaks(tmp_path, capsys):
     recipe = tmp_path / "opt.yaml"
     recipe.write_text(

@@ -75,6 +75,8 @@ class Page(HTMLParser):
             self.labels.append(given.get("aria-label") or "")
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_the_same_files_give_the_same_bytes(experiment):
     first = write_report([experiment]).read_bytes()
     for name in ("report.html", "summary.csv", "summary.md", "speed.svg"):

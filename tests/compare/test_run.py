@@ -30,6 +30,8 @@ def one_thread(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_a_comparison_from_recipe_to_report(tmp_path):
     """Two rounds of good variants, and three that fail each in its own way."""
     path = write_experiment(tmp_path, variants=["pad_longest", "balanced", "bfd", NAN, IMPOSSIBLE, KILLED], repeats=2)
@@ -59,6 +61,8 @@ def test_a_comparison_from_recipe_to_report(tmp_path):
     assert {file.suffix for file in (directory / "runs").iterdir()} == {".jsonl", ".log"}  # logs of what failed
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_killed_in_the_middle_it_continues(tmp_path):
     path = write_experiment(tmp_path, variants=["pad_longest", "balanced", "padding_free"])
     out = tmp_path / "out"
@@ -96,6 +100,8 @@ def test_killed_in_the_middle_it_continues(tmp_path):
     assert (out / "notes.txt").exists()
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_peers_see_the_same_examples_in_the_same_updates(tmp_path):
     """TRL and transformers, in their own code, lie on packtrain's curve; packing over the epoch doesn't."""
     pytest.importorskip("trl")

@@ -45,6 +45,8 @@ def run_dir(unbroken, tmp_path) -> Path:
     return tmp_path / "run"
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_every_damaged_file_is_found_and_the_older_checkpoint_taken(run_dir, damage):
     newest = run_dir / f"checkpoint-{STEPS}"
@@ -61,6 +63,8 @@ def test_every_damaged_file_is_found_and_the_older_checkpoint_taken(run_dir, dam
         (newest / name).write_bytes(whole)
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_no_bit_of_the_manifest_matters_less_than_another(run_dir):
     """A flip anywhere is found, or leaves a manifest of the same meaning (blanks between words)."""
     path = run_dir / f"checkpoint-{STEPS}" / MANIFEST
@@ -75,6 +79,8 @@ def test_no_bit_of_the_manifest_matters_less_than_another(run_dir):
     assert refused > 0.95 * len(range(0, len(whole), 7))
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_names_that_lead_out_of_the_directory_are_refused(run_dir, tmp_path):
     newest = run_dir / f"checkpoint-{STEPS}"
     files = read_manifest(newest)["files"]
@@ -85,6 +91,8 @@ def test_names_that_lead_out_of_the_directory_are_refused(run_dir, tmp_path):
             verify(newest, {"files": files | {name: files["scheduler.pt"]}})
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 @pytest.mark.parametrize("text", [b"global_step\xb32", b"", b"/", b"\0"])
 def test_a_damaged_name_of_shards_is_found_like_any_damage(run_dir, text):
     """`latest` names what a conversion may have added since, so it is read before it is verified."""
@@ -100,6 +108,8 @@ def test_a_damaged_name_of_shards_is_found_like_any_damage(run_dir, text):
         train(load_recipe(write_recipe(run_dir.parent)), resume=str(newest))
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_nothing_good_left_is_an_error_with_every_reason(run_dir):
     (run_dir / f"checkpoint-{STEPS}" / MANIFEST).unlink()
     truncate(run_dir / f"checkpoint-{STEPS - 1}/optimizer.pt")
@@ -109,12 +119,16 @@ def test_nothing_good_left_is_an_error_with_every_reason(run_dir):
         find_last_checkpoint(run_dir)
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_a_named_checkpoint_that_is_damaged_is_refused(run_dir):
     flip(run_dir / f"checkpoint-{STEPS}/model.safetensors")
     with pytest.raises(CheckpointError, match="model.safetensors has changed"):
         train(load_recipe(write_recipe(run_dir.parent)), resume=str(run_dir / f"checkpoint-{STEPS}"))
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_a_run_goes_on_from_the_older_checkpoint_and_ends_as_if_nothing_had_been(run_dir, unbroken):
     flip(run_dir / f"checkpoint-{STEPS}/optimizer.pt")
     console = Console(record=True, width=200)
@@ -127,6 +141,8 @@ def test_a_run_goes_on_from_the_older_checkpoint_and_ends_as_if_nothing_had_been
     assert not list(run_dir.glob("*.previous"))
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -144,6 +160,8 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_differences(run_dir, ov
             train(recipe, resume=True, allow_changes=allow_changes)
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_harmless_changes_are_accepted_when_allowed(run_dir, unbroken):
     changes = ["logging_steps=3", "max_tokens=2048", "batching.strategy=padding_free"]
     recipe = load_recipe(write_recipe(run_dir.parent), changes)

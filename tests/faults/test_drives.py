@@ -47,6 +47,8 @@ def failed_to_save(recipe: Path) -> None:
     assert left and all(is_sealed(path) for path in left)  # no half directory
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_a_full_drive(drive, tmp_path, unbroken):
     """A tmpfs of one MiB has room for a few checkpoints; with more room the run goes on."""
     place = drive("-o", "remount,size=1m")
@@ -58,6 +60,8 @@ def test_a_full_drive(drive, tmp_path, unbroken):
     resume_and_compare(recipe, weights(unbroken))
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_a_limit_on_the_size_of_files(tmp_path, unbroken):
     """Where nobody may mount, it stands in for the full drive: set from outside once two checkpoints are there."""
     recipe = write_recipe(tmp_path)
@@ -70,6 +74,8 @@ def test_a_limit_on_the_size_of_files(tmp_path, unbroken):
     resume_and_compare(recipe, weights(unbroken))
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_a_drive_that_becomes_read_only(drive, tmp_path, unbroken):
     place = drive("-o", "remount,size=64m")
     recipe = on_the_drive(place, tmp_path)
@@ -84,6 +90,8 @@ def test_a_drive_that_becomes_read_only(drive, tmp_path, unbroken):
     resume_and_compare(recipe, weights(unbroken))
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_a_drive_that_is_read_only_from_the_beginning(drive, tmp_path):
     place = drive("-o", "remount,ro")
     recipe = on_the_drive(place, tmp_path)
@@ -92,6 +100,8 @@ def test_a_drive_that_is_read_only_from_the_beginning(drive, tmp_path):
     assert "Traceback" not in log_of(recipe)
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_a_place_that_can_not_be_a_directory(tmp_path):
     recipe = write_recipe(tmp_path)
     (tmp_path / "run").write_text("a file where the directory should be")
@@ -99,6 +109,8 @@ def test_a_place_that_can_not_be_a_directory(tmp_path):
     assert "is not a writable directory" in log_of(recipe) and "Traceback" not in log_of(recipe)
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [2, 5])
 def test_the_directory_is_removed_during_the_run(tmp_path, unbroken, after):
     """It is made again, or the save that was under way says so; the run that is started anew is as if nothing had been."""

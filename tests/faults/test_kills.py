@@ -47,6 +47,8 @@ def lost_or_repeated(reads: list[list[int]]) -> int:
     return sum(count[i] != 1 for count in counted for i in range(ROWS))
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "trainer_state.json"])
 def test_killed_in_the_middle_of_a_save(tmp_path, unbroken, file):
     for attempt in range(10):
@@ -104,11 +106,15 @@ def test_killed_at_fifty_random_moments(tmp_path, record_property, ranks, part):
     record_property("note", ", ".join(f"{count} {when}" for when, count in sorted(happened.items())))
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_two_ranks_killed_at_two_random_moments(tmp_path):
     """The short form of the above."""
     killed_at_random_moments(tmp_path, times=2, ranks=2)
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_an_example_that_is_lost_or_repeated_would_be_found():
     """Control."""
     epoch = [list(range(first, first + 10)) for first in range(0, ROWS, 10)]

@@ -54,6 +54,8 @@ def bad_update(plan, epoch=0) -> int:
     return next(step for step in steps if BAD_EXAMPLE in plan.examples(step))
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_a_nan_in_the_data_stops_before_the_update_and_is_traced_to_its_micro_batch(tmp_path, examples):
     trainer = poisoned(tmp_path, examples)
     step = bad_update(trainer.plan)
@@ -80,6 +82,8 @@ def test_a_nan_in_the_data_stops_before_the_update_and_is_traced_to_its_micro_ba
     assert len(batch["example_ids"]) < len(trainer.plan.examples(step))  # not the whole update is blamed
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_skipped_updates_leave_weights_and_moments_alone(tmp_path, examples):
     trainer = poisoned(tmp_path, examples, on_nonfinite="skip", save_strategy="steps", save_steps=1)
     before = []
@@ -103,6 +107,8 @@ def test_skipped_updates_leave_weights_and_moments_alone(tmp_path, examples):
     assert manifest["skipped_updates"] == 2
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_skipping_has_an_end(tmp_path):
     trainer = make_trainer(tmp_path, strategy="balanced", on_nonfinite="skip", max_skipped_updates=3)
     with torch.no_grad():
@@ -112,6 +118,8 @@ def test_skipping_has_an_end(tmp_path):
     assert len(records(tmp_path)) == 4
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 @pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
 def test_an_infinite_gradient_of_a_finite_loss_stops(tmp_path, max_grad_norm):
     """1e30 everywhere: each element is finite, their norm is not, and clipping would make every gradient 0."""
@@ -126,6 +134,8 @@ def test_an_infinite_gradient_of_a_finite_loss_stops(tmp_path, max_grad_norm):
     assert record["example_ids"] == sorted(trainer.plan.examples(0).tolist())
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_a_recipe_that_blows_up_ends_with_2_and_names_the_file_that_show_reads(tmp_path, capsys):
     from packtrain.cli import main
 
@@ -144,6 +154,8 @@ def test_a_recipe_that_blows_up_ends_with_2_and_names_the_file_that_show_reads(t
     assert ended.value.code == 2
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_a_skipped_update_does_not_break_resuming(tmp_path, examples):
     """The optimizer has done fewer updates than the run, and the resumed run knows."""
     settings = dict(on_nonfinite="skip", save_strategy="steps", save_steps=1)

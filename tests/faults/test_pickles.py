@@ -44,6 +44,8 @@ def checkpoint(unbroken, tmp_path) -> Path:
     return shutil.copytree(unbroken / f"checkpoint-{STEPS - 1}", tmp_path / f"run/checkpoint-{STEPS - 1}")
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 @pytest.mark.parametrize("form", PLANT)
 @pytest.mark.parametrize("file", [*READ, *NEVER_READ])
 def test_a_changed_file_is_refused_unread(checkpoint, tmp_path, form, file):
@@ -55,6 +57,8 @@ def test_a_changed_file_is_refused_unread(checkpoint, tmp_path, form, file):
     assert runs(lambda: torch.load(checkpoint / file, weights_only=False), mark)  # control
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 @pytest.mark.parametrize("file", [*READ, *NEVER_READ])
 def test_a_checkpoint_without_manifest_is_refused_unread(checkpoint, tmp_path, file):
     recipe, mark = load_recipe(write_recipe(tmp_path)), tmp_path / "mark"
@@ -67,6 +71,8 @@ def test_a_checkpoint_without_manifest_is_refused_unread(checkpoint, tmp_path, f
     assert not mark.exists()
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 @pytest.mark.parametrize("form", PLANT)
 @pytest.mark.parametrize("file", READ)
 def test_with_a_forged_manifest_it_is_read_and_not_executed(checkpoint, tmp_path, form, file):
@@ -79,12 +85,16 @@ def test_with_a_forged_manifest_it_is_read_and_not_executed(checkpoint, tmp_path
     assert runs(lambda: torch.load(checkpoint / file, weights_only=False), mark)  # control
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_with_an_honest_manifest_the_run_goes_on(checkpoint, tmp_path):
     """Control: it is the pickle that is refused, not the forged manifest."""
     forge_manifest(checkpoint)
     assert train(load_recipe(write_recipe(tmp_path)), resume=str(checkpoint)).updates == STEPS
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_a_file_added_to_a_checkpoint_is_refused_unread(checkpoint, tmp_path):
     """Some names are read if they are there, whether a checkpoint has them or not."""
     recipe, mark = load_recipe(write_recipe(tmp_path)), tmp_path / "mark"
@@ -97,6 +107,8 @@ def test_a_file_added_to_a_checkpoint_is_refused_unread(checkpoint, tmp_path):
     assert not mark.exists()
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["pytorch_model.bin", "adapter_model.bin"])
 @pytest.mark.parametrize("form", PLANT)
 def test_weights_that_are_a_pickle(unbroken, tmp_path, form, file):

@@ -45,6 +45,8 @@ def every_damage_is_found(whole: Path, elsewhere: Path) -> int:
     return len(names) * len(DAMAGES)
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_a_checkpoint_of_two_ranks_has_the_files_of_both(two_ranks, tmp_path, record_property):
     manifest = read_manifest(two_ranks / f"checkpoint-{STEPS}")
     assert manifest["world_size"] == 2 and {"rng_state_0.pth", "rng_state_1.pth"} <= manifest["files"].keys()
@@ -72,6 +74,8 @@ class Poisoned(Reading):
         return super().compute_loss(model, inputs, *args, **kwargs)
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_a_nan_on_one_rank_stops_both_at_the_same_update(tmp_path):
     recipe = write_recipe(tmp_path)
     codes = run_ranks(recipe, 2, resume=False, trainer_class=Poisoned)
@@ -83,6 +87,8 @@ def test_a_nan_on_one_rank_stops_both_at_the_same_update(tmp_path):
     assert all(is_sealed(tmp_path / "run" / name) for name in checkpoints)
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_trying_the_largest_changes_no_bit_on_two_ranks(two_ranks, tmp_path):
     recipe = write_recipe(tmp_path)
     assert run_ranks(recipe, 2, resume=False, overrides=["probe_memory=true"]) == [0, 0], log_of(recipe)
@@ -90,6 +96,8 @@ def test_trying_the_largest_changes_no_bit_on_two_ranks(two_ranks, tmp_path):
     assert same(weights(tmp_path / "run"), weights(two_ranks))
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_an_adapter_resumes_bitwise(tmp_path):
     settings = dict(strategy="balanced", lora=True, save_strategy="steps", save_steps=1, max_steps=6)
     whole, resumed = make_trainer(tmp_path, **settings), make_trainer(tmp_path, **settings)

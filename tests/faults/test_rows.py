@@ -45,6 +45,8 @@ CHANGES = {
 }
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 def test_other_rows_are_another_run(recipe, change):
     loaded = load_recipe(recipe)
@@ -59,6 +61,8 @@ def test_other_rows_are_another_run(recipe, change):
     assert "resuming after step 8" in console.export_text()
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_rows_that_change_during_a_run_do_not_reach_it(recipe, tmp_path):
     """It trains on what it has read; whoever resumes it is told."""
     assert run(recipe) == 0
@@ -117,6 +121,8 @@ def never_more_than_a_data_error(directory: Path, lines: list[str], on_bad_row: 
 _HOW = dict(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 @settings(max_examples=60, **_HOW)
 @given(rows=_rows, on_bad_row=st.sampled_from(["error", "skip"]))
 def test_nonsense_rows(tmp_path, rows, on_bad_row):

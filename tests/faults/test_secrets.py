@@ -29,6 +29,8 @@ def everything_under(directory: Path) -> bytes:
     return b"\n".join(path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file())
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_a_token_is_in_no_file_of_a_run(tmp_path):
     """Given in Python, as a recipe refuses it; `training_args.bin` is a zip of a pickle, stored uncompressed."""
     trainer = make_trainer(tmp_path, strategy="balanced", max_steps=2, save_strategy="steps", save_steps=1)
@@ -42,6 +44,8 @@ def test_a_token_is_in_no_file_of_a_run(tmp_path):
     assert TOKEN.encode() in everything_under(tmp_path)
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_what_looks_like_a_secret_is_not_shown():
     for secret in (TOKEN, "sk-proj-" + "x1" * 20, "ghp_" + "Z9" * 18, "github_pat_" + "a_1" * 9, "AKIA" + "Q7" * 8):
         assert hidden(f"at {secret}, there") == f"at {HIDDEN}, there"
@@ -59,6 +63,8 @@ def test_what_looks_like_a_secret_is_not_shown():
         assert hidden(plain) == plain  # control
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_a_secret_in_a_recipe_reaches_no_message_and_no_record(tmp_path):
     recipe = write_recipe(tmp_path)
     for where in (TOKEN, ADDRESS):
@@ -93,6 +99,8 @@ def model_with_code(tmp_path) -> tuple[Path, Path]:
     return model, mark
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_code_of_a_model_does_not_run_by_default(model_with_code, caplog):
     model, mark = model_with_code
     with pytest.raises(ModelError, match="trust_remote_code|custom code|can't be loaded"):
@@ -100,6 +108,8 @@ def test_code_of_a_model_does_not_run_by_default(model_with_code, caplog):
     assert not mark.exists() and "may run" not in caplog.text
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_code_of_a_model_runs_where_it_was_asked_for_and_is_announced(model_with_code, caplog, monkeypatch):
     """Control of the above, in a cache of its own."""
     model, mark = model_with_code
@@ -114,6 +124,8 @@ def test_code_of_a_model_runs_where_it_was_asked_for_and_is_announced(model_with
             del sys.modules[name]
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_code_from_the_hub_is_pinned(tmp_path):
     recipe = write_recipe(tmp_path)
     named = ["model.config=null", "tokenizer_vocab_size=null", "model_name_or_path=org/model", "trust_remote_code=true"]

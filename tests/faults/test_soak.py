@@ -98,6 +98,8 @@ def memory_growth(lines: list[dict]) -> float:
     return float(np.median(settled[-tenth:]) - np.median(settled[:tenth]))
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_memory_that_grows_would_be_seen():
     """Control: a hundred bytes in every update."""
     lines = [{"rank": 0, "memory": 2**28 + 100 * update} for update in range(UPDATES)]

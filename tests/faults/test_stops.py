@@ -41,6 +41,8 @@ def checkpoints(recipe: Path) -> list[Path]:
     return sorted((recipe.parent / "run").glob("checkpoint-*"))
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_a_signal_saves_once_and_the_run_goes_on_bitwise(tmp_path, unbroken, name):
     recipe = write_recipe(tmp_path)
@@ -59,6 +61,8 @@ def test_a_signal_saves_once_and_the_run_goes_on_bitwise(tmp_path, unbroken, nam
     assert same(weights(tmp_path / "run"), weights(unbroken))
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_a_signal_that_comes_twice_at_once_is_one(tmp_path):
     """To a whole process group, and once more from the launcher that got it, too."""
     recipe = write_recipe(tmp_path)
@@ -82,6 +86,8 @@ class Endless(Reading):
         return super().training_step(*args, **kwargs)
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_the_second_signal_exits_at_once(tmp_path):
     recipe = write_recipe(tmp_path)
     (process,) = start_ranks(recipe, 1, resume=False, overrides=NO_SAVES[1:], trainer_class=Endless)
@@ -97,6 +103,8 @@ def test_the_second_signal_exits_at_once(tmp_path):
     assert not checkpoints(recipe)
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_a_signal_that_was_ignored_before_is_heard_while_training(tmp_path):
     """As where a shell was told to ignore it, which what it starts inherits."""
     stop = StopOnSignal(make_trainer(tmp_path, strategy="balanced"))
@@ -110,6 +118,8 @@ def test_a_signal_that_was_ignored_before_is_heard_while_training(tmp_path):
         signal.signal(signal.SIGUSR1, before)
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_epoch_saves_do_not_save_a_second_time(tmp_path):
     recipe = write_recipe(tmp_path)
     words = ("--set", "training.save_strategy=epoch")

@@ -52,6 +52,8 @@ def trainer_with(output_dir, stumble, **settings):
     )
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stumble", "seconds", "message"),
     [
@@ -68,6 +70,8 @@ def test_a_worker_that_hangs_or_dies_ends_the_run(tmp_path, stumble, seconds, me
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_workers_leave_signals_to_the_run_and_change_nothing(tmp_path):
     """Control: with a worker that goes on, the weights are those of a run without workers."""
     runs = [

@@ -113,6 +113,8 @@ def store(directory: Path) -> None:
     save("losses", {case: trained(case, directory / case) for case in CASES})
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_losses_are_those_stored(case, tmp_path):
     expected, found = load("losses")[case], trained(case, tmp_path)
@@ -125,5 +127,7 @@ def test_losses_are_those_stored(case, tmp_path):
     assert found["held_out"] == pytest.approx(expected["held_out"], rel=2e-5)
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_nothing_stored_is_left_out():
     assert load("losses").keys() == CASES.keys()

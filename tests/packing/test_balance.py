@@ -57,6 +57,8 @@ def test_capacity_holds_with_as_few_micro_steps_as_the_plan_takes(lengths, capac
     assert max(lengths[part].sum() for part in parts) <= capacity
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=7))
 def test_close_to_the_best_of_all_partitions(lengths):

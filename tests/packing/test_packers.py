@@ -37,6 +37,8 @@ problems = st.integers(1, 80).flatmap(
 )
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 @settings(max_examples=1000, deadline=None)
 @given(problems)
 def test_best_fit_decreasing_is_the_textbook_one(problem):

@@ -195,6 +195,8 @@ def test_rows_that_share_themselves_out_among_workers_are_refused(shards):
         read(2)
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_a_stock_trainer_takes_the_packs_as_they_are(tmp_path):
     """The example of the module's docstring: one epoch, every row in one step, and a second one when steps are left."""
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments

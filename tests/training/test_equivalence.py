@@ -45,6 +45,8 @@ def test_layouts_do_not_change_the_updates(tmp_path, family, loss_weighting, lor
         assert difference < 1e-4, f"{strategy}: {difference:.2e}"
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_compiling_does_not_change_the_updates(tmp_path):
     plain = run(tmp_path, strategy="balanced", max_steps=4)
     compiled = run(tmp_path, strategy="balanced", max_steps=4, torch_compile=True, torch_compile_backend="eager")

@@ -122,6 +122,8 @@ def test_nothing_to_resume_is_an_error(recipe_file):
         train(load_recipe(recipe_file), resume=True)
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_killed_and_resumed_ends_with_the_weights_of_an_unbroken_run(tmp_path, recipe_file):
     train(load_recipe(recipe_file))
     unbroken = weights_of(tmp_path / "run/model")
@@ -142,6 +144,8 @@ def test_killed_and_resumed_ends_with_the_weights_of_an_unbroken_run(tmp_path, r
     assert all(torch.equal(resumed[name], value) for name, value in unbroken.items())
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_resuming_a_finished_run_changes_nothing(tmp_path, recipe_file):
     """Also where `max_steps` ends within an epoch, and where the run ends with its last one."""
     for settings in (["max_steps=3"], []):
@@ -206,6 +210,8 @@ def test_examples_beyond_the_positions_of_the_model(recipe_file):
     assert "the model was made for 16 positions" in out.getvalue()
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_two_processes_train_the_recipe_as_one_does(tmp_path, recipe_file):
     alone = train(load_recipe(recipe_file, ["model.config.attention_dropout=0"]))
     done = subprocess.run(

@@ -28,6 +28,8 @@ def run(output_dir: Path, strategy: str, ranks: int) -> list[dict]:
     return [json.loads((output_dir / f"rank{rank}.json").read_text()) for rank in range(ranks)]
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["balanced", "pad_longest"])
 def test_two_ranks_do_what_one_does(tmp_path, strategy):
     (alone,) = run(tmp_path / "one", strategy, ranks=1)
