@@ -24,8 +24,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +34,8 @@ import numpy as np
 from packtrain.data import store
 from packtrain.data.encoding import tokenize
 from packtrain.data.formats import FORMATS, find_format
-from packtrain.data.report import SHOWN, DataReport, bad_rows_error
+from packtrain.data.report import DataReport
+from packtrain.data.selection import View, select
 from packtrain.data.sources import Rows, describe_request, find_files, open_rows
 from packtrain.data.store import Documents, open_dataset
 from packtrain.errors import DataError
@@ -366,144 +367,3 @@ def _completion_only(section: DataSection, rows: Rows, completions_only: bool) -
         return section.completion_only_loss
     format, _ = find_format(rows.columns, section.format)
     return None if FORMATS[format].completion_only is None else True
-
-
-# ------------------------------------------------------------ which tokens of which documents become examples
-
-OVERFLOWS = ("error", "truncate", "drop", "split")
-BAD_ROW_CHOICES = ("error", "skip")
-
-
-@dataclass(frozen=True, kw_only=True)
-class View:
-    """Pieces of documents; arrays `[n]`."""
-
-    rows: np.ndarray | None  # int64: the document, which is the source row; None: all of them, in their order
-    starts: np.ndarray  # int32: its first token
-    lengths: np.ndarray  # int32
-    supervised: np.ndarray  # int32: labels other than -100
-
-    def __getitem__(self, index: np.ndarray) -> View:
-        return View(
-            rows=self.documents(index),
-            starts=self.starts[index],
-            lengths=self.lengths[index],
-            supervised=self.supervised[index],
-        )
-
-    def documents(self, index: np.ndarray) -> np.ndarray:
-        """Returns the documents of some pieces, int64 `[k]`."""
-        if self.rows is not None:
-            return self.rows[index]
-        assert (index >= 0).all(), "example ids start at 0"
-        return index
-
-
-def select(
-    documents: Documents, *, max_length: int | None, overflow: str, on_bad_row: str, where: Callable[[int], str]
-) -> tuple[View | None, DataReport]:
-    """Chooses the examples of some documents, in order of their rows.
-
-    Args:
-        documents: one per row.
-        max_length: most tokens of an example; None for no limit.
-        overflow, on_bad_row: see `build_examples`.
-        where: names a row in messages.
-
-    Returns:
-        The view, None where every document is an example as a whole; and the report without its totals.
-
-    Raises:
-        DataError: bad rows or long rows where they are errors; nothing left.
-    """
-    _check(max_length, overflow, on_bad_row)
-    count = len(documents.lengths)
-    limit = max_length or np.iinfo(np.int32).max
-    long = np.flatnonzero(documents.lengths > limit)
-    if long.size and overflow == "error":
-        raise _too_long(documents, long, limit, where)
-    pieces = _cut(documents, long, limit, overflow)
-    hopeless = np.setdiff1d(long, pieces.rows) if overflow != "drop" else long[:0]
-    reason = f"no supervised token is left after truncation to max_length={limit}"
-    problems = sorted([*documents.problems, *((row, reason) for row in hopeless.tolist())])
-    skipped = tuple((where(row), reason) for row, reason in problems)
-    if problems and on_bad_row == "error":
-        raise bad_rows_error(
-            skipped,
-            len(skipped),
-            what=f"{len(skipped):,} of {count:,} rows cannot be trained on",
-            key="data.on_bad_row",
-            fix="correct or remove the rows, or skip them with `data.on_bad_row: skip`",
-        )
-    whole = np.ones(count, dtype=bool)
-    whole[long] = whole[[row for row, _ in problems]] = False
-    if len(problems) + len(long) and not whole.any() and not len(pieces.rows):
-        raise DataError(f"none of {count:,} rows is left to train on", key="data.path")
-
-    changed = np.setdiff1d(long, hopeless)
-    report = DataReport(
-        format=documents.format,
-        rows=count,
-        skipped=skipped,
-        truncated_rows=len(changed) if overflow == "truncate" else 0,
-        dropped_rows=len(changed) if overflow == "drop" else 0,
-        split_rows=len(changed) if overflow == "split" else 0,
-        tokens_lost=int(documents.lengths[changed].sum(dtype=np.int64) - pieces.lengths.sum()),
-        supervised_lost=int(documents.supervised[changed].sum(dtype=np.int64) - pieces.supervised.sum()),
-        notes=tuple(documents.notes),
-    )
-    return (None if whole.all() else _merge(documents, np.flatnonzero(whole), pieces)), report
-
-
-def _cut(documents: Documents, long: np.ndarray, limit: int, overflow: str) -> View:
-    """Cuts long documents into the pieces that have a supervised token."""
-    lengths = documents.lengths[long].astype(np.int64)
-    counts = {"truncate": np.ones_like(lengths), "split": -(-lengths // limit)}.get(overflow, np.zeros_like(lengths))
-    number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)  # of a piece in its document
-    rows, starts = np.repeat(long, counts), number * limit
-    stops = np.minimum(starts + limit, np.repeat(lengths, counts))
-    supervised = documents.tokens.count_supervised(rows, starts, stops) if len(rows) else np.zeros(0, np.int32)
-    view = View(
-        rows=rows,
-        starts=starts.astype(np.int32),
-        lengths=(stops - starts).astype(np.int32),
-        supervised=supervised,
-    )
-    return view[supervised > 0]
-
-
-def _merge(documents: Documents, whole: np.ndarray, pieces: View) -> View:
-    """Joins whole documents and pieces into one view, in order of rows."""
-    rows = np.concatenate([whole, pieces.rows])
-    return View(
-        rows=rows,
-        starts=np.concatenate([np.zeros(len(whole), dtype=np.int32), pieces.starts]),
-        lengths=np.concatenate([documents.lengths[whole], pieces.lengths]),
-        supervised=np.concatenate([documents.supervised[whole], pieces.supervised]),
-    )[np.argsort(rows, kind="stable")]
-
-
-def _check(max_length: int | None, overflow: str, on_bad_row: str) -> None:
-    if max_length is not None and max_length < 2:
-        fix = "set it to 2 or more: an example needs a token to predict from and a token to predict"
-        raise DataError("must be at least 2", key="data.max_length", value=max_length, fix=fix)
-    for key, value, known in (
-        ("data.overflow", overflow, OVERFLOWS),
-        ("data.on_bad_row", on_bad_row, BAD_ROW_CHOICES),
-    ):
-        if value not in known:
-            raise DataError("is not a valid choice", key=key, value=value, fix=f"choose one of {', '.join(known)}")
-
-
-def _too_long(documents: Documents, long: np.ndarray, limit: int, where: Callable[[int], str]) -> DataError:
-    lengths = documents.lengths[long]
-    lost = int((lengths.astype(np.int64) - limit).sum())
-    longest_first = long[np.argsort(-lengths, kind="stable")]
-    return bad_rows_error(
-        [(where(row), f"{documents.lengths[row]:,} tokens") for row in longest_first[:SHOWN].tolist()],
-        len(long),
-        what=f"{len(long):,} of {len(documents.lengths):,} rows are longer than max_length={limit}, "
-        f"by {lost:,} tokens in total",
-        key="data.overflow",
-        fix=f"raise `data.max_length` to {lengths.max()}, or choose `data.overflow`: truncate, split or drop",
-    )

@@ -22,7 +22,7 @@ from packtrain.data.report import DataReport
 from packtrain.errors import DataError, ModelError
 from packtrain.objectives.causal import sum_of_weights
 from packtrain.objectives.examples import DerivedExamples
-from packtrain.objectives.objective import Loss, Objective, Prepared, Task, TokenLosses
+from packtrain.objectives.objective import Loss, Objective, Prepared, Task, TokenLosses, keeps_documents_whole
 from packtrain.recipe.fields import Positive, Text
 from packtrain.recipe.sections import Settings, Verdicts
 
@@ -37,12 +37,6 @@ _AT_ONCE = 10_000  # rows whose classes are read at once
 
 
 def _rows_are_whole(settings: Settings, strategy: Strategy) -> Verdicts:
-    if strategy.splits:
-        yield (
-            "batching.strategy",
-            "cuts documents, and a row has one class",
-            "choose another strategy, such as balanced",
-        )
     if settings["data.overflow"] == "split":
         fix = "cut long rows (`overflow: truncate`) or drop them (`overflow: drop`)"
         yield "data.overflow", "cuts rows into pieces, and a row has one class", fix
@@ -54,7 +48,7 @@ class SequenceClassification(Objective):
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
     new_weights: ClassVar[tuple[str, ...]] = ("score.",)
     keeps_examples: ClassVar[bool] = False
-    rules = (_rows_are_whole,)
+    rules = (keeps_documents_whole, _rows_are_whole)
 
     name: Literal["sequence_classification"] = "sequence_classification"
     label_column: Text = "label"

@@ -69,11 +69,13 @@ def train(
     """
     console = console or Console()
     output_dir = _output_dir(recipe)
-    if resume is False and asked_rank() == 0:
-        _clear(output_dir, overwrite=overwrite)
+    if resume is False and not overwrite and asked_rank() == 0:
+        _refuse_to_replace(output_dir)
     trainer = build(recipe, console=console, resume=resume, allow_changes=allow_changes, trainer_class=trainer_class)
     checkpoint = trainer.checkpoints.chosen
     if trainer.is_world_process_zero():
+        if resume is False:  # after all that could refuse this run
+            _clear(output_dir, overwrite=overwrite)
         (output_dir / "recipe.yaml").write_text(yaml.safe_dump(redacted(recipe.to_dict()), sort_keys=False))
     reset_peak()
     fit(trainer, checkpoint and str(checkpoint), console=console)
@@ -316,22 +318,20 @@ def _output_dir(recipe: Recipe) -> Path:
         raise PacktrainError(what, key="training.output_dir", value=str(path), fix=fix) from None
 
 
-def _clear(output_dir: Path, *, overwrite: bool) -> None:
-    """Refuses to replace a run that is finished or has checkpoints, or removes what packtrain has written of it.
-
-    Raises:
-        PacktrainError: there is one, and it is not to be overwritten.
-    """
-    checkpoints = [path for path in output_dir.glob("checkpoint-*") if is_sealed(path)]
-    if not overwrite and (checkpoints or (output_dir / "summary.json").exists()):
-        what = (
-            "contains a finished run" if (output_dir / "summary.json").exists() else "contains the checkpoints of a run"
-        )
+def _refuse_to_replace(output_dir: Path) -> None:
+    """Raises PacktrainError where there is a finished run, or one with checkpoints."""
+    finished = (output_dir / "summary.json").exists()
+    if finished or any(map(is_sealed, output_dir.glob("checkpoint-*"))):
+        what = "contains a finished run" if finished else "contains the checkpoints of a run"
         fix = "continue it with --resume, replace it with --overwrite, or choose another training.output_dir"
         raise PacktrainError(what, key="training.output_dir", value=str(output_dir), fix=fix)
+
+
+def _clear(output_dir: Path, *, overwrite: bool) -> None:
+    """Removes the records of an earlier run and, to overwrite it, its checkpoints and model; nothing else."""
     for name in ("summary.json", STATE_FILE, UPDATES_FILE, "recipe.yaml"):
         (output_dir / name).unlink(missing_ok=True)
-    for directory in (*checkpoints, *([output_dir / "model"] if overwrite else [])):
+    for directory in (*filter(is_sealed, output_dir.glob("checkpoint-*")), output_dir / "model") if overwrite else ():
         shutil.rmtree(directory, ignore_errors=True)
 
 

@@ -24,8 +24,8 @@ COLUMNS = {  # field -> heading
 }
 COMPARED = {"early": "Early stops", "exact": "Exact answers", "mean_length": "Mean length"}  # with the baseline
 HOW_IT_WAS_FOUND = (
-    "The setting was chosen after pilots of one seed in which rainbow K=7 was seen, too (`trained.py` says what came of "
-    "them)."
+    "The setting was chosen after pilots of one seed in which rainbow K=7 was seen, too (`trained.py` says what they "
+    "showed)."
 )
 LEARNT = 0.95  # of what is asked for, in every seed: below that a tail's failures may be the model's
 

@@ -156,7 +156,7 @@ def test_the_optimizers_states_are_named(tmp_path):
 
 @pytest.mark.ci
 @pytest.mark.slow
-def test_only_a_want_of_memory_is_one():
+def test_only_running_out_of_memory_is_one():
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
     assert is_out_of_memory(MemoryError())
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))

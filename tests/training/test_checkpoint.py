@@ -139,7 +139,7 @@ def test_another_engine_is_a_change_that_may_be_allowed_and_another_learning_rat
     }
 
 
-def test_a_checkpoint_without_an_optimizer_is_passed_over_and_refused(tmp_path):
+def test_a_checkpoint_without_an_optimizer_is_skipped_and_refused(tmp_path):
     saving(tmp_path, max_steps=2, save_only_model=True).train()
     assert not (tmp_path / "checkpoint-2/optimizer.pt").exists()
     for resume in (True, str(tmp_path / "checkpoint-2")):

@@ -178,6 +178,9 @@ def test_a_run_is_not_replaced_unless_asked_to(tmp_path, recipe_file):
     (tmp_path / "run/summary.json").unlink()  # as after a crash
     with pytest.raises(PacktrainError, match="contains the checkpoints of a run"):
         train(recipe)
+    with pytest.raises(PacktrainError):  # what is refused for another reason removes nothing
+        train(load_recipe(recipe_file, ["data.eval_size=0", "data.eval_path=nowhere.jsonl"]), overwrite=True)
+    assert (tmp_path / "run/checkpoint-1").exists() and Path(first.model_dir).exists()
     train(recipe, overwrite=True)
     left = {path.name for path in (tmp_path / "run").iterdir()}
     assert "checkpoint-2" not in left and "nonfinite.jsonl" not in left and {"checkpoint-1", "mine.txt"} <= left
