@@ -10,9 +10,7 @@ from rich.console import Console
 
 from packtrain.cli.options import Gpus, Overrides, load_checked
 from packtrain.errors import PacktrainError
-from packtrain.recipe.sections import MAX_TOKENS
-
-STRATEGY = "balanced"  # of `--lengths` without a recipe
+from packtrain.recipe.sections import MAX_TOKENS, STRATEGY
 
 
 def plan(

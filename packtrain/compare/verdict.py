@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from packtrain.compare.comparison import Comparison, Row
 from packtrain.compare.statistics import Ratio
 from packtrain.compare.trainers import TRAINERS
+from packtrain.recipe.sections import STRATEGY
 
 SAME_CURVE = 1e-3  # relative: float32 in another order of summation stays far below, another set of examples far above
 FEW = 3  # pairs
-DEFAULT = "balanced"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ def headliner(comparison: Comparison) -> Row | None:
     """
     candidates = [row for row in comparison.ours if not comparison.is_reference(row)]
     first = fastest(candidates)
-    default = next((row for row in candidates if row.strategy == DEFAULT), None)
+    default = next((row for row in candidates if row.strategy == STRATEGY), None)
     if first is None or default is None or default is first:
         return first
     against = comparison.speed_of(default, first)

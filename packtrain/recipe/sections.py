@@ -22,6 +22,7 @@ Verdicts = Iterator[tuple[str, str, str]]
 
 MAX_LENGTH = 2048
 MAX_TOKENS = 16384
+STRATEGY = "balanced"
 EXAMPLES_PER_STEP = 64
 MAX_SKIPPED_UPDATES = 10
 WORKER_TIMEOUT = 300
@@ -94,7 +95,7 @@ class DataSection(Section):
 class BatchingSection(Section):
     """How the examples of a step are laid out in memory."""
 
-    strategy: Text = "balanced"
+    strategy: Text = STRATEGY
     """A strategy by name, or my_package.my_module:function; `packtrain plan RECIPE --all` compares them."""
     examples_per_step: Positive = EXAMPLES_PER_STEP
     """Examples per update, over all devices."""
