@@ -17,16 +17,18 @@ generation prompt), and then
 1. the prompt's ids are a prefix of the whole's: the completion starts after them (nearly always so);
 2. the prompt's text is a prefix of the whole's, but tokens merge over the boundary: prompt and rest are
    tokenised apart, so that training sees the prompt as inference will (counted as "merged");
-3. the template renders the prompt otherwise when an answer follows (some drop a thinking header): the
-   completion starts where the ids part, as TRL does (counted as "unlike").
+3. the template renders the prompt otherwise when an answer follows (some drop a thinking header, some show the system
+   prompt only in the last question): the completion starts where its turn does (counted as "unlike").
 
-The mask goes by position, never by token id, so a pad token that is also the eos hides nothing.
+Assistant turns and turns with a switch are located in the text (see `packtrain.data.chat_template`), and a token is learnt
+if any of its characters is. The mask goes by position, never by token id, so a pad token that is also the eos hides
+nothing.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -35,7 +37,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from packtrain.data import store
-from packtrain.data.formats import FORMATS, IGNORED, OPTIONAL_COLUMNS, Chat, Ids, Row, Text, find_format
+from packtrain.data.chat_template import ChatTemplate, Rendered, describe_lost
+from packtrain.data.formats import FORMATS, IGNORED, Ids, Reading, Row, Text, find_format, read_row, rename_columns
+from packtrain.data.messages import SWITCHES, Chat
+from packtrain.data.offsets import OffsetTokenizer, Span, factors_of, intersect, outside
 from packtrain.data.report import BadRow
 from packtrain.data.sources import Rows
 from packtrain.data.store import Documents, ListColumn
@@ -47,7 +52,14 @@ if TYPE_CHECKING:
 
 
 MERGED, UNLIKE, NO_EOS = 1, 2, 4  # flags of a row, in the column `flags`
-_GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_PLURALS = {
+    "content": "what messages say",
+    "reasoning": "the reasoning of turns that are learnt",
+    "tool call": "tool calls",
+    "tools": "tools",
+    "tool answer": "answers of tools",
+}
+_CONVERSATIONS = ("messages", "sharegpt", "prompt_completion")  # formats whose messages may have switches
 _BATCH = 1000  # rows tokenised in one call, and of one Arrow record batch
 
 
@@ -58,6 +70,9 @@ def tokenize(
     format: str = "auto",
     completion_only_loss: bool | None = None,
     assistant_only_loss: bool = False,
+    on_lost_content: str = "error",
+    columns: Mapping[str, str | None] | None = None,
+    roles: Mapping[str, str] | None = None,
     num_proc: int | None = None,
     cache_dir: str | Path | None = None,
 ) -> Documents:
@@ -66,12 +81,16 @@ def tokenize(
     Raises:
         DataError: columns, options and tokenizer don't go together. Bad rows are in `problems`.
     """
-    format, also = find_format(rows.columns, format)
+    reading = Reading(has_template=bool(tokenizer.chat_template), roles=roles or {}, columns=columns or {})
+    names = rename_columns(rows.columns, reading.columns)
+    format, also = find_format(names, format)
     encoder = Encoder(
         tokenizer,
         format,
         completion_only=completion_only_loss,
         assistant_only=assistant_only_loss,
+        on_lost_content=on_lost_content,
+        reading=reading,
     )
     fingerprint = store.hash_of(
         store.STORE_VERSION,
@@ -80,6 +99,9 @@ def tokenize(
         format,
         encoder.completion_only,
         encoder.assistant_only,
+        on_lost_content,
+        reading.columns,
+        reading.roles,
     )
     found = store.find_store(fingerprint, cache_dir)
     if found is not None:
@@ -96,7 +118,11 @@ def tokenize(
             "fingerprint": fingerprint,
             "format": format,
             "problems": [(row, table["problem"][row].as_py()) for row in bad],
-            "notes": _notes(rows, format, also) + notes_of(table["flags"].to_numpy(), tokenizer),
+            "notes": [
+                *_notes(names, format, also),
+                *notes_of(table["flags"].to_numpy(), tokenizer),
+                *_remarks_of(table["remarks"], rows),
+            ],
         }
         return store.publish(directory, facts, cache_dir)
 
@@ -130,15 +156,29 @@ def _map(rows: Rows, encoder: Encoder, directory: Path, num_proc: int | None) ->
     return pa.concat_tables(pa.ipc.open_stream(pa.memory_map(file)).read_all() for file in files)
 
 
-def _notes(rows: Rows, format: str, also: Sequence[str]) -> list[str]:
+def _notes(columns: Sequence[str], format: str, also: Sequence[str]) -> list[str]:
     notes = []
     if also:
         notes.append(f"the columns also fit the format {' and '.join(also)}; `data.format` chooses")
-    used = set(FORMATS[format].columns + OPTIONAL_COLUMNS.get(format, ()))
-    unused = [column for column in rows.columns if column not in used]
-    if unused:
+    used = {*FORMATS[format].columns, *FORMATS[format].optional}
+    if unused := [column for column in columns if column not in used]:
         notes.append(f"columns not used: {', '.join(unused)}")
     return notes
+
+
+def _remarks_of(column: pa.ChunkedArray, rows: Rows) -> list[str]:
+    """Counts what was said of rows, and names the first row of each."""
+    said = np.flatnonzero(column.is_valid().to_numpy()).tolist()
+    counts: Counter[str] = Counter()
+    first: dict[str, int] = {}
+    for row in said:
+        for remark in column[row].as_py().split("\n"):
+            counts[remark] += 1
+            first.setdefault(remark, row)
+    return [
+        f"{remark}: {count:,} row{'s' if count > 1 else ''} (the first is {rows.where(first[remark])})"
+        for remark, count in counts.most_common()
+    ]
 
 
 # ------------------------------------------------------------------ one batch of rows in, one Arrow table out
@@ -153,6 +193,9 @@ class _Draft:
     plain: bool = False
     ids: np.ndarray = field(default_factory=partial(np.empty, 0, np.int32))  # [L]
     labels: np.ndarray = field(default_factory=partial(np.empty, 0, np.int32))  # [L]
+    spans: list[Span] | None = None  # what is learnt of the text; None where the prompt says it
+    factors: np.ndarray = field(default_factory=partial(np.empty, 0, np.float32))  # see `_runs`
+    remarks: list[str] = field(default_factory=list)
     flags: int = 0
     problem: str | None = None
 
@@ -164,7 +207,9 @@ class Encoder:
         tokenizer: a transformers tokenizer.
         format: a key of `FORMATS`.
         completion_only: learn from completions only; None is the format's own default.
-        assistant_only: learn from what the template's `{% generation %}` markers enclose.
+        assistant_only: learn from assistant turns only; of completions, where both are set.
+        on_lost_content: what becomes of a conversation of which the chat template leaves something out: "error" or "warn".
+        reading: how rows are read.
 
     Raises:
         DataError: the options don't go with the format or the tokenizer.
@@ -177,27 +222,30 @@ class Encoder:
         *,
         completion_only: bool | None = None,
         assistant_only: bool = False,
+        on_lost_content: str = "error",
+        reading: Reading | None = None,
     ):
         self.tokenizer, self.format = tokenizer, format
-        self.has_template = bool(tokenizer.chat_template)
-        self.assistant_only = assistant_only
-        default = FORMATS[format].completion_only and not assistant_only
-        self.completion_only = bool(default if completion_only is None else completion_only)
+        self.reading = reading or Reading(has_template=bool(tokenizer.chat_template))
+        self.template, self.offsets = ChatTemplate(tokenizer), OffsetTokenizer(tokenizer)
+        self.assistant_only, self.on_lost_content = assistant_only, on_lost_content
+        self.completion_only = bool(FORMATS[format].completion_only if completion_only is None else completion_only)
         self._check_options()
         self.prefix = _added_in_front(tokenizer)
         self.vocabulary = 1 + max(tokenizer.get_vocab().values(), default=-1) if format == "input_ids" else None
 
     @property
     def all_learnt(self) -> bool:
-        """Whether every label but the first of each example is its token. Rows of token ids may bring their own labels."""
-        return not (self.completion_only or self.assistant_only or self.format == "input_ids")
+        """Whether every label but the first of each example is its token, whatever the rows say."""
+        return not (self.completion_only or self.assistant_only or self.format in ("input_ids", *_CONVERSATIONS))
 
     def __call__(self, rows: Sequence[Row | BadRow]) -> pa.Table:
         """Tokenises a batch: a table with one row for each row.
 
         Columns: `input_ids` list<int32>; `labels` list<int32> or `learnt` list<uint8> (neither where all is
-        learnt); `supervised` int32; `blanks` int32, tokens of nothing but white space behind an eos at the end (of
-        ChatML, a newline); `flags` uint8; `problem` string, null for good rows; bad rows are empty.
+        learnt); `factors` list<float32>, see `_runs`; `supervised` int32; `blanks` int32, tokens of nothing but white space
+        behind an eos at the end (of ChatML, a newline); `flags` uint8; `remarks` string, lines for the report, or null;
+        `problem` string, null for good rows; bad rows are empty.
         """
         drafts = [self._draft(row) for row in rows]
         self._tokenise([draft for draft in drafts if draft.text is not None])
@@ -207,30 +255,19 @@ class Encoder:
         if self.completion_only and FORMATS[self.format].completion_only is None:
             what = f"needs rows with completions, and rows of format `{self.format}` have none"
             raise DataError(what, key="data.completion_only_loss", value=True, fix="leave it out")
-        if self.completion_only and self.assistant_only:
-            fix = "keep `completion_only_loss` for prompts with completions, `assistant_only_loss` for messages"
-            raise DataError("contradicts `data.completion_only_loss`", key="data.assistant_only_loss", fix=fix)
         if self.assistant_only and self.format in ("input_ids", "text"):
             what = f"needs conversations, and rows of format `{self.format}` are not conversations"
             raise DataError(what, key="data.assistant_only_loss", value=True, fix="leave it out")
-        if not self.has_template and (self.assistant_only or self.format in ("messages", "sharegpt")):
+        if not self.reading.has_template and (self.assistant_only or self.format in ("messages", "sharegpt")):
             what = "the tokenizer has no chat template to render conversations with"
             fix = "use the tokenizer of a chat model, or name a template file in `model.chat_template`"
             raise DataError(what, key="model.chat_template", fix=fix)
-        if self.assistant_only and not _GENERATION_MARKER.search(self.tokenizer.get_chat_template()):
-            what = "needs a chat template that marks what the assistant says with {% generation %}"
-            fix = (
-                "name a template with {% generation %} ... {% endgeneration %} around the assistant's words in "
-                "`model.chat_template` (trl.chat_template_utils.get_training_chat_template has some), or use "
-                "`completion_only_loss: true` to learn from the last message"
-            )
-            raise DataError(what, key="data.assistant_only_loss", value=True, fix=fix)
 
     def _draft(self, row: Row | BadRow) -> _Draft:
         try:
             if isinstance(row, BadRow):
                 raise row
-            match FORMATS[self.format].parse(row, self.has_template):
+            match read_row(row, self.format, self.reading):
                 case Text() as sample:
                     draft = self._draft_text(sample)
                 case Chat() as sample:
@@ -254,31 +291,74 @@ class Encoder:
         prompt = sample.prompt if self.completion_only else None
         return _Draft(text=sample.prompt + sample.completion, prompt=prompt, plain=True)
 
-    def _draft_chat(self, sample: Chat) -> _Draft:
-        if not self.has_template:
+    def _draft_chat(self, chat: Chat) -> _Draft:
+        if not self.reading.has_template:
             raise BadRow("the row is a conversation, and the tokenizer has no chat template")
-        messages, prompt = sample.messages, None
+        roles = [message["role"] for message in chat.messages]
         if self.completion_only:
-            if messages[-1]["role"] != "assistant":
-                raise BadRow(
-                    f"the last message has the role {messages[-1]['role']!r}, and a completion must be the assistant's"
-                )
-            if sample.prompt_messages == 0:
+            if roles[-1] != "assistant":
+                raise BadRow(f"the last message has the role {roles[-1]!r}, and a completion must be the assistant's")
+            if chat.prompt_messages == 0:
                 raise BadRow("the completion has no prompt before it")
-            before = messages[: sample.prompt_messages]
-            prompt = self._render(before, sample.tools, add_generation_prompt=True, tokenize=False)
-        if not self.assistant_only:
-            return _Draft(text=self._render(messages, sample.tools, tokenize=False), prompt=prompt)
-        encoded = self._render(messages, sample.tools, return_dict=True, return_assistant_tokens_mask=True)
-        return self._finish(
-            _Draft(), np.asarray(encoded["input_ids"], np.int32), np.asarray(encoded["assistant_masks"], bool)
-        )
+        asked = set(chat.switches)
+        if self.assistant_only and not self.template.has_markers:
+            asked |= {n for n, role in enumerate(roles) if role == "assistant"}
+        rendered = self.template.render(chat, sorted(asked))
+        draft = _Draft(text=rendered.text, remarks=self._remarks(chat, rendered))
+        if self.completion_only:
+            draft.prompt = self.template.prompt(rendered)
+            if not draft.text.startswith(draft.prompt):
+                draft.flags |= UNLIKE
+                first = self.template.render(chat, [chat.prompt_messages]).turns.get(chat.prompt_messages)
+                if first is None:
+                    raise BadRow(f"the chat template renders nothing of {chat.names[chat.prompt_messages]}")
+                draft.prompt, draft.spans = None, [(first[0], len(draft.text), 1.0)]
+        if self.assistant_only or chat.switches:
+            draft.spans = self._spans(chat, rendered, draft)
+            draft.prompt = None
+        return draft
 
-    def _render(self, messages: list[Row], tools: list[object] | None, **options: object):
-        try:
-            return self.tokenizer.apply_chat_template(messages, tools=tools, **options)
-        except Exception as error:  # a template is foreign code: whatever it raises is about this row
-            raise BadRow(f"the chat template failed: {type(error).__name__}: {error}") from None
+    def _spans(self, chat: Chat, rendered: Rendered, draft: _Draft) -> list[Span]:
+        """Returns what is learnt of a conversation's text: as the options say, and then as the switches of its turns do."""
+        everything = [(0, len(rendered.text), 1.0)]
+        bounds = draft.spans or ([(len(draft.prompt), len(rendered.text), 1.0)] if draft.prompt else everything)
+        spans = bounds
+        if self.assistant_only:
+            roles = {n: chat.messages[n]["role"] for n in rendered.turns}
+            own = {n for n, role in roles.items() if role == "assistant" and not self.template.has_markers}
+            switched_on = {
+                n for n, factor in chat.switches.items() if factor and roles.get(n, "assistant") != "assistant"
+            }
+            located = [(*rendered.turns[n], 1.0) for n in sorted(own | switched_on)]
+            marked = self.template.generated(rendered) if self.template.has_markers else []
+            spans = intersect(bounds, sorted(marked + located))
+        for message, factor in chat.switches.items():
+            if factor != 1 and message in rendered.turns:
+                turn = (*rendered.turns[message], factor)
+                rest = intersect(spans, outside([turn], len(rendered.text)))
+                spans = sorted(rest + (intersect(spans, [turn]) if factor else []))
+        return spans
+
+    def _remarks(self, chat: Chat, rendered: Rendered) -> list[str]:
+        """Returns what is to be said of a conversation.
+
+        Raises:
+            BadRow: the chat template leaves out what is to be learnt or answered, and that is an error.
+        """
+        remarks = [
+            f"message key '{key}' looks like a switch, and is none ({', '.join(SWITCHES)})" for key in chat.unknown
+        ]
+        last_question = max((n for n, message in enumerate(chat.messages) if message["role"] == "user"), default=-1)
+        for lost in rendered.lost:
+            learnt = not (self.completion_only and lost.message is not None and lost.message < chat.prompt_messages)
+            learnt &= chat.switches.get(lost.message, 1) != 0
+            if lost.kind == "reasoning" and (lost.message < last_question or not learnt):
+                remarks.append("the chat template leaves out the reasoning of earlier turns")
+            elif self.on_lost_content == "error":
+                raise BadRow(describe_lost(chat, lost) + "; `data.on_lost_content: warn` trains without it")
+            else:
+                remarks.append(f"the chat template leaves out {_PLURALS[lost.kind]}")
+        return list(dict.fromkeys(remarks))
 
     def _draft_ids(self, sample: Ids) -> _Draft:
         ids, labels = sample.input_ids, sample.labels
@@ -287,10 +367,20 @@ class Encoder:
             if len(outside):
                 raise BadRow(f"'{name}' contains {outside[0]}, which is outside the vocabulary of {self.vocabulary}")
         labels[0] = IGNORED
-        return _checked(_Draft(ids=ids.astype(np.int32), labels=labels.astype(np.int32)))
+        draft = _Draft(ids=ids.astype(np.int32), labels=labels.astype(np.int32))
+        _check(draft)
+        return draft
 
     def _tokenise(self, drafts: list[_Draft]) -> None:
         """Tokenises wholes and prompts, each in one call, and finishes the drafts in place."""
+        located = [draft for draft in drafts if draft.spans is not None]
+        if located and not self.offsets.has_offsets:
+            fix = "use the model's fast tokenizer, or leave out `assistant_only_loss` and the switches of messages"
+            raise DataError("the tokenizer cannot say which characters a token stands for", key="model", fix=fix)
+        if located:
+            for draft, (ids, offsets) in zip(located, self.offsets([draft.text for draft in located]), strict=True):
+                self._finish(draft, ids.astype(np.int32), factors_of(offsets, draft.spans))
+        drafts = [draft for draft in drafts if draft.spans is None]
         wholes = self._ids([draft.text for draft in drafts])
         prompts = iter(self._ids([draft.prompt for draft in drafts if draft.prompt]))
         for draft, whole in zip(drafts, wholes, strict=True):
@@ -308,12 +398,8 @@ class Encoder:
         """Returns the ids of the whole and the position of its first completion token."""
         if whole[: len(prompt)] == prompt:
             return whole, len(prompt)
-        if draft.text.startswith(draft.prompt):
-            draft.flags |= MERGED
-            return prompt + self._continuation(draft.text[len(draft.prompt) :]), len(prompt)
-        draft.flags |= UNLIKE
-        parting = next((i for i, (a, b) in enumerate(zip(whole, prompt, strict=False)) if a != b), len(whole))
-        return whole, parting
+        draft.flags |= MERGED
+        return prompt + self._continuation(draft.text[len(draft.prompt) :]), len(prompt)
 
     def _continuation(self, text: str) -> list[int]:
         """Returns the ids of a text inside a sequence: without the blank that some SentencePiece models put first."""
@@ -326,12 +412,13 @@ class Encoder:
         encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
         return encoded["input_ids"]
 
-    def _finish(self, draft: _Draft, ids: np.ndarray, learnt: np.ndarray) -> _Draft:
-        draft.ids, draft.labels = ids, np.where(learnt, ids, IGNORED)
+    def _finish(self, draft: _Draft, ids: np.ndarray, factors: np.ndarray) -> None:
+        draft.ids, draft.labels = ids, np.where(factors > 0, ids, IGNORED)
+        draft.factors = _runs(factors)
         draft.labels[:1] = IGNORED
         if not draft.plain and not (draft.labels == self.tokenizer.eos_token_id).any():
             draft.flags |= NO_EOS
-        return _checked(draft)
+        _check(draft)
 
     def _blanks_behind_eos(self, ids: np.ndarray) -> int:
         end = len(ids)
@@ -354,6 +441,7 @@ class Encoder:
             columns["labels"] = column([draft.labels for draft in drafts])
         elif not self.all_learnt:
             columns["learnt"] = column([draft.labels != IGNORED for draft in drafts], np.uint8)
+            columns["factors"] = column([draft.factors for draft in drafts], np.float32)
         supervised = [np.count_nonzero(draft.labels != IGNORED) for draft in drafts]
         return pa.table(
             columns
@@ -361,18 +449,30 @@ class Encoder:
                 "supervised": pa.array(supervised, pa.int32()),
                 "blanks": pa.array([self._blanks_behind_eos(draft.ids) for draft in drafts], pa.int32()),
                 "flags": pa.array([draft.flags for draft in drafts], pa.uint8()),
+                "remarks": pa.array(["\n".join(draft.remarks) or None for draft in drafts], pa.string()),
                 "problem": pa.array([draft.problem for draft in drafts], pa.string()),
             }
         )
 
 
-def _checked(draft: _Draft) -> _Draft:
-    """Returns the draft, or one with a problem where nothing can be learnt from it."""
+def _check(draft: _Draft) -> None:
+    """Makes a draft a bad row where nothing can be learnt from it."""
     if (draft.labels != IGNORED).any():
-        return draft
+        return
     if len(draft.ids) < 2:
-        return _Draft(problem=f"has {len(draft.ids)} token{'s' if len(draft.ids) != 1 else ''}, and nothing to predict")
-    return _Draft(problem=f"none of its {len(draft.ids)} tokens is supervised")
+        draft.problem = f"has {len(draft.ids)} token{'s' if len(draft.ids) != 1 else ''}, and nothing to predict"
+    else:
+        draft.problem = f"none of its {len(draft.ids)} tokens is supervised"
+    draft.ids, draft.labels, draft.factors, draft.flags, draft.remarks = *(draft.ids[:0],) * 3, 0, []
+
+
+def _runs(factors: np.ndarray) -> np.ndarray:
+    """Returns [first token, one behind the last, factor] of every run with a factor other than 0 and 1, end to end."""
+    if not ((factors != 0) & (factors != 1)).any():
+        return np.empty(0, np.float32)
+    starts = np.flatnonzero(np.diff(factors, prepend=np.nan))
+    runs = np.stack([starts, np.append(starts[1:], len(factors)), factors[starts]], axis=1)
+    return runs[(runs[:, 2] != 0) & (runs[:, 2] != 1)].astype(np.float32).ravel()
 
 
 def _added_in_front(tokenizer: PreTrainedTokenizerBase) -> list[int]:

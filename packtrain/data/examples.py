@@ -33,7 +33,7 @@ import numpy as np
 
 from packtrain.data import store
 from packtrain.data.encoding import tokenize
-from packtrain.data.formats import FORMATS, find_format
+from packtrain.data.formats import FORMATS, find_format, rename_columns
 from packtrain.data.report import DataReport
 from packtrain.data.selection import View, select
 from packtrain.data.sources import Rows, describe_request, find_files, open_rows
@@ -144,13 +144,33 @@ class Examples:
         Returns:
             input_ids and labels, int64 `[T]`; the first label of every document is -100.
         """
+        return self._documents.tokens.gather(*self._pieces(example_ids, starts, stops))
+
+    def _pieces(self, example_ids, starts, stops) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns documents and positions in them, int64 `[S]` each, of pieces of examples."""
         ids = np.asarray(example_ids, dtype=np.int64)
         view = self._view
         lengths, first = view.lengths[ids], view.starts[ids].astype(np.int64)
         starts = np.zeros_like(first) if starts is None else np.asarray(starts)
         stops = lengths if stops is None else np.asarray(stops)
         assert ((0 <= starts) & (starts <= stops) & (stops <= lengths)).all(), "a piece must lie within its example"
-        return self._documents.tokens.gather(view.documents(ids), first + starts, first + stops)
+        return view.documents(ids), first + starts, first + stops
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether a row gives a token a factor of the loss other than 1 (a `weight` of a message)."""
+        return self._documents.tokens.has_factors
+
+    def factors(
+        self,
+        example_ids: Sequence[int] | np.ndarray,
+        starts: np.ndarray | None = None,
+        stops: np.ndarray | None = None,
+    ) -> np.ndarray | None:
+        """Returns the factors of the loss of the tokens that `gather` gives, float32 `[T]`; None where all are 1."""
+        if not self.has_factors:
+            return None
+        return self._documents.tokens.factors(*self._pieces(example_ids, starts, stops))
 
     def take(self, indices: Sequence[int] | np.ndarray) -> Examples:
         """Returns these examples in this order, renumbered from 0; nothing is copied but the view."""
@@ -314,6 +334,9 @@ def build_examples(
     overflow: str = "error",
     completion_only_loss: bool | None = None,
     assistant_only_loss: bool = False,
+    on_lost_content: str = "error",
+    columns: Mapping[str, str | None] | None = None,
+    roles: Mapping[str, str] | None = None,
     on_bad_row: str = "error",
     num_proc: int | None = None,
     cache_dir: str | Path | None = None,
@@ -329,7 +352,11 @@ def build_examples(
         overflow: of rows longer than that: `error`, `truncate` (keep the first tokens), `drop`, or `split` into
             pieces of `max_length` (pieces without a supervised token are left out).
         completion_only_loss: learn from completions only; None is the format's own default.
-        assistant_only_loss: learn from what the chat template marks with `{% generation %}`.
+        assistant_only_loss: learn from assistant turns only: what the chat template marks with `{% generation %}`, or what
+            it renders between the generation prompt and the end of the turn.
+        on_lost_content: of a conversation of which the chat template leaves something out: `error` (a bad row) or `warn`.
+        columns: name of a column that formats read -> the rows' own name of it; None to leave it out.
+        roles: names of speakers -> `system`, `developer`, `user`, `assistant` or `tool`, beyond the usual ones.
         on_bad_row: `error` lists them all at once; `skip` leaves them out and lists them in the report.
         num_proc: processes that tokenise.
         cache_dir: see `packtrain.data.store`.
@@ -338,7 +365,14 @@ def build_examples(
     Raises:
         DataError: with file and row, or key and value, and the fix.
     """
-    options = dict(format=format, completion_only_loss=completion_only_loss, assistant_only_loss=assistant_only_loss)
+    options = dict(
+        format=format,
+        completion_only_loss=completion_only_loss,
+        assistant_only_loss=assistant_only_loss,
+        on_lost_content=on_lost_content,
+        columns=columns,
+        roles=roles,
+    )
     documents = tokenize(rows, tokenizer, **options, num_proc=num_proc, cache_dir=cache_dir)
     if tokenizer_key is not None:
         request = _request(rows.request, tokenizer_key, options)
@@ -347,14 +381,14 @@ def build_examples(
     return Examples(documents, *chosen, rows)
 
 
-# Keys of `data:` that decide which tokens of the rows are examples.
-_CHOICES = {"format", "max_length", "overflow", "completion_only_loss", "assistant_only_loss", "on_bad_row"}
+# Keys of `data:` that decide how rows are tokenised, and with them those that choose which tokens are examples.
+_TOKENS = {"format", "completion_only_loss", "assistant_only_loss", "on_lost_content", "columns", "roles"}
+_CHOICES = _TOKENS | {"max_length", "overflow", "on_bad_row"}
 
 
 def _request(rows: object, tokenizer_key: str, options: Mapping[str, object]) -> dict[str, object]:
     """Returns the key under which the store remembers what rows, tokenizer and loss mask gave."""
-    names = ("format", "completion_only_loss", "assistant_only_loss")
-    return {"rows": rows, "tokenizer": tokenizer_key, **{name: options[name] for name in names}}
+    return {"rows": rows, "tokenizer": tokenizer_key, **{name: options[name] for name in sorted(_TOKENS)}}
 
 
 def _completion_only(section: DataSection, rows: Rows, completions_only: bool) -> bool | None:
@@ -365,5 +399,5 @@ def _completion_only(section: DataSection, rows: Rows, completions_only: bool) -
     """
     if not completions_only or section.completion_only_loss is not None or section.assistant_only_loss:
         return section.completion_only_loss
-    format, _ = find_format(rows.columns, section.format)
+    format, _ = find_format(rename_columns(rows.columns, section.columns or {}), section.format)
     return None if FORMATS[format].completion_only is None else True

@@ -2,43 +2,41 @@
 
     format             columns                        becomes
     input_ids          input_ids (+ labels)           Ids, used as they are
-    messages           messages (+ tools)             Chat
+    messages           messages                       Chat
     prompt_completion  prompt, completion             Text; Chat where both are lists of messages
-    sharegpt           conversations (+ tools)        Chat
+    sharegpt           conversations                  Chat
     alpaca             instruction, output (+ input)  Chat; Text where the tokenizer has no chat template
     question_answer    question, answer               the same
     text               text                           Text without a prompt
 
-A format is found by its columns, the first of this table that fits, or named by the user. Parsers check types
-and raise `BadRow` with the reason; they know nothing of tokens.
+Conversations also read `system`, `tools` (or `functions`) and `chat_template_kwargs`; Alpaca's also `history`. A format is
+found by its columns, the first of this table that fits, or named by the user. Parsers check types and raise `BadRow` with
+the reason; they know nothing of tokens.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from packtrain.data.messages import (
+    Chat,
+    Message,
+    kind_of,
+    make_chat,
+    make_message,
+    read_json,
+    read_messages,
+    read_tools,
+)
 from packtrain.data.report import BadRow
 from packtrain.errors import DataError, shorten
 from packtrain.recipe.fields import did_you_mean
 
 IGNORED = -100  # the label of a token that is not supervised
 MASKS = ("completion_mask", "assistant_masks")  # columns that say what is learnt: where all of them are not 0
-ROLES = ("system", "developer", "user", "assistant", "tool")
-_SHAREGPT_ROLES = {
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "model": "assistant",
-    "function_response": "tool",
-    "observation": "tool",
-} | {role: role for role in ROLES}
 
 # Without a chat template: the wording of Stanford Alpaca, and that of lm-evaluation-harness for GSM8K.
 ALPACA_PROMPT = (
@@ -62,15 +60,6 @@ class Text:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chat:
-    """A conversation for a chat template; its first `prompt_messages` messages are the prompt."""
-
-    messages: list[dict[str, object]]
-    prompt_messages: int
-    tools: list[object] | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
 class Ids:
     """Token ids `[L]` and labels `[L]`, both int64, as the row gives them."""
 
@@ -82,16 +71,67 @@ Row = dict[str, object]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Format:
-    """A row format: `parse(row, chat)` reads a row; `chat` tells whether there is a chat template to render with.
+class Reading:
+    """How rows are read.
 
-    `completion_only` is whether only completions are learnt unless the user says otherwise; None where a row
-    has no completion to single out.
+    Attributes:
+        has_template: whether there is a chat template to render conversations with.
+        roles: names of speakers -> one of `messages.ROLES`, beyond those that are known.
+        columns: name of a column that a format reads -> the rows' own name of it; None to leave it out.
+    """
+
+    has_template: bool = True
+    roles: Mapping[str, str] = field(default_factory=dict)
+    columns: Mapping[str, str | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """A row format: `parse(row, reading)` reads a row.
+
+    Attributes:
+        columns: what a row must have.
+        optional: what is read where it is there.
+        completion_only: whether only completions are learnt unless the user says otherwise; None where a row has no
+            completion to single out.
     """
 
     columns: tuple[str, ...]
-    parse: Callable[[Row, bool], Text | Chat | Ids]
+    parse: Callable[[Row, Reading], Text | Chat | Ids]
     completion_only: bool | None
+    optional: tuple[str, ...] = ()
+
+
+def read_row(row: Row, format: str, reading: Reading) -> Text | Chat | Ids:
+    """Reads a row of a format.
+
+    Raises:
+        BadRow: with the reason.
+    """
+    if reading.columns:
+        mapped = set(reading.columns) | set(reading.columns.values())
+        renamed = {ours: row[theirs] for ours, theirs in reading.columns.items() if theirs in row}
+        row = {name: value for name, value in row.items() if name not in mapped} | renamed
+    return FORMATS[format].parse(row, reading)
+
+
+def rename_columns(columns: Sequence[str], mapping: Mapping[str, str | None]) -> list[str]:
+    """Returns the columns as formats know them.
+
+    Raises:
+        DataError: the mapping names a column that no format reads, or one that the rows don't have.
+    """
+    known = dict.fromkeys(name for fmt in FORMATS.values() for name in (*fmt.columns, *fmt.optional))
+    for ours, theirs in mapping.items():
+        if ours not in known:
+            near = did_you_mean(ours, known)
+            fix = f"did you mean `{near}`?" if near else f"the columns that formats read are {', '.join(known)}"
+            raise DataError(f"`{ours}` is not a column that a format reads", key="data.columns", value=ours, fix=fix)
+        if theirs is not None and theirs not in columns:
+            what = f"the rows have no column `{theirs}`"
+            raise DataError(what, key="data.columns", value=theirs, fix=f"the columns are {', '.join(columns)}")
+    mapped = set(mapping) | set(mapping.values())
+    return [*(name for name in columns if name not in mapped), *(ours for ours, theirs in mapping.items() if theirs)]
 
 
 def find_format(columns: Sequence[str], name: str = "auto") -> tuple[str, list[str]]:
@@ -123,54 +163,50 @@ def find_format(columns: Sequence[str], name: str = "auto") -> tuple[str, list[s
     return fitting[0], fitting[1:]
 
 
-def _parse_text(row: Row, chat: bool) -> Text:
+def _parse_text(row: Row, reading: Reading) -> Text:
     return Text(completion=_text(row, "text"))
 
 
-def _parse_prompt_completion(row: Row, chat: bool) -> Text | Chat:
+def _parse_prompt_completion(row: Row, reading: Reading) -> Text | Chat:
     prompt, completion = row.get("prompt"), row.get("completion")
     if isinstance(prompt, list) and isinstance(completion, list):
-        before, after = _messages(row, "prompt"), _messages(row, "completion")
-        return Chat(messages=before + after, prompt_messages=len(before), tools=_tools(row))
+        before = read_messages(row, "prompt", reading.roles)
+        return _chat(row, before + read_messages(row, "completion", reading.roles), prompt_messages=len(before))
     if isinstance(prompt, list) != isinstance(completion, list) and prompt is not None and completion is not None:
         raise BadRow("'prompt' and 'completion' must both be text or both be lists of messages")
-    return Text(prompt=_text(row, "prompt"), completion=_text(row, "completion"))
+    _refuse(row, OF_CONVERSATIONS, "prompt and completion are plain text")
+    return Text(prompt="" if prompt == "" else _text(row, "prompt"), completion=_text(row, "completion"))
 
 
-def _parse_messages(row: Row, chat: bool) -> Chat:
-    messages = _messages(row, "messages")
-    return Chat(messages=messages, prompt_messages=len(messages) - 1, tools=_tools(row))
+def _parse_messages(row: Row, reading: Reading) -> Chat:
+    return _chat(row, read_messages(row, "messages", reading.roles))
 
 
-def _parse_sharegpt(row: Row, chat: bool) -> Chat:
-    turns = _list_of_objects(row, "conversations")
-    renamed = []
-    for number, turn in enumerate(turns):
-        role = turn.get("from", turn.get("role"))
-        if not isinstance(role, str) or role not in _SHAREGPT_ROLES:
-            raise BadRow(f"conversations[{number}] is from {shorten(role, 40)}, an unknown speaker")
-        message = {"role": _SHAREGPT_ROLES[role], "content": turn.get("value", turn.get("content"))}
-        renamed.append(_message(message, f"conversations[{number}]"))
-    return Chat(messages=renamed, prompt_messages=len(renamed) - 1, tools=_tools(row))
+def _parse_sharegpt(row: Row, reading: Reading) -> Chat:
+    return _chat(row, read_messages(row, "conversations", reading.roles))
 
 
-def _parse_alpaca(row: Row, chat: bool) -> Text | Chat:
+def _parse_alpaca(row: Row, reading: Reading) -> Text | Chat:
     instruction, output = _text(row, "instruction"), _text(row, "output")
     context = _text(row, "input") if row.get("input") not in (None, "") else ""
-    if chat:
-        return _one_turn(f"{instruction}\n\n{context}" if context else instruction, output)
+    if reading.has_template:
+        return _one_turn(
+            row, ("instruction", f"{instruction}\n\n{context}" if context else instruction), "output", output
+        )
+    _refuse(row, ("history", *OF_CONVERSATIONS), "the tokenizer has no chat template")
     template = ALPACA_PROMPT_WITH_INPUT if context else ALPACA_PROMPT
     return Text(prompt=template.format(instruction=instruction, input=context), completion=output)
 
 
-def _parse_question_answer(row: Row, chat: bool) -> Text | Chat:
+def _parse_question_answer(row: Row, reading: Reading) -> Text | Chat:
     question, answer = _text(row, "question"), _text(row, "answer")
-    if chat:
-        return _one_turn(question, answer)
+    if reading.has_template:
+        return _one_turn(row, ("question", question), "answer", answer)
+    _refuse(row, OF_CONVERSATIONS, "the tokenizer has no chat template")
     return Text(prompt=QUESTION_PROMPT.format(question=question), completion=" " + answer)
 
 
-def _parse_input_ids(row: Row, chat: bool) -> Ids:
+def _parse_input_ids(row: Row, reading: Reading) -> Ids:
     ids = _integers(row, "input_ids")
     if not len(ids):
         raise BadRow("'input_ids' is empty")
@@ -184,28 +220,90 @@ def _parse_input_ids(row: Row, chat: bool) -> Ids:
     return Ids(input_ids=ids, labels=labels)
 
 
+OF_CONVERSATIONS = (
+    "system",
+    "tools",
+    "functions",
+    "chat_template_kwargs",
+)  # columns that they read where they are there
+
 FORMATS: dict[str, Format] = {
-    "input_ids": Format(columns=("input_ids",), parse=_parse_input_ids, completion_only=None),
-    "messages": Format(columns=("messages",), parse=_parse_messages, completion_only=False),
-    "prompt_completion": Format(columns=("prompt", "completion"), parse=_parse_prompt_completion, completion_only=True),
-    "sharegpt": Format(columns=("conversations",), parse=_parse_sharegpt, completion_only=False),
-    "alpaca": Format(columns=("instruction", "output"), parse=_parse_alpaca, completion_only=True),
-    "question_answer": Format(columns=("question", "answer"), parse=_parse_question_answer, completion_only=True),
+    "input_ids": Format(
+        columns=("input_ids",),
+        parse=_parse_input_ids,
+        completion_only=None,
+        optional=("labels", *MASKS, "attention_mask"),
+    ),
+    "messages": Format(columns=("messages",), parse=_parse_messages, completion_only=False, optional=OF_CONVERSATIONS),
+    "prompt_completion": Format(
+        columns=("prompt", "completion"),
+        parse=_parse_prompt_completion,
+        completion_only=True,
+        optional=OF_CONVERSATIONS,
+    ),
+    "sharegpt": Format(
+        columns=("conversations",), parse=_parse_sharegpt, completion_only=False, optional=OF_CONVERSATIONS
+    ),
+    "alpaca": Format(
+        columns=("instruction", "output"),
+        parse=_parse_alpaca,
+        completion_only=True,
+        optional=("input", "history", *OF_CONVERSATIONS),
+    ),
+    "question_answer": Format(
+        columns=("question", "answer"), parse=_parse_question_answer, completion_only=True, optional=OF_CONVERSATIONS
+    ),
     "text": Format(columns=("text",), parse=_parse_text, completion_only=None),
 }
-# Columns beyond the needed ones that a format reads where it finds them.
-OPTIONAL_COLUMNS: dict[str, tuple[str, ...]] = {
-    "input_ids": ("labels", *MASKS, "attention_mask"),
-    "messages": ("tools",),
-    "prompt_completion": ("tools",),
-    "sharegpt": ("tools",),
-    "alpaca": ("input",),
-}
 
 
-def _one_turn(user: str, assistant: str) -> Chat:
-    messages = [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
-    return Chat(messages=messages, prompt_messages=1)
+def _chat(row: Row, messages: list[Message], *, prompt_messages: int | None = None) -> Chat:
+    """Makes the conversation of a row, with its `system`, `tools` and `chat_template_kwargs`."""
+    system = row.get("system")
+    if system not in (None, ""):
+        if messages[0].body["role"] in ("system", "developer"):
+            raise BadRow("has a column 'system' and a system message; keep one of them")
+        messages = [make_message("system", _text(row, "system"), "system"), *messages]
+        prompt_messages = None if prompt_messages is None else prompt_messages + 1
+    kwargs = row.get("chat_template_kwargs")
+    if isinstance(kwargs, str):
+        kwargs = read_json(kwargs, "'chat_template_kwargs'") if kwargs.strip() else None
+    if not isinstance(kwargs, dict | None):
+        raise BadRow(f"'chat_template_kwargs' is {kind_of(kwargs)}, not an object: {shorten(kwargs, 40)}")
+    kwargs = {key: value for key, value in (kwargs or {}).items() if value is not None}
+    if taken := sorted(kwargs.keys() & _OF_THE_RENDERER):
+        raise BadRow(f"'chat_template_kwargs' contains '{taken[0]}', which is not an argument of the template")
+    tools = read_tools(row)
+    return make_chat(messages, prompt_messages=prompt_messages, tools=tools, template_kwargs=kwargs)
+
+
+_OF_THE_RENDERER = {
+    "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message",
+    "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask",
+    "tokenizer_kwargs", "sanitize_control_tokens",
+}  # fmt: skip
+
+
+def _one_turn(row: Row, user: tuple[str, str], column: str, answer: str) -> Chat:
+    """Makes a conversation of `history`, a question, and its answer; the columns name them in messages."""
+    messages, history = [], row.get("history") or []
+    if not isinstance(history, list):
+        raise BadRow(f"'history' is {kind_of(history)}, not a list of pairs: {shorten(history, 40)}")
+    for number, pair in enumerate(history):
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise BadRow(f"history[{number}] is not a pair of texts: {shorten(pair, 40)}")
+        for role, text in zip(("user", "assistant"), pair, strict=True):
+            messages.append(make_message(role, text, f"history[{number}]"))
+    return _chat(row, [*messages, make_message("user", user[1], user[0]), make_message("assistant", answer, column)])
+
+
+def _refuse(row: Row, columns: Sequence[str], why: str) -> None:
+    """Refuses a row with a value in one of these columns: it could not be trained on."""
+    for column in columns:
+        if row.get(column) not in (None, "", [], {}):
+            raise BadRow(
+                f"'{column}' needs a conversation, and {why} (`data.columns: {{{column}: null}}` leaves it out)"
+            )
 
 
 def _text(row: Row, column: str) -> str:
@@ -213,64 +311,10 @@ def _text(row: Row, column: str) -> str:
     if value is None:
         raise BadRow(f"'{column}' is missing" if column not in row else f"'{column}' is null")
     if not isinstance(value, str):
-        raise BadRow(f"'{column}' is {_kind(value)}, not text: {shorten(value, 40)}")
+        raise BadRow(f"'{column}' is {kind_of(value)}, not text: {shorten(value, 40)}")
     if not value.strip():
         raise BadRow(f"'{column}' is empty")
     return value
-
-
-def _list_of_objects(row: Row, column: str) -> list[dict[str, object]]:
-    value = row.get(column)
-    if value is None:
-        raise BadRow(f"'{column}' is missing" if column not in row else f"'{column}' is null")
-    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        raise BadRow(f"'{column}' is not a list of messages: {shorten(value, 40)}")
-    if not value:
-        raise BadRow(f"'{column}' is empty")
-    return value
-
-
-def _messages(row: Row, column: str) -> list[dict[str, object]]:
-    return [_message(item, f"{column}[{n}]") for n, item in enumerate(_list_of_objects(row, column))]
-
-
-def _message(message: dict[str, object], where: str) -> dict[str, object]:
-    """Returns a message with role and content checked, keys without a value left out."""
-    message = {key: value for key, value in message.items() if value is not None}
-    role, content = message.get("role"), message.get("content")
-    if role not in ROLES:
-        raise BadRow(f"{where} has the unknown role {shorten(role, 40)} (known: {', '.join(ROLES)})")
-    if content is None and message.get("tool_calls"):
-        return message
-    if isinstance(content, list):
-        content = _join_parts(content, where)
-    if content is None:
-        raise BadRow(f"{where} has no content")
-    if not isinstance(content, str):
-        raise BadRow(f"the content of {where} is {_kind(content)}, not text: {shorten(content, 40)}")
-    if not content.strip() and role in ("user", "assistant") and not message.get("tool_calls"):
-        raise BadRow(f"the content of {where} is empty")
-    return message | {"content": content}
-
-
-def _join_parts(parts: list[object], where: str) -> str:
-    """Joins `[{"type": "text", "text": ...}, ...]` to text; pictures and sound are refused."""
-    texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in parts]
-    if not all(isinstance(text, str) for text in texts):
-        raise BadRow(f"the content of {where} has parts that are not text: {shorten(parts, 40)}")
-    return "".join(texts)
-
-
-def _tools(row: Row) -> list[object] | None:
-    tools = row.get("tools")
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools) if tools.strip() else None
-        except json.JSONDecodeError as error:
-            raise BadRow(f"'tools' is not valid JSON: {error.msg}") from None
-    if tools is not None and not isinstance(tools, list):
-        raise BadRow(f"'tools' is not a list: {shorten(tools, 40)}")
-    return tools or None
 
 
 def _integers(row: Row, column: str, length: int | None = None) -> np.ndarray:
@@ -279,7 +323,7 @@ def _integers(row: Row, column: str, length: int | None = None) -> np.ndarray:
     if value is None:
         raise BadRow(f"'{column}' is missing" if column not in row else f"'{column}' is null")
     if not isinstance(value, list):
-        raise BadRow(f"'{column}' is {_kind(value)}, not a list of integers: {shorten(value, 40)}")
+        raise BadRow(f"'{column}' is {kind_of(value)}, not a list of integers: {shorten(value, 40)}")
     if odd := set(map(type, value)) - ({int, bool} if column in (*MASKS, "attention_mask") else {int}):
         example = next(item for item in value if type(item) in odd)
         raise BadRow(f"'{column}' contains {shorten(example, 40)}, which is not an integer")
@@ -289,11 +333,3 @@ def _integers(row: Row, column: str, length: int | None = None) -> np.ndarray:
         return np.array(value, dtype=np.int64)
     except OverflowError:
         raise BadRow(f"'{column}' contains an integer that does not fit into 64 bits") from None
-
-
-def _kind(value: object) -> str:
-    if isinstance(value, bool):
-        return "a boolean"
-    if isinstance(value, int | float):
-        return "a number"
-    return {list: "a list", dict: "an object", str: "text"}.get(type(value), type(value).__name__)

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from packtrain.data import synthetic
-from packtrain.data.formats import FORMATS, Chat, Ids, find_format
+from packtrain.data.formats import Ids, Reading, find_format, read_row, rename_columns
+from packtrain.data.messages import Chat
 from packtrain.data.readers import OPENERS, Reader, Row, TableReader
 from packtrain.data.report import BadRow
 from packtrain.data.store import hash_of, stat_files
@@ -203,19 +204,20 @@ def find_files(path: str | Path, split: str = "train") -> list[Path]:
     return []
 
 
-def texts(rows: Rows, format: str = "auto") -> Iterator[str]:
+def texts(rows: Rows, format: str = "auto", reading: Reading | None = None) -> Iterator[str]:
     """Yields the text of every good row, piece by piece, to train a tokenizer on.
 
     Raises:
         DataError: the rows are tokenised already, or of no known format.
     """
-    format, _ = find_format(rows.columns, format)
+    reading = reading or Reading()
+    format, _ = find_format(rename_columns(rows.columns, reading.columns), format)
     for start in range(0, len(rows), _AT_ONCE):
         for row in rows.read(start, start + _AT_ONCE):
             if isinstance(row, BadRow):
                 continue
             try:
-                sample = FORMATS[format].parse(row, True)
+                sample = read_row(row, format, reading)
             except BadRow:
                 continue
             if isinstance(sample, Ids):

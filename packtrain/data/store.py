@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-STORE_VERSION = 2  # raise it when the same rows and options would give other tokens
+STORE_VERSION = 3  # raise it when the same rows and options would give other tokens
 _ABANDONED_AFTER = 24 * 3600  # seconds after which a staging directory is a dead process's
 _SET_CACHE = "set the environment variable PACKTRAIN_CACHE to a directory that can be written to"
 _TOKENIZER_FILES = ("tokenizer*", "*.model", "*.jinja", "vocab*", "merges*", "special_tokens_map*", "added_tokens*")
@@ -341,6 +341,37 @@ class Tokens:
     def blanks(self) -> np.ndarray | None:
         """int32 `[documents]`: blank tokens at the end of each, behind its eos; None where that isn't known."""
         return self._table["blanks"].to_numpy() if "blanks" in self._table.column_names else None
+
+    @cached_property
+    def _factors(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Runs of tokens with a factor other than 0 and 1, `[runs, 3]` (first, one behind the last, factor), and the
+        first run of each document, `[documents + 1]`; None where there is no such run."""
+        if "factors" not in self._table.column_names:
+            return None
+        lists = self._table["factors"].combine_chunks()
+        offsets = lists.offsets.to_numpy().astype(np.int64)
+        runs = lists.values.to_numpy()[offsets[0] : offsets[-1]].reshape(-1, 3)
+        return (runs, (offsets - offsets[0]) // 3) if len(runs) else None
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether a token has a factor of the loss other than 1."""
+        return self._factors is not None
+
+    def factors(self, documents: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray | None:
+        """Returns the factors of the loss of the pieces' tokens, end to end: float32 `[T]`; None where all are 1."""
+        if self._factors is None:
+            return None
+        runs, firsts = self._factors
+        bounds = np.cumsum([0, *(stops - starts)])
+        factors = np.ones(bounds[-1], dtype=np.float32)
+        for piece, document in enumerate(documents.tolist()):
+            for first, last, factor in runs[firsts[document] : firsts[document + 1]]:
+                first, last = max(int(first), starts[piece]), min(int(last), stops[piece])
+                if first < last:
+                    at = bounds[piece] - starts[piece]
+                    factors[at + first : at + last] = factor
+        return factors
 
     @cached_property
     def _table(self) -> pa.Table:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from packtrain.data.formats import IGNORED
 from packtrain.objectives.objective import Loss, Objective, Task, TokenLosses
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 class CausalLM(Objective):
     """Predicts the next token."""
+
+    weighs_tokens: ClassVar[bool] = True
 
     name: Literal["causal_lm"] = "causal_lm"
     loss_weighting: Literal["token", "example"] = "token"

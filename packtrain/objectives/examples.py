@@ -50,3 +50,9 @@ class DerivedExamples(ABC):
         self, example_ids: np.ndarray, starts: np.ndarray | None = None, stops: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Returns documents end to end, as `Examples.gather`."""
+
+    def factors(
+        self, example_ids: np.ndarray, starts: np.ndarray | None = None, stops: np.ndarray | None = None
+    ) -> None:
+        """Returns None: every factor is 1, as `load_task` sees to."""
+        return None

@@ -37,6 +37,7 @@ class Objective(Section):
         completions_only: learns completions only, wherever rows have any and the recipe doesn't say otherwise.
         keeps_examples: its examples are those of `packtrain.data`, so that their lengths are known without a tokenizer.
         brings_attention: its model gets the objective's own attention, made for its batches alone.
+        weighs_tokens: its loss takes factors of tokens (a fractional `weight` of a message).
         answers: its models answer `packtrain sample` and `packtrain evaluate`.
         rules: what its keys contradict in other sections and in a strategy.
     """
@@ -48,6 +49,7 @@ class Objective(Section):
     completions_only: ClassVar[bool] = False
     keeps_examples: ClassVar[bool] = True
     brings_attention: ClassVar[bool] = False
+    weighs_tokens: ClassVar[bool] = False
     answers: ClassVar[bool] = False
     rules: ClassVar[tuple[Rule, ...]] = ()
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 import numpy as np
 
 from packtrain.data.examples import Examples, find_examples, load_examples
+from packtrain.data.formats import Reading
 from packtrain.data.sources import open_rows, texts
 from packtrain.data.store import tokenizer_key
+from packtrain.errors import DataError
 from packtrain.objectives.objective import Task
 from packtrain.packing.cost import Cost
 from packtrain.packing.plan import Plan, plan_run
@@ -26,7 +28,8 @@ def load_task(recipe: Recipe) -> Task:
 
     data, objective, seed = recipe.data, recipe.objective, recipe.training["seed"]
     rows = open_rows(data.path, name=data.name, split=data.split, num_rows=data.num_rows, seed=seed)
-    tokenizer = load_tokenizer(recipe.model, corpus=texts(rows, data.format))
+    reading = Reading(roles=data.roles or {}, columns=data.columns or {})
+    tokenizer = load_tokenizer(recipe.model, corpus=texts(rows, data.format, reading))
     train, held_out = load_examples(
         data,
         rows,
@@ -35,6 +38,10 @@ def load_task(recipe: Recipe) -> Task:
         completions_only=objective.completions_only,
         tokenizer_key=tokenizer_key(recipe.model),
     )
+    if not objective.weighs_tokens and any(part is not None and part.has_factors for part in (train, held_out)):
+        what = "a message has a fractional `weight`, and this objective does not weigh tokens"
+        fix = "give messages the weight 0 or 1, or choose the objective `causal_lm`"
+        raise DataError(what, key="objective.name", value=objective.name, fix=fix)
     return objective.task(tokenizer, train, held_out, seed=seed)
 
 

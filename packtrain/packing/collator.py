@@ -40,6 +40,7 @@ def collate_flat(
     example_ids: np.ndarray,
     *,
     supervised: np.ndarray | None = None,
+    factors: np.ndarray | None = None,
     loss_weighting: Literal["token", "example"] = "token",
     position_start: int = 0,
 ) -> Batch:
@@ -51,6 +52,7 @@ def collate_flat(
         example_ids: int64 `[S]`.
         supervised: int64 `[S]`, supervised tokens of the whole example (a document may be a piece of one); None to
             count them here.
+        factors: float32 `[T]`, by which the tokens' weights are multiplied; None for 1.
         loss_weighting: "token" gives every supervised token weight 1; "example" 1 / supervised tokens of its example.
         position_start: the model's first position (2 for RoBERTa).
 
@@ -62,7 +64,7 @@ def collate_flat(
     document = np.repeat(np.arange(len(lengths)), lengths)  # [T]
     labels = without_first_labels(labels, lengths)
     positions = np.arange(len(input_ids)) - offsets[document] + position_start  # [T]
-    weights = _loss_weights(labels, document, len(lengths), supervised, loss_weighting)
+    weights = _loss_weights(labels, document, len(lengths), supervised, loss_weighting, factors)
     cu_seq_lens = torch.from_numpy(offsets.astype(np.int32))
     longest = int(lengths.max())
     return {
@@ -88,6 +90,7 @@ def collate_padded(
     pad_token_id: int,
     width: int | None = None,
     supervised: np.ndarray | None = None,
+    factors: np.ndarray | None = None,
     loss_weighting: Literal["token", "example"] = "token",
     position_start: int = 0,
     padding_side: Literal["right", "left"] = "right",
@@ -103,7 +106,7 @@ def collate_padded(
     """
     document = np.repeat(np.arange(len(lengths)), lengths)
     labels = without_first_labels(labels, lengths)
-    weights = _loss_weights(labels, document, len(lengths), supervised, loss_weighting)
+    weights = _loss_weights(labels, document, len(lengths), supervised, loss_weighting, factors)
 
     longest = int(lengths.max())
     width = longest if width is None else width
@@ -195,10 +198,12 @@ class PackCollator:
         lengths: np.ndarray,
         example_ids: np.ndarray,
         supervised: np.ndarray | None = None,
+        factors: np.ndarray | None = None,
     ) -> Batch:
         """Makes a batch from documents end to end; arguments as `collate_flat`."""
         options = {
-            "supervised": supervised, "loss_weighting": self.loss_weighting, "position_start": self.position_start,
+            "supervised": supervised, "factors": factors,
+            "loss_weighting": self.loss_weighting, "position_start": self.position_start,
         }  # fmt: skip
         if self.layout == "flat":
             return collate_flat(input_ids, labels, lengths, example_ids, **options)
@@ -221,7 +226,8 @@ class PackCollator:
 class MicroBatches(Dataset):
     """The examples as micro-batches: indexed by a `MicroBatch` of the plan, gives its finished batch.
 
-    `examples` has `gather(example_ids, starts, stops) -> (input_ids [T], labels [T])` and `supervised`, int32 `[n]`.
+    `examples` has `gather(example_ids, starts, stops) -> (input_ids [T], labels [T])`, `factors` of the same arguments
+    (float32 `[T]`, or None) and `supervised`, int32 `[n]`.
     """
 
     def __init__(self, examples: Any, collator: PackCollator):
@@ -237,7 +243,9 @@ class MicroBatches(Dataset):
         ids = micro_batch.example_ids
         input_ids, labels = self.examples.gather(ids, micro_batch.starts, micro_batch.stops)
         supervised = np.asarray(self.examples.supervised[ids], dtype=np.int64)
-        return self.collator.collate(input_ids, labels, micro_batch.lengths, ids, supervised)
+        factors = self.examples.factors(ids, micro_batch.starts, micro_batch.stops)
+        options = {} if factors is None else {"factors": factors}  # not every objective knows factors
+        return self.collator.collate(input_ids, labels, micro_batch.lengths, ids, supervised, **options)
 
 
 def without_first_labels(labels: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -252,11 +260,13 @@ def without_first_labels(labels: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return labels
 
 
-def _loss_weights(labels, document, documents, supervised, loss_weighting) -> np.ndarray:
+def _loss_weights(labels, document, documents, supervised, loss_weighting, factors) -> np.ndarray:
     """Returns float32 `[T]`, 0 where nothing is supervised, so that their sum is the loss's denominator."""
     counted = labels != IGNORED  # [T]
     if loss_weighting == "token":
-        return counted.astype(np.float32)
-    if supervised is None:
-        supervised = np.bincount(document[counted], minlength=documents)  # [S]
-    return np.where(counted, 1.0 / np.maximum(supervised, 1)[document], 0.0).astype(np.float32)
+        weights = counted.astype(np.float32)
+    else:
+        if supervised is None:
+            supervised = np.bincount(document[counted], minlength=documents)  # [S]
+        weights = np.where(counted, 1.0 / np.maximum(supervised, 1)[document], 0.0).astype(np.float32)
+    return weights if factors is None else weights * factors

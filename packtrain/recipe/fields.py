@@ -49,6 +49,10 @@ Flag = Annotated[bool, Strict(), "true or false"]
 Text = Annotated[str, Strict(), StringConstraints(min_length=1, pattern=r"\S"), "text"]
 AnyText = Annotated[str, Strict(), "text"]
 Mapping = Annotated[dict[str, Any], "a mapping"]
+Columns = Annotated[dict[Text, Text | None], "a mapping of names to names"]
+Roles = Annotated[
+    dict[Text, Literal["system", "developer", "user", "assistant", "tool"]], "a mapping of names to roles"
+]
 Positive = Annotated[Whole, Field(gt=0), "a whole number above 0"]
 Amount = Annotated[
     Annotated[int, Strict(), Field(ge=0)] | Annotated[float, Strict(), Field(ge=0, lt=1)],

@@ -128,12 +128,6 @@ def _remote_code_is_pinned(settings: Settings, strategy: Strategy | None) -> Ver
         yield "model.trust_remote_code", "runs code from the Hub, which must be pinned", fix
 
 
-def _one_loss_mask(settings: Settings, strategy: Strategy | None) -> Verdicts:
-    if settings["data.completion_only_loss"] and settings["data.assistant_only_loss"]:
-        fix = "keep `completion_only_loss` for prompts with completions, `assistant_only_loss` for messages"
-        yield "data.assistant_only_loss", "contradicts `data.completion_only_loss`", fix
-
-
 def _one_evaluation_source(settings: Settings, strategy: Strategy | None) -> Verdicts:
     for other in ("data.eval_path", "data.eval_split"):
         if settings["data.eval_size"] and settings[other]:
@@ -176,7 +170,6 @@ RULES = (
     _one_tokenizer,
     _revision_is_of_a_model,
     _remote_code_is_pinned,
-    _one_loss_mask,
     _one_evaluation_source,
     _evaluation_is_held_out,
     _evaluation_has_data,

@@ -68,6 +68,10 @@ class DataSection(Section):
     """Split to train on."""
     format: Text = "auto"
     """Format of the rows; auto goes by the columns."""
+    columns: fields.Columns | None = None
+    """Names of the rows' columns, {prompt: question}; {system: null} leaves one out."""
+    roles: fields.Roles | None = None
+    """Names of speakers beyond the usual ones, {customer: user, agent: assistant}."""
     max_length: Positive = MAX_LENGTH
     """Most tokens of one example."""
     overflow: Literal["error", "truncate", "drop", "split"] = "error"
@@ -75,7 +79,9 @@ class DataSection(Section):
     completion_only_loss: Flag | None = None
     """Learns completions only. Default: where rows have prompt and completion; for diffusion, everywhere."""
     assistant_only_loss: Flag = False
-    """Learns what the assistant says in a conversation."""
+    """Learns what the assistant says in a conversation; with completion_only_loss, in the completion."""
+    on_lost_content: Literal["error", "warn"] = "error"
+    """What happens to conversations of which the chat template leaves something out."""
     on_bad_row: Literal["error", "skip"] = "error"
     """What happens to rows that can't be trained on."""
     num_rows: Positive | None = None

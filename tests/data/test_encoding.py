@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from packtrain.data.encoding import Encoder
-from packtrain.data.formats import FORMATS, OPTIONAL_COLUMNS
+from packtrain.data.formats import FORMATS
 
 _ANYTHING = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),  # half surrogates included
@@ -23,6 +23,10 @@ _MESSAGE = st.fixed_dictionaries(
         "from": st.sampled_from(["human", "gpt", "system"]) | _ANYTHING,
         "value": _STRING | _ANYTHING,
         "tool_calls": _ANYTHING,
+        "function_call": _ANYTHING,
+        "reasoning_content": _ANYTHING,
+        "weight": st.sampled_from([0, 0.5, 1, 2, True, "0", -1]),
+        "train": st.booleans() | _ANYTHING,
     },
 )
 _COLUMNS = {
@@ -36,7 +40,7 @@ _MASK = st.lists(st.integers(0, 1), max_size=6) | _ANYTHING
 
 
 def _row(format: str) -> st.SearchStrategy[dict]:
-    columns = FORMATS[format].columns + OPTIONAL_COLUMNS.get(format, ())
+    columns = FORMATS[format].columns + FORMATS[format].optional
     tokens = {"input_ids": _LIST, "labels": _LIST, "completion_mask": _MASK, "assistant_masks": _MASK}
     known = _COLUMNS | tokens | {"attention_mask": _MASK}
     return st.fixed_dictionaries({}, optional={name: known.get(name, _STRING | _ANYTHING) for name in columns})

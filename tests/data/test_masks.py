@@ -43,11 +43,19 @@ def test_completion(completion_only, expected, build, tokenizer):
     assert shown(tokenizer, examples) == [expected]
 
 
-def test_assistant_only_takes_the_place_of_completion_only(build, chat_tokenizer):
-    row = {"prompt": TWO_TURNS["messages"][:3], "completion": TWO_TURNS["messages"][3:]}
-    assert shown(chat_tokenizer, build([row], chat_tokenizer, assistant_only_loss=True)) == [
-        "<s><|user|>one<|end|><|assistant|>[two</s>]<|user|>three<|end|><|assistant|>[four</s>]"
-    ]
+def test_assistant_only_and_completion_only_intersect(build, chat_tokenizer):
+    """As TRL does: an assistant turn of the prompt is not learnt, and no user turn of the completion."""
+    messages = TWO_TURNS["messages"]
+    later = "<s><|user|>one<|end|><|assistant|>two</s><|user|>three<|end|><|assistant|>[four</s>]"
+    row = {"prompt": messages[:3], "completion": messages[3:]}
+    assert shown(chat_tokenizer, build([row], chat_tokenizer, assistant_only_loss=True)) == [later]
+    row = {"prompt": messages[:1], "completion": messages[1:]}
+    both = "<s><|user|>one<|end|><|assistant|>[two</s>]<|user|>three<|end|><|assistant|>[four</s>]"
+    assert shown(chat_tokenizer, build([row], chat_tokenizer, assistant_only_loss=True)) == [both]
+    options = dict(assistant_only_loss=True, completion_only_loss=True)
+    assert shown(chat_tokenizer, build([TWO_TURNS], chat_tokenizer, **options)) == [later]
+    options = dict(assistant_only_loss=True, completion_only_loss=False)
+    assert shown(chat_tokenizer, build([row], chat_tokenizer, **options)) == [both]
 
 
 @pytest.mark.parametrize(
@@ -161,18 +169,11 @@ def test_template_that_never_ends_a_turn_is_noted(build, chat_tokenizer):
         ({"text": "one"}, {"completion_only_loss": True}, "rows of format `text` have none"),
         ({"input_ids": [1, 2]}, {"completion_only_loss": True}, "rows of format `input_ids` have none"),
         ({"text": "one"}, {"assistant_only_loss": True}, "needs conversations"),
-        (TWO_TURNS, {"assistant_only_loss": True, "completion_only_loss": True}, "contradicts"),
     ],
 )
 def test_options_that_contradict(row, options, message, build, chat_tokenizer):
     with pytest.raises(DataError, match=message):
         build([row], chat_tokenizer, **options)
-
-
-def test_assistant_only_needs_generation_markers(build):
-    bare = CHAT_TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
-    with pytest.raises(DataError, match=r"\{% generation %\}.*\n.*fix: name a template"):
-        build([TWO_TURNS], make_tokenizer(chat_template=bare), assistant_only_loss=True)
 
 
 def test_plain_text_needs_an_eos(build, tokenizer):

@@ -134,7 +134,6 @@ OVERRIDES: dict[str, list[str]] = {
     "no tokenizer": ["model.tokenizer_vocab_size=null"],
     "a revision of nothing": ["model.revision=main"],
     "remote code": [*PRETRAINED, "model.trust_remote_code=true", "model.revision=main"],
-    "two masks": ["data.completion_only_loss=true", "data.assistant_only_loss=true"],
     "two evaluations": ["data.eval_size=3", "data.eval_path=x.jsonl", "data.eval_split=test"],
     "evaluation on what is trained on": ["data.eval_split=train"],
     "evaluation on the same path": ["data.eval_path='packtrain:arithmetic'"],

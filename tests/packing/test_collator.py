@@ -126,7 +126,7 @@ def test_bad_rows_and_options():
 
 
 class Tokens:
-    """The smallest thing with `gather` and `supervised`: token t of example i is 1000 * i + t."""
+    """The smallest thing with `gather`, `factors` and `supervised`: token t of example i is 1000 * i + t."""
 
     def __init__(self, lengths):
         self.lengths, self.supervised = np.asarray(lengths), np.asarray(lengths) - 1
@@ -135,6 +135,9 @@ class Tokens:
         pieces = [1000 * i + np.arange(a, b) for i, a, b in zip(example_ids, starts, stops, strict=True)]
         ids = np.concatenate(pieces)
         return ids, np.where(ids % 1000 == 0, -100, ids)
+
+    def factors(self, example_ids, starts, stops):
+        return None
 
 
 @pytest.mark.parametrize("name", STRATEGIES)

@@ -272,11 +272,6 @@ BAD: dict[str, tuple[str, list[str], list[str]]] = {
         ["model_name_or_path=null", "config={model_type: llama}", "tokenizer_vocab_size=300", "revision=main"],
         ["model.revision: has no effect"],
     ),
-    "two loss masks": (
-        GOOD,
-        ["completion_only_loss=true", "assistant_only_loss=true"],
-        ["data.assistant_only_loss: contradicts `data.completion_only_loss`"],
-    ),
     "two evaluation sets": (GOOD, ["eval_size=10", "eval_split=test"], ["contradicts `data.eval_split`"]),
     "evaluation on training data": (GOOD, ["eval_split=train"], ["data.eval_split: names the training data"]),
     "evaluation on the training file": (GOOD, ["eval_path=rows.jsonl"], ["data.eval_path: names the training data"]),
