@@ -159,6 +159,8 @@ class BlockCollator(PackCollator):
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> Batch:
         """Makes a batch from rows as they were read; see `PackCollator.__call__`."""
+        if not features:
+            return self.empty()
         ids, labels, lengths, example_ids = self.documents_of(features)
         return self.collate(
             lay_out_copies(ids, lengths, self.block_size, self.mask_token_id),
