@@ -124,7 +124,7 @@ def _integers(name: str, value: Any, where: str) -> np.ndarray:
             what += f", and it has the shape {array.shape}"
         shown = value.tolist() if hasattr(value, "tolist") else value
         raise DataError(what, where=where, key=name, value=shown, fix="give one integer per token")
-    return array.astype(np.int64)
+    return array.astype(np.int64, copy=False)
 
 
 def _without_padding(columns: Mapping[str, np.ndarray], where: str) -> dict[str, np.ndarray]:
@@ -164,8 +164,7 @@ def _refuse_other_documents(row: Mapping[str, Any], length: int, where: str) -> 
 def _refuse_other_inputs(columns: Mapping[str, np.ndarray], position_start: int, where: str) -> None:
     """Refuses positions and token types that differ from those the batch will have."""
     positions, types = columns.get("position_ids"), columns.get("token_type_ids")
-    expected = np.arange(len(columns["input_ids"])) + position_start
-    if positions is not None and not np.array_equal(positions, expected):
+    if positions is not None and not np.array_equal(positions, np.arange(len(positions)) + position_start):
         what = f"the positions of a row must go up by 1 from {position_start}, as packtrain makes them"
         fix = "give every document as a row of its own, and " + _LEAVE_OUT.format("position_ids")
         raise DataError(what, where=where, key="position_ids", value=positions.tolist(), fix=fix)

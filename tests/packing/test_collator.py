@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForLanguageModeling as StockCollator
-from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -254,6 +254,18 @@ def test_layouts_hold_what_the_rule_says_of_every_row(weighting, batch, side):
             each = max(sum(learnt), 1) if weighting == "example" else 1
             assert np.allclose(values["loss_weights"], [weight / each for weight in learnt])
         assert (padded["labels"][number][~real] == -100).all()
+
+
+@pytest.mark.parametrize("removed", [False, True])
+def test_masks_reach_the_collator_where_a_stock_trainer_keeps_them(llama, tmp_path, removed):
+    rows = drawn_rows()
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", remove_unused_columns=removed)
+    data = datasets.Dataset.from_list([row | {"text": "one"} for row in rows])
+    trainer = Trainer(llama, args, train_dataset=data, data_collator=PackCollator())
+    (batch,) = trainer.get_train_dataloader()
+    expected = sum(label != -100 for row in rows for label in reference(row)[1][1:])
+    everything = sum(len(row["input_ids"]) - 1 for row in rows)
+    assert (batch["labels"] != -100).sum() == (everything if removed else expected) and expected < everything
 
 
 def test_errors_name_the_row_of_the_batch():
