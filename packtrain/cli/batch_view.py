@@ -1,18 +1,21 @@
 """`packtrain show`: print one collated batch.
 
-━━ document 2 of 5 · example 117 · 43 tokens at positions 0-42 · 12 supervised
-Question: what is 3 + 4?          (prompt: read, not learnt)
-3 + 4 = 7.<|eos|>                 (supervised: learnt)
-[5 padding]
+supervised tokens stand between [[ and ]]; all else is read, not learnt
+document 2 · example 117 · 5 padding ────────────────────────────────────
+Question: what is 3 + 4?
+[[3 + 4 = 7.<|eos|>]]
+
+The marks are chosen so that no text of the batch holds them; in a terminal there are colours as well.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import chain, groupby, pairwise
+from itertools import count as integers
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +40,7 @@ from packtrain.recipe.sections import ModelSection
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+_MARKS = (("[[", "]]"), ("<<", ">>"), ("{{", "}}"))
 SUPERVISED, PROMPT, PADDING = "bold green", "blue", "dim red"
 
 
@@ -90,16 +94,56 @@ def documents_of(batch: Mapping[str, Any]) -> list[Document]:
     return documents
 
 
-def text_of(document: Document, tokenizer: PreTrainedTokenizerBase) -> Text:
-    """Decodes a document; runs of supervised and of prompt tokens have their own colours."""
-    text = Text()
+@dataclass(frozen=True)
+class Run:
+    """Tokens of a document that follow one another and are all supervised, or all not, as text."""
+
+    text: str
+    supervised: bool
+
+
+def runs_of(document: Document, tokenizer: PreTrainedTokenizerBase) -> list[Run]:
+    """Decodes a document, run by run."""
     pairs = zip(document.input_ids, document.labels, strict=True)
-    for supervised, run in groupby(pairs, key=lambda pair: pair[1] != IGNORED):
-        decoded = _printable(tokenizer.decode([token for token, _ in run]))
-        text.append(decoded, PADDING if document.example_id < 0 else SUPERVISED if supervised else PROMPT)
-    if document.padding:
-        text.append(f"[{document.padding:,} padding]", PADDING)
+    return [
+        Run(_printable(tokenizer.decode([token for token, _ in run])), supervised)
+        for supervised, run in groupby(pairs, key=lambda pair: pair[1] != IGNORED)
+    ]
+
+
+def choose_marks(documents: Sequence[Sequence[Run]]) -> tuple[str, str]:
+    """Chooses what stands before and behind supervised runs: marks that are found nowhere else in the documents.
+
+    >>> choose_marks([[Run("a ", False), Run("b", True)]]), choose_marks([[Run("x[[0]]", False), Run("b", True)]])
+    (('[[', ']]'), ('<<', '>>'))
+    """
+    numbered = ((f"[{number}[", f"]{number}]") for number in integers(1))
+    return next(marks for marks in chain(_MARKS, numbered) if all(_only_marks(runs, marks) for runs in documents))
+
+
+def _only_marks(runs: Sequence[Run], marks: tuple[str, str]) -> bool:
+    """Tells whether marks are found only where they are set, also across the ends of a run."""
+    text, supervised = text_of(runs, marks).plain, sum(run.supervised for run in runs)
+    return all(len(re.findall(f"(?={re.escape(mark)})", text)) == supervised for mark in marks)
+
+
+def text_of(runs: Sequence[Run], marks: tuple[str, str], *, padding: bool = False) -> Text:
+    """Joins a document's runs: those that are supervised stand between the marks, and each kind has its own colour.
+
+    Args:
+        padding: whether the document is nothing but padding.
+    """
+    text = Text()
+    for run in runs:
+        shown = run.text.join(marks) if run.supervised else run.text
+        text.append(shown, PADDING if padding else SUPERVISED if run.supervised else PROMPT)
     return text
+
+
+def _title(number: int, document: Document) -> str:
+    """Returns the line above a document."""
+    what = f"example {document.example_id}" if document.example_id >= 0 else "padding"
+    return f"document {number} · {what}" + (f" · {document.padding:,} padding" if document.padding else "")
 
 
 def _printable(text: str) -> str:
@@ -118,7 +162,7 @@ def show_batch(
     documents: int = 8,
     world_size: int = 1,
 ) -> None:
-    """Prints one micro-batch of the recipe's plan, or the examples whose ids are given (`3,17`), as in epoch 0.
+    """Prints what became of the rows, and a micro-batch of the recipe's plan, or given examples (`3,17`) as in epoch 0.
 
     Raises:
         PacktrainError: bad data, or no such step, rank, micro-batch or example.
@@ -139,6 +183,7 @@ def show_batch(
     start = _position_start(recipe, config)
     collator = task.collator(strategy, max_length=recipe.data.max_length, position_start=start)
     batch = MicroBatches(task.train, collator).at_epoch(epoch)[chosen]
+    console.print("\n".join(task.train.report.lines()), soft_wrap=True, highlight=False, markup=False)
     print_batch(batch, task, console, head=head, texts=documents)
 
 
@@ -171,10 +216,19 @@ def print_batch(batch: Mapping[str, Any], task: Task, console: Console, *, head:
             f"{document.padding:,}",
         )
     console.print(table)
-    console.print(Text.assemble(("supervised", SUPERVISED), "  ", ("prompt", PROMPT), "  ", ("padding", PADDING)))
-    for number, document in enumerate(found[:texts]):
-        console.print(Rule(f"document {number} · example {document.example_id}", align="left", style="dim"))
-        console.print(text_of(document, task.tokenizer), soft_wrap=True)
+    shown = [runs_of(document, task.tokenizer) for document in found[:texts]]
+    begin, end = marks = choose_marks(shown)
+    console.print(
+        Text.assemble(
+            (f"{begin}supervised{end}", SUPERVISED),
+            f" tokens stand between {begin} and {end}; ",
+            ("all else", PROMPT),
+            " is read, not learnt",
+        )
+    )
+    for number, (document, runs) in enumerate(zip(found, shown, strict=False)):
+        console.print(Rule(_title(number, document), align="left", style="dim"))
+        console.print(text_of(runs, marks, padding=document.example_id < 0), soft_wrap=True)
     if len(found) > texts:
         console.print(f"... and {len(found) - texts} more; see --documents", style="dim", highlight=False)
 

@@ -24,7 +24,7 @@ def show(
 ) -> None:
     """Print one batch exactly as the model gets it: documents, positions, loss mask and text.
 
-    Supervised tokens, prompts and padding have different colours.
+    Supervised tokens stand between marks, such as [[ and ]], and have a colour of their own.
     """
     from packtrain.cli.batch_view import show_batch
 

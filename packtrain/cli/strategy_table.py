@@ -49,7 +49,7 @@ def show_plan(
     """
     lengths, supervised, report = _lengths(recipe, console, lengths_file)
     if report is not None:
-        console.print("\n".join(report.lines()), soft_wrap=True, highlight=False)
+        console.print("\n".join(report.lines()), soft_wrap=True, highlight=False, markup=False)
     console.print(length_histogram(lengths, unicode=console.encoding.startswith("utf")))
 
     own = recipe.batching.strategy

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 
 from packtrain.errors import DataError
 
+CONVERSATIONS = ("messages", "sharegpt")  # formats of which all is learnt unless the recipe says otherwise
 SHOWN = 10  # rows that a message lists before it says how many more there are
 
 
@@ -59,6 +60,12 @@ class DataReport:
             f"{self.rows:,} rows ({self.format}) -> {self.examples:,} examples: "
             f"{self.tokens:,} tokens, {self.supervised_tokens:,} of them supervised"
         ]
+        if self.format in CONVERSATIONS and 0 < self.supervised_tokens == self.tokens - self.examples:
+            result.append(
+                "all turns are supervised, those of system and user included: "
+                f"{self.supervised_tokens / self.tokens:.1%} of the tokens "
+                "(`data.assistant_only_loss: true` learns only what the assistant says)"
+            )
         for count, done in (
             (self.truncated_rows, "cut to max_length"),
             (self.dropped_rows, "longer than max_length, dropped"),

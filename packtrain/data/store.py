@@ -42,6 +42,7 @@ from filelock import FileLock
 from platformdirs import user_cache_path
 
 from packtrain.data.formats import IGNORED, MASKS
+from packtrain.data.tokenised import labels_of, other_length, wrong, wrong_values
 from packtrain.errors import DataError
 from packtrain.recipe.sections import ModelSection
 
@@ -383,12 +384,9 @@ class Tokens:
     def gather(self, documents: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns (input_ids, labels) of the pieces, end to end, int64 `[T]` each."""
         input_ids = self.input_ids.gather(documents, starts, stops)  # [T]
-        if self._labels is not None:
-            labels = self._labels.gather(documents, starts, stops)  # [T]
-        else:
-            labels = input_ids.copy()
-            for mask in self._masks:
-                labels[mask.gather(documents, starts, stops) == 0] = IGNORED
+        given = None if self._labels is None else self._labels.gather(documents, starts, stops)
+        masks = (mask.gather(documents, starts, stops) for mask in self._masks)  # read only where they are needed
+        labels = labels_of(input_ids, given, masks)  # [T]
         lengths = stops - starts
         labels[(np.cumsum(lengths) - lengths)[lengths > 0]] = IGNORED
         return input_ids, labels
@@ -411,20 +409,16 @@ class Tokens:
         """Returns (document, reason) for what tokens made elsewhere may have wrong; ours are checked while encoding."""
         lengths = self.input_ids.lengths()
         found = [(document, "'input_ids' is empty") for document in np.flatnonzero(lengths == 0).tolist()]
-        negative = self.input_ids.documents_with(lambda ids: ids < 0)
-        found += [(document, "'input_ids' contains a negative id") for document in negative]
-        if self._labels is not None:
-            negative = self._labels.documents_with(lambda labels: (labels < 0) & (labels != IGNORED))
-            found += [(document, f"'labels' contains a negative id other than {IGNORED}") for document in negative]
-        for column in self._masks if self._labels is None else [self._labels]:
-            others = column.lengths()
+        padding = [self._column("attention_mask")] if "attention_mask" in self._table.column_names else []
+        for column in (self.input_ids, *(self._masks if self._labels is None else [self._labels]), *padding):
+            bad, others = column.documents_with(partial(wrong_values, column.name)), column.lengths()
+            found += [(document, wrong(column.name)) for document in bad]
             for document in np.flatnonzero(others != lengths).tolist():
-                reason = f"'{column.name}' has {others[document]} entries for {lengths[document]} input_ids"
-                found.append((document, reason))
-        if "attention_mask" in self._table.column_names:
-            reason = "'attention_mask' has zeros, so the row is padded; tokenise without padding"
-            padded = self._column("attention_mask").documents_with(lambda mask: mask == 0)
-            found += [(document, reason) for document in padded]
+                found.append((document, other_length(column.name, others[document], lengths[document])))
+        reason = "'attention_mask' has zeros, so the row is padded; tokenise without padding"
+        found += [
+            (document, reason) for column in padding for document in column.documents_with(lambda mask: mask == 0)
+        ]
         return found
 
 

@@ -1,7 +1,7 @@
 """Documents to tensors: one kernel per layout, and two ways to reach it.
 
 * `MicroBatches`: a dataset of planned micro-batches; gathers tokens straight from the stored examples.
-* `PackCollator`: also takes a list of `{"input_ids", "labels"}`, so it works in a stock `transformers.Trainer`
+* `PackCollator`: also takes a list of tokenised rows, so it works in a stock `transformers.Trainer`
   (`data_collator=PackCollator(...)`, `remove_unused_columns=False`).
 
 Two documents of 3 and 2 tokens, prompt masked in the first, in the two layouts:
@@ -17,20 +17,25 @@ A flat batch has no `attention_mask`: with one, transformers lets attention leak
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
+from operator import index
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from packtrain.data.formats import IGNORED
+from packtrain.data.tokenised import read_row
 from packtrain.errors import DataError, PlanError
 from packtrain.packing.packs import offsets_of
 from packtrain.packing.plan import MicroBatch
 from packtrain.packing.scopes import EMPTY_TOKENS
 
 Batch = dict[str, Any]
+
+logger = logging.getLogger(__name__)
 
 
 def collate_flat(
@@ -141,10 +146,13 @@ class PackCollator:
         pad_token_id: for padding, and for micro-batches of padding only.
         padded_to: "longest" of the micro-batch, or "max_length".
         max_length: the width with `padded_to="max_length"`.
-        loss_weighting, position_start, padding_side: see `collate_flat` and `collate_padded`.
+        loss_weighting: see `collate_flat`. It decides `loss_weights` alone, which packtrain's own trainer and your own
+            loop can use; `transformers.Trainer` and TRL ignore them, so in these "example" has no effect.
+        position_start, padding_side: see `collate_flat` and `collate_padded`.
 
     A model that is given flat batches has to isolate the documents itself; `packtrain audit` says which do, and
-    `packtrain.attach` checks and prepares it.
+    `packtrain.attach` checks and prepares it. Without `remove_unused_columns=False` a stock trainer takes the masks of
+    rows away before they get here, and all their tokens are supervised.
 
         >>> collator = PackCollator(layout="flat", pad_token_id=0)
         >>> collator([{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9]}])["position_ids"]
@@ -170,26 +178,52 @@ class PackCollator:
         self.layout, self.pad_token_id = layout, pad_token_id
         self.width = max_length if padded_to == "max_length" else None
         self.loss_weighting, self.position_start, self.padding_side = loss_weighting, position_start, padding_side
+        self._logged: set[str] = set()  # columns, and the one option
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> Batch:
-        """Makes a batch from rows with `input_ids` and, maybe, `labels` (default: the input_ids) and `example_id`."""
-        ids = [np.asarray(feature["input_ids"], dtype=np.int64) for feature in features]
-        labels = [
-            own if feature.get("labels") is None else np.asarray(feature["labels"], dtype=np.int64)
-            for own, feature in zip(ids, features, strict=True)
+        """Makes a batch from tokenised rows: lists, arrays or tensors of integers.
+
+        `input_ids`; and `labels`, or `completion_mask` and/or `assistant_masks` (a token is supervised where all masks are
+        1), or none of them (every token is supervised). Tokens at the ends whose `attention_mask` is 0 are padding and
+        left out. `example_id` is optional. Text and single values are not used, which is logged once.
+
+        Raises:
+            DataError: with row, column and value: no such rows, other lists of numbers, packed rows, a label per row.
+        """
+        return self.collate(*self.documents_of(features)) if features else self.empty()
+
+    def documents_of(
+        self, features: Sequence[Mapping[str, Any]]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Returns rows as `(input_ids, labels, lengths, example_ids)`, documents end to end; see `collate_flat`."""
+        places = [f"row {number} of the batch" for number in range(len(features))]
+        rows = [
+            read_row(feature, where=where, position_start=self.position_start)
+            for feature, where in zip(features, places, strict=True)
         ]
-        for number, (own, targets) in enumerate(zip(ids, labels, strict=True)):
-            if own.ndim != 1 or own.shape != targets.shape or len(own) == 0:
-                raise DataError(
-                    f"input_ids have the shape {own.shape} and labels {targets.shape}; both must be flat, of the same "
-                    "length and not empty",
-                    where=f"row {number} of the batch",
-                )
-        example_ids = [feature.get("example_id", number) for number, feature in enumerate(features)]
-        lengths = np.array([len(own) for own in ids], dtype=np.int64)
-        if not ids:
-            return self.empty()
-        return self.collate(np.concatenate(ids), np.concatenate(labels), lengths, np.array(example_ids))
+        example_ids = [
+            _example_id(feature.get("example_id", number), where)
+            for number, (feature, where) in enumerate(zip(features, places, strict=True))
+        ]
+        self._log_once({name for row in rows for name in row.unused})
+        lengths = np.array([len(row.input_ids) for row in rows], dtype=np.int64)
+        ids, labels = (np.concatenate([row[part] for row in rows]) for part in (0, 1))
+        return ids, labels, lengths, np.array(example_ids, dtype=np.int64)
+
+    def _log_once(self, unused: set[str]) -> None:
+        """Logs what the rows' own numbers do not show, once, and in one data-loading worker."""
+        worker = get_worker_info()
+        if worker is not None and worker.id:
+            return
+        if new := sorted(unused - self._logged):
+            logger.warning("packtrain: PackCollator does not use %s of the rows", ", ".join(new))
+        if self.loss_weighting == "example" and "loss_weighting" not in self._logged:
+            logger.warning(
+                "packtrain: loss_weighting='example' is in the batch's `loss_weights`, which transformers.Trainer and TRL "
+                "ignore; packtrain's own trainer, or a loop that multiplies by them, follows it"
+            )
+            self._logged.add("loss_weighting")
+        self._logged |= unused
 
     def collate(
         self,
@@ -258,6 +292,14 @@ def without_first_labels(labels: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     labels = labels.copy()
     labels[offsets_of(lengths)[:-1][lengths > 0]] = IGNORED
     return labels
+
+
+def _example_id(value: Any, where: str) -> int:
+    try:
+        return index(value)
+    except TypeError:
+        fix = "number the rows, or leave it out"
+        raise DataError("must be a whole number", where=where, key="example_id", value=value, fix=fix) from None
 
 
 def _loss_weights(labels, document, documents, supervised, loss_weighting, factors) -> np.ndarray:

@@ -50,6 +50,10 @@ def refuse_contradictions(trainer: Trainer, strategy: str, max_tokens: int | Non
             "build the collator with mlm=False",
         )
         raise PacktrainError(what, key="data_collator.mlm", value=True, fix=fix)
+    if getattr(trainer.data_collator, "loss_weighting", "token") == "example":
+        what = "must be 'token': the trainer's own loss counts every token alike, whatever the batch's `loss_weights`"
+        fix = "leave it out; `packtrain train` counts every example alike with `objective.loss_weighting: example`"
+        raise PacktrainError(what, key="data_collator.loss_weighting", value="example", fix=fix)
     if args.dataloader_drop_last:
         what = "must be False: packtrain drops no example"
         raise PacktrainError(what, key="dataloader_drop_last", value=True, fix="leave it out")

@@ -230,6 +230,9 @@ def test_from_a_selection_of_a_dataset(torch_format, tmp_path):
         ({"input_ids": [[1, 2], [1, 2]], "labels": [[1, 2], [1, -1]]}, "row 1: 'labels' contains a negative id"),
         ({"input_ids": [[1, 2], [1, 2]], "labels": [[1, 2], [1]]}, "row 1: 'labels' has 1 entries for 2 input_ids"),
         ({"input_ids": [[1, 2], [1, 0]], "attention_mask": [[1, 1], [1, 0]]}, "row 1: 'attention_mask' has zeros"),
+        ({"input_ids": [[1, 2], [3, 4]], "attention_mask": [[1, 1], [1, 2]]}, "row 1: 'attention_mask' contains"),
+        ({"input_ids": [[1, 2], [3, 4]], "attention_mask": [[1, 1], [1]]}, "row 1: 'attention_mask' has 1 entries"),
+        ({"input_ids": [[1, 2], [3, 4]], "completion_mask": [[1, 1], [0, 5]]}, "row 1: 'completion_mask' contains"),
     ],
 )
 def test_from_dataset_refuses(columns, message):

@@ -249,6 +249,11 @@ COLLATORS: dict[str, tuple[dict, list]] = {
     "a document too long": (dict(layout="padded", padded_to="max_length", max_length=2), [{"input_ids": [1, 2, 3]}]),
     "labels of another length": ({}, [{"input_ids": [1, 2, 3], "labels": [1]}]),
     "an empty document": ({}, [{"input_ids": []}]),
+    "a mask of another length": ({}, [{"input_ids": [1, 2], "completion_mask": [1]}]),
+    "padding in the middle": ({}, [{"input_ids": [1, 2, 3], "attention_mask": [1, 0, 1]}]),
+    "labels on padding": ({}, [{"input_ids": [1, 2], "labels": [1, 2], "attention_mask": [1, 0]}]),
+    "a packed row": ({}, [{"input_ids": [1, 2, 3], "seq_lengths": [2, 1]}]),
+    "an unknown list": ({}, [{"input_ids": [1, 2], "token_weights": [0.5, 1.0]}]),
 }
 
 

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import datasets
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils.data import DataLoader
+from transformers import DataCollatorForLanguageModeling as StockCollator
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from packtrain.errors import DataError, PlanError
+from packtrain.modeling.tokenizer import train_bpe
+from packtrain.objectives.logits import logits_at
 from packtrain.packing.collator import MicroBatches, PackCollator
 from packtrain.packing.plan import make_plan
 from packtrain.packing.strategies import STRATEGIES
 from packtrain.training.loader import PlanSampler
+from tests.data.test_tokenised import reference
+from tests.data.test_tokenised import rows as any_row
+from tests.tiny import tiny_model
 
 TWO = [
     {"input_ids": [5, 6, 7], "labels": [-100, -100, 7], "example_id": 4},
@@ -123,6 +135,183 @@ def test_bad_rows_and_options():
     for options in ({"layout": "flatt"}, {"loss_weighting": "tokens"}, {"padded_to": "max_length"}):
         with pytest.raises(PlanError):
             PackCollator(**options)
+
+
+# --- rows of stock trainers ---------------------------------------------------------------------------------------
+
+
+def drawn_rows(seed: int = 0, lengths: tuple[int, ...] = (9, 4, 13, 6)) -> list[dict]:
+    generator = np.random.default_rng(seed)
+    rows = [{"input_ids": generator.integers(3, 64, length).tolist()} for length in lengths]
+    for row in rows:
+        ones = np.ones(len(row["input_ids"]), dtype=int)
+        row["completion_mask"], row["assistant_masks"] = ones.tolist(), generator.integers(0, 2, len(ones)).tolist()
+        row["completion_mask"][:2] = [0, 0]
+        row["assistant_masks"][-1] = 1
+    return rows
+
+
+def padded_to(rows: list[dict], width: int, side: str, pad_token_id: int = 0) -> list[dict]:
+    """Rows as a tokenizer gives them with `padding="max_length"`; padding has labels of -100, if it has any."""
+
+    def pad(values: list[int], fill: int) -> list[int]:
+        more = [fill] * (width - len(values))
+        return more + values if side == "left" else values + more
+
+    fills = {"input_ids": pad_token_id, "labels": -100}
+    return [
+        {name: pad(values, fills.get(name, 0)) for name, values in row.items()}
+        | {"attention_mask": pad([1] * len(row["input_ids"]), 0)}
+        for row in rows
+    ]
+
+
+def loss_of(model, batch) -> float:
+    inputs = {key: value for key, value in batch.items() if key not in ("loss_weights", "example_ids")}
+    with torch.no_grad():
+        return float(model(**inputs, use_cache=False).loss)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    tokenizer = train_bpe([], vocab_size=262)
+    assert tokenizer.pad_token_id not in range(3, 64)
+    return tokenizer
+
+
+@pytest.mark.parametrize("layout", ["flat", "padded"])
+@pytest.mark.parametrize("side", [None, "right", "left"])
+def test_labels_and_padding_have_the_loss_of_the_stock_collator(llama, tokenizer, layout, side):
+    rows = [{"input_ids": row["input_ids"], "labels": [-100, -100, *row["input_ids"][2:]]} for row in drawn_rows()]
+    if side:
+        rows = padded_to(rows, 15, side)
+    stock = loss_of(llama, DataCollatorForSeq2Seq(tokenizer)([dict(row) for row in rows]))
+    assert loss_of(llama, PackCollator(layout=layout)(rows)) == pytest.approx(stock, rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["flat", "padded"])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_padding_without_labels_is_not_learnt(llama, tokenizer, layout, side):
+    """The stock collator knows padding by its id; the control is the same rows without their attention_mask."""
+    rows = padded_to([{"input_ids": row["input_ids"]} for row in drawn_rows()], 20, side, tokenizer.pad_token_id)
+    batch = StockCollator(tokenizer, mlm=False)([dict(row) for row in rows])
+    if side == "left":  # the stock collator has padding predict the first token
+        batch["labels"][torch.arange(len(rows)), batch["attention_mask"].argmax(dim=1)] = -100
+    ours = loss_of(llama, PackCollator(layout=layout)(rows))
+    assert ours == pytest.approx(loss_of(llama, batch), rel=1e-5)
+    unmasked = [{"input_ids": row["input_ids"]} for row in rows]
+    assert abs(loss_of(llama, PackCollator(layout=layout)(unmasked)) - ours) > 0.01
+
+
+@pytest.mark.parametrize("layout", ["flat", "padded"])
+def test_flattened_rows_have_the_loss_of_the_stock_collator(llama, layout):
+    rows = [{"input_ids": row["input_ids"], "labels": [-100, *row["input_ids"][1:]]} for row in drawn_rows()]
+    stock = loss_of(llama, DataCollatorWithFlattening()([dict(row) for row in rows]))
+    assert loss_of(llama, PackCollator(layout=layout)(rows)) == pytest.approx(stock, rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["flat", "padded"])
+@pytest.mark.parametrize(
+    "columns", [("completion_mask",), ("assistant_masks",), ("completion_mask", "assistant_masks")]
+)
+def test_masks_have_the_loss_that_trl_makes_of_them(llama, tokenizer, tmp_path, layout, columns):
+    rows = [{name: row[name] for name in ("input_ids", *columns)} for row in drawn_rows()]
+    args = SFTConfig(
+        output_dir=str(tmp_path), use_cpu=True, report_to="none", completion_only_loss=True, max_length=None
+    )
+    trl = SFTTrainer(llama, args, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer)
+    for padding_free in (False, True):
+        collator = DataCollatorForLanguageModeling(tokenizer.pad_token_id, padding_free=padding_free)
+        stock = loss_of(llama, collator(list(trl.train_dataset)))
+        ours = loss_of(llama, PackCollator(layout=layout)(rows))
+        assert ours == pytest.approx(stock, rel=1e-5)
+    without = loss_of(llama, PackCollator(layout=layout)([{"input_ids": row["input_ids"]} for row in rows]))
+    assert abs(without - ours) > 0.001  # the masks do change it
+
+
+@pytest.mark.parametrize("weighting", ["token", "example"])
+@settings(max_examples=60, deadline=None)
+@given(batch=st.lists(any_row(), min_size=1, max_size=4), side=st.sampled_from(["right", "left"]))
+def test_layouts_hold_what_the_rule_says_of_every_row(weighting, batch, side):
+    expected = [reference(row) for row in batch]
+    flat = PackCollator(loss_weighting=weighting)(batch)
+    padded = PackCollator(layout="padded", padding_side=side, loss_weighting=weighting)(batch)
+    bounds = flat["cu_seq_lens_q"].tolist()
+    for number, (ids, labels) in enumerate(expected):
+        here, real = slice(*bounds[number : number + 2]), padded["attention_mask"][number].bool()
+        for values in (
+            {name: value[0, here] for name, value in flat.items() if name in ("input_ids", "labels", "loss_weights")},
+            {name: padded[name][number][real] for name in ("input_ids", "labels", "loss_weights")},
+        ):
+            assert values["input_ids"].tolist() == ids
+            assert values["labels"].tolist() == [-100, *labels[1:]]
+            learnt = [float(label != -100) for label in values["labels"]]
+            each = max(sum(learnt), 1) if weighting == "example" else 1
+            assert np.allclose(values["loss_weights"], [weight / each for weight in learnt])
+        assert (padded["labels"][number][~real] == -100).all()
+
+
+@pytest.mark.parametrize("removed", [False, True])
+def test_masks_reach_the_collator_where_a_stock_trainer_keeps_them(llama, tmp_path, removed):
+    rows = drawn_rows()
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", remove_unused_columns=removed)
+    data = datasets.Dataset.from_list([row | {"text": "one"} for row in rows])
+    trainer = Trainer(llama, args, train_dataset=data, data_collator=PackCollator())
+    (batch,) = trainer.get_train_dataloader()
+    expected = sum(label != -100 for row in rows for label in reference(row)[1][1:])
+    everything = sum(len(row["input_ids"]) - 1 for row in rows)
+    assert (batch["labels"] != -100).sum() == (everything if removed else expected) and expected < everything
+
+
+def test_errors_name_the_row_of_the_batch():
+    with pytest.raises(DataError, match="row 1 of the batch: completion_mask: .* has 1 entries for 2") as refused:
+        PackCollator()([*TWO[:1], {"input_ids": [8, 9], "completion_mask": [1]}])
+    assert refused.value.fix
+    with pytest.raises(DataError, match="row 1 of the batch: example_id: must be a whole number"):
+        PackCollator()([{"input_ids": [1]}, {"input_ids": [1], "example_id": "a"}])
+
+
+def test_columns_that_are_not_used_are_logged_once(caplog):
+    collator = PackCollator()
+    plain = [{"input_ids": [1, 2]}]
+    collator(plain)
+    assert not caplog.messages
+    for _ in range(2):
+        collator([plain[0] | {"text": "one", "length": 2}])
+    assert caplog.messages == ["packtrain: PackCollator does not use length, text of the rows"]
+    collator([plain[0] | {"text": "one", "labels": [1, 2], "completion_mask": [0, 1]}])
+    assert caplog.messages[1:] == ["packtrain: PackCollator does not use completion_mask of the rows"]
+
+
+def test_a_weighting_that_stock_trainers_ignore_is_logged_once(caplog):
+    for weighting, count in (("token", 0), ("example", 1)):
+        caplog.clear()
+        collator = PackCollator(loss_weighting=weighting)
+        collator(TWO), collator(TWO)
+        assert sum("transformers.Trainer and TRL ignore" in message for message in caplog.messages) == count
+
+
+def test_a_stock_trainer_ignores_the_weights(llama):
+    """What the log says is so: the model's own loss is the same for both weightings, and ours is not."""
+    rows = drawn_rows()
+    batches = [PackCollator(loss_weighting=weighting)(rows) for weighting in ("token", "example")]
+    with torch.no_grad():
+        token, example = (float(llama(**batch, use_cache=False).loss) for batch in batches)
+        learnt = batches[0]["labels"] != -100
+        logits = logits_at(llama, batches[0], learnt[0].nonzero()[:, 0] - 1)
+    assert token == example
+    nll = torch.nn.functional.cross_entropy(logits, batches[0]["labels"][learnt], reduction="none")
+    weights = [batch["loss_weights"][learnt] for batch in batches]
+    by_token, by_example = (float(weight @ nll / weight.sum()) for weight in weights)
+    assert by_token == pytest.approx(token, rel=1e-5) and abs(by_example - by_token) > 1e-3
+
+
+# --- from a plan --------------------------------------------------------------------------------------------------
 
 
 class Tokens:

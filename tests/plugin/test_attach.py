@@ -322,6 +322,17 @@ def test_random_masks_are_refused(tmp_path, documents, tokenizer):
         packtrain.attach(trainer)
 
 
+@pytest.mark.parametrize("weighting", ["token", "example"])
+def test_a_weighting_that_the_trainer_would_ignore_is_refused(tmp_path, documents, weighting):
+    trainer = stock_trainer(tmp_path, documents, remove_unused_columns=False)
+    trainer.data_collator = packtrain.PackCollator(loss_weighting=weighting)
+    if weighting == "token":
+        packtrain.attach(trainer)
+        return
+    with pytest.raises(PacktrainError, match="data_collator.loss_weighting: must be 'token'"):
+        packtrain.attach(trainer)
+
+
 def test_trl_packing_is_refused(tmp_path, conversations, tokenizer):
     trainer = sft_trainer(tmp_path, conversations, tokenizer, packing=True, packing_strategy="wrapped", max_length=64)
     with pytest.raises(PacktrainError, match="packed its examples already.*\n.*packing=False"):

@@ -159,14 +159,14 @@ class BlockCollator(PackCollator):
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> Batch:
         """Makes a batch from rows as they were read; see `PackCollator.__call__`."""
-        plain = PackCollator()(features)
-        ids, labels = plain["input_ids"][0].numpy(), plain["labels"][0].numpy()
-        lengths = np.diff(plain["cu_seq_lens_q"].numpy())
+        if not features:
+            return self.empty()
+        ids, labels, lengths, example_ids = self.documents_of(features)
         return self.collate(
             lay_out_copies(ids, lengths, self.block_size, self.mask_token_id),
             lay_out_copies(labels, lengths, self.block_size, IGNORED),
             occupied(lengths, self.block_size),
-            plain["example_ids"].numpy(),
+            example_ids,
         )
 
     def collate(
