@@ -1,7 +1,7 @@
 """Rows -> examples: tokenise once, then read token ids and labels of any examples in one call.
 
     rows = open_rows("train.jsonl")
-    examples = build_examples(rows, tokenizer, max_length=2048, overflow="truncate")     # or a recipe's: load_examples
+    examples = build_examples(rows, tokenizer, max_length=2048, overflow="truncate")     # or a recipe's: prepare_examples
     examples.lengths                        # int32 [n]: all that a plan needs
     ids, labels = examples.gather([3, 1])   # int64 [L3 + L1]: two documents, end to end
 
@@ -52,7 +52,7 @@ _HELD_OUT = 0x68656C64  # "held": keeps this draw apart from others of the same 
 class Examples:
     """Token ids and labels of examples, numbered 0 to n-1.
 
-    Made by `load_examples`, `find_examples`, `build_examples` or `Examples.from_dataset`. A pickle holds paths and the
+    Made by `prepare_examples`, `find_examples`, `build_examples` or `Examples.from_dataset`. A pickle holds paths and the
     view, no tokens: a data loader's worker maps the same files.
 
     Attributes:
@@ -222,7 +222,7 @@ class Examples:
         return cls(documents, *chosen)
 
 
-def load_examples(
+def prepare_examples(
     section: DataSection,
     rows: Rows,
     tokenizer: PreTrainedTokenizerBase,
@@ -274,7 +274,7 @@ def _open_evaluation(section: DataSection, seed: int) -> Rows:
 
 
 def find_examples(section: DataSection, tokenizer_key: str, *, seed: int) -> tuple[Examples | None, str]:
-    """Finds a recipe's training examples (without those held out) as `load_examples` tokenised them before.
+    """Finds a recipe's training examples (without those held out) as `prepare_examples` tokenised them before.
 
     Reads no rows and loads no tokenizer. Local files must have the size and time they had then; a Hub dataset is taken to
     be unchanged.
@@ -283,7 +283,7 @@ def find_examples(section: DataSection, tokenizer_key: str, *, seed: int) -> tup
         The examples and "", or None and why there are none.
 
     Raises:
-        DataError: as `load_examples`, for what can be known without tokenising.
+        DataError: as `prepare_examples`, for what can be known without tokenising.
     """
     source = dict(name=section.name, split=section.split, num_rows=section.num_rows, seed=seed)
     options = section.model_dump(include=_CHOICES)
