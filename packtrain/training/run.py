@@ -349,7 +349,7 @@ def _summarise(trainer: PackTrainer, recipe: Recipe, model_dir: Path, after: flo
     peak, peak_of = peak_memory()
     trained, frozen = count_parameters(trainer.accelerator.unwrap_model(trainer.model))
     return Summary(
-        recipe=Path(recipe.sources.path).stem,
+        recipe=Path(recipe.sources.path).stem if recipe.sources is not None else "recipe",
         strategy=recipe.batching.strategy,
         output_dir=str(trainer.args.output_dir),
         model_dir=str(model_dir),
