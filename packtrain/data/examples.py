@@ -27,7 +27,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -47,6 +47,36 @@ if TYPE_CHECKING:
 
 
 _HELD_OUT = 0x68656C64  # "held": keeps this draw apart from others of the same seed
+
+
+class AnyExamples(Protocol):
+    """What plans, collators and trainers ask of examples: `Examples`, or an objective's that are laid out otherwise."""
+
+    @property
+    def lengths(self) -> np.ndarray: ...
+
+    @property
+    def supervised(self) -> np.ndarray: ...
+
+    @property
+    def rows(self) -> np.ndarray: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def report(self) -> DataReport: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, example_id: int, /) -> dict[str, np.ndarray]: ...
+
+    def gather(
+        self,
+        example_ids: Sequence[int] | np.ndarray,
+        starts: np.ndarray | None = None,
+        stops: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]: ...
 
 
 class Examples:
@@ -116,7 +146,7 @@ class Examples:
             return self._documents.fingerprint
         digest = hashlib.sha256(self._documents.fingerprint.encode())
         for array in (self.rows, self._view.starts, self.lengths):
-            digest.update(np.ascontiguousarray(array, dtype="<i8"))
+            digest.update(np.ascontiguousarray(array, dtype="<i8").data)
         return digest.hexdigest()
 
     def __len__(self) -> int:
@@ -285,7 +315,7 @@ def find_examples(section: DataSection, tokenizer_key: str, *, seed: int) -> tup
     Raises:
         DataError: as `prepare_examples`, for what can be known without tokenising.
     """
-    source = dict(name=section.name, split=section.split, num_rows=section.num_rows, seed=seed)
+    source: dict[str, Any] = dict(name=section.name, split=section.split, num_rows=section.num_rows, seed=seed)
     options = section.model_dump(include=_CHOICES)
     documents = store.recall(
         _request(describe_request(section.path, **source), tokenizer_key, options),
@@ -338,7 +368,9 @@ def build_examples(
     Raises:
         DataError: with file and row, or key and value, and the fix.
     """
-    options = dict(format=format, completion_only_loss=completion_only_loss, assistant_only_loss=assistant_only_loss)
+    options: dict[str, Any] = dict(
+        format=format, completion_only_loss=completion_only_loss, assistant_only_loss=assistant_only_loss
+    )
     documents = tokenize(rows, tokenizer, **options, num_proc=num_proc, cache_dir=cache_dir)
     if tokenizer_key is not None:
         request = _request(rows.request, tokenizer_key, options)

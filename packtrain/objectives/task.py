@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from packtrain.data.examples import Examples, find_examples, prepare_examples
+from packtrain.data.examples import AnyExamples, Examples, find_examples, prepare_examples
 from packtrain.data.sources import open_rows, texts
 from packtrain.data.store import tokenizer_key
 from packtrain.objectives.objective import Task
@@ -38,7 +38,7 @@ def load_task(recipe: Recipe) -> Task:
     return objective.task(tokenizer, train, held_out, seed=seed)
 
 
-def load_examples(recipe: Recipe) -> tuple[Examples, Examples | None]:
+def load_examples(recipe: Recipe) -> tuple[AnyExamples, AnyExamples | None]:
     """Returns the examples that `train` trains and evaluates on, for a training loop of your own: (training, held out).
 
     Rows are tokenised once and stored; a second call finds them. Held out is None where the recipe has none of

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from packtrain.data.examples import AnyExamples
 from packtrain.data.formats import IGNORED
 from packtrain.errors import DataError, PlanError
 from packtrain.packing.packs import offsets_of
@@ -197,7 +198,7 @@ class PackCollator:
         supervised: np.ndarray | None = None,
     ) -> Batch:
         """Makes a batch from documents end to end; arguments as `collate_flat`."""
-        options = {
+        options: dict[str, Any] = {
             "supervised": supervised, "loss_weighting": self.loss_weighting, "position_start": self.position_start,
         }  # fmt: skip
         if self.layout == "flat":
@@ -224,7 +225,7 @@ class MicroBatches(Dataset):
     `examples` has `gather(example_ids, starts, stops) -> (input_ids [T], labels [T])` and `supervised`, int32 `[n]`.
     """
 
-    def __init__(self, examples: Any, collator: PackCollator):
+    def __init__(self, examples: AnyExamples, collator: PackCollator):
         self.examples, self.collator = examples, collator
 
     def at_epoch(self, epoch: int) -> MicroBatches:
