@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from packtrain.errors import ModelError, PacktrainError
 from packtrain.recipe.reader import load_recipe
+from packtrain.recipe.recipe import Recipe
 from packtrain.training.run import train, use_cpu_by_default
 from packtrain.training.sealing import read_manifest, verify
 
@@ -71,6 +72,13 @@ def test_a_recipe_trains_and_leaves_a_model_that_loads(tmp_path, recipe_file):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run/model")
     assert model.config.vocab_size == len(tokenizer) and tokenizer.pad_token != tokenizer.eos_token
     assert model.config.use_cache  # training without a cache does not slow generation down for good
+
+
+def test_a_recipe_made_in_python_trains(tmp_path, recipe_file):
+    """It was read from no file, so nothing names it."""
+    recipe = Recipe.model_validate(load_recipe(recipe_file, ["max_steps=1", "save_strategy=no"]).to_dict())
+    assert recipe.sources is None and train(recipe).recipe == "recipe"
+    assert summary_of(tmp_path)["recipe"] == "recipe"
 
 
 def test_lora_trains_the_adapter_only(tmp_path, recipe_file):
