@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["PACKTRAIN_CACHE"] = tempfile.mkdtemp(prefix="packtrain-tests-")  # never the user's
+
+NOT_CHECKED = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]  # the latter: what examples share is harmless
+settings.register_profile("packtrain", deadline=None, suppress_health_check=NOT_CHECKED)  # a machine may be slow
+settings.load_profile("packtrain")
 
 
 @pytest.fixture(scope="session", autouse=True)
