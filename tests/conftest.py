@@ -1,4 +1,4 @@
-"""Shared by all tests: two threads fight over tiny models, so torch gets one."""
+"""Shared by all tests: two threads fight over tiny models, so torch gets one, in what tests start, too."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ["PACKTRAIN_CACHE"] = tempfile.mkdtemp(prefix="packtrain-tests-")  # never the user's
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["PACKTRAIN_CACHE"] = tempfile.mkdtemp(prefix="packtrain-tests-")  # not the user's, nor another worker's
+os.environ["HF_DATASETS_CACHE"] = os.path.join(os.environ["PACKTRAIN_CACHE"], "datasets")
 
 NOT_CHECKED = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]  # the latter: what examples share is harmless
 settings.register_profile("packtrain", deadline=None, suppress_health_check=NOT_CHECKED)  # a machine may be slow

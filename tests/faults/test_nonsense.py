@@ -91,6 +91,8 @@ def trains(directory: Path, overrides: list[str]) -> bool:
     return code == 0
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 @settings(max_examples=5)
 @given(overrides=st.lists(st.sampled_from(EVERY), min_size=1, max_size=3))
 def test_some_nonsense(tmp_path, overrides):
