@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -136,12 +137,15 @@ def test_killed_and_resumed_ends_with_the_weights_of_an_unbroken_run(tmp_path, r
     train(load_recipe(recipe_file))
     unbroken = weights_of(tmp_path / "run/model")
     recipe_file.write_text(recipe_file.read_text().replace(str(tmp_path / "run"), str(tmp_path / "killed")))
-    process = subprocess.Popen(command(recipe_file), env=environment(), stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 200
-    while not (tmp_path / "killed/checkpoint-8/packtrain_manifest.json").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    for _ in range(20):
+        shutil.rmtree(tmp_path / "killed", ignore_errors=True)
+        process = subprocess.Popen(command(recipe_file), env=environment(), stdout=subprocess.DEVNULL)
+        while not (tmp_path / "killed/checkpoint-8/packtrain_manifest.json").exists() and process.poll() is None:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if not (tmp_path / "killed/model").exists():
+            break  # the kill came in time
     assert not (tmp_path / "killed/model").exists()
     done = subprocess.run(
         command(recipe_file, "--resume", str(tmp_path / "killed/checkpoint-8")),
