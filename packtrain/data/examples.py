@@ -33,10 +33,11 @@ import numpy as np
 
 from packtrain.data import store
 from packtrain.data.encoding import tokenize
+from packtrain.data.files import find_places, is_local
 from packtrain.data.formats import FORMATS, find_format
 from packtrain.data.report import DataReport
 from packtrain.data.selection import View, select
-from packtrain.data.sources import Rows, describe_request, find_files, open_rows
+from packtrain.data.sources import Rows, describe_request, open_rows
 from packtrain.data.store import Documents, open_dataset
 from packtrain.errors import DataError
 from packtrain.recipe.sections import MAX_LENGTH, DataSection
@@ -263,7 +264,8 @@ def load_examples(
 
 def _open_evaluation(section: DataSection, seed: int) -> Rows:
     path, split = section.eval_path or section.path, section.eval_split or section.split
-    local = section.eval_path and Path(section.eval_path).expanduser().exists()
+    paths = [path] if isinstance(path, str) else path
+    local = section.eval_path and all(map(is_local, paths))
     try:
         return open_rows(path, name=None if local else section.name, split=split, seed=seed)
     except DataError as error:
@@ -287,21 +289,25 @@ def find_examples(section: DataSection, tokenizer_key: str, *, seed: int) -> tup
     """
     source = dict(name=section.name, split=section.split, num_rows=section.num_rows, seed=seed)
     options = section.model_dump(include=_CHOICES)
-    documents = store.recall(
+    places = find_places(section.path, section.split)
+    found = store.recall(
         _request(describe_request(section.path, **source), tokenizer_key, options),
-        store.stat_files(find_files(section.path, section.split)),
+        store.stat_files([file for place in places for file in place.files]),
     )
-    if isinstance(documents, str):
-        return None, documents
+    if isinstance(found, str):
+        return None, found
+    documents, counts = found
     reopen = functools.cache(lambda: open_rows(section.path, **source))
-    chosen = select(
+    view, report = select(
         documents,
         max_length=section.max_length,
         overflow=section.overflow,
         on_bad_row=section.on_bad_row,
         where=lambda row: reopen().where(row),  # read only where a message has to name a row
     )
-    examples = Examples(documents, *chosen)
+    not_read = tuple(each for place in places for each in place.not_read)
+    notes = (*(note for place in places for note in place.notes), *report.notes)
+    examples = Examples(documents, view, replace(report, files=counts, not_read=not_read, notes=notes))
     return (examples.hold_out(section.eval_size, seed)[0] if section.eval_size else examples), ""
 
 
@@ -342,9 +348,11 @@ def build_examples(
     documents = tokenize(rows, tokenizer, **options, num_proc=num_proc, cache_dir=cache_dir)
     if tokenizer_key is not None:
         request = _request(rows.request, tokenizer_key, options)
-        store.remember(request, documents.fingerprint, rows.files, cache_dir)
-    chosen = select(documents, max_length=max_length, overflow=overflow, on_bad_row=on_bad_row, where=rows.where)
-    return Examples(documents, *chosen, rows)
+        store.remember(request, documents.fingerprint, rows.files, rows.counts, cache_dir)
+    view, report = select(documents, max_length=max_length, overflow=overflow, on_bad_row=on_bad_row, where=rows.where)
+    notes = (*rows.notes, *report.notes)
+    files = replace(report, files=tuple(rows.counts), not_read=tuple(rows.not_read), notes=notes)
+    return Examples(documents, view, files, rows)
 
 
 # Keys of `data:` that decide which tokens of the rows are examples.

@@ -2,7 +2,9 @@
 
 It says, for example:
 
-7,473 rows (question_answer) -> 7,473 examples: 1,530,219 tokens, 803,422 of them supervised
+read: train.jsonl.gz (7,485 rows)
+not read (split test): test.jsonl
+7,485 rows (question_answer) -> 7,485 examples: 1,530,219 tokens, 803,422 of them supervised
 12 rows cut to max_length: 3,411 tokens lost, 3,399 of them supervised
 """
 
@@ -14,6 +16,8 @@ from dataclasses import asdict, dataclass
 from packtrain.errors import DataError
 
 SHOWN = 10  # rows that a message lists before it says how many more there are
+DOCUMENTATION = "hidden or documentation"  # why a file is not read; such files are counted, not named
+_NAMED = 4  # files that a line names before it says how many more there are
 
 
 class BadRow(ValueError):
@@ -34,6 +38,7 @@ class DataReport:
     `tokens_lost` and `supervised_lost` count what `overflow` took from the rows in `truncated_rows`,
     `dropped_rows` and `split_rows` (a split loses the label at the start of every further piece, and pieces
     without a supervised token). `skipped` lists every bad row as (where, reason); their tokens count nowhere.
+    `files` are (file, its rows), `not_read` (file, reason) of those next to them.
     """
 
     format: str
@@ -48,6 +53,8 @@ class DataReport:
     tokens_lost: int = 0
     supervised_lost: int = 0
     notes: tuple[str, ...] = ()
+    files: tuple[tuple[str, int], ...] = ()
+    not_read: tuple[tuple[str, str], ...] = ()
 
     def to_dict(self) -> dict[str, object]:
         """Returns plain data, for JSON."""
@@ -55,10 +62,11 @@ class DataReport:
 
     def lines(self) -> list[str]:
         """Returns the report as a person reads it, one statement a line."""
-        result = [
+        result = self.file_lines()
+        result.append(
             f"{self.rows:,} rows ({self.format}) -> {self.examples:,} examples: "
             f"{self.tokens:,} tokens, {self.supervised_tokens:,} of them supervised"
-        ]
+        )
         for count, done in (
             (self.truncated_rows, "cut to max_length"),
             (self.dropped_rows, "longer than max_length, dropped"),
@@ -73,3 +81,24 @@ class DataReport:
             if len(self.skipped) > SHOWN:
                 result.append(f"  ... and {len(self.skipped) - SHOWN:,} more")
         return result + list(self.notes)
+
+    def file_lines(self) -> list[str]:
+        """Returns which files were read, with their rows, and which were not, with the reason."""
+        lines = []
+        if self.files:
+            read = [f"{file} ({count:,} row{'s' if count != 1 else ''})" for file, count in self.files]
+            lines.append(f"read{_number(read)}: {_some(read)}")
+        for reason in dict.fromkeys(reason for _, reason in self.not_read):
+            names = [file for file, why in self.not_read if why == reason]
+            named = f"{len(names):,}" if reason == DOCUMENTATION else _some(names)
+            lines.append(f"not read ({reason}): {named}")
+        return lines
+
+
+def _number(names: Sequence[str]) -> str:
+    return f" {len(names):,} files" if len(names) > _NAMED else ""
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more

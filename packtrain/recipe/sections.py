@@ -60,8 +60,8 @@ class ModelSection(Section):
 class DataSection(Section):
     """Which rows, and how they become examples."""
 
-    path: Text
-    """A file, a directory, a Hub dataset, packtrain:arithmetic or packtrain:trend."""
+    path: fields.Paths
+    """A file, directory, pattern (data/*.jsonl), Hub dataset, packtrain:arithmetic or :trend; or a list of them."""
     name: Text | None = None
     """Configuration of a Hub dataset."""
     split: Text = "train"
@@ -80,7 +80,7 @@ class DataSection(Section):
     """What happens to rows that can't be trained on."""
     num_rows: Positive | None = None
     """The first rows only; packtrain:arithmetic makes that many."""
-    eval_path: Text | None = None
+    eval_path: fields.Paths | None = None
     """Rows to evaluate on, from another place."""
     eval_split: Text | None = None
     """Split to evaluate on."""
@@ -90,6 +90,12 @@ class DataSection(Section):
     """Processes that tokenise."""
     worker_timeout: Positive = WORKER_TIMEOUT
     """Seconds to wait for a batch of a data-loading worker."""
+
+    @property
+    def shown(self) -> str:
+        """The path in a few words, for messages."""
+        paths = [self.path] if isinstance(self.path, str) else self.path
+        return ", ".join(paths[:2]) + (f" and {len(paths) - 2} more" if len(paths) > 2 else "")
 
 
 class BatchingSection(Section):
