@@ -295,7 +295,7 @@ def portable(recipe: Recipe, show: Callable[[str], str] = shown_path, *, given: 
     data = redacted(recipe.to_dict(given=given))
     model, rows = data.get("model", {}), data.get("data", {})
     for section, key in (
-        (rows, "path"),
+        *((each, "path") for each in (rows, *(rows.get("mixture") or ()))),
         (rows, "eval_path"),
         (model, "model_name_or_path"),
         (model, "tokenizer_name_or_path"),

@@ -97,7 +97,7 @@ def find_places(path: str | Path | Sequence[str | Path], split: str = "train") -
         for source in [str(file.resolve()) for file in place.files] or [entry]:
             if source in seen:
                 what = f"names {Path(source).name if place.files else source} twice"
-                fix = f"keep one of {seen[source]!r} and {entry!r}"
+                fix = f"keep one of {seen[source]!r} and {entry!r}: to repeat rows, use `data.mixture`"
                 raise DataError(what, key="data.path", value=list(map(str, path)), fix=fix)
             seen[source] = entry
         places.append(place)

@@ -32,13 +32,51 @@ def bad_rows_error(first: Sequence[tuple[str, str]], total: int, *, what: str, k
 
 
 @dataclass(frozen=True, kw_only=True)
+class Share:
+    """One source of a mixture.
+
+    Attributes:
+        path, weight: as they are written.
+        share: of the weights, which is that of the examples of an epoch.
+        rows: of the source.
+        held_out: examples of it that are kept for evaluation.
+        available: examples that are left to train on.
+        examples: of an epoch; more than `available` repeats some, fewer leaves some out.
+        tokens, supervised_tokens: of the examples of an epoch.
+    """
+
+    path: str
+    weight: float
+    share: float
+    rows: int
+    held_out: int
+    available: int
+    examples: int
+    tokens: int
+    supervised_tokens: int
+
+    def line(self) -> str:
+        """Says how often its examples are read in an epoch."""
+        often, more = divmod(self.examples, self.available)
+        if not often:
+            read = f"chosen from {self.available:,}, the same in every epoch"
+        else:
+            times = f"{often} or {often + 1} times" if more else "once" if often == 1 else f"{often} times"
+            read = f"its {self.available:,}, each {times}"
+        kept = f" ({self.held_out:,} more are held out)" if self.held_out else ""
+        tokens = f"{self.tokens:,} tokens, {self.supervised_tokens:,} of them supervised"
+        return f"{self.share:.1%} {self.path} ({self.rows:,} rows): {self.examples:,} examples, {read}{kept}: {tokens}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataReport:
     """Counts of rows, examples and tokens; nothing that was lost is left out.
 
     `tokens_lost` and `supervised_lost` count what `overflow` took from the rows in `truncated_rows`,
     `dropped_rows` and `split_rows` (a split loses the label at the start of every further piece, and pieces
     without a supervised token). `skipped` lists every bad row as (where, reason); their tokens count nowhere.
-    `files` are (file, its rows), `not_read` (file, reason) of those next to them.
+    `files` are (file, its rows), `not_read` (file, reason) of those next to them. In a `mixture` rows and losses are those
+    of all sources, examples and tokens those of an epoch.
     """
 
     format: str
@@ -55,6 +93,7 @@ class DataReport:
     notes: tuple[str, ...] = ()
     files: tuple[tuple[str, int], ...] = ()
     not_read: tuple[tuple[str, str], ...] = ()
+    mixture: tuple[Share, ...] = ()
 
     def to_dict(self) -> dict[str, object]:
         """Returns plain data, for JSON."""
@@ -67,6 +106,11 @@ class DataReport:
             f"{self.rows:,} rows ({self.format}) -> {self.examples:,} examples: "
             f"{self.tokens:,} tokens, {self.supervised_tokens:,} of them supervised"
         )
+        if self.mixture:
+            result.append(
+                f"mixture of {len(self.mixture)} source{'s' if len(self.mixture) > 1 else ''}, in every epoch:"
+            )
+            result += [f"  {share.line()}" for share in self.mixture]
         for count, done in (
             (self.truncated_rows, "cut to max_length"),
             (self.dropped_rows, "longer than max_length, dropped"),
@@ -102,3 +146,23 @@ def _number(names: Sequence[str]) -> str:
 def _some(names: Sequence[str]) -> str:
     more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
     return ", ".join(names[:_NAMED]) + more
+
+
+def merge_reports(reports: Sequence[tuple[str, DataReport]]) -> DataReport:
+    """Adds up the reports of several sources, each with its name; examples and tokens are left to whoever joins them."""
+    only = [report for _, report in reports]
+    counted = ("rows", "truncated_rows", "dropped_rows", "split_rows", "tokens_lost", "supervised_lost")
+    by_note: dict[str, list[str]] = {}
+    for name, report in reports:
+        for note in report.notes:
+            by_note.setdefault(note, []).append(name)
+    return DataReport(
+        format=", ".join(dict.fromkeys(report.format for report in only)),
+        **{name: sum(getattr(report, name) for report in only) for name in counted},
+        skipped=tuple(row for report in only for row in report.skipped),
+        notes=tuple(
+            note if len(names) == len(reports) else f"{', '.join(names)}: {note}" for note, names in by_note.items()
+        ),
+        files=tuple(file for report in only for file in report.files),
+        not_read=tuple(file for report in only for file in report.not_read),
+    )

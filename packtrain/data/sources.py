@@ -37,6 +37,9 @@ class Rows:
         files: path -> [size, modification time in ns] of the files behind them.
         not_read: (file, reason) of files next to them.
         notes: statements about the files, for the report.
+
+    Attributes:
+        parts: the rows of each source of a mixture; otherwise these rows alone.
     """
 
     def __init__(
@@ -51,11 +54,25 @@ class Rows:
     ):
         self.request, self.files = request, files or {}
         self.not_read, self.notes = not_read, notes
+        self.parts: list[Rows] = [self]
         self._readers = readers
         self._bounds = np.cumsum([0, *map(len, readers)])
         self._count = int(self._bounds[-1]) if num_rows is None else min(num_rows, int(self._bounds[-1]))
         found = {column: None for row in self.read(0, _LOOKED_AT) if isinstance(row, dict) for column in row}
         self.columns: list[str] = list(found)
+
+    @classmethod
+    def join(cls, parts: list[Rows]) -> Rows:
+        """Puts the rows of several sources one after another; each keeps its own columns and format."""
+        rows = cls(parts)
+        rows.parts = parts
+        rows.columns = list(dict.fromkeys(column for part in parts for column in part.columns))
+        return rows
+
+    @property
+    def label(self) -> str:
+        """The name of the first reader, for rows that are a part of others."""
+        return self._readers[0].label
 
     @property
     def counts(self) -> list[tuple[str, int]]:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from packtrain.data.examples import Examples, find_examples, load_examples
-from packtrain.data.sources import open_rows, texts
+from packtrain.data.examples import Examples
+from packtrain.data.loading import find_examples, load_examples, open_section, section_texts
 from packtrain.data.store import tokenizer_key
 from packtrain.objectives.objective import Task
 from packtrain.packing.cost import Cost
@@ -25,8 +25,8 @@ def load_task(recipe: Recipe) -> Task:
     from packtrain.modeling.tokenizer import load_tokenizer
 
     data, objective, seed = recipe.data, recipe.objective, recipe.training["seed"]
-    rows = open_rows(data.path, name=data.name, split=data.split, num_rows=data.num_rows, seed=seed)
-    tokenizer = load_tokenizer(recipe.model, corpus=texts(rows, data.format))
+    rows = open_section(data, seed=seed)
+    tokenizer = load_tokenizer(recipe.model, corpus=section_texts(data, rows))
     train, held_out = load_examples(
         data,
         rows,

@@ -50,6 +50,7 @@ Text = Annotated[str, Strict(), StringConstraints(min_length=1, pattern=r"\S"), 
 AnyText = Annotated[str, Strict(), "text"]
 Mapping = Annotated[dict[str, Any], "a mapping"]
 Positive = Annotated[Whole, Field(gt=0), "a whole number above 0"]
+Weight = Annotated[Number, Field(gt=0), "a number above 0"]
 Paths = Text | Annotated[list[Text], Field(min_length=1)]
 Amount = Annotated[
     Annotated[int, Strict(), Field(ge=0)] | Annotated[float, Strict(), Field(ge=0, lt=1)],

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from packtrain.recipe import fields
 from packtrain.recipe.fields import Amount, Flag, Positive, Text, VocabSize
@@ -57,11 +57,33 @@ class ModelSection(Section):
     """Path of a Jinja file that replaces the tokenizer's chat template."""
 
 
+class MixtureSource(Section):
+    """One source of `data.mixture`; what it leaves out is as in `data:`."""
+
+    path: fields.Paths
+    """As data.path."""
+    weight: fields.Weight
+    """Its share of the examples of an epoch, relative to the other sources."""
+    name: Text | None = None
+    """Configuration of a Hub dataset."""
+    split: Text | None = None
+    """As data.split."""
+    format: Text | None = None
+    """As data.format."""
+    num_rows: Positive | None = None
+    """The first rows only."""
+
+
+Mixture = Annotated[list[MixtureSource], Field(min_length=1), "a list of mappings with path and weight"]
+
+
 class DataSection(Section):
     """Which rows, and how they become examples."""
 
-    path: fields.Paths
+    path: fields.Paths | None = None
     """A file, directory, pattern (data/*.jsonl), Hub dataset, packtrain:arithmetic or :trend; or a list of them."""
+    mixture: Mixture | None = None
+    """Instead of path: sources with weights, [{path: a.jsonl, weight: 2}, ...]; also with name, split, format, num_rows."""
     name: Text | None = None
     """Configuration of a Hub dataset."""
     split: Text = "train"
@@ -93,8 +115,10 @@ class DataSection(Section):
 
     @property
     def shown(self) -> str:
-        """The path in a few words, for messages."""
-        paths = [self.path] if isinstance(self.path, str) else self.path
+        """The path or the sources in a few words, for messages."""
+        if self.mixture is not None:
+            return f"a mixture of {len(self.mixture)} sources"
+        paths = [self.path] if isinstance(self.path, str) else self.path or []
         return ", ".join(paths[:2]) + (f" and {len(paths) - 2} more" if len(paths) > 2 else "")
 
 

@@ -186,13 +186,17 @@ def test_shipped_comparisons_are_valid(name):
     )
 
 
-@pytest.mark.parametrize("where", ["path", "eval_path"])
-def test_no_path_of_a_list_shows_this_machine(where, tmp_path):
+@pytest.mark.parametrize("where", ["path", "eval_path", "mixture"])
+def test_no_path_of_a_list_or_a_mixture_shows_this_machine(where, tmp_path):
     paths = [f"{tmp_path}/a.jsonl", f"{tmp_path}/b/*.jsonl", "org/name"]
+    value = [{"path": paths, "weight": 1}, {"path": paths[0], "weight": 1}] if where == "mixture" else paths
     (tmp_path / "recipe.yaml").write_text(
-        f"model: {{model_name_or_path: m}}\ndata: {json.dumps({'path': 'c.jsonl'} | {where: paths})}\n"
+        f"model: {{model_name_or_path: m}}\ndata: {json.dumps({'path': 'c.jsonl'} | {where: value})}\n"
         "training: {output_dir: x}\n"
     )
-    recipe = load_recipe(tmp_path / "recipe.yaml")
+    recipe = load_recipe(tmp_path / "recipe.yaml", ["data.path=null"] if where == "mixture" else [])
     assert str(tmp_path) in json.dumps(recipe.to_dict())
-    assert portable(recipe)["data"][where] == ["a.jsonl", "*.jsonl", "org/name"]
+    stored = portable(recipe)["data"]
+    assert str(tmp_path) not in json.dumps(stored)
+    shown = stored["mixture"][0]["path"] if where == "mixture" else stored[where]
+    assert shown == ["a.jsonl", "*.jsonl", "org/name"]
