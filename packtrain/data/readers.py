@@ -41,6 +41,7 @@ class Reader(Protocol):
     """A part of `Rows`: the rows of one file, one dataset or one generator."""
 
     fingerprint: str  # of the contents
+    label: str  # how messages call it
 
     def __len__(self) -> int: ...
 

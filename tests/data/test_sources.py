@@ -209,16 +209,6 @@ def test_directory_by_split(tmp_path):
         open_rows(tmp_path, split="extra")
 
 
-def test_files_that_are_left_out_of_a_directory_are_named(tmp_path, caplog):
-    for name in ("train-1.jsonl", "train-2.jsonl", "validation.jsonl"):
-        (tmp_path / name).write_text('{"text": "one"}\n')
-    assert len(open_rows(tmp_path)) == 2 and not caplog.text
-    (tmp_path / "extra.jsonl").write_text('{"text": "one"}\n')
-    assert len(open_rows(tmp_path)) == 2
-    assert "skipped files whose names say no split" in caplog.text and "extra.jsonl" in caplog.text
-    assert "validation" not in caplog.text
-
-
 def test_directory_without_split_names_is_train(tmp_path):
     for name in ("a.jsonl", "b.jsonl"):
         (tmp_path / name).write_text('{"text": "one"}\n')
