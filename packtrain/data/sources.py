@@ -82,6 +82,11 @@ class Rows:
         return [(reader.label, count) for reader, count in zip(self._readers, np.diff(ends).tolist(), strict=True)]
 
     @property
+    def skipped(self) -> list[str]:
+        """What readers left out while they looked for rows: statements for the report."""
+        return [note for reader in self._readers for note in getattr(reader, "notes", ())]
+
+    @property
     def fingerprint(self) -> str:
         """A hash of the contents: the same for a file moved elsewhere, another for a file changed."""
         return hash_of(self._count, [reader.fingerprint for reader in self._readers])
