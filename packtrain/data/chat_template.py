@@ -20,6 +20,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import TYPE_CHECKING, Literal
 
 from packtrain.data.messages import REASONING, Chat
@@ -35,7 +36,11 @@ Kind = Literal["content", "reasoning", "tool call", "tools", "tool answer"]
 _OPEN, _CLOSE = 0xF0000, 0x100000  # first private characters that begin, and end, the string of that number
 _MARKED = re.compile("[\U000f0000-\U0010ffff]")
 _MOST_STRINGS = 0xFFFD
-_GENERATION = re.compile(r"\{%-?\+?\s*generation\s*[-+]?%\}")
+_GENERATION = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
+_BEGIN, _END = "\ufdd0", "\ufdd1"  # for the markers of a template; Unicode keeps them for inner use
+_PRINT_MARKERS = (  # a call block cuts blanks and keeps variables as the markers do; the newline behind it is cut
+    "{% macro packtrain_generation() %}" + _BEGIN + "{{ caller() }}" + _END + "{% endmacro %}\n"
+)
 _THINKING = re.compile(r"(\s*<think>)?(.*?)(</think>)(.*)", re.DOTALL)
 _SHORT = 8  # characters; a shorter string may stand in a text by chance
 _REMEMBERED = 4096  # turns' ends
@@ -117,24 +122,25 @@ class ChatTemplate:
     def generated(self, rendered: Rendered) -> list[Span]:
         """Returns what the template's `{% generation %}` markers enclose, in characters of the text.
 
-        Raises:
-            BadRow: it cannot be said, as the markers stand where their output is changed afterwards.
-        """
-        from transformers.utils.chat_template_utils import render_jinja_template
+        The markers are made to print where they stand. transformers counts what was printed before them instead, which is
+        somewhere else inside a macro or a `{% set %}`.
 
-        chat, text = rendered.chat, rendered.text
-        messages = [{k: v for k, v in _with_reasoning(message).items() if v is not None} for message in chat.messages]
-        (again,), (spans,) = render_jinja_template(
-            [messages],
-            tools=chat.tools,
-            chat_template=self.tokenizer.get_chat_template(None, chat.tools),
-            return_assistant_tokens_mask=True,
-            **self.tokenizer.special_tokens_map | chat.template_kwargs,
-        )
-        bounds = [bound for span in spans for bound in span]
-        if again != text or bounds != sorted(bounds) or (bounds and not 0 <= bounds[0] <= bounds[-1] <= len(text)):
-            raise BadRow("what the chat template marks with {% generation %} cannot be located in the text it renders")
-        return [(start, end, 1.0) for start, end in spans]
+        Raises:
+            BadRow: it cannot be said, as the template changes what stands between the markers afterwards.
+        """
+        chat = rendered.chat
+        template = self.tokenizer.get_chat_template(None, chat.tools)
+        marked = self._apply(chat, chat_template=_PRINT_MARKERS + _GENERATION.sub(_as_call, template))
+        pieces = re.split(f"([{_BEGIN}{_END}])", marked)  # text, marker, text, marker, ..., text
+        texts, markers = pieces[::2], "".join(pieces[1::2])
+        if "".join(texts) != rendered.text or markers != (_BEGIN + _END) * (len(markers) // 2):
+            turn = next((n for n, message in enumerate(chat.messages) if message["role"] == "assistant"), 0)
+            raise BadRow(
+                f"{chat.names[turn] if chat.names else f'message {turn}'} cannot be located in what the chat template "
+                "renders: it changes what it marks with {% generation %} afterwards"
+            )
+        bounds = list(accumulate(map(len, texts)))
+        return [(start, end, 1.0) for start, end in zip(bounds[::2], bounds[1::2], strict=False)]
 
     # ------------------------------------------------------------------------------------------- rendering
 
@@ -220,9 +226,9 @@ class ChatTemplate:
 
     def _prompted(self, marked: _Marked, turn: int, between: str) -> int:
         """Returns how much of the text before a turn's words is the prompt, as the model is prompted for this turn."""
-        header = between.rfind(self._header) + len(self._header) if self._header in between else 0
+        header = between.rfind(self._header) + len(self._header) if self._header and self._header in between else 0
         if turn == 0:
-            return header if header or not self._header else len(between)
+            return header or len(between)
         try:
             before = replace(marked.chat, messages=marked.chat.messages[:turn])
             found, bare = _unmark(self._apply(before, add_generation_prompt=True))
@@ -304,6 +310,12 @@ class ChatTemplate:
                 self._remembered.clear()
             self._remembered[key] = find()
         return self._remembered[key]
+
+
+def _as_call(marker: re.Match[str]) -> str:
+    """Writes a `{% generation %}` or `{% endgeneration %}` as a call of `_PRINT_MARKERS`."""
+    opened, end, closed = marker.groups()
+    return opened + ("endcall" if end else "call packtrain_generation()") + closed
 
 
 def _key(chat: Chat, turn: int) -> tuple:
