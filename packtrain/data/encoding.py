@@ -306,6 +306,9 @@ class Encoder:
         rendered = self.template.render(chat, sorted(asked))
         draft = _Draft(text=rendered.text, remarks=self._remarks(chat, rendered))
         if self.completion_only:
+            completion = range(chat.prompt_messages, len(roles))
+            if rendered.lost and not self.template.render(chat, completion).turns:
+                raise BadRow(f"the chat template renders nothing of {chat.names[chat.prompt_messages]}")
             draft.prompt = self.template.prompt(rendered)
             if not draft.text.startswith(draft.prompt):
                 draft.flags |= UNLIKE

@@ -113,7 +113,8 @@ def test_added_tokens_that_swallow_blanks_at_the_edges(swallows, build):
 
 _MACRO = (
     "{% macro say(m) %}<|assistant|>{% generation %}{{ m.content + '<|end|>' }}{% endgeneration %}{% endmacro %}"
-    "{% for m in messages %}{% if m.role == 'assistant' %}{{ say(m) }}{% else %}{{ '<|user|>' + m.content }}{% endif %}{% endfor %}"
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ say(m) }}{% else %}{{ '<|user|>' + m.content }}"
+    "{% endif %}{% endfor %}"
 )
 _CAPTURED = (
     "{% set text %}{% for m in messages %}{% if m.role == 'assistant' %}<|assistant|>"
