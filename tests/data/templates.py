@@ -133,7 +133,8 @@ TEMPLATES = {
         "{% if loop.index0 > ns.last %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{{ content }}"
         "{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}"
-        "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{% endif %}",
+        "{% if enable_thinking is defined and not enable_thinking %}"
+        "{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{% endif %}",
         pieces=_qwen3,
     ),
     "llama3": Written(
@@ -248,11 +249,12 @@ class Parts:
         return (
             "{{ bos_token }}{% set hoisted = " + str(self.system != "own turn") + " and messages[0].role == 'system' %}"
             "{% set rest = messages[1:] if hoisted else messages %}{% set ns = namespace(users=[]) %}"
-            "{% for m in rest %}{% if m.role == 'user' %}{% set ns.users = ns.users + [loop.index0] %}{% endif %}{% endfor %}"
-            "{% set users = ns.users or [-1] %}"
+            "{% for m in rest %}{% if m.role == 'user' %}{% set ns.users = ns.users + [loop.index0] %}"
+            "{% endif %}{% endfor %}{% set users = ns.users or [-1] %}"
             "{% for m in rest %}{% set role = m.role %}{% if not loop.first %}{{ " + text(self.between) + " }}{% endif %}"
             "{{ " + text(self.header) + " }}"
-            "{% if loop.last and role == 'assistant' and " + str(self.prompted) + " %}{{ " + text(self.thinking) + " }}{% endif %}"
+            "{% if loop.last and role == 'assistant' and " + str(self.prompted) + " %}"
+            "{{ " + text(self.thinking) + " }}{% endif %}"
             "{% if hoisted and loop.index0 == " + number + " %}{{ messages[0].content + '\\n\\n' }}{% endif %}"
             "{{ " + cut + " }}{{ " + text(self.footers[1]) + " if role == 'assistant' else " + text(self.footers[0]) + " }}"
             "{% endfor %}{% set role = 'assistant' %}{% if not add_generation_prompt %}{{ " + text(self.end) + " }}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
@@ -172,8 +172,8 @@ def test_references_are_told_apart(parts, messages, data, tokenizer):
 def test_turn_that_cannot_be_located_is_named(masked):
     """The marks change what this template does, and what it renders of earlier messages depends on the later ones."""
     template = (
-        "{% for m in messages %}{{ '<|' + m.role + '|>' + (m.content if m.content in ['What is 2+2?', 'It is 4.'] else 'x') }}"
-        "{% endfor %}{{ messages | length }}"
+        "{{ messages | length }}{% for m in messages %}{{ '<|' + m.role + '|>' }}"
+        "{{ m.content if m.content in ['What is 2+2?', 'It is 4.'] else 'x' }}{% endfor %}"
     )
     with pytest.raises(DataError, match=r"messages\[1\] cannot be located in what the chat template"):
         masked(
@@ -218,12 +218,11 @@ def test_empty_turn_is_not_learnt(option, masked):
 @pytest.mark.parametrize(
     ("template", "messages", "message"),
     [
-        (SAYS.replace("{%- for", "{%- for m in messages if m.role != 'system' %}{{ m.role }}{% endfor %}{% for").replace(
-            "m.content or ''", "m.content if m.role != 'system' else ''"), [SYSTEM, *TURNS], r"messages\[0\].*content 'Be brief"),
+        (FRAME.replace("BODY", "{{ m.content if m.role != 'system' }}"), [SYSTEM, *TURNS], r"messages\[0\].*content 'Be brief"),
         (FRAME.replace("BODY", "{{ m.content if m.role != 'tool' }}{{ m.tool_calls | string }}"), CALLING,
          r"messages\[2\]: the chat template leaves out the tool answer 'four, exactly'"),
-        (FRAME.replace("BODY", "{{ m.content[:10] }}"), TURNS, r"messages\[0\]: the chat template leaves out the content 'What"),
-        (FRAME.replace("BODY", "{{ m.content | truncate(9, true, '...', 0) }}"), TURNS, r"messages\[0\].*content 'What is 2"),
+        (FRAME.replace("BODY", "{{ m.content[:10] }}"), TURNS, r"messages\[0\]: .* leaves out the content 'What"),
+        (FRAME.replace("BODY", "{{ m.content | truncate(9, true, '', 0) }}"), TURNS, r"messages\[0\].*content 'What is 2"),
     ],
 )  # fmt: skip
 def test_dropped_words(template, messages, message, masked):
@@ -299,7 +298,7 @@ def test_templates_that_change_words_lose_none(change, masked):
 
 
 def test_system_prompt_in_the_last_question_only(masked):
-    """The prompt is rendered otherwise when an answer follows; the completion is the answer, and not the question as well."""
+    """The prompt is rendered otherwise when an answer follows; the completion is the answer, without the question."""
     row = {"prompt": [SYSTEM, *TURNS[:3]], "completion": TURNS[3:]}
     text, notes = masked(TEMPLATES["mistral"].template, row)
     assert text == (
