@@ -6,13 +6,13 @@ import datasets
 import pytest
 from trl import SFTConfig, SFTTrainer
 
-from packtrain.data.examples import build_examples, find_examples, load_examples
+from packtrain.data.examples import find_examples, load_examples
 from packtrain.data.formats import rename_columns
 from packtrain.data.sources import open_rows
 from packtrain.errors import DataError, RecipeError
 from packtrain.recipe.reader import load_recipe
 from packtrain.recipe.sections import DataSection
-from tests.data.helpers import CHAT_TEMPLATE, make_tokenizer, shown
+from tests.data.helpers import make_tokenizer, shown
 from tests.data.templates import TEMPLATES
 from tests.data.tokenizers import byte_level
 from tests.tiny import tiny_model
@@ -43,14 +43,14 @@ def test_columns_next_to_a_conversation(row, expected, build, chat_tokenizer):
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"messages": [{"role": "system", "content": "x"}, USER], "system": "six"}, "has a column 'system' and a system message"),
+        ({"messages": [USER | {"role": "system"}, USER], "system": "six"}, "a column 'system' and a system message"),
         ({"messages": [USER], "system": 5}, "'system' is a number, not text: 5"),
         ({"instruction": "one", "output": "two", "history": "x"}, "'history' is text, not a list of pairs"),
         ({"instruction": "one", "output": "two", "history": [["x"]]}, r"history\[0\] is not a pair of texts"),
         ({"messages": [USER], "chat_template_kwargs": [1]}, "'chat_template_kwargs' is a list, not an object"),
         ({"messages": [USER], "chat_template_kwargs": "{"}, "'chat_template_kwargs' is not valid JSON"),
         ({"messages": [USER], "chat_template_kwargs": {"tokenize": True}}, "contains 'tokenize', which is not an argument"),
-        ({"prompt": "one", "completion": " two", "system": "six"}, "'system' needs a conversation, .*`data.columns: {system: null}`"),
+        ({"prompt": "one", "completion": " two", "system": "six"}, "'system' needs a conversation, .*`data.columns"),
     ],
 )  # fmt: skip
 def test_columns_that_are_wrong(row, reason, build, chat_tokenizer):
@@ -71,17 +71,22 @@ def test_arguments_of_the_template_go_by_row(build):
 
 def test_speakers_and_calls_of_sharegpt(build):
     template = (
-        "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{{ '<|' + m.role + '|>' + (m.content or '') }}"
-        "{% for c in m.tool_calls %}{{ c.function.name + ' ' + c.function.arguments | tojson }}{% endfor %}<|end|>{% endfor %}"
+        "{% if tools %}{{ tools | tojson }}{% endif %}"
+        "{% for m in messages %}{{ '<|' + m.role + '|>' }}{{ m.content or '' }}"
+        "{% for c in m.tool_calls %}{{ c.function.name + ' ' + c.function.arguments | tojson }}{% endfor %}"
+        "<|end|>{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
     tokenizer = make_tokenizer(chat_template=template)
-    turns = [("human", "one"), ("function_call", '{"name": "two", "arguments": "{\\"of\\": 4}"}'), ("observation", "four")]
+    turns = [
+        ("human", "one"),
+        ("function_call", '{"name": "two", "arguments": "{\\"of\\": 4}"}'),
+        ("observation", "four"),
+    ]
     row = {"conversations": [{"from": speaker, "value": value} for speaker, value in [*turns, ("gpt", "seven")]]}
     (text,) = shown(tokenizer, build([row | {"tools": '[{"name": "two"}]'}], tokenizer, assistant_only_loss=True))
-    assert text == (
-        '[{"name": "two"}]<|user|>one<|end|><|assistant|>[two {"of": 4}<|end|>]<|tool|>four<|end|><|assistant|>[seven<|end|>]'
-    )
+    call = '<|assistant|>[two {"of": 4}<|end|>]<|tool|>four<|end|>'
+    assert text == '[{"name": "two"}]<|user|>one<|end|>' + call + "<|assistant|>[seven<|end|>]"
 
 
 # --- names -------------------------------------------------------------------------------------------------------------
@@ -104,7 +109,11 @@ def test_columns_under_other_names(build, chat_tokenizer):
     ("mapping", "message", "fix"),
     [
         ({"qestion": "query"}, "`qestion` is not a column that a format reads", "did you mean `question`?"),
-        ({"spam": "query"}, "`spam` is not a column that a format reads", "the columns that formats read are input_ids"),
+        (
+            {"spam": "query"},
+            "`spam` is not a column that a format reads",
+            "the columns that formats read are input_ids",
+        ),
         ({"question": "qery"}, "the rows have no column `qery`", "the columns are query, response"),
     ],
 )
@@ -171,7 +180,11 @@ def test_every_option_has_tokens_of_its_own(write_rows, chat_tokenizer):
     for chosen in options:
         found, why = find_examples(DataSection(path=path, **chosen), "tiny", seed=0)
         assert found is None and why
-        made.append(load_examples(DataSection(path=path, **chosen), open_rows(path), chat_tokenizer, seed=0, tokenizer_key="tiny")[0])
+        made.append(
+            load_examples(
+                DataSection(path=path, **chosen), open_rows(path), chat_tokenizer, seed=0, tokenizer_key="tiny"
+            )[0]
+        )
     assert len({examples.fingerprint for examples in made}) == len(options)
     for chosen, examples in zip(options, made, strict=True):
         found, _ = find_examples(DataSection(path=path, **chosen), "tiny", seed=0)
