@@ -37,6 +37,7 @@ _OPEN, _CLOSE = 0xF0000, 0x100000  # first private characters that begin, and en
 _MARKED = re.compile("[\U000f0000-\U0010ffff]")
 _MOST_STRINGS = 0xFFFD
 _GENERATION = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
+_COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 _BEGIN, _END = "\ufdd0", "\ufdd1"  # for the markers of a template; Unicode keeps them for inner use
 _PRINT_MARKERS = (  # a call block cuts blanks and keeps variables as the markers do; the newline behind it is cut
     "{% macro packtrain_generation() %}" + _BEGIN + "{{ caller() }}" + _END + "{% endmacro %}\n"
@@ -88,7 +89,7 @@ class ChatTemplate:
         """Whether the template says itself what the assistant generates, with `{% generation %}`."""
         template = self.tokenizer.chat_template
         templates = template.values() if isinstance(template, dict) else [template or ""]
-        return any(_GENERATION.search(text) for text in templates)
+        return any(_GENERATION.search(_COMMENT.sub("", text)) for text in templates)
 
     def render(self, chat: Chat, turns: Iterable[int] = ()) -> Rendered:
         """Renders a conversation and locates messages.
@@ -218,7 +219,7 @@ class ChatTemplate:
                 lambda: self._prompted(marked, turn, text[left:first]),
             )
         if turn == len(messages) - 1:
-            return start, len(text)
+            return start, right
         end = last + self._remember(
             ("end", text[last:right], _key(marked.chat, turn)), lambda: self._ended(marked, turn, text[last:right])
         )

@@ -181,6 +181,20 @@ def test_turn_that_cannot_be_located_is_named(masked):
         )
 
 
+def test_words_of_others_behind_the_last_answer_are_not_learnt(masked):
+    template = (
+        "{% for m in messages if m.role != 'system' %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endfor %}"
+        "{% if not add_generation_prompt %}{{ messages[0].content }}{% else %}<|assistant|>{% endif %}"
+    )
+    text, _ = masked(template, [SYSTEM | {"content": "six"}, *TURNS], assistant_only_loss=True)
+    assert text.endswith("<|assistant|>[It is 4.<|end|>]<|user|>And three?<|end|><|assistant|>[fine<|end|>]six")
+
+
+def test_markers_in_a_comment_are_none(masked):
+    template = "{# as with {% generation %}\nand {% endgeneration %} #}" + TEMPLATES["chatml"].template
+    assert masked(template, TURNS, assistant_only_loss=True)[0] == EXPECTED["chatml"]
+
+
 # --- what a template leaves out ----------------------------------------------------------------------------------------
 
 FRAME = (
@@ -218,7 +232,7 @@ def test_empty_turn_is_not_learnt(option, masked):
 @pytest.mark.parametrize(
     ("template", "messages", "message"),
     [
-        (FRAME.replace("BODY", "{{ m.content if m.role != 'system' }}"), [SYSTEM, *TURNS], r"messages\[0\].*content 'Be brief"),
+        (FRAME.replace("BODY", "{{ m.content if m.role != 'system' }}"), [SYSTEM, *TURNS], r"messages\[0\].* 'Be brief"),
         (FRAME.replace("BODY", "{{ m.content if m.role != 'tool' }}{{ m.tool_calls | string }}"), CALLING,
          r"messages\[2\]: the chat template leaves out the tool answer 'four, exactly'"),
         (FRAME.replace("BODY", "{{ m.content[:10] }}"), TURNS, r"messages\[0\]: .* leaves out the content 'What"),
