@@ -102,7 +102,7 @@ class ChatTemplate:
         """
         chat, text = self._text(chat)
         turns = list(turns)
-        if not turns and _says_all(chat, text):
+        if not turns and _says_all(chat, text, self.tokenizer.get_chat_template(None, chat.tools)):
             return Rendered(chat=chat, text=text, turns={})
         marked = _mark(chat)
         places = self._places(marked, text)
@@ -503,8 +503,11 @@ def _contains(text: str, string: str) -> bool:
     return string in text or json.dumps(string, ensure_ascii=False)[1:-1] in text or json.dumps(string)[1:-1] in text
 
 
-def _says_all(chat: Chat, text: str) -> bool:
-    """Whether a text surely contains every string of a plain conversation: in order, and none by chance."""
+def _says_all(chat: Chat, text: str, template: str) -> bool:
+    """Whether a text surely contains every string of a plain conversation: in order, and none by chance.
+
+    By chance it might be in the template's own words, a default system prompt for example.
+    """
     if chat.tools:
         return False
     position = 0
@@ -515,7 +518,7 @@ def _says_all(chat: Chat, text: str) -> bool:
         content = content.strip()
         if not content:
             continue
-        if len(content) < _SHORT or "</think>" in content:
+        if len(content) < _SHORT or "</think>" in content or content.partition("\n")[0] in template:
             return False
         position = text.find(content, position)
         if position < 0:

@@ -316,7 +316,7 @@ class Encoder:
                 if first is None:
                     raise BadRow(f"the chat template renders nothing of {chat.names[chat.prompt_messages]}")
                 draft.prompt, draft.spans = None, [(first[0], len(draft.text), 1.0)]
-        if self.assistant_only or chat.switches:
+        if self.assistant_only or any(factor != 1 for factor in chat.switches.values()):
             draft.spans = self._spans(chat, rendered, draft)
             draft.prompt = None
         return draft

@@ -264,6 +264,18 @@ def test_words_that_occur_elsewhere_do_not_hide_a_loss(masked):
         masked(SAYS, messages)  # control
 
 
+@pytest.mark.parametrize("options", [{}, {"assistant_only_loss": True}])
+def test_words_of_the_template_do_not_hide_a_loss(options, masked):
+    """A template that has a system prompt of its own, and puts it in the place of the row's."""
+    own = "{{ 'You are a helpful assistant.' }}" + FRAME.replace("BODY", "{{ m.content if m.role != 'system' }}")
+    says = "{{ 'You are a helpful assistant.' }}" + SAYS
+    for system in ("You are a helpful", "You are a helpful assistant."):
+        messages = [SYSTEM | {"content": system}, QUESTION, {"role": "assistant", "content": "It is four."}]
+        with pytest.raises(DataError, match=r"messages\[0\]: the chat template leaves out the content 'You"):
+            masked(own, messages, **options)
+        masked(says, messages, **options)  # control
+
+
 THINKS = {"role": "assistant", "content": "It is 4.", "reasoning_content": "two and two"}
 LAST_ONLY = FRAME.replace(
     "BODY",

@@ -17,6 +17,7 @@ from packtrain.objectives.task import load_task
 from packtrain.packing.collator import collate_flat, collate_padded
 from packtrain.recipe.reader import load_recipe
 from tests.data.helpers import CHAT_TEMPLATE, make_tokenizer, shown
+from tests.data.templates import TEMPLATES
 from tests.tiny import tiny_model
 
 UNMARKED = CHAT_TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
@@ -58,6 +59,16 @@ U1, A1, U2, A2 = "<|user|>one<|end|>", "<|assistant|>", "<|user|>three<|end|>", 
 def test_turns_are_switched(key, switches, options, expected, tokenizer, build):
     (text,) = shown(tokenizer, build([{"messages": talk(*switches, key=key)}], tokenizer, **options))
     assert text == expected
+
+
+def test_switches_that_are_on_change_nothing(build):
+    """Not even the tokens, where a prompt ends inside one: `Assistant: ` and `two`, as the model is prompted."""
+    tokenizer = make_tokenizer(chat_template=TEMPLATES["plain"].template)
+    on = build([{"messages": talk(None, 1, None, True)}], tokenizer, completion_only_loss=True)
+    none = build([{"messages": talk(None, None, None, None)}], tokenizer, completion_only_loss=True)
+    assert on[0]["input_ids"].tolist() == none[0]["input_ids"].tolist()
+    assert shown(tokenizer, on) == shown(tokenizer, none)
+    assert shown(tokenizer, on)[0].endswith("Assistant: [four\n]")
 
 
 def test_completion_that_is_switched_off_leaves_nothing(tokenizer, build):
