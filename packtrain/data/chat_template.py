@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Literal
 from packtrain.data.messages import REASONING, Chat
 from packtrain.data.offsets import Span
 from packtrain.data.report import BadRow
+from packtrain.data.tool_calls import FORMS, PROBE, PROBE_TOOL
 from packtrain.errors import shorten
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class Rendered:
     """A conversation as text.
 
     Attributes:
-        chat: the conversation in the form that the template takes (see `_FORMS`).
+        chat: the conversation in the form that the template takes (see `FORMS`).
         text: what the template renders.
         lost: strings that are not in it.
         turns: message number -> first character of what is generated in this turn, and one behind the last; only for the
@@ -148,9 +149,7 @@ class ChatTemplate:
     def _text(self, chat: Chat) -> tuple[Chat, str]:
         """Returns the conversation in the form that the template takes, and its text."""
         failure = None
-        for form in (
-            (self._form, *_FORMS) if any(message.get("tool_calls") for message in chat.messages) else _FORMS[:1]
-        ):
+        for form in (self._form, *FORMS) if any(message.get("tool_calls") for message in chat.messages) else FORMS[:1]:
             try:
                 given = replace(chat, messages=[form(message) for message in chat.messages])
                 return given, self._apply(given)
@@ -170,16 +169,16 @@ class ChatTemplate:
     @cached_property
     def _form(self) -> Callable[[dict], dict]:
         """The first form of tool calls that the template renders as one would write it."""
-        for form in _FORMS:
-            messages = [form(message) for message in _PROBE]
+        for form in FORMS:
+            messages = [form(message) for message in PROBE]
             try:
-                text = self._apply(Chat(messages=messages, prompt_messages=3, tools=[_PROBE_TOOL]))
+                text = self._apply(Chat(messages=messages, prompt_messages=3, tools=[PROBE_TOOL]))
             except BadRow:
                 continue
-            behind = text.partition(_PROBE[0]["content"])[2]
+            behind = text.partition(PROBE[0]["content"])[2]
             if "probed_place" in behind and not re.search(r"""\\"probed_|'probed_|None""", behind):
                 return form
-        return _FORMS[0]
+        return FORMS[0]
 
     def _apply(self, chat: Chat, **options: object) -> str:
         messages = [_with_reasoning(message) for message in chat.messages]
@@ -329,60 +328,6 @@ def _key(chat: Chat, turn: int) -> tuple:
 def _common_prefix(one: str, other: str) -> str:
     length = next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
     return one[:length]
-
-
-# ------------------------------------------------------------------------------------------------- forms of tool calls
-
-
-def _as_objects(message: dict) -> dict:
-    return message
-
-
-def _as_text(message: dict) -> dict:
-    """Writes the arguments of tool calls as JSON text."""
-    if not message.get("tool_calls"):
-        return message
-    calls = [
-        call
-        | {"function": call["function"] | {"arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False)}}
-        for call in message["tool_calls"]
-    ]
-    return message | {"tool_calls": calls}
-
-
-def _with_content(form: Callable[[dict], dict]) -> Callable[[dict], dict]:
-    """Gives messages without a content an empty one."""
-    return lambda message: {"content": ""} | form(message)
-
-
-_FORMS = (_as_objects, _with_content(_as_objects), _as_text, _with_content(_as_text))
-_PROBE_TOOL = {
-    "type": "function",
-    "function": {
-        "name": "probed_tool",
-        "description": "Looks up.",
-        "parameters": {
-            "type": "object",
-            "properties": {"probed_city": {"type": "string", "description": "Where."}},
-            "required": ["probed_city"],
-        },
-    },
-}
-_PROBE = [
-    {"role": "user", "content": "Where?"},
-    {
-        "role": "assistant",
-        "tool_calls": [
-            {
-                "id": "call00001",  # as long as Mistral's templates want it
-                "type": "function",
-                "function": {"name": "probed_tool", "arguments": {"probed_city": "probed_place"}},
-            }
-        ],
-    },
-    {"role": "tool", "name": "probed_tool", "tool_call_id": "call00001", "content": "There."},
-    {"role": "assistant", "content": "There."},
-]
 
 
 def _with_reasoning(message: dict) -> dict:
