@@ -20,11 +20,13 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal
 
 from packtrain.data.messages import REASONING, Chat
 from packtrain.data.offsets import Span
 from packtrain.data.report import BadRow
+from packtrain.data.tool_calls import FORMS, PROBE, PROBE_TOOL, QUESTION
 from packtrain.errors import shorten
 
 if TYPE_CHECKING:
@@ -35,7 +37,12 @@ Kind = Literal["content", "reasoning", "tool call", "tools", "tool answer"]
 _OPEN, _CLOSE = 0xF0000, 0x100000  # first private characters that begin, and end, the string of that number
 _MARKED = re.compile("[\U000f0000-\U0010ffff]")
 _MOST_STRINGS = 0xFFFD
-_GENERATION = re.compile(r"\{%-?\+?\s*generation\s*[-+]?%\}")
+_GENERATION = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
+_COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
+_BEGIN, _END = "\ufdd0", "\ufdd1"  # for the markers of a template; Unicode keeps them for inner use
+_PRINT_MARKERS = (  # a call block cuts blanks and keeps variables as the markers do; the newline behind it is cut
+    "{% macro packtrain_generation() %}" + _BEGIN + "{{ caller() }}" + _END + "{% endmacro %}\n"
+)
 _THINKING = re.compile(r"(\s*<think>)?(.*?)(</think>)(.*)", re.DOTALL)
 _SHORT = 8  # characters; a shorter string may stand in a text by chance
 _REMEMBERED = 4096  # turns' ends
@@ -55,7 +62,7 @@ class Rendered:
     """A conversation as text.
 
     Attributes:
-        chat: the conversation in the form that the template takes (see `_FORMS`).
+        chat: the conversation in the form that the template takes (see `FORMS`).
         text: what the template renders.
         lost: strings that are not in it.
         turns: message number -> first character of what is generated in this turn, and one behind the last; only for the
@@ -83,7 +90,7 @@ class ChatTemplate:
         """Whether the template says itself what the assistant generates, with `{% generation %}`."""
         template = self.tokenizer.chat_template
         templates = template.values() if isinstance(template, dict) else [template or ""]
-        return any(_GENERATION.search(text) for text in templates)
+        return any(_GENERATION.search(_COMMENT.sub("", text)) for text in templates)
 
     def render(self, chat: Chat, turns: Iterable[int] = ()) -> Rendered:
         """Renders a conversation and locates messages.
@@ -96,7 +103,7 @@ class ChatTemplate:
         """
         chat, text = self._text(chat)
         turns = list(turns)
-        if not turns and _says_all(chat, text):
+        if not turns and _says_all(chat, text, self.tokenizer.get_chat_template(None, chat.tools)):
             return Rendered(chat=chat, text=text, turns={})
         marked = _mark(chat)
         places = self._places(marked, text)
@@ -117,30 +124,32 @@ class ChatTemplate:
     def generated(self, rendered: Rendered) -> list[Span]:
         """Returns what the template's `{% generation %}` markers enclose, in characters of the text.
 
-        Raises:
-            BadRow: it cannot be said, as the markers stand where their output is changed afterwards.
-        """
-        from transformers.utils.chat_template_utils import render_jinja_template
+        The markers are made to print where they stand. transformers counts what was printed before them instead, which is
+        somewhere else inside a macro or a `{% set %}`.
 
-        chat, text = rendered.chat, rendered.text
-        messages = [{k: v for k, v in _with_reasoning(message).items() if v is not None} for message in chat.messages]
-        options: dict[str, Any] = self.tokenizer.special_tokens_map | chat.template_kwargs
-        options |= {"tools": chat.tools, "chat_template": self.tokenizer.get_chat_template(None, chat.tools)}
-        rendered_again: Any = render_jinja_template([messages], return_assistant_tokens_mask=True, **options)
-        (again,), (spans,) = rendered_again
-        bounds = [bound for span in spans for bound in span]
-        if again != text or bounds != sorted(bounds) or (bounds and not 0 <= bounds[0] <= bounds[-1] <= len(text)):
-            raise BadRow("what the chat template marks with {% generation %} cannot be located in the text it renders")
-        return [(start, end, 1.0) for start, end in spans]
+        Raises:
+            BadRow: it cannot be said, as the template changes what stands between the markers afterwards.
+        """
+        chat = rendered.chat
+        template = self.tokenizer.get_chat_template(None, chat.tools)
+        marked = self._apply(chat, chat_template=_PRINT_MARKERS + _GENERATION.sub(_as_call, template))
+        pieces = re.split(f"([{_BEGIN}{_END}])", marked)  # text, marker, text, marker, ..., text
+        texts, markers = pieces[::2], "".join(pieces[1::2])
+        if "".join(texts) != rendered.text or markers != (_BEGIN + _END) * (len(markers) // 2):
+            turn = next((n for n, message in enumerate(chat.messages) if message["role"] == "assistant"), 0)
+            raise BadRow(
+                f"{chat.names[turn] if chat.names else f'message {turn}'} cannot be located in what the chat template "
+                "renders: it changes what it marks with {% generation %} afterwards"
+            )
+        bounds = list(accumulate(map(len, texts)))
+        return [(start, end, 1.0) for start, end in zip(bounds[::2], bounds[1::2], strict=False)]
 
     # ------------------------------------------------------------------------------------------- rendering
 
     def _text(self, chat: Chat) -> tuple[Chat, str]:
         """Returns the conversation in the form that the template takes, and its text."""
         failure = None
-        for form in (
-            (self._form, *_FORMS) if any(message.get("tool_calls") for message in chat.messages) else _FORMS[:1]
-        ):
+        for form in (self._form, *FORMS) if any(message.get("tool_calls") for message in chat.messages) else FORMS[:1]:
             try:
                 given = replace(chat, messages=[form(message) for message in chat.messages])
                 return given, self._apply(given)
@@ -160,16 +169,16 @@ class ChatTemplate:
     @cached_property
     def _form(self) -> Callable[[dict], dict]:
         """The first form of tool calls that the template renders as one would write it."""
-        for form in _FORMS:
-            messages = [form(message) for message in _PROBE]
+        for form in FORMS:
+            messages = [form(message) for message in PROBE]
             try:
-                text = self._apply(Chat(messages=messages, prompt_messages=3, tools=[_PROBE_TOOL]))
+                text = self._apply(Chat(messages=messages, prompt_messages=3, tools=[PROBE_TOOL]))
             except BadRow:
                 continue
-            behind = text.partition(_QUESTION)[2]
+            behind = text.partition(QUESTION)[2]
             if "probed_place" in behind and not re.search(r"""\\"probed_|'probed_|None""", behind):
                 return form
-        return _FORMS[0]
+        return FORMS[0]
 
     def _apply(self, chat: Chat, **options: Any) -> str:
         messages = [_with_reasoning(message) for message in chat.messages]
@@ -209,7 +218,7 @@ class ChatTemplate:
                 lambda: self._prompted(marked, turn, text[left:first]),
             )
         if turn == len(messages) - 1:
-            return start, len(text)
+            return start, right
         end = last + self._remember(
             ("end", text[last:right], _key(marked.chat, turn)), lambda: self._ended(marked, turn, text[last:right])
         )
@@ -217,9 +226,9 @@ class ChatTemplate:
 
     def _prompted(self, marked: _Marked, turn: int, between: str) -> int:
         """Returns how much of the text before a turn's words is the prompt, as the model is prompted for this turn."""
-        header = between.rfind(self._header) + len(self._header) if self._header in between else 0
+        header = between.rfind(self._header) + len(self._header) if self._header and self._header in between else 0
         if turn == 0:
-            return header if header or not self._header else len(between)
+            return header or len(between)
         try:
             before = replace(marked.chat, messages=marked.chat.messages[:turn])
             found, bare = _unmark(self._apply(before, add_generation_prompt=True))
@@ -250,7 +259,7 @@ class ChatTemplate:
     @cached_property
     def _header(self) -> str:
         """The generation prompt, as it follows a question; empty where that can't be told."""
-        question = Chat(messages=[{"role": "user", "content": _QUESTION}], prompt_messages=1)
+        question = Chat(messages=[{"role": "user", "content": QUESTION}], prompt_messages=1)
         try:
             without, prompted = self._apply(question), self._apply(question, add_generation_prompt=True)
         except BadRow:
@@ -303,6 +312,12 @@ class ChatTemplate:
         return self._remembered[key]
 
 
+def _as_call(marker: re.Match[str]) -> str:
+    """Writes a `{% generation %}` or `{% endgeneration %}` as a call of `_PRINT_MARKERS`."""
+    opened, end, closed = marker.groups()
+    return opened + ("endcall" if end else "call packtrain_generation()") + closed
+
+
 def _key(chat: Chat, turn: int) -> tuple:
     """Returns what the template's text around a message may depend on, but for the strings."""
     message = chat.messages[turn]
@@ -313,61 +328,6 @@ def _key(chat: Chat, turn: int) -> tuple:
 def _common_prefix(one: str, other: str) -> str:
     length = next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
     return one[:length]
-
-
-# ------------------------------------------------------------------------------------------------- forms of tool calls
-
-
-def _as_objects(message: dict) -> dict:
-    return message
-
-
-def _as_text(message: dict) -> dict:
-    """Writes the arguments of tool calls as JSON text."""
-    if not message.get("tool_calls"):
-        return message
-    calls = [
-        call
-        | {"function": call["function"] | {"arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False)}}
-        for call in message["tool_calls"]
-    ]
-    return message | {"tool_calls": calls}
-
-
-def _with_content(form: Callable[[dict], dict]) -> Callable[[dict], dict]:
-    """Gives messages without a content an empty one."""
-    return lambda message: {"content": ""} | form(message)
-
-
-_FORMS = (_as_objects, _with_content(_as_objects), _as_text, _with_content(_as_text))
-_PROBE_TOOL = {
-    "type": "function",
-    "function": {
-        "name": "probed_tool",
-        "description": "Looks up.",
-        "parameters": {
-            "type": "object",
-            "properties": {"probed_city": {"type": "string", "description": "Where."}},
-            "required": ["probed_city"],
-        },
-    },
-}
-_QUESTION = "Where?"
-_PROBE: list[dict[str, Any]] = [
-    {"role": "user", "content": _QUESTION},
-    {
-        "role": "assistant",
-        "tool_calls": [
-            {
-                "id": "call00001",  # as long as Mistral's templates want it
-                "type": "function",
-                "function": {"name": "probed_tool", "arguments": {"probed_city": "probed_place"}},
-            }
-        ],
-    },
-    {"role": "tool", "name": "probed_tool", "tool_call_id": "call00001", "content": "There."},
-    {"role": "assistant", "content": "There."},
-]
 
 
 def _with_reasoning(message: dict) -> dict:
@@ -488,8 +448,11 @@ def _contains(text: str, string: str) -> bool:
     return string in text or json.dumps(string, ensure_ascii=False)[1:-1] in text or json.dumps(string)[1:-1] in text
 
 
-def _says_all(chat: Chat, text: str) -> bool:
-    """Whether a text surely contains every string of a plain conversation: in order, and none by chance."""
+def _says_all(chat: Chat, text: str, template: str) -> bool:
+    """Whether a text surely contains every string of a plain conversation: in order, and none by chance.
+
+    By chance it might be in the template's own words, a default system prompt for example.
+    """
     if chat.tools:
         return False
     position = 0
@@ -500,7 +463,7 @@ def _says_all(chat: Chat, text: str) -> bool:
         content = content.strip()
         if not content:
             continue
-        if len(content) < _SHORT or "</think>" in content:
+        if len(content) < _SHORT or "</think>" in content or content.partition("\n")[0] in template:
             return False
         position = text.find(content, position)
         if position < 0:

@@ -308,6 +308,9 @@ class Encoder:
         rendered = self.template.render(chat, sorted(asked))
         draft = _Draft(text=rendered.text, remarks=self._remarks(chat, rendered))
         if self.completion_only:
+            completion = range(chat.prompt_messages, len(roles))
+            if rendered.lost and not self.template.render(chat, completion).turns:
+                raise BadRow(f"the chat template renders nothing of {chat.names[chat.prompt_messages]}")
             draft.prompt = self.template.prompt(rendered)
             if not draft.text.startswith(draft.prompt):
                 draft.flags |= UNLIKE
@@ -315,7 +318,7 @@ class Encoder:
                 if first is None:
                     raise BadRow(f"the chat template renders nothing of {chat.names[chat.prompt_messages]}")
                 draft.prompt, draft.spans = None, [(first[0], len(draft.text), 1.0)]
-        if self.assistant_only or chat.switches:
+        if self.assistant_only or any(factor != 1 for factor in chat.switches.values()):
             draft.spans = self._spans(chat, rendered, draft)
             draft.prompt = None
         return draft
