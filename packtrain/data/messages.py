@@ -188,7 +188,7 @@ def _read_message(given: dict[str, object], where: str, roles: Mapping[str, str]
     if content is not None and not isinstance(content, str):
         raise BadRow(f"the content of {where} is {kind_of(content)}, not text: {shorten(content, 40)}")
     if role in ("user", "assistant") and not calls and not content.strip():
-        raise BadRow(f"the content of {where} is empty")
+        raise BadRow(f"the content of {where} is empty (leave the message out, or the row)")
     body.pop("content", None)
     body |= {} if content is None else {"content": content}
     switches = {key: _read_switch(given[key], f"'{key}' of {where}", key) for key in SWITCHES if key in given}
