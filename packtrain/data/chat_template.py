@@ -226,8 +226,8 @@ class ChatTemplate:
             other = marked.strings[number].message
             if other not in (turn, None) and any(first <= start < last for start, _ in found):
                 raise BadRow(
-                    f"{_name(marked.chat, turn)}: the chat template renders {_name(marked.chat, other)} between what this turn says, so it cannot be "
-                    "learnt as one; leave out its words or its tool calls"
+                    f"{_name(marked.chat, turn)}: the chat template renders {_name(marked.chat, other)} between what this "
+                    "turn says, so it cannot be learnt as one; leave out its words or its tool calls"
                 )
 
     def _behind_header(self, between: str) -> int:
