@@ -145,7 +145,9 @@ class ChatTemplate:
             (self._form, *_FORMS) if any(message.get("tool_calls") for message in chat.messages) else _FORMS[:1]
         ):
             try:
-                given = replace(chat, messages=[form(message) for message in chat.messages])
+                given = chat
+                if form is not _as_objects:
+                    given = replace(chat, messages=[form(message) for message in chat.messages])
                 return given, self._apply(given)
             except BadRow as error:
                 failure = failure or error

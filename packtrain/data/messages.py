@@ -167,6 +167,8 @@ def _read_message(given: dict[str, object], where: str, roles: Mapping[str, str]
         raise BadRow(
             f"{where} has the unknown role {shorten(speaker, 40)} (known: {known}; `data.roles` maps other names to them)"
         )
+    if given.keys() == {"role", "content"} and isinstance(given["content"], str) and given["content"].strip():
+        return Message(body=given | {"role": role}, where=where)  # as most are, and nothing else to look for
     body = {key: value for key, value in given.items() if key not in _READ} | {"role": role}
     content = given["value"] if sharegpt and "value" in given else given.get("content")
     if isinstance(content, list):

@@ -8,7 +8,7 @@ byte. What is learnt in it comes from
     twins         else: a conversation that differs only in its strings, each of them unique. A turn begins behind what the
                   text before its first string has in common with the generation prompt, and ends with what the text behind
                   its last string has in common with the rendering that stops there
-    containment   where even that is unclear: the learnt text holds the words of the turns, and nothing that another role says
+    containment   where even that is unclear: the learnt text holds the words of the turns, and none of another role
 
 Four differences from a training variant's markers are meant, and applied to them by rule before anything is compared:
 

@@ -26,8 +26,7 @@ from pathlib import Path
 
 import trl
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))  # the checkout, as results/ is not installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, as results/ is not installed
 from results.page import RESULTS, limits, origin, origin_lines, store
 from results.templates.cells import WARN, Cell, encode, judge
 from results.templates.conversations import CONVERSATIONS
@@ -35,6 +34,7 @@ from results.templates.peer import compare
 from results.templates.speed import MODES, NEW_MODES
 from results.templates.vocabularies import TOKENIZERS
 
+HERE = Path(__file__).resolve().parent
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 BEFORE = "68529ed"  # the last commit that did not locate turns
 GSM8K = HERE.parents[2] / "shared" / "data" / "gsm8k" / "train.jsonl"
@@ -147,10 +147,10 @@ def markdown(result: dict) -> str:
         "# Chat templates",
         "",
         *_wrapped(
-            "Is what is trained what a conversation says, with the templates that models really have? Every template that "
-            f"TRL {result['packages']['trl']} ships, training variants included ({counts['templates']}), by {len(kinds)} "
-            f"kinds of conversations and {len(result['tokenizers'])} tokenizers ({', '.join(result['tokenizers'])}), with "
-            "`assistant_only_loss`."
+            "Is what is trained what a conversation says, with the templates that models really have? Every "
+            f"template that TRL {result['packages']['trl']} ships, training variants included "
+            f"({counts['templates']}), by {len(kinds)} kinds of conversations and {len(result['tokenizers'])} "
+            f"tokenizers ({', '.join(result['tokenizers'])}), with `assistant_only_loss`."
         ),
         "",
         "| cells | whole text | the same, reasoning of earlier turns noted | refused | of these trained with `warn` "
@@ -160,10 +160,10 @@ def markdown(result: dict) -> str:
         f"| {counts['warned']:,} | **{counts['silent failures']}** |",
         "",
         *_wrapped(
-            f"{counts['compared']:,} rows of {counts['tokens']:,} tokens were trained on. In {counts['by spans']:,} of them the "
-            "factor of every token equals that of a reference (below). In the others what is learnt holds the words of the "
-            "turns, and none of another role. In all, decoding what is learnt gives each turn's words, and otherwise the "
-            "template's markup."
+            f"{counts['compared']:,} rows of {counts['tokens']:,} tokens were trained on. In {counts['by spans']:,} "
+            "of them the factor of every token equals that of a reference (below). In the others what is learnt "
+            "holds the words of the turns, and none of another role. In all, decoding what is learnt gives each "
+            "turn's words, and otherwise the template's markup."
         ),
         "",
         *_table(cells, kinds),
@@ -172,11 +172,12 @@ def markdown(result: dict) -> str:
         *_peer(result["peer"]),
         *_speed(result["speed"]),
         *limits(
-            "Templates as TRL stores them, with two small tokenizers that know their special tokens and not the models' own; "
-            "one row of each kind; text only. The references share the template engine with packtrain, and no code. Where a "
-            "template renders earlier messages differently once one follows and has no training variant, containment does "
-            "not say which of its own markup is to be learnt. GLM-4's models stop at the `<|user|>` of the next message, "
-            "which is not learnt unless the template's markers enclose it."
+            "Templates as TRL stores them, with two small tokenizers that know their special tokens and not the "
+            "models' own; one row of each kind; text only. The references share the template engine with packtrain, "
+            "and no code. Where a template renders earlier messages differently once one follows and has no "
+            "training variant, containment does not say which of its own markup is to be learnt. GLM-4's models "
+            "stop at the `<|user|>` of the next message, which is not learnt unless the template's markers enclose "
+            "it."
         ),
         *origin_lines(result, "transformers", "trl"),
     ]
@@ -190,9 +191,9 @@ def _wrapped(text: str) -> list[str]:
 def _table(cells: dict, kinds: list[str]) -> list[str]:
     lines = [
         *_wrapped(
-            "`+` whole, exact and back; `n` the same, with a note that the reasoning of earlier turns is left out; `w` refused "
-            "as text is left out, and exact when trained with `data.on_lost_content: warn`; `r` refused; **x** a silent "
-            "failure. Two signs: byte-level, sentencepiece."
+            "`+` whole, exact and back; `n` the same, with a note that the reasoning of earlier turns is left out; "
+            "`w` refused as text is left out, and exact when trained with `data.on_lost_content: warn`; `r` "
+            "refused; **x** a silent failure. Two signs: byte-level, sentencepiece."
         ),
         "",
         *(f"{number}. {kind}" for number, kind in enumerate(kinds, 1)),
@@ -216,14 +217,15 @@ def _references(cells: dict) -> list[str]:
         "## References",
         "",
         *_wrapped(
-            "Rows by the reference that their mask was compared with, the first that applies. *Own markers*: the template's "
-            "`{% generation %}`. *Training markers*: those of its training variant, where it renders the same text. "
-            "*Prefixes*: renderings of the messages up to a turn, where they begin the text. *Twins*: the places of the words "
-            "of a conversation whose strings are all unique, up to what is shared with the generation prompt and with the "
-            "rendering that stops at the turn. *Containment*: where not even that is clear. Masks differ from a training "
-            "variant's markers on purpose, by rule. *prompt*: what the generation prompt contains is not learnt. *stop*: what "
-            "the template still renders when the conversation stops at a turn is. *next*: what the next message begins with is "
-            "not. *void*: nor is a turn of which no word is rendered."
+            "Rows by the reference that their mask was compared with, the first that applies. *Own markers*: the "
+            "template's `{% generation %}`. *Training markers*: those of its training variant, where it renders the "
+            "same text. *Prefixes*: renderings of the messages up to a turn, where they begin the text. *Twins*: "
+            "the places of the words of a conversation whose strings are all unique, up to what is shared with the "
+            "generation prompt and with the rendering that stops at the turn. *Containment*: where not even that is "
+            "clear. Masks differ from a training variant's markers on purpose, by rule. *prompt*: what the "
+            "generation prompt contains is not learnt. *stop*: what the template still renders when the "
+            "conversation stops at a turn is. *next*: what the next message begins with is not. *void*: nor is a "
+            "turn of which no word is rendered."
         ),
         "",
         "| template | " + " | ".join(names) + " | rules (rows) |",
@@ -254,13 +256,21 @@ def _refusals(cells: dict) -> list[str]:
     ]
 
 
-PEER_NOTES = (
-    "*packtrain refuses*: TRL trains on what the template has left of the row, or on an empty answer. *TRL fails*: tool calls "
-    "with arguments in JSON text, which these templates want as objects. *same ids, packtrain has the reference's mask*: "
-    "transformers' map of characters to tokens misses tokens of a character's bytes, or takes a span that it doesn't find to "
-    "the end of the row. *prompt ends inside a token*: packtrain tokenises prompt and completion apart, as they will be at "
-    "inference."
-)
+PEER_NOTES = {  # verdict -> what it means
+    "packtrain refuses": "TRL trains on what the template has left of the row, or on an empty answer.",
+    "TRL fails": "most of all on tool calls with arguments in JSON text, which these templates want as objects.",
+    "TRL renders another text": "arguments in JSON text are written as JSON once more (gpt-oss) or within braces of the "
+    "template (Gemma 4), where packtrain gives the template an object; packtrain's is what these models write.",
+    "same ids, packtrain has the reference's mask": "transformers' map of characters to tokens misses tokens of a part of a "
+    "character or of a blank, or takes a span that it doesn't find to the end of the row.",
+    "prompt ends inside a token: packtrain splits it": "prompt and completion are tokenised apart, as at inference.",
+    "the template renders the prompt otherwise when an answer follows": "TRL learns from where the ids part, packtrain from "
+    "where the turn begins.",
+    "same ids, TRL has the reference's mask": "a failure of packtrain.",
+    "packtrain renders another text": "a failure of packtrain.",
+    "both masks differ": "a failure of both.",
+    "ids differ": "not explained.",
+}
 
 
 def _peer(peer: dict) -> list[str]:
@@ -270,18 +280,21 @@ def _peer(peer: dict) -> list[str]:
         "",
         *_wrapped(
             "The same rows (without switches) through TRL's tokenisation, with both tokenizers: conversations with "
-            "`assistant_only_loss` and the training template in both programs, and prompt with completion with the template "
-            "as shipped. Ids and labels are compared but for the first label, which nothing predicts."
+            "`assistant_only_loss` and the training template in both programs, and prompt with completion with the "
+            "template as shipped. Ids and labels are compared but for the first label, which nothing predicts."
         ),
     ]
+    seen: set[str] = set()
     for way, title in (("messages", "Conversations, `assistant_only_loss`"), ("prompts", "Prompt and completion")):
         rows = {name: counts[way] for name, counts in peer.items() if counts[way]}
         total = sum((Counter(counts) for counts in rows.values()), Counter())
+        seen |= total.keys()
         columns = ["identical", *sorted(total.keys() - {"identical"})]
         lines += ["", f"{title}:", "", f"| template | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
         for name, counts in [*rows.items(), ("**all**", total)]:
             lines.append(f"| {name} | " + " | ".join(str(counts.get(column, 0)) for column in columns) + " |")
-    return [*lines, "", *_wrapped(PEER_NOTES)]
+    notes = [f"*{verdict}*: {note}" for verdict, note in PEER_NOTES.items() if verdict in seen]
+    return [*lines, "", *_wrapped(" ".join(notes))]
 
 
 def _speed(speed: dict) -> list[str]:
@@ -290,9 +303,10 @@ def _speed(speed: dict) -> list[str]:
         return [*lines, f"Not measured: {speed['skipped']}."]
     lines += [
         *_wrapped(
-            f"The first {speed['rows']:,} rows of GSM8K as conversations, ChatML with generation markers, a BPE of 4,096 "
-            "tokens: rows read, checked, rendered, tokenised and stored a second, by the code before turns were located "
-            f"(`{BEFORE}`) and now; {speed['rounds']} rounds in turns: medians, and the median ratio of a round with its range."
+            f"The first {speed['rows']:,} rows of GSM8K as conversations, ChatML with generation markers, a BPE of "
+            "4,096 tokens: rows read, checked, rendered, tokenised and stored a second, by the code before turns "
+            f"were located (`{BEFORE}`) and now; {speed['rounds']} rounds in turns: medians, and the median ratio of "
+            "a round with its range."
         ),
         "",
         "| | rows/s before | now | now / before |",
