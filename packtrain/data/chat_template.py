@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from packtrain.data.messages import REASONING, Chat
 from packtrain.data.offsets import Span
 from packtrain.data.report import BadRow
-from packtrain.data.tool_calls import FORMS, PROBE, PROBE_TOOL, QUESTION
+from packtrain.data.tool_calls import FORMS, PROBE, PROBE_TOOL, QUESTION, as_objects
 from packtrain.errors import shorten
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ class ChatTemplate:
         if "".join(texts) != rendered.text or markers != (_BEGIN + _END) * (len(markers) // 2):
             turn = next((n for n, message in enumerate(chat.messages) if message["role"] == "assistant"), 0)
             raise BadRow(
-                f"{chat.names[turn] if chat.names else f'message {turn}'} cannot be located in what the chat template "
+                f"{_name(chat, turn)} cannot be located in what the chat template "
                 "renders: it changes what it marks with {% generation %} afterwards"
             )
         bounds = list(accumulate(map(len, texts)))
@@ -151,11 +151,14 @@ class ChatTemplate:
         failure = None
         for form in (self._form, *FORMS) if any(message.get("tool_calls") for message in chat.messages) else FORMS[:1]:
             try:
-                given = replace(chat, messages=[form(message) for message in chat.messages])
+                given = chat
+                if form is not as_objects:
+                    given = replace(chat, messages=[form(message) for message in chat.messages])
                 return given, self._apply(given)
             except BadRow as error:
                 failure = failure or error
-        raise BadRow(f"{self._where_it_fails(chat)}{failure}")
+        fix = "rewrite the row as the template wants it, or name another template in `model.chat_template`"
+        raise BadRow(f"{self._where_it_fails(chat)}{failure} ({fix})")
 
     def _where_it_fails(self, chat: Chat) -> str:
         """Names the first message at which the template fails: `messages[1]: `."""
@@ -207,6 +210,7 @@ class ChatTemplate:
         if not own:
             return None
         first, last = min(own)[0], max(end for _, end in own)
+        self._refuse_others_inside(marked, places, turn, first, last)
         everything = [place for found in places.values() for place in found]
         left = max((end for _, end in everything if end <= first), default=0)
         right = min((start for start, _ in everything if start >= last), default=len(text))
@@ -224,9 +228,29 @@ class ChatTemplate:
         )
         return start, end
 
+    def _refuse_others_inside(self, marked: _Marked, places: dict, turn: int, first: int, last: int) -> None:
+        """Refuses a turn with the words of another message between its own (Gemma 4 moves what a tool answers)."""
+        for number, found in places.items():
+            other = marked.strings[number].message
+            if other not in (turn, None) and any(first <= start < last for start, _ in found):
+                raise BadRow(
+                    f"{_name(marked.chat, turn)}: the chat template renders {_name(marked.chat, other)} between what this "
+                    "turn says, so it cannot be learnt as one; leave out its words or its tool calls"
+                )
+
+    def _behind_header(self, between: str) -> int:
+        """Returns how much of the text before a turn's words the generation prompt accounts for, by itself."""
+        pieces = list(self._pieces(self._header))
+        for count in range(len(pieces), 0, -1):
+            begin = "".join(pieces[:count])
+            if begin.strip() and begin in between:
+                at = between.rfind(begin)
+                return at + self._common(self._header, between[at:])
+        return 0
+
     def _prompted(self, marked: _Marked, turn: int, between: str) -> int:
         """Returns how much of the text before a turn's words is the prompt, as the model is prompted for this turn."""
-        header = between.rfind(self._header) + len(self._header) if self._header and self._header in between else 0
+        header = self._behind_header(between)
         if turn == 0:
             return header or len(between)
         try:
@@ -264,22 +288,27 @@ class ChatTemplate:
             without, prompted = self._apply(question), self._apply(question, add_generation_prompt=True)
         except BadRow:
             return ""
-        return prompted[len(without) :] if prompted.startswith(without) else ""
+        shared = self._common(without, prompted)  # not all, where an eos ends what stops without the prompt (Phi-3)
+        return prompted[shared:] if QUESTION in prompted[:shared] else ""
 
     def _by_prefixes(self, chat: Chat, text: str, turn: int) -> tuple[int, int]:
         """Locates a turn where marks change what the template does: by what it renders without and with the turn."""
         messages = chat.messages
         assistant = messages[turn]["role"] == "assistant"
         before = ""
-        if turn:
-            before = self._apply(replace(chat, messages=messages[:turn]), add_generation_prompt=assistant)
-        until = self._apply(replace(chat, messages=messages[: turn + 1]))
+        try:
+            if turn:
+                before = self._apply(replace(chat, messages=messages[:turn]), add_generation_prompt=assistant)
+            until = self._apply(replace(chat, messages=messages[: turn + 1]))
+        except BadRow:
+            until = ""
         end = len(text) if turn == len(messages) - 1 else self._common(until, text)
         words = str(messages[turn].get("content") or "").strip()
-        if not text.startswith(before) or not _contains(text[len(before) : end], words):
+        if not until or not text.startswith(before) or not _contains(text[len(before) : end], words):
             raise BadRow(
-                f"{chat.names[turn] if chat.names else f'message {turn}'} cannot be located in what the chat template "
-                "renders: it renders the messages before it otherwise when this one follows"
+                f"{_name(chat, turn)} cannot be located in what the chat template "
+                "renders: it renders the messages before it otherwise when this one follows; name another template in "
+                "`model.chat_template`, one with {% generation %} markers"
             )
         return len(before), end
 
@@ -316,6 +345,10 @@ def _as_call(marker: re.Match[str]) -> str:
     """Writes a `{% generation %}` or `{% endgeneration %}` as a call of `_PRINT_MARKERS`."""
     opened, end, closed = marker.groups()
     return opened + ("endcall" if end else "call packtrain_generation()") + closed
+
+
+def _name(chat: Chat, message: int) -> str:
+    return chat.names[message] if chat.names else f"message {message}"
 
 
 def _key(chat: Chat, turn: int) -> tuple:

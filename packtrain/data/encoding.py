@@ -327,7 +327,7 @@ class Encoder:
         """Returns what is learnt of a conversation's text: as the options say, and then as the switches of its turns do."""
         everything = [(0, len(rendered.text), 1.0)]
         bounds = draft.spans or ([(len(draft.prompt), len(rendered.text), 1.0)] if draft.prompt else everything)
-        spans = bounds
+        spans, turns = bounds, rendered.turns
         if self.assistant_only:
             roles = {n: chat.messages[n]["role"] for n in rendered.turns}
             own = {n for n, role in roles.items() if role == "assistant" and not self.template.has_markers}
@@ -337,9 +337,10 @@ class Encoder:
             located = [(*rendered.turns[n], 1.0) for n in sorted(own | switched_on)]
             marked = self.template.generated(rendered) if self.template.has_markers else []
             spans = intersect(bounds, sorted(marked + located))
+            turns = {n: _widened(turn, marked) for n, turn in turns.items()}
         for message, factor in chat.switches.items():
-            if factor != 1 and message in rendered.turns:
-                turn = (*rendered.turns[message], factor)
+            if factor != 1 and message in turns:
+                turn = (*turns[message], factor)
                 rest = intersect(spans, outside([turn], len(rendered.text)))
                 spans = sorted(rest + (intersect(spans, [turn]) if factor else []))
         return spans
@@ -460,6 +461,12 @@ class Encoder:
         )
 
 
+def _widened(turn: tuple[int, int], marked: Sequence[Span]) -> tuple[int, int]:
+    """Widens a turn to the markers that it is in: some enclose its header, which a switch turns off as well."""
+    own = [(start, end) for start, end, _ in marked if start < turn[1] and turn[0] < end]
+    return min([turn[0], *(start for start, _ in own)]), max([turn[1], *(end for _, end in own)])
+
+
 def _check(draft: _Draft) -> None:
     """Makes a draft a bad row where nothing can be learnt from it."""
     if (draft.labels != IGNORED).any():
@@ -467,7 +474,8 @@ def _check(draft: _Draft) -> None:
     if len(draft.ids) < 2:
         draft.problem = f"has {len(draft.ids)} token{'s' if len(draft.ids) != 1 else ''}, and nothing to predict"
     else:
-        draft.problem = f"none of its {len(draft.ids)} tokens is supervised"
+        why = f" ({'; '.join(draft.remarks)})" if draft.remarks else ""
+        draft.problem = f"none of its {len(draft.ids)} tokens is supervised{why}"
     draft.ids, draft.labels, draft.factors, draft.flags, draft.remarks = *(draft.ids[:0],) * 3, 0, []
 
 

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable
 
 
-def _as_objects(message: dict) -> dict:
+def as_objects(message: dict) -> dict:
     return message
 
 
@@ -30,7 +30,7 @@ def _with_content(form: Callable[[dict], dict]) -> Callable[[dict], dict]:
     return lambda message: {"content": ""} | form(message)
 
 
-FORMS = (_as_objects, _with_content(_as_objects), _as_text, _with_content(_as_text))
+FORMS = (as_objects, _with_content(as_objects), _as_text, _with_content(_as_text))
 PROBE_TOOL = {
     "type": "function",
     "function": {

@@ -6,8 +6,8 @@ import datasets
 import pytest
 from trl import SFTConfig, SFTTrainer
 
-from packtrain.data.examples import find_examples, load_examples
 from packtrain.data.formats import rename_columns
+from packtrain.data.loading import find_examples, prepare_examples
 from packtrain.data.sources import open_rows
 from packtrain.errors import DataError, RecipeError
 from packtrain.recipe.reader import load_recipe
@@ -155,11 +155,11 @@ def test_names_through_a_recipe(write_rows, tmp_path, chat_tokenizer):
     names = "columns: {conversations: talk, system: null}, roles: {customer: user, agent: assistant}"
     path.write_text(RECIPE.replace("DATA", names + ", assistant_only_loss: true"))
     section = load_recipe(path).data
-    examples, _ = load_examples(section, rows, chat_tokenizer, seed=0)
+    examples, _ = prepare_examples(section, rows, chat_tokenizer, seed=0)
     assert shown(chat_tokenizer, examples) == ["<s>" + TALK + "[two</s>]"]
     path.write_text(RECIPE.replace("DATA", names.partition(", roles")[0]))
     with pytest.raises(DataError, match=r"conversations\[0\] has the unknown role 'customer'"):
-        load_examples(load_recipe(path).data, rows, chat_tokenizer, seed=0)
+        prepare_examples(load_recipe(path).data, rows, chat_tokenizer, seed=0)
 
 
 def test_every_option_has_tokens_of_its_own(write_rows, chat_tokenizer):
@@ -181,7 +181,7 @@ def test_every_option_has_tokens_of_its_own(write_rows, chat_tokenizer):
         found, why = find_examples(DataSection(path=path, **chosen), "tiny", seed=0)
         assert found is None and why
         made.append(
-            load_examples(
+            prepare_examples(
                 DataSection(path=path, **chosen), open_rows(path), chat_tokenizer, seed=0, tokenizer_key="tiny"
             )[0]
         )
