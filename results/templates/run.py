@@ -272,8 +272,8 @@ PEER_NOTES = {  # verdict -> what it means
     "TRL fails": "most of all on tool calls with arguments in JSON text, which these templates want as objects.",
     "TRL renders another text": "arguments in JSON text are written as JSON once more (gpt-oss), put within the braces of "
     "the template (Gemma 4), or keep the escapes of the row (Qwen 3), where packtrain gives the template an object.",
-    "same ids, packtrain has the reference's mask": "transformers' map of characters to tokens misses tokens of a "
-    "part of a character or of a blank, or takes a span that it doesn't find to the end of the row.",
+    "same ids, packtrain has the reference's mask": "transformers' map of characters to tokens misses all but the first of "
+    "the tokens that a character is made of, and takes the added token that swallowed the blanks an answer begins with.",
     "prompt ends inside a token: packtrain splits it": "prompt and completion are tokenised apart, as at inference.",
     "the template renders the prompt otherwise when an answer follows": "TRL learns from where the ids part, "
     "packtrain from where the turn begins.",
