@@ -1,4 +1,4 @@
-"""How many rows a second are tokenised, by the code in PYTHONPATH: run in a process of its own, prints JSON.
+"""How many rows a CPU second are tokenised, by the code in PYTHONPATH: run in a process of its own, prints JSON.
 
 PYTHONPATH=checkout python results/templates/speed.py gsm8k.jsonl --rows 3000
 """
@@ -42,7 +42,7 @@ def make_tokenizer(texts: list[str]):
 
 
 def measure(path: Path, rows: int, modes: dict[str, dict]) -> dict[str, float]:
-    """Rows a second of each mode: reading, rendering, tokenising and storing, without the first batch's warm-up."""
+    """Rows a CPU second of each mode: reading, rendering, tokenising and storing, without the first batch's warm-up."""
     import datasets
 
     from packtrain.data.examples import build_examples
@@ -69,9 +69,9 @@ def measure(path: Path, rows: int, modes: dict[str, dict]) -> dict[str, float]:
                 bare = CHATML.replace("{% generation %}", "").replace("{% endgeneration %}", "")
                 tokenizer.chat_template = bare if mode in NEW_MODES else CHATML
                 cache = Path(directory, "cache", name, mode)
-                start = time.perf_counter()
+                start = time.process_time()
                 examples = build_examples(open_rows(str(file)), tokenizer, cache_dir=cache, **options)
-                found[mode] = count / (time.perf_counter() - start)
+                found[mode] = count / (time.process_time() - start)
                 assert len(examples) == count
     return found
 

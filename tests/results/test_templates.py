@@ -11,7 +11,7 @@ from results.templates.cells import encode, judge
 from results.templates.conversations import CONVERSATIONS, FAMILY
 from results.templates.peer import compare, verdict
 from results.templates.reference import Renderer, align, expect, tokens_in
-from results.templates.run import TEMPLATES, judge_template, summary, symbol, templates
+from results.templates.run import TEMPLATES, judge_all, summary, symbol, templates
 from results.templates.vocabularies import TOKENIZERS
 
 SOURCES = templates()
@@ -20,10 +20,7 @@ SOME = ("gemma4", "phi3", "qwen3")
 
 @pytest.mark.parametrize("name", SOME)
 def test_no_cell_fails(name):
-    cells = {
-        tokenizer: {kind: [cell.as_dict() for cell in pair] for kind, pair in kinds.items()}
-        for tokenizer, kinds in judge_template(name, SOURCES).items()
-    }
+    cells = judge_all({key: SOURCES[key] for key in (name, f"{name}_training") if key in SOURCES})[name]
     found = summary({name: cells})
     assert found["silent failures"] == 0 and found["complete"] > 20 and found["by spans"] > 10
     assert found["complete"] + found["noted"] + found["refused"] == found["cells"] == 2 * len(CONVERSATIONS)
