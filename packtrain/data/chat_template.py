@@ -21,8 +21,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from packtrain.data.marks import MARKED, MOST_STRINGS, Lost, Marked, contains, mark_strings, unmark
 from packtrain.data.messages import REASONING, Chat
 from packtrain.data.offsets import Span
 from packtrain.data.report import BadRow
@@ -32,29 +33,14 @@ from packtrain.errors import shorten
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Kind = Literal["content", "reasoning", "tool call", "tools", "tool answer"]
-
-_OPEN, _CLOSE = 0xF0000, 0x100000  # first private characters that begin, and end, the string of that number
-_MARKED = re.compile("[\U000f0000-\U0010ffff]")
-_MOST_STRINGS = 0xFFFD
 _GENERATION = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
 _COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 _BEGIN, _END = "\ufdd0", "\ufdd1"  # for the markers of a template; Unicode keeps them for inner use
 _PRINT_MARKERS = (  # a call block cuts blanks and keeps variables as the markers do; the newline behind it is cut
     "{% macro packtrain_generation() %}" + _BEGIN + "{{ caller() }}" + _END + "{% endmacro %}\n"
 )
-_THINKING = re.compile(r"(\s*<think>)?(.*?)(</think>)(.*)", re.DOTALL)
 _SHORT = 8  # characters; a shorter string may stand in a text by chance
 _REMEMBERED = 4096  # turns' ends
-
-
-@dataclass(frozen=True)
-class Lost:
-    """A string of a conversation that its text does not contain: of which kind, in which message (None: the tools)."""
-
-    kind: Kind
-    message: int | None
-    string: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,10 +91,10 @@ class ChatTemplate:
         turns = list(turns)
         if not turns and _says_all(chat, text, self.tokenizer.get_chat_template(None, chat.tools)):
             return Rendered(chat=chat, text=text, turns={})
-        marked = _mark(chat)
+        marked = mark_strings(chat)
         places = self._places(marked, text)
         if places is None:  # the marks changed what the template does
-            lost = [s for s in marked.strings if not _contains(text, s.string)]
+            lost = [s for s in marked.strings if not contains(text, s.string)]
             located = {turn: self._by_prefixes(chat, text, turn) for turn in turns}
         else:
             lost = [string for number, string in enumerate(marked.strings) if number not in places]
@@ -194,17 +180,17 @@ class ChatTemplate:
 
     # ------------------------------------------------------------------------------------------- turns
 
-    def _places(self, marked: _Marked, text: str) -> dict[int, list[tuple[int, int]]] | None:
+    def _places(self, marked: Marked, text: str) -> dict[int, list[tuple[int, int]]] | None:
         """Returns string number -> where it stands in the text; None where the marks change the text."""
-        if _MARKED.search(text) or len(marked.strings) > _MOST_STRINGS:
+        if MARKED.search(text) or len(marked.strings) > MOST_STRINGS:
             return None
         try:
-            found, bare = _unmark(self._apply(marked.chat))
+            found, bare = unmark(self._apply(marked.chat))
         except BadRow:
             return None
         return found if bare == text else None
 
-    def _extent(self, marked: _Marked, places: dict, text: str, turn: int) -> tuple[int, int] | None:
+    def _extent(self, marked: Marked, places: dict, text: str, turn: int) -> tuple[int, int] | None:
         """Returns the characters of a turn: its words, extended to what is generated; None where no word is rendered."""
         own = [places[number][0] for number in marked.of_message(turn) if number in places]
         if not own:
@@ -228,7 +214,7 @@ class ChatTemplate:
         )
         return start, end
 
-    def _refuse_others_inside(self, marked: _Marked, places: dict, turn: int, first: int, last: int) -> None:
+    def _refuse_others_inside(self, marked: Marked, places: dict, turn: int, first: int, last: int) -> None:
         """Refuses a turn with the words of another message between its own (Gemma 4 moves what a tool answers)."""
         for number, found in places.items():
             other = marked.strings[number].message
@@ -248,20 +234,20 @@ class ChatTemplate:
                 return at + self._common(self._header, between[at:])
         return 0
 
-    def _prompted(self, marked: _Marked, turn: int, between: str) -> int:
+    def _prompted(self, marked: Marked, turn: int, between: str) -> int:
         """Returns how much of the text before a turn's words is the prompt, as the model is prompted for this turn."""
         header = self._behind_header(between)
         if turn == 0:
             return header or len(between)
         try:
             before = replace(marked.chat, messages=marked.chat.messages[:turn])
-            found, bare = _unmark(self._apply(before, add_generation_prompt=True))
+            found, bare = unmark(self._apply(before, add_generation_prompt=True))
         except BadRow:
             return header or len(between)
         last = max((end for places in found.values() for _, end in places), default=0)
         return max(header, self._common(bare[last:], between))
 
-    def _ended(self, marked: _Marked, turn: int, behind: str) -> int:
+    def _ended(self, marked: Marked, turn: int, behind: str) -> int:
         """Returns how much of the text behind a turn's words is still this turn's.
 
         Where a conversation may stop with another token than the one that ends a turn inside it (gpt-oss), the latter is
@@ -271,7 +257,7 @@ class ChatTemplate:
         lengths = [0]
         for options in ({}, {"add_generation_prompt": True}):
             try:
-                found, bare = _unmark(self._apply(upto, **options))
+                found, bare = unmark(self._apply(upto, **options))
             except BadRow:
                 continue
             own = [found[number][0] for number in marked.of_message(turn) if number in found]
@@ -304,7 +290,7 @@ class ChatTemplate:
             until = ""
         end = len(text) if turn == len(messages) - 1 else self._common(until, text)
         words = str(messages[turn].get("content") or "").strip()
-        if not until or not text.startswith(before) or not _contains(text[len(before) : end], words):
+        if not until or not text.startswith(before) or not contains(text[len(before) : end], words):
             raise BadRow(
                 f"{_name(chat, turn)} cannot be located in what the chat template "
                 "renders: it renders the messages before it otherwise when this one follows; name another template in "
@@ -367,118 +353,6 @@ def _with_reasoning(message: dict) -> dict:
     """Gives a message's reasoning under every name by which templates read it."""
     given = next((message[name] for name in REASONING if message.get(name)), None)
     return message if given is None else message | dict.fromkeys(REASONING, given)
-
-
-# ------------------------------------------------------------------------------------------------- marks
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Marked:
-    """A conversation whose strings stand between marks; `strings[n]` is the one between the marks of number n."""
-
-    chat: Chat
-    strings: list[Lost]
-
-    def of_message(self, message: int) -> list[int]:
-        return [number for number, string in enumerate(self.strings) if string.message == message]
-
-
-def _mark(chat: Chat) -> _Marked:
-    strings: list[Lost] = []
-
-    def mark(text: str, kind: Kind, message: int | None) -> str:
-        core = text.strip()
-        if not core:
-            return text
-        before = text[: len(text) - len(text.lstrip())]
-        number = len(strings)
-        strings.append(Lost(kind, message, core))
-        opened, closed = chr(_OPEN + number % _MOST_STRINGS), chr(_CLOSE + number % _MOST_STRINGS)
-        return before + opened + core + closed + text[len(before) + len(core) :]
-
-    def mark_values(value: object, message: int) -> object:
-        if isinstance(value, str):
-            return mark(value, "tool call", message)
-        if isinstance(value, dict):
-            return {mark(str(key), "tool call", message): mark_values(inner, message) for key, inner in value.items()}
-        return [mark_values(inner, message) for inner in value] if isinstance(value, list) else value
-
-    def mark_schema(schema: object) -> object:
-        """Marks names and descriptions; the other strings of a schema are words that templates compare with."""
-        if isinstance(schema, list):
-            return [mark_schema(inner) for inner in schema]
-        if not isinstance(schema, dict):
-            return schema
-        done = dict(schema)
-        if isinstance(schema.get("properties"), dict):
-            names = {name: mark(str(name), "tools", None) for name in schema["properties"]}
-            done["properties"] = {names[name]: mark_schema(inner) for name, inner in schema["properties"].items()}
-            if isinstance(schema.get("required"), list):
-                done["required"] = [names.get(name, name) for name in schema["required"] if isinstance(name, str)]
-        for key in ("name", "description"):
-            if isinstance(schema.get(key), str):
-                done[key] = mark(schema[key], "tools", None)
-        for key in schema.keys() - {"properties", "required", "name", "description"}:
-            done[key] = mark_schema(schema[key])
-        return done
-
-    tools = None if chat.tools is None else [mark_schema(tool) for tool in chat.tools]
-    messages = []
-    for number, message in enumerate(chat.messages):
-        done = dict(message)
-        for name in REASONING:
-            if message.get(name):
-                done = {key: value for key, value in done.items() if key not in REASONING}
-                done[name] = mark(message[name], "reasoning", number)
-                break
-        content = message.get("content")
-        if isinstance(content, str):
-            kind: Kind = "tool answer" if message["role"] == "tool" else "content"
-            thinking = _THINKING.fullmatch(content) if message["role"] == "assistant" else None
-            if thinking:
-                opened, thought, closed, answer = thinking.groups(default="")
-                thought = mark(thought, "reasoning", number)
-                done["content"] = opened + thought + closed + mark(answer, kind, number)
-            else:
-                done["content"] = mark(content, kind, number)
-        if message.get("tool_calls"):
-            done["tool_calls"] = [_marked_call(call, number, mark, mark_values) for call in message["tool_calls"]]
-        messages.append(done)
-    return _Marked(chat=replace(chat, messages=messages, tools=tools), strings=strings)
-
-
-def _marked_call(call: dict, number: int, mark: Callable, mark_values: Callable) -> dict:
-    function = dict(call["function"], name=mark(call["function"]["name"], "tool call", number))
-    arguments = function["arguments"]
-    if isinstance(arguments, str):  # in text form: marked inside, and written again
-        function["arguments"] = json.dumps(mark_values(json.loads(arguments), number), ensure_ascii=False)
-    else:
-        function["arguments"] = mark_values(arguments, number)
-    return call | {"function": function}
-
-
-def _unmark(text: str) -> tuple[dict[int, list[tuple[int, int]]], str]:
-    """Returns string number -> where it stands (whole, between its own marks), and the text without marks."""
-    found: dict[int, list[tuple[int, int]]] = {}
-    opened: dict[int, int] = {}
-    parts, position, at = [], 0, 0
-    for match in _MARKED.finditer(text):
-        piece = text[at : match.start()]
-        parts.append(piece)
-        position += len(piece)
-        at = match.end()
-        code = ord(match.group())
-        if code < _CLOSE:
-            opened[code - _OPEN] = position
-        elif (number := code - _CLOSE) in opened:
-            found.setdefault(number, []).append((opened.pop(number), position))
-    parts.append(text[at:])
-    return found, "".join(parts)
-
-
-def _contains(text: str, string: str) -> bool:
-    """Whether a text contains a string, as it is or as JSON writes it."""
-    return string in text or json.dumps(string, ensure_ascii=False)[1:-1] in text or json.dumps(string)[1:-1] in text
 
 
 def _says_all(chat: Chat, text: str, template: str) -> bool:

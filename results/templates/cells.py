@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from packtrain.data.encoding import Encoder
+from packtrain.data.encoder import Encoder
 from results.templates.reference import (
     Expected,
     Renderer,

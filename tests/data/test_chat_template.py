@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from packtrain.data.chat_template import ChatTemplate
-from packtrain.data.encoding import Encoder
+from packtrain.data.encoder import Encoder
 from packtrain.data.messages import Chat
 from packtrain.errors import DataError
 from tests.data.helpers import shown

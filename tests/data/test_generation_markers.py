@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from packtrain.data.chat_template import ChatTemplate
-from packtrain.data.encoding import Encoder
+from packtrain.data.encoder import Encoder
 from packtrain.data.messages import Chat
 from packtrain.errors import DataError
 from tests.data.helpers import shown
