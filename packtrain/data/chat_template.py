@@ -97,7 +97,11 @@ class ChatTemplate:
             lost = [s for s in marked.strings if not contains(text, s.string)]
             located = {turn: self._by_prefixes(chat, text, turn) for turn in turns}
         else:
-            lost = [string for number, string in enumerate(marked.strings) if number not in places]
+            lost = [
+                string
+                for number, string in enumerate(marked.strings)
+                if not any(contains(text[start:end], string.string) for start, end in places.get(number, ()))
+            ]
             located = {turn: self._extent(marked, places, text, turn) for turn in turns}
         known = {turn: span for turn, span in located.items() if span is not None}
         return Rendered(chat=chat, text=text, lost=tuple(lost), turns=known)
@@ -365,7 +369,7 @@ def _says_all(chat: Chat, text: str, template: str) -> bool:
     position = 0
     for message in chat.messages:
         content = message.get("content")
-        if not isinstance(content, str) or any(message.get(name) for name in ("tool_calls", *REASONING)):
+        if not isinstance(content, str) or len(message) > 2 and any(map(message.get, ("tool_calls", *REASONING))):
             return False
         content = content.strip()
         if not content:
@@ -380,6 +384,6 @@ def _says_all(chat: Chat, text: str, template: str) -> bool:
 
 
 def describe_lost(chat: Chat, lost: Lost) -> str:
-    """Says what was left out: `messages[2]: the chat template leaves out the tool call 'get_weather'`."""
+    """Says what was lost: `messages[2]: the chat template leaves out or changes the tool call 'get_weather'`."""
     where = "" if lost.message is None else f"{chat.names[lost.message]}: "
-    return f"{where}the chat template leaves out the {lost.kind} {shorten(lost.string, 40)}"
+    return f"{where}the chat template leaves out or changes the {lost.kind} {shorten(lost.string, 40)}"

@@ -209,7 +209,9 @@ TOOL = {"type": "function", "function": {"name": "get_sum", "description": "Adds
 
 
 def test_dropped_tool_call(masked):
-    message = r"messages\[1\]: the chat template leaves out the tool call 'get_sum'; `data.on_lost_content: warn`"
+    message = (
+        r"messages\[1\]: the chat template leaves out or changes the tool call 'get_sum'; `data.on_lost_content: warn`"
+    )
     for options in ({}, {"assistant_only_loss": True}, {"completion_only_loss": True}):
         with pytest.raises(DataError, match=message):
             masked(SAYS, CALLING, **options)
@@ -234,8 +236,10 @@ def test_empty_turn_is_not_learnt(option, masked):
     [
         (FRAME.replace("BODY", "{{ m.content if m.role != 'system' }}"), [SYSTEM, *TURNS], r"messages\[0\].* 'Be brief"),
         (FRAME.replace("BODY", "{{ m.content if m.role != 'tool' }}{{ m.tool_calls | string }}"), CALLING,
-         r"messages\[2\]: the chat template leaves out the tool answer 'four, exactly'"),
-        (FRAME.replace("BODY", "{{ m.content[:10] }}"), TURNS, r"messages\[0\]: .* leaves out the content 'What"),
+         r"messages\[2\]: the chat template leaves out or changes the tool answer 'four, exactly'"),
+        (FRAME.replace("BODY", "{{ m.content | replace('2', 'two') }}"), TURNS,
+         r"messages\[0\]: .* changes the content 'What"),
+        (FRAME.replace("BODY", "{{ m.content[:10] }}"), TURNS, r"messages\[0\]: .* leaves out or changes the content 'What"),
         (FRAME.replace("BODY", "{{ m.content | truncate(9, true, '', 0) }}"), TURNS, r"messages\[0\].*content 'What is 2"),
     ],
 )  # fmt: skip
@@ -248,7 +252,7 @@ def test_dropped_words(template, messages, message, masked):
 
 def test_dropped_tools(masked):
     row = {"messages": CALLING, "tools": [TOOL]}
-    with pytest.raises(DataError, match="the chat template leaves out the tools 'get_sum'"):
+    with pytest.raises(DataError, match="the chat template leaves out or changes the tools 'get_sum'"):
         masked(CALLS.replace("get_sum", ""), row)
     masked("{{ tools | tojson }}" + CALLS, row)  # control
     # the name of the tool stands in the text all the same, by the call
@@ -259,7 +263,7 @@ def test_words_that_occur_elsewhere_do_not_hide_a_loss(masked):
     last = FRAME.replace("BODY", "{{ m.content if not loop.last else '' }}")
     for answer in ("I", "2", "What is 2+2?", "user", "end"):
         messages = [QUESTION, {"role": "assistant", "content": answer}]
-        with pytest.raises(DataError, match=r"messages\[1\]: the chat template leaves out the content"):
+        with pytest.raises(DataError, match=r"messages\[1\]: the chat template leaves out or changes the content"):
             masked(last, messages)
         masked(SAYS, messages)  # control
 
@@ -271,7 +275,7 @@ def test_words_of_the_template_do_not_hide_a_loss(options, masked):
     says = "{{ 'You are a helpful assistant.' }}" + SAYS
     for system in ("You are a helpful", "You are a helpful assistant."):
         messages = [SYSTEM | {"content": system}, QUESTION, {"role": "assistant", "content": "It is four."}]
-        with pytest.raises(DataError, match=r"messages\[0\]: the chat template leaves out the content 'You"):
+        with pytest.raises(DataError, match=r"messages\[0\]: the chat template leaves out or changes the content 'You"):
             masked(own, messages, **options)
         masked(says, messages, **options)  # control
 
@@ -291,7 +295,9 @@ def test_dropped_reasoning(masked):
     assert notes_of_lost(notes) == [
         "the chat template leaves out the reasoning of earlier turns: 1 row (the first is rows.jsonl, line 1)"
     ]
-    with pytest.raises(DataError, match=r"messages\[1\]: the chat template leaves out the reasoning 'two and two'"):
+    with pytest.raises(
+        DataError, match=r"messages\[1\]: the chat template leaves out or changes the reasoning 'two and two'"
+    ):
         masked(SAYS, [QUESTION, THINKS], assistant_only_loss=True)
     text, notes = masked(SAYS, [QUESTION, THINKS], assistant_only_loss=True, on_lost_content="warn")
     assert text.endswith("[It is 4.<|end|>\n]") and len(notes_of_lost(notes)) == 1
@@ -300,7 +306,9 @@ def test_dropped_reasoning(masked):
 def test_dropped_reasoning_inside_the_content(masked):
     strips = FRAME.replace("BODY", "{{ m.content.split('</think>')[-1] }}")
     inside = {"role": "assistant", "content": "<think>two and two</think>It is 4."}
-    with pytest.raises(DataError, match=r"messages\[1\]: the chat template leaves out the reasoning 'two and two'"):
+    with pytest.raises(
+        DataError, match=r"messages\[1\]: the chat template leaves out or changes the reasoning 'two and two'"
+    ):
         masked(strips, [QUESTION, inside])
     assert (
         "[<think>two and two</think>It is 4.<|end|>\n]" in masked(SAYS, [QUESTION, inside], assistant_only_loss=True)[0]
@@ -313,11 +321,17 @@ def notes_of_lost(notes: tuple[str, ...]) -> list[str]:
 
 
 @pytest.mark.parametrize("change", ["trim", "e", "upper", "replace('2', 'two')"])
-def test_templates_that_change_words_lose_none(change, masked):
-    body = "{{ m.content | " + change + " }}"
+def test_templates_that_change_words(change, masked):
+    """Blanks at the ends are a template's to cut; other changes are what the row does not say."""
+    template = FRAME.replace("BODY", "{{ m.content | " + change + " }}")
     messages = [QUESTION | {"content": "  <What> is 2+2?\n"}, ANSWER | {"content": " It's <4> & 2. "}]
-    text, notes = masked(FRAME.replace("BODY", body), messages, assistant_only_loss=True)
-    assert not notes_of_lost(notes)
+    if change != "trim":
+        with pytest.raises(
+            DataError, match=r"messages\[0\]: the chat template leaves out or changes the content '<What>"
+        ):
+            masked(template, messages, assistant_only_loss=True)
+    text, notes = masked(template, messages, assistant_only_loss=True, on_lost_content="warn")
+    assert bool(notes_of_lost(notes)) == (change != "trim")
     said = {"trim": "It's <4> & 2.", "e": " It&#39;s &lt;4&gt; &amp; 2. ", "upper": " IT'S <4> & 2. "}
     said |= {"replace('2', 'two')": " It's <4> & two. "}
     assert text.endswith(f"[{said[change]}<|end|>\n]")
