@@ -4,6 +4,7 @@ packtrain.attach(trainer)            packtrain's layouts inside a transformers.T
 packtrain.PackCollator(...)          a data collator for a stock Trainer
 packtrain.PackedStream(rows, ...)    packs of an iterable dataset, for any loop
 packtrain.train(load_recipe(path))   what `packtrain train` does
+packtrain.load_examples(recipe)      its tokenised examples, for a loop of your own: (training, held out or None)
 packtrain.audit(model)               are packed documents isolated in this model?
 packtrain.make_plan(lengths, ...)    which examples every update sees, and in which micro-batches
 packtrain.register_attention()       makes attn_implementation="packtrain_varlen" known to transformers
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from packtrain.modeling.attention.varlen import register as register_attention
     from packtrain.modeling.audit.audit import audit_model as audit
+    from packtrain.objectives.task import load_examples
     from packtrain.packing.collator import PackCollator
     from packtrain.packing.plan import make_plan
     from packtrain.packing.stream import PackedStream
@@ -34,6 +36,7 @@ __all__ = [
     "__version__",
     "attach",
     "audit",
+    "load_examples",
     "load_recipe",
     "make_plan",
     "register_attention",
@@ -46,6 +49,7 @@ _WHERE = {  # looked up on first use, so that importing packtrain imports no tor
     "PackedStream": "packtrain.packing.stream:PackedStream",
     "attach": "packtrain.plugin.attach:attach",
     "audit": "packtrain.modeling.audit.audit:audit_model",
+    "load_examples": "packtrain.objectives.task:load_examples",
     "load_recipe": "packtrain.recipe.reader:load_recipe",
     "make_plan": "packtrain.packing.plan:make_plan",
     "register_attention": "packtrain.modeling.attention.varlen:register",

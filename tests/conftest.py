@@ -1,4 +1,4 @@
-"""Shared by all tests: two threads fight over tiny models, so torch gets one."""
+"""Shared by all tests: two threads fight over tiny models, so torch gets one, in what tests start, too."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -19,7 +20,13 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ["PACKTRAIN_CACHE"] = tempfile.mkdtemp(prefix="packtrain-tests-")  # never the user's
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["PACKTRAIN_CACHE"] = tempfile.mkdtemp(prefix="packtrain-tests-")  # not the user's, nor another worker's
+os.environ["HF_DATASETS_CACHE"] = os.path.join(os.environ["PACKTRAIN_CACHE"], "datasets")
+
+NOT_CHECKED = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]  # the latter: what examples share is harmless
+settings.register_profile("packtrain", deadline=None, suppress_health_check=NOT_CHECKED)  # a machine may be slow
+settings.load_profile("packtrain")
 
 
 @pytest.fixture(scope="session", autouse=True)

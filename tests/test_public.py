@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -31,5 +34,64 @@ def test_importing_packtrain_loads_nothing_heavy():
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout.strip() == "set()"
 
 
-def test_its_types_are_seen_by_type_checkers():
-    assert (Path(packtrain.__file__).parent / "py.typed").is_file()
+MISTAKES = (
+    "packtrain.load_recip('quickstart')",
+    "packtrain.load_recipe(3)",
+    "packtrain.load_recipe('quickstart').batching.max_token",
+    "packtrain.load_examples('quickstart')",
+    "packtrain.make_plan([3, 5], max_tokens='512')",
+    "packtrain.make_plan([3, 5], max_token=512)",
+    "packtrain.PackCollator(layout='flatt')",
+    "packtrain.register_attention() + 1",
+    "packtrain.attach('trainer')",
+    "packtrain.train(packtrain.load_recipe('quickstart')).updates.upper()",
+)
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """An environment with the wheel, next to what this one has."""
+    wheels, place = tmp_path_factory.mktemp("wheels"), tmp_path_factory.mktemp("environment")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "-q",
+        "-w",
+        str(wheels),
+        str(Path(__file__).parents[1]),
+    ]
+    subprocess.run(command, check=True)
+    venv.create(place, with_pip=False)
+    (site,) = place.glob("lib/python*/site-packages")
+    (wheel,) = wheels.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(site)
+    assert (site / "packtrain/py.typed").is_file()
+    (site / "others.pth").write_text(
+        "\n".join(path for path in sys.path if path.endswith("-packages")), encoding="utf-8"
+    )
+    return place
+
+
+@pytest.mark.ci
+@pytest.mark.slow
+def test_type_checkers_know_what_the_public_names_give(installed, tmp_path):
+    """Control: every mistake in their use is found."""
+    pytest.importorskip("ty", reason="the type checker is not installed")
+    program = Path(__file__).parent / "programs/typed.py"
+    used = {name for name in packtrain.__all__ if f"packtrain.{name}(" in program.read_text(encoding="utf-8")}
+    assert used == set(packtrain.__all__) - {"__version__"}
+
+    def complaints(text: str) -> list[str]:
+        (tmp_path / "program.py").write_text(text, encoding="utf-8")
+        command = [sys.executable, "-m", "ty", "check", "--python", str(installed), "--output-format", "concise"]
+        env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # the wheel, not the checkout
+        done = subprocess.run([*command, "program.py"], cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode in (0, 1), done.stderr
+        return [line for line in done.stdout.splitlines() if line.startswith("program.py:")]
+
+    assert complaints(program.read_text(encoding="utf-8")) == []
+    found = complaints("\n".join(["import packtrain", *MISTAKES]))
+    assert {int(line.split(":")[1]) for line in found} == set(range(2, len(MISTAKES) + 2)), found

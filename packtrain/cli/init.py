@@ -1,4 +1,4 @@
-"""`packtrain init`: write a commented recipe."""
+"""`packtrain init`: write a commented recipe, and next to it the schema by which editors check and complete it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from packtrain.errors import PacktrainError
 def init(
     name: Annotated[str, typer.Argument(metavar="[NAME]", help="The recipe is written to NAME.yaml.")] = "recipe",
 ) -> None:
-    """Write a commented recipe into the current directory."""
+    """Write a commented recipe, and the schema by which editors check and complete it."""
+    from packtrain.recipe.keys import SCHEMA_FILE, schema_text
     from packtrain.recipe.shipped import SHARE
 
     target = Path(name if name.endswith((".yaml", ".yml")) else f"{name}.yaml")
@@ -23,6 +24,7 @@ def init(
     text = (SHARE / "recipes" / "start.yaml").read_text(encoding="utf-8")
     try:
         target.write_text(text.replace("{file}", str(target)), encoding="utf-8")
+        target.with_name(SCHEMA_FILE).write_text(schema_text(), encoding="utf-8")
     except OSError as error:
         fix = "choose a writable directory"
         raise PacktrainError(f"cannot be written: {error.strerror}", key="NAME", value=str(target), fix=fix) from None

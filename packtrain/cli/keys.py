@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -34,7 +33,7 @@ def keys(
     from packtrain.recipe.recipe import LIBRARY_SECTIONS, SECTIONS
 
     if schema is not None:
-        schema.write_text(json.dumps(recipe_keys.schema(), indent=1) + "\n", encoding="utf-8")
+        schema.write_text(recipe_keys.schema_text(), encoding="utf-8")
         Console().print(f"wrote {schema}", soft_wrap=True)
         return
     if section is not None and section not in SECTIONS:

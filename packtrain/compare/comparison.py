@@ -8,7 +8,7 @@ them: real tokens of the window over its seconds, one figure per round, and the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,7 +121,7 @@ class Comparison:
         """Estimate how much faster `row` is than `other`, over the rounds that both were timed in."""
         others = {run.round: run for run in other.timed_runs}
         pairs = [(run, others[run.round]) for run in row.timed_runs if run.round in others]
-        return _ratio_of(pairs, lambda run: rate(run, self.manifest, "real_tokens"), self.manifest)
+        return _ratio_of(pairs, lambda run: _per_second(window(run, self.manifest), "real_tokens"), self.manifest)
 
     @property
     def measured(self) -> list[Row]:
@@ -199,7 +199,7 @@ def _row(variant: Mapping[str, Any], runs: list[Run], reference: list[Run], mani
         rounds=len(timed),
         tokens_per_second=_total_rate(timed, manifest, "real_tokens"),
         supervised_per_second=_total_rate(timed, manifest, "supervised_tokens"),
-        speed=_ratio_of(pairs, lambda run: rate(run, manifest, "real_tokens"), manifest),
+        speed=_ratio_of(pairs, lambda run: _per_second(window(run, manifest), "real_tokens"), manifest),
         update_rate=spread([u.real_tokens / u.seconds for u in updates]) if updates else None,
         supervised_update_rate=spread([u.supervised_tokens / u.seconds for u in updates]) if updates else None,
         update_seconds=spread([u.seconds for u in updates]) if updates else None,
@@ -241,15 +241,13 @@ def window(run: Run | None, manifest: Mapping[str, Any]) -> list[Update]:
 def rate(run: Run, manifest: Mapping[str, Any], field: str) -> float | None:
     """Sum a field over the timed updates, per second of them; None where it was not measured in one."""
     updates = window(run, manifest)
-    if any(getattr(update, field) is None for update in updates):
-        return None
-    return _sum(updates, field) / _sum(updates, "seconds")
+    return None if any(getattr(update, field) is None for update in updates) else _per_second(updates, field)
 
 
 def _total_rate(runs: list[Run], manifest: Mapping[str, Any], field: str) -> float | None:
     """Average `rate` over rounds: the geometric mean."""
-    rates = [rate(run, manifest, field) for run in runs]
-    if not rates or any(value is None or value <= 0 for value in rates):
+    rates = [value for run in runs if (value := rate(run, manifest, field)) is not None and value > 0]
+    if not runs or len(rates) < len(runs):
         return None
     return math.exp(sum(map(math.log, rates)) / len(rates))
 
@@ -292,10 +290,18 @@ def _equal_updates(learnt: list[tuple[Run, Run]]) -> EqualUpdates | None:
 
 def _largest(learnt: list[tuple[Run, Run]], figure: Callable[[Update], float | None]) -> float | None:
     """Find the largest relative difference of a figure to the reference's, over all seeds and updates."""
-    curves = [([figure(u) for u in run.updates], [figure(u) for u in reference.updates]) for run, reference in learnt]
-    if not curves or any(value is None for pair in curves for curve in pair for value in curve):
-        return None
-    return max(largest_relative_difference(mine, theirs) for mine, theirs in curves)
+    differences = []
+    for run, reference in learnt:
+        mine = [value for update in run.updates if (value := figure(update)) is not None]
+        theirs = [value for update in reference.updates if (value := figure(update)) is not None]
+        if len(mine) < len(run.updates) or len(theirs) < len(reference.updates):
+            return None
+        differences.append(largest_relative_difference(mine, theirs))
+    return max(differences, default=None)
+
+
+def _per_second(updates: Collection[Update], field: str) -> float:
+    return _sum(updates, field) / _sum(updates, "seconds")
 
 
 def _sum(updates: Iterable[Update], field: str) -> float:

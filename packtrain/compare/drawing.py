@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -24,7 +25,7 @@ BLOCKS = tuple(f"block{number}" for number in range(6))  # neighbouring document
 COLOURS = {role: f"#0000{number:02x}" for number, role in enumerate((*ROLES, *LINES, *BLOCKS), start=1)}
 
 WIDTH = 4.6  # inches: readable on a phone, two next to each other on a screen
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "packtrain",
     "font.family": "sans-serif",

@@ -49,7 +49,7 @@ KEYS: dict[str, Any] = {
     "warmup_steps": Annotated[Whole, Field(ge=0)],
     "measure_steps": Positive,
 }
-DEFAULTS = {"set": {}, "seeds": [42], "repeats": 3, "warmup_steps": 2, "measure_steps": 10}
+DEFAULTS: dict[str, Any] = {"set": {}, "seeds": [42], "repeats": 3, "warmup_steps": 2, "measure_steps": 10}
 FORCED = {  # a comparison evaluates, logs and stores by itself, alike for every trainer
     "training.save_strategy": "no",
     "training.eval_strategy": "no",

@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -103,7 +103,10 @@ class Clock:
     @staticmethod
     def between(start: Mark, stop: Mark) -> float:
         """Return the seconds between two settled marks."""
-        return start.elapsed_time(stop) / 1000 if isinstance(start, torch.cuda.Event) else stop - start
+        if isinstance(start, torch.cuda.Event) and isinstance(stop, torch.cuda.Event):
+            return start.elapsed_time(stop) / 1000
+        assert isinstance(start, float) and isinstance(stop, float), "marks of two clocks"
+        return stop - start
 
 
 class Recorder:
@@ -231,10 +234,10 @@ class WriteUpdates(TrainerCallback):
             raise RunFailed(f"the loss is {self.last.loss} at update {self.last.update}")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.last is None or "loss" not in (logs or {}):
+        if self.last is None or logs is None or "loss" not in logs:
             return
         norm = logs.get("grad_norm")
-        self.recorder.write(Update(**vars(self.last) | {"grad_norm": None if norm is None else float(norm)}))
+        self.recorder.write(replace(self.last, grad_norm=None if norm is None else float(norm)))
         self.last = None
 
 
@@ -269,7 +272,7 @@ class EvaluateHeldOut(TrainerCallback):
         self.loader, self.loss, self.writer, self.every = loader, loss, writer, every
         self.evaluated = -1
 
-    def _evaluate(self, model: torch.nn.Module, update: int) -> None:
+    def _evaluate(self, model: Any, update: int) -> None:
         if update != self.evaluated:
             self.writer.write(held_out_loss(model, self.loader, self.loss, update=update))
             self.evaluated = update

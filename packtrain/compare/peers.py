@@ -19,7 +19,7 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 
 from packtrain.compare.measure import Timed
 from packtrain.compare.trainers import TRAINERS
-from packtrain.data.examples import Examples
+from packtrain.data.examples import AnyExamples
 from packtrain.packing.plan import Plan
 from packtrain.recipe.recipe import Recipe
 from packtrain.training.trainer import PackTrainer
@@ -56,7 +56,13 @@ class InOrder(Trainer):
         return self.planned_order or super()._get_train_sampler(train_dataset)
 
 
-class TimedFlatteningTrainer(Timed, InOrder, Trainer):
+class TimedPeer(Timed, InOrder):
+    """What every peer has in front of its own Trainer."""
+
+    train_dataset: datasets.Dataset
+
+
+class TimedFlatteningTrainer(TimedPeer):
     """transformers' Trainer, timed."""
 
 
@@ -77,7 +83,7 @@ def flash_attention() -> str:
     return "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
 
 
-def build_peer(peer: str, recipe: Recipe, packtrain: PackTrainer) -> tuple[Timed, int]:
+def build_peer(peer: str, recipe: Recipe, packtrain: PackTrainer) -> tuple[TimedPeer, int]:
     """Build the peer's trainer, ready for `.train()`, and count the tokens that its own preparation dropped.
 
     Args:
@@ -94,25 +100,26 @@ def build_peer(peer: str, recipe: Recipe, packtrain: PackTrainer) -> tuple[Timed
     return built, given - sum(len(ids) for ids in built.train_dataset["input_ids"])
 
 
-def _trl_trainer(peer: str, recipe: Recipe, packtrain: PackTrainer) -> Timed:
+def _trl_trainer(peer: str, recipe: Recipe, packtrain: PackTrainer) -> TimedPeer:
     from trl import SFTConfig, SFTTrainer
 
-    class TimedSFTTrainer(Timed, InOrder, SFTTrainer):
+    class TimedSFTTrainer(TimedPeer, SFTTrainer):
         """TRL's trainer, timed."""
 
-    options = dict(TRAINERS[peer].options)
+    options: dict[str, Any] = dict(TRAINERS[peer].options)
     unchanged = {"bf16": False, "gradient_checkpointing": False}  # TrainingArguments' defaults; SFTConfig has others
-    settings = unchanged | _arguments(recipe, **_sizes(peer, recipe, packtrain.plan)) | options
+    settings: dict[str, Any] = unchanged | _arguments(recipe, **_sizes(peer, recipe, packtrain.plan)) | options
     settings["max_length"] = recipe.data.max_length if options.get("packing") else None  # examples are cut already
+    tokenizer: Any = packtrain.processing_class
     return TimedSFTTrainer(
         packtrain.model,
         SFTConfig(**settings),
         train_dataset=as_dataset(packtrain.train_dataset),
-        processing_class=packtrain.processing_class,
+        processing_class=tokenizer,
     )
 
 
-def _flattening_trainer(peer: str, recipe: Recipe, packtrain: PackTrainer) -> Timed:
+def _flattening_trainer(peer: str, recipe: Recipe, packtrain: PackTrainer) -> TimedPeer:
     return TimedFlatteningTrainer(
         packtrain.model,
         TrainingArguments(**_arguments(recipe, **_sizes(peer, recipe, packtrain.plan))),
@@ -141,7 +148,7 @@ def _sizes(peer: str, recipe: Recipe, plan: Plan) -> dict[str, int]:
     return {"per_device_train_batch_size": examples // accumulation, "gradient_accumulation_steps": accumulation}
 
 
-def as_dataset(examples: Examples) -> datasets.Dataset:
+def as_dataset(examples: AnyExamples) -> datasets.Dataset:
     """Make the tokenised examples a `datasets.Dataset` of `input_ids` and `labels`, stored as `datasets` would."""
 
     def rows() -> Iterator[dict[str, Any]]:

@@ -132,7 +132,7 @@ def step_times(comparison: Comparison) -> str | None:
         ax, places = drawn.ax, _places(rows)
         for place, row in zip(places, rows, strict=True):
             colour, seconds = COLOURS[family(row, comparison)], row.update_seconds
-            band = {"linewidth": 5, "alpha": 0.35, "solid_capstyle": "round"}
+            band: dict[str, Any] = {"linewidth": 5, "alpha": 0.35, "solid_capstyle": "round"}
             ax.plot([seconds.p10, seconds.p90], [place, place], color=colour, **band)
             single = [u.seconds for run in row.timed_runs for u in window(run, comparison.manifest)]
             ax.plot(single, [place] * len(single), "|", color=colour, markersize=5, markeredgewidth=0.8)
@@ -357,7 +357,7 @@ def picture(layout: Layout, *, title: str, name: str, alt: str) -> str:
         for batch in shown:
             thickness = _thickness(batch)
             for lengths in batch["rows"][:MOST_ROWS]:
-                box = {"height": 0.86 * thickness, "align": "edge"}
+                box: dict[str, Any] = {"height": 0.86 * thickness, "align": "edge"}
                 ax.barh(top, batch["width"], color=COLOURS["padding"], **box)
                 left = 0
                 for length in lengths:
@@ -460,7 +460,9 @@ def _colour(row: Row) -> str:
 def _alone(svg: str, style: str) -> str:
     """Make an inline SVG a file that stands alone, with the page's colours and a ground."""
     colours = style[: style.index("* {")].strip()
-    _, _, *size = re.search(r'viewBox="([^"]*)"', svg)[1].split()
+    box = re.search(r'viewBox="([^"]*)"', svg)
+    assert box is not None, "a figure without a size"
+    _, _, *size = box[1].split()
     width, height = (float(side) + 2 * MARGIN for side in size)
     box = (
         f'viewBox="{-MARGIN} {-MARGIN} {width:g} {height:g}" width="{SCALE * width:.0f}" height="{SCALE * height:.0f}"'

@@ -23,7 +23,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, TextIO
 
 from packtrain.errors import PacktrainError
 
@@ -107,7 +107,7 @@ class End:
 
 
 KINDS: dict[str, type] = {"update": Update, "held_out": HeldOut, "end": End}
-Record = TypeVar("Record", Update, HeldOut, End)
+Record = Update | HeldOut | End
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +201,7 @@ def read_run(path: Path, *, round: int, variant: str) -> Run:
     )
 
 
-def _parse(data: dict[str, Any]) -> Update | HeldOut | End:
+def _parse(data: dict[str, Any]) -> Record:
     return KINDS[data["kind"]](**{key: value for key, value in data.items() if key != "kind"})
 
 

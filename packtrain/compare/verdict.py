@@ -192,7 +192,7 @@ def _packing(subject: Row, comparison: Comparison) -> Iterator[Sentence]:
     packers = [row for row in comparison.measured if not row.keeps_updates]
     for is_peer in (False, True):
         row = fastest([row for row in packers if row.is_peer is is_peer])
-        speed = row and comparison.speed_of(row, subject)
+        speed = comparison.speed_of(row, subject) if row is not None else None
         if row is None or speed is None:
             continue
         parts = [f"{_quoted(row)} {_speed(speed, _quoted(subject))}", *_updates(row, comparison.reference)]

@@ -88,6 +88,7 @@ def _train(job: Job, recipe: Recipe, writer: RunWriter, began: float) -> End:
     if is_peer:
         recipe = as_peer(job.trainer, recipe)
     packtrain = build(recipe, console=Console(quiet=True), trainer_class=TimedPackTrainer)
+    assert isinstance(packtrain, TimedPackTrainer)
     trainer, dropped = build_peer(job.trainer, recipe, packtrain) if is_peer else (packtrain, 0)
     model = packtrain.model
     recorder = trainer.recorder = Recorder(

@@ -20,7 +20,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from packtrain.data.messages import REASONING, Chat
 from packtrain.data.offsets import Span
@@ -124,13 +124,10 @@ class ChatTemplate:
 
         chat, text = rendered.chat, rendered.text
         messages = [{k: v for k, v in _with_reasoning(message).items() if v is not None} for message in chat.messages]
-        (again,), (spans,) = render_jinja_template(
-            [messages],
-            tools=chat.tools,
-            chat_template=self.tokenizer.get_chat_template(None, chat.tools),
-            return_assistant_tokens_mask=True,
-            **self.tokenizer.special_tokens_map | chat.template_kwargs,
-        )
+        options: dict[str, Any] = self.tokenizer.special_tokens_map | chat.template_kwargs
+        options |= {"tools": chat.tools, "chat_template": self.tokenizer.get_chat_template(None, chat.tools)}
+        rendered_again: Any = render_jinja_template([messages], return_assistant_tokens_mask=True, **options)
+        (again,), (spans,) = rendered_again
         bounds = [bound for span in spans for bound in span]
         if again != text or bounds != sorted(bounds) or (bounds and not 0 <= bounds[0] <= bounds[-1] <= len(text)):
             raise BadRow("what the chat template marks with {% generation %} cannot be located in the text it renders")
@@ -169,17 +166,17 @@ class ChatTemplate:
                 text = self._apply(Chat(messages=messages, prompt_messages=3, tools=[_PROBE_TOOL]))
             except BadRow:
                 continue
-            behind = text.partition(_PROBE[0]["content"])[2]
+            behind = text.partition(_QUESTION)[2]
             if "probed_place" in behind and not re.search(r"""\\"probed_|'probed_|None""", behind):
                 return form
         return _FORMS[0]
 
-    def _apply(self, chat: Chat, **options: object) -> str:
+    def _apply(self, chat: Chat, **options: Any) -> str:
         messages = [_with_reasoning(message) for message in chat.messages]
         try:
-            return self.tokenizer.apply_chat_template(
-                messages, tools=chat.tools, tokenize=False, **chat.template_kwargs, **options
-            )
+            options |= {"tools": chat.tools, "tokenize": False}
+            text: Any = self.tokenizer.apply_chat_template(messages, **chat.template_kwargs, **options)
+            return text
         except Exception as error:  # a template is foreign code: whatever it raises is about this row
             raise BadRow(f"the chat template failed: {type(error).__name__}: {error}") from None
 
@@ -253,7 +250,7 @@ class ChatTemplate:
     @cached_property
     def _header(self) -> str:
         """The generation prompt, as it follows a question; empty where that can't be told."""
-        question = Chat(messages=[{"role": "user", "content": "Where?"}], prompt_messages=1)
+        question = Chat(messages=[{"role": "user", "content": _QUESTION}], prompt_messages=1)
         try:
             without, prompted = self._apply(question), self._apply(question, add_generation_prompt=True)
         except BadRow:
@@ -355,8 +352,9 @@ _PROBE_TOOL = {
         },
     },
 }
-_PROBE = [
-    {"role": "user", "content": "Where?"},
+_QUESTION = "Where?"
+_PROBE: list[dict[str, Any]] = [
+    {"role": "user", "content": _QUESTION},
     {
         "role": "assistant",
         "tool_calls": [

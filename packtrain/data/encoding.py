@@ -352,7 +352,7 @@ class Encoder:
         for lost in rendered.lost:
             learnt = not (self.completion_only and lost.message is not None and lost.message < chat.prompt_messages)
             learnt &= chat.switches.get(lost.message, 1) != 0
-            if lost.kind == "reasoning" and (lost.message < last_question or not learnt):
+            if lost.kind == "reasoning" and (not learnt or (lost.message or 0) < last_question):
                 remarks.append("the chat template leaves out the reasoning of earlier turns")
             elif self.on_lost_content == "error":
                 raise BadRow(describe_lost(chat, lost) + "; `data.on_lost_content: warn` trains without it")

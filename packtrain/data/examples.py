@@ -1,7 +1,7 @@
 """Rows -> examples: tokenise once, then read token ids and labels of any examples in one call.
 
     rows = open_rows("train.jsonl")
-    examples = build_examples(rows, tokenizer, max_length=2048, overflow="truncate")     # or a recipe's: load_examples
+    examples = build_examples(rows, tokenizer, max_length=2048, overflow="truncate")     # or a recipe's: prepare_examples
     examples.lengths                        # int32 [n]: all that a plan needs
     ids, labels = examples.gather([3, 1])   # int64 [L3 + L1]: two documents, end to end
 
@@ -27,7 +27,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -49,10 +49,47 @@ if TYPE_CHECKING:
 _HELD_OUT = 0x68656C64  # "held": keeps this draw apart from others of the same seed
 
 
+class AnyExamples(Protocol):
+    """What plans, collators and trainers ask of examples: `Examples`, or an objective's that are laid out otherwise."""
+
+    @property
+    def lengths(self) -> np.ndarray: ...
+
+    @property
+    def supervised(self) -> np.ndarray: ...
+
+    @property
+    def rows(self) -> np.ndarray: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def report(self) -> DataReport: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, example_id: int, /) -> dict[str, np.ndarray]: ...
+
+    def gather(
+        self,
+        example_ids: Sequence[int] | np.ndarray,
+        starts: np.ndarray | None = None,
+        stops: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]: ...
+
+    def factors(
+        self,
+        example_ids: Sequence[int] | np.ndarray,
+        starts: np.ndarray | None = None,
+        stops: np.ndarray | None = None,
+    ) -> np.ndarray | None: ...
+
+
 class Examples:
     """Token ids and labels of examples, numbered 0 to n-1.
 
-    Made by `load_examples`, `find_examples`, `build_examples` or `Examples.from_dataset`. A pickle holds paths and the
+    Made by `prepare_examples`, `find_examples`, `build_examples` or `Examples.from_dataset`. A pickle holds paths and the
     view, no tokens: a data loader's worker maps the same files.
 
     Attributes:
@@ -116,7 +153,7 @@ class Examples:
             return self._documents.fingerprint
         digest = hashlib.sha256(self._documents.fingerprint.encode())
         for array in (self.rows, self._view.starts, self.lengths):
-            digest.update(np.ascontiguousarray(array, dtype="<i8"))
+            digest.update(np.ascontiguousarray(array, dtype="<i8").data)
         return digest.hexdigest()
 
     def __len__(self) -> int:
@@ -242,7 +279,7 @@ class Examples:
         return cls(documents, *chosen)
 
 
-def load_examples(
+def prepare_examples(
     section: DataSection,
     rows: Rows,
     tokenizer: PreTrainedTokenizerBase,
@@ -294,7 +331,7 @@ def _open_evaluation(section: DataSection, seed: int) -> Rows:
 
 
 def find_examples(section: DataSection, tokenizer_key: str, *, seed: int) -> tuple[Examples | None, str]:
-    """Finds a recipe's training examples (without those held out) as `load_examples` tokenised them before.
+    """Finds a recipe's training examples (without those held out) as `prepare_examples` tokenised them before.
 
     Reads no rows and loads no tokenizer. Local files must have the size and time they had then; a Hub dataset is taken to
     be unchanged.
@@ -303,9 +340,9 @@ def find_examples(section: DataSection, tokenizer_key: str, *, seed: int) -> tup
         The examples and "", or None and why there are none.
 
     Raises:
-        DataError: as `load_examples`, for what can be known without tokenising.
+        DataError: as `prepare_examples`, for what can be known without tokenising.
     """
-    source = dict(name=section.name, split=section.split, num_rows=section.num_rows, seed=seed)
+    source: dict[str, Any] = dict(name=section.name, split=section.split, num_rows=section.num_rows, seed=seed)
     options = section.model_dump(include=_CHOICES)
     documents = store.recall(
         _request(describe_request(section.path, **source), tokenizer_key, options),
@@ -365,7 +402,7 @@ def build_examples(
     Raises:
         DataError: with file and row, or key and value, and the fix.
     """
-    options = dict(
+    options: dict[str, Any] = dict(
         format=format,
         completion_only_loss=completion_only_loss,
         assistant_only_loss=assistant_only_loss,

@@ -18,6 +18,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from packtrain.data.report import BadRow
 from packtrain.errors import shorten
@@ -60,10 +61,10 @@ class Chat:
         unknown: names of keys that look like a switch and are none.
     """
 
-    messages: list[dict[str, object]]
+    messages: list[dict[str, Any]]
     prompt_messages: int
-    tools: list[object] | None = None
-    template_kwargs: dict[str, object] = field(default_factory=dict)
+    tools: list[Any] | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
     switches: dict[int, float] = field(default_factory=dict)
     names: list[str] = field(default_factory=list)
     unknown: tuple[str, ...] = ()
@@ -73,13 +74,13 @@ class Chat:
 class Message:
     """One message in the common form, with its switch (None where it has none)."""
 
-    body: dict[str, object]
+    body: dict[str, Any]
     where: str
     switch: float | None = None
     unknown: tuple[str, ...] = ()
 
 
-def read_messages(row: Mapping[str, object], column: str, roles: Mapping[str, str]) -> list[Message]:
+def read_messages(row: Mapping[str, Any], column: str, roles: Mapping[str, str]) -> list[Message]:
     """Reads a column of messages, OpenAI's (`role`, `content`) or ShareGPT's (`from`, `value`).
 
     Args:
@@ -104,8 +105,8 @@ def make_chat(
     messages: list[Message],
     *,
     prompt_messages: int | None = None,
-    tools: list[object] | None = None,
-    template_kwargs: dict[str, object] | None = None,
+    tools: list[Any] | None = None,
+    template_kwargs: dict[str, Any] | None = None,
 ) -> Chat:
     """Makes a conversation; by default its last message is the completion."""
     return Chat(
@@ -124,7 +125,7 @@ def make_message(role: str, content: str, where: str) -> Message:
     return Message(body={"role": role, "content": content}, where=where)
 
 
-def read_tools(row: Mapping[str, object]) -> list[object] | None:
+def read_tools(row: Mapping[str, Any]) -> list[Any] | None:
     """Reads the tools of a row: `tools`, or `functions` in OpenAI's earlier form; lists, also as JSON text."""
     for column in ("tools", "functions"):
         tools = row.get(column)
@@ -142,14 +143,14 @@ def read_tools(row: Mapping[str, object]) -> list[object] | None:
     return None
 
 
-def without_nulls(value: object) -> object:
+def without_nulls(value: Any) -> Any:
     """Leaves out keys without a value: tables fill in those that only other rows have."""
     if isinstance(value, dict):
         return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
-def read_json(text: str, where: str) -> object:
+def read_json(text: str, where: str) -> Any:
     """Reads JSON text of a row."""
     try:
         return json.loads(text)
@@ -157,7 +158,7 @@ def read_json(text: str, where: str) -> object:
         raise BadRow(f"{where} is not valid JSON: {getattr(error, 'msg', 'nested too deeply')}") from None
 
 
-def _read_message(given: dict[str, object], where: str, roles: Mapping[str, str]) -> Message:
+def _read_message(given: dict[str, Any], where: str, roles: Mapping[str, str]) -> Message:
     given = {key: value for key, value in given.items() if value is not None}
     sharegpt = "from" in given and "role" not in given
     speaker = given.get("from" if sharegpt else "role")
@@ -187,7 +188,7 @@ def _read_message(given: dict[str, object], where: str, roles: Mapping[str, str]
         raise BadRow(f'{where} has no content (a message that says nothing has the content "")')
     if content is not None and not isinstance(content, str):
         raise BadRow(f"the content of {where} is {kind_of(content)}, not text: {shorten(content, 40)}")
-    if role in ("user", "assistant") and not calls and not content.strip():
+    if role in ("user", "assistant") and not calls and not (content or "").strip():
         raise BadRow(f"the content of {where} is empty")
     body.pop("content", None)
     body |= {} if content is None else {"content": content}
@@ -201,7 +202,7 @@ def _read_message(given: dict[str, object], where: str, roles: Mapping[str, str]
     return Message(body=body, where=where, switch=next(iter(switches.values()), None), unknown=unknown)
 
 
-def _read_switch(value: object, what: str, key: str) -> float:
+def _read_switch(value: Any, what: str, key: str) -> float:
     """Reads a switch: true, false, 0 or 1; a `weight` may be any factor from 0 on."""
     if not isinstance(value, bool | int | float) or not math.isfinite(value) or value < 0:
         raise BadRow(f"{what} is {shorten(value, 40)}, which is not true, false or a number from 0 on")
@@ -210,7 +211,7 @@ def _read_switch(value: object, what: str, key: str) -> float:
     return float(value)
 
 
-def _read_call(call: object, where: str) -> dict[str, object]:
+def _read_call(call: Any, where: str) -> dict[str, Any]:
     """Reads a tool call into OpenAI's form, with the arguments as an object."""
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
@@ -225,22 +226,22 @@ def _read_call(call: object, where: str) -> dict[str, object]:
     return {"type": "function"} | outer | {"function": found}
 
 
-def _calls_in_text(content: object, where: str) -> list[object]:
+def _calls_in_text(content: Any, where: str) -> list[Any]:
     """Reads the tool call, or the list of them, that is the whole content of a message."""
     if isinstance(content, str):
         content = read_json(content, f"the tool call of {where}")
     return content if isinstance(content, list) else [content]
 
 
-def _join_parts(parts: list[object], where: str) -> str:
+def _join_parts(parts: list[Any], where: str) -> str:
     """Joins `[{"type": "text", "text": ...}, ...]` to text; pictures and sound are refused."""
-    texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in parts]
-    if not all(isinstance(text, str) for text in texts):
+    texts = [part["text"] for part in parts if isinstance(part, dict) and part.get("type") == "text" and "text" in part]
+    if len(texts) < len(parts) or not all(isinstance(text, str) for text in texts):
         raise BadRow(f"the content of {where} has parts that are not text: {shorten(parts, 40)}")
     return "".join(texts)
 
 
-def kind_of(value: object) -> str:
+def kind_of(value: Any) -> str:
     """Names the kind of a JSON value, for messages."""
     if isinstance(value, bool):
         return "a boolean"

@@ -68,6 +68,7 @@ def select(
     if long.size and overflow == "error":
         raise _too_long(documents, long, limit, where)
     pieces = _cut(documents, long, limit, overflow)
+    assert pieces.rows is not None, "pieces name their rows"
     hopeless = np.setdiff1d(long, pieces.rows) if overflow != "drop" else long[:0]
     reason = f"no supervised token is left after truncation to max_length={limit}"
     problems = sorted([*documents.problems, *((row, reason) for row in hopeless.tolist())])

@@ -125,7 +125,7 @@ def trend_row(row: dict[str, object]) -> dict[str, object]:
     {'text': 'Mia has 12 coins. Mia loses 5.', 'label': 'fewer'}
     """
     story = str(row["prompt"])[: str(row["prompt"]).rindex(" How many ")]
-    first, last = int(_NUMBER.search(story)[0]), int(_FINAL.search(str(row["completion"]))[1])
+    first, last = int(_NUMBER.findall(story)[0]), int(_FINAL.findall(str(row["completion"]))[0])
     return {"text": story, "label": "more" if last > first else "fewer" if last < first else "same"}
 
 
@@ -137,8 +137,8 @@ def check_answer(row: dict[str, object], text: str) -> bool:
 
     Only the first `#### number` counts; what follows it is no longer the answer.
     """
-    right, given = _FINAL.search(str(row["completion"])), _FINAL.search(text)
-    return given is not None and int(given[1]) == int(right[1])
+    right, given = _FINAL.findall(str(row["completion"])), _FINAL.search(text)
+    return given is not None and int(given[1]) == int(right[0])
 
 
 def _number_of_steps(percentile: int) -> int:

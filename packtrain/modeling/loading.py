@@ -78,12 +78,14 @@ def load_config(
 
 
 def _config_from_scratch(given: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedConfig:
-    model_type = given.get("model_type")
+    model_type = str(given.get("model_type"))
     if model_type not in CONFIG_MAPPING:
-        near = did_you_mean(str(model_type), CONFIG_MAPPING)
+        near = did_you_mean(model_type, CONFIG_MAPPING)
         fix = f"did you mean {near}?" if near else "name an architecture of transformers, for example llama"
-        raise ModelError("is not an architecture", key="model.config.model_type", value=model_type, fix=fix)
-    of_tokenizer = {}
+        raise ModelError(
+            "is not an architecture", key="model.config.model_type", value=given.get("model_type"), fix=fix
+        )
+    of_tokenizer: dict[str, Any] = {}
     if tokenizer is not None:
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
         of_tokenizer = {"vocab_size": len(tokenizer), **{name: getattr(tokenizer, name) for name in names}}
@@ -183,7 +185,8 @@ def has_class(config: PreTrainedConfig, auto_class: str = "AutoModelForCausalLM"
 
 def weights_dtype(section: ModelSection, config: PreTrainedConfig) -> torch.dtype:
     """Returns the dtype that `load_model` gives the weights."""
-    return (config.dtype or torch.float32) if section.dtype == "auto" else getattr(torch, section.dtype)
+    named = config.dtype if section.dtype == "auto" else section.dtype
+    return getattr(torch, named) if isinstance(named, str) else named or torch.float32
 
 
 def _from_scratch(auto: Any, config: PreTrainedConfig, **how: Any) -> PreTrainedModel:
@@ -215,8 +218,9 @@ def add_lora(model: PreTrainedModel, lora: dict[str, Any], *, gradient_checkpoin
     """
     from peft import LoraConfig, get_peft_model  # slow to import, and not every run has an adapter
 
+    settings: dict[str, Any] = {"task_type": "CAUSAL_LM", **lora}
     try:
-        adapted = get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM", **lora}))
+        adapted = get_peft_model(model, LoraConfig(**settings))
     except Exception as error:  # also of regular expressions and indices that peft does not check
         fix = None
         if "target modules" in str(error).lower():

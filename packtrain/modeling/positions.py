@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import nn
+from transformers import PreTrainedModel
 
 from packtrain.errors import ModelError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 TABLES = ("wpe", "position_embeddings", "embed_positions")  # of learnt positions
 
@@ -21,7 +27,7 @@ def position_start(model: nn.Module) -> int:
     return 0
 
 
-def check_positions(model: nn.Module, longest: int) -> str | None:
+def check_positions(model: PreTrainedModel | PeftModel, longest: int) -> str | None:
     """Checks that a document of `longest` tokens has positions in the model; says so where they were never trained.
 
     Raises:

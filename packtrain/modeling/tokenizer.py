@@ -12,6 +12,7 @@ import logging
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -91,12 +92,13 @@ def load_tokenizer(section: ModelSection, corpus: Iterable[str] = ()) -> PreTrai
     name = section.tokenizer_name_or_path or section.model_name_or_path
     if name is None:
         assert section.tokenizer_vocab_size is not None, "a tokenizer is either named or trained"
-        tokenizer = train_bpe(corpus, section.tokenizer_vocab_size)
+        tokenizer: PreTrainedTokenizerBase = train_bpe(corpus, section.tokenizer_vocab_size)
     else:
         revision, trust = (section.revision, section.trust_remote_code) if own else (None, False)
         warn_of_code(name, revision, trust)
         with explained("model.tokenizer_name_or_path", name, revision):
-            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust)
+            auto: Any = AutoTokenizer  # which says that it may return None
+            tokenizer = auto.from_pretrained(name, revision=revision, trust_remote_code=trust)
     if section.chat_template is not None:
         try:
             tokenizer.chat_template = Path(section.chat_template).read_text(encoding="utf-8")

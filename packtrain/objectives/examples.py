@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -47,12 +48,12 @@ class DerivedExamples(ABC):
 
     @abstractmethod
     def gather(
-        self, example_ids: np.ndarray, starts: np.ndarray | None = None, stops: np.ndarray | None = None
+        self, example_ids: Sequence[int] | np.ndarray, starts: np.ndarray | None = None, stops: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Returns documents end to end, as `Examples.gather`."""
 
     def factors(
-        self, example_ids: np.ndarray, starts: np.ndarray | None = None, stops: np.ndarray | None = None
+        self, example_ids: Sequence[int] | np.ndarray, starts: np.ndarray | None = None, stops: np.ndarray | None = None
     ) -> None:
         """Returns None: every factor is 1, as `load_task` sees to."""
         return None

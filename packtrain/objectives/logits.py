@@ -68,7 +68,8 @@ def head_outputs_at(
 
 def output_head(model: nn.Module) -> nn.Module:
     """Returns the module that maps hidden states to logits. Raises ModelError when the model names none."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if find is not None else None
     if head is None:
         raise ModelError(
             "the model has no output embeddings, so it is not a causal language model packtrain can train",
@@ -106,12 +107,14 @@ def _model_inputs(model: nn.Module, batch: Mapping[str, object]) -> dict[str, ob
 def _innermost(model: nn.Module) -> nn.Module:
     """Returns the transformers model under torch.compile, peft, DDP and DeepSpeed wrappers, whose signature counts."""
     while True:
-        if isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod
-        elif hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        elif isinstance(getattr(model, "module", None), nn.Module):
-            model = model.module
+        compiled, adapted = getattr(model, "_orig_mod", None), getattr(model, "get_base_model", None)
+        wrapped = getattr(model, "module", None)
+        if isinstance(compiled, nn.Module):
+            model = compiled
+        elif adapted is not None:
+            model = adapted()
+        elif isinstance(wrapped, nn.Module):
+            model = wrapped
         else:
             return model
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from packtrain.data.examples import Examples
+    from packtrain.data.examples import AnyExamples, Examples
     from packtrain.packing.collator import PackCollator
     from packtrain.packing.strategies import Strategy
 
@@ -151,8 +151,8 @@ class Task:
     """
 
     tokenizer: PreTrainedTokenizerBase
-    train: Examples
-    held_out: Examples | None
+    train: AnyExamples
+    held_out: AnyExamples | None
     loss: Loss
     make_collator: Callable[..., PackCollator]
     prepare: Callable[[PreTrainedModel], Prepared] = unchanged

@@ -11,9 +11,9 @@ layout: a flat row holds many documents, and each is scored at its own last toke
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import numpy as np
 
@@ -57,7 +57,7 @@ class SequenceClassification(Objective):
     """Number of classes. Default: as many as the training rows have."""
 
     def logits(self, config: PreTrainedConfig) -> int:
-        return config.num_labels
+        return cast(int, config.num_labels)
 
     def task(
         self, tokenizer: PreTrainedTokenizerBase, train: Examples, held_out: Examples | None, *, seed: int
@@ -107,7 +107,7 @@ class ClassifiedExamples(DerivedExamples):
         self.examples, self.classes, self.column = examples, classes, column
         self.lengths = examples.lengths
         self.supervised = np.ones(len(examples), dtype=np.int32)
-        digest = hashlib.sha256(np.ascontiguousarray(classes, dtype="<i8")).hexdigest()
+        digest = hashlib.sha256(np.ascontiguousarray(classes, dtype="<i8").data).hexdigest()
         self.fingerprint = f"{examples.fingerprint} classes {digest}"
 
     @property
@@ -118,7 +118,7 @@ class ClassifiedExamples(DerivedExamples):
         return replace(self.examples.report, supervised_tokens=len(self), notes=(*notes, note))
 
     def gather(
-        self, example_ids: np.ndarray, starts: np.ndarray | None = None, stops: np.ndarray | None = None
+        self, example_ids: Sequence[int] | np.ndarray, starts: np.ndarray | None = None, stops: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Returns documents end to end, as `Examples.gather`; always whole ones."""
         ids = np.asarray(example_ids, dtype=np.int64)
@@ -162,12 +162,13 @@ def _names(named: list[str | int], count: int | None, column: str) -> list[str |
     if len(kinds) > 1:
         what, fix = f"'{column}' is text in some rows and a number in others", "write every class the same way"
         raise DataError(what, key="objective.label_column", value=column, fix=fix)
-    if kinds == {int}:
-        if min(named) < 0:
-            raise DataError("class numbers must be 0 or greater", key="objective.label_column", value=min(named))
-        names: list[str | int] = list(range(max(count or 0, max(named) + 1)))
+    numbers = [name for name in named if isinstance(name, int)]
+    if numbers:
+        if min(numbers) < 0:
+            raise DataError("class numbers must be 0 or greater", key="objective.label_column", value=min(numbers))
+        names: list[str | int] = list(range(max(count or 0, max(numbers) + 1)))
     else:
-        names = sorted(set(named))
+        names = sorted(set(named), key=str)
     if count is not None and len(names) != count:
         what = f"the training rows have {len(names)} classes"
         raise DataError(what, key="objective.num_labels", value=count, fix="leave it out, or correct it")
@@ -181,7 +182,8 @@ def _numbered(named: list[str | int], names: list[str | int], examples: Examples
     for row, name in zip(examples.rows.tolist(), named, strict=True):
         if name not in numbers:
             what, fix = f"no training row has this class in '{column}'", f"known: {', '.join(map(str, names))}"
-            raise DataError(what, where=examples.source.where(row), key="objective.label_column", value=name, fix=fix)
+            where = examples.source.where(row) if examples.source is not None else f"row {row}"
+            raise DataError(what, where=where, key="objective.label_column", value=name, fix=fix)
     return np.array([numbers[name] for name in named], dtype=np.int64)
 
 
@@ -213,7 +215,8 @@ def classification_losses(
 
 def classification_head(model: torch.nn.Module) -> torch.nn.Module:
     """Returns the module that scores every token. Raises ModelError for a model that pools before its head (BERT)."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inside = getattr(model, "get_base_model", None)
+    inner: Any = inside() if inside is not None else model
     if not hasattr(inner, "score"):
         what = "pools its hidden states before its head, so packed documents cannot be separated there"
         fix = "use a decoder (Llama, Qwen, Gemma, GPT-2 ...)"
@@ -225,6 +228,7 @@ def accuracy(losses: TokenLosses, batch: Mapping[str, torch.Tensor]) -> dict[str
     """Returns `{"accuracy": [correct examples, examples]}`, float64."""
     import torch
 
+    assert losses.correct is not None
     return {
         "accuracy": torch.stack([losses.correct.sum().double(), losses.index.new_tensor(len(losses.index)).double()])
     }

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
 from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 
 from packtrain.errors import ModelError
-from packtrain.objectives.masked_diffusion.tails import Tail
+from packtrain.objectives.masked_diffusion.tails import Kind, Tail
 
 PAD_NAME, MASK_NAME = "<|tail_{}|>", "<|mask|>"
 COUNTS = {"none": 0, "eos": 0, "single": 1}
@@ -42,7 +42,7 @@ class TailTokens:
 def find_tail_tokens(
     tokenizer: PreTrainedTokenizerBase,
     *,
-    kind: str,
+    kind: Kind,
     count: int = 7,
     reserved: Sequence[str] | None = None,
     mask_token: str | None = None,
@@ -139,7 +139,7 @@ def _id(tokenizer: PreTrainedTokenizerBase, name: str, key: str) -> int:
 
 
 @torch.no_grad()
-def _start_rows(layer: nn.Module, known: int, fresh: list[int]) -> None:
+def _start_rows(layer: Any, known: int, fresh: list[int]) -> None:
     """Sets rows `fresh` of an embedding or a head from the first `known` rows that are not among them."""
     weight = layer.weight
     kept = torch.ones(known, dtype=torch.bool, device=weight.device)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from packtrain.data.examples import Examples, find_examples, load_examples
+from packtrain.data.examples import AnyExamples, Examples, find_examples, prepare_examples
 from packtrain.data.formats import Reading
 from packtrain.data.sources import open_rows, texts
 from packtrain.data.store import tokenizer_key
@@ -30,7 +30,7 @@ def load_task(recipe: Recipe) -> Task:
     rows = open_rows(data.path, name=data.name, split=data.split, num_rows=data.num_rows, seed=seed)
     reading = Reading(roles=data.roles or {}, columns=data.columns or {})
     tokenizer = load_tokenizer(recipe.model, corpus=texts(rows, data.format, reading))
-    train, held_out = load_examples(
+    train, held_out = prepare_examples(
         data,
         rows,
         tokenizer,
@@ -43,6 +43,33 @@ def load_task(recipe: Recipe) -> Task:
         fix = "give messages the weight 0 or 1, or choose the objective `causal_lm`"
         raise DataError(what, key="objective.name", value=objective.name, fix=fix)
     return objective.task(tokenizer, train, held_out, seed=seed)
+
+
+def load_examples(recipe: Recipe) -> tuple[AnyExamples, AnyExamples | None]:
+    """Returns the examples that `train` trains and evaluates on, for a training loop of your own: (training, held out).
+
+    Rows are tokenised once and stored; a second call finds them. Held out is None where the recipe has none of
+    `data.eval_size`, `data.eval_path` and `data.eval_split`.
+
+        >>> import packtrain
+        >>> train, held_out = packtrain.load_examples(packtrain.load_recipe("quickstart", ["num_rows=40", "eval_size=4"]))
+        >>> len(train), len(held_out)
+        (36, 4)
+        >>> sorted(train[0])
+        ['input_ids', 'labels']
+        >>> plan = packtrain.make_plan(train.lengths, strategy="balanced", examples_per_step=8)
+
+    Returns:
+        Both are sequences of `{"input_ids": int64 [L], "labels": int64 [L]}`, NumPy arrays; labels are not shifted, and
+        -100 where a token is not supervised, as the first of an example. `lengths` and `supervised` (int `[n]`) count
+        tokens of each; `gather(ids)` reads several, end to end.
+
+    Raises:
+        DataError: rows that can't be read or trained on, with file and row, or key and value, and the fix.
+        ModelError: no tokenizer, or one without a chat template that the rows need.
+    """
+    task = load_task(recipe)
+    return task.train, task.held_out
 
 
 def find_training_examples(recipe: Recipe) -> tuple[Examples | None, str]:

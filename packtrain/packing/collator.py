@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
+from packtrain.data.examples import AnyExamples
 from packtrain.data.formats import IGNORED
 from packtrain.data.tokenised import read_row
 from packtrain.errors import DataError, PlanError
@@ -235,7 +236,7 @@ class PackCollator:
         factors: np.ndarray | None = None,
     ) -> Batch:
         """Makes a batch from documents end to end; arguments as `collate_flat`."""
-        options = {
+        options: dict[str, Any] = {
             "supervised": supervised, "factors": factors,
             "loss_weighting": self.loss_weighting, "position_start": self.position_start,
         }  # fmt: skip
@@ -264,7 +265,7 @@ class MicroBatches(Dataset):
     (float32 `[T]`, or None) and `supervised`, int32 `[n]`.
     """
 
-    def __init__(self, examples: Any, collator: PackCollator):
+    def __init__(self, examples: AnyExamples, collator: PackCollator):
         self.examples, self.collator = examples, collator
 
     def at_epoch(self, epoch: int) -> MicroBatches:

@@ -38,7 +38,7 @@ class Cost:
         if not (np.isfinite([self.linear, self.quadratic]).all() and self.linear > 0 and self.quadratic >= 0):
             raise PlanError("a cost needs linear > 0 and quadratic >= 0", value=(self.linear, self.quadratic))
 
-    def __call__(self, lengths: np.ndarray) -> np.ndarray:
+    def __call__(self, lengths: np.ndarray | int) -> np.ndarray:
         """Returns the float64 cost of each length."""
         lengths = np.asarray(lengths, dtype=np.float64)
         return lengths * (self.linear + self.quadratic * lengths)
@@ -127,12 +127,16 @@ def _config_at_hand(section: ModelSection) -> dict[str, Any]:
     """Returns the fields of the config as far as they are known without the Hub and without importing transformers."""
     if section.config is not None:
         return section.config
-    path: Any = Path(section.model_name_or_path, "config.json")
+    name = section.model_name_or_path or ""
+    path = Path(name, "config.json")
     if not path.parent.is_dir():
         from huggingface_hub import try_to_load_from_cache
 
-        path = try_to_load_from_cache(section.model_name_or_path, "config.json", revision=section.revision)
+        cached = try_to_load_from_cache(name, "config.json", revision=section.revision)
+        if not isinstance(cached, str):
+            return {}
+        path = Path(cached)
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):  # TypeError: not in the cache
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return {}

@@ -138,6 +138,7 @@ class _CuttingStock:
                 if times:
                     fixed.append((column, times))
                     demand -= column.astype(np.int64) * times
+        assert best is not None, "the first dive is better than none"
         return self._patterns(*best)
 
     def _finish(self, demand: np.ndarray) -> Patterns:
@@ -188,7 +189,9 @@ class _CuttingStock:
 
     def _add(self, found: np.ndarray) -> int:
         """Keeps the patterns not known yet; returns how many those were."""
-        new = [column for column in found if (key := column.tobytes()) not in self.known and not self.known.add(key)]
+        unknown = {key: column for column in found if (key := column.tobytes()) not in self.known}
+        self.known |= unknown.keys()
+        new = list(unknown.values())
         if new:
             self.columns = np.concatenate([self.columns, new])
         return len(new)

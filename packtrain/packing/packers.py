@@ -18,6 +18,9 @@ import numpy as np
 
 from packtrain.packing.packs import Patterns
 
+Row = tuple[int, int, int, int, int]  # of a `_Tree`
+Run = tuple[int, int, int, int]  # node, offset, packs, documents
+
 
 def best_fit_decreasing(counts: np.ndarray, capacity: int, max_documents: int | None = None) -> Patterns:
     """Packs a histogram by best-fit decreasing: each document into the fullest pack that still takes it.
@@ -32,11 +35,11 @@ def best_fit_decreasing(counts: np.ndarray, capacity: int, max_documents: int | 
     return _patterns(*_place(lengths, counts[lengths], capacity, limit))
 
 
-def _place(lengths: np.ndarray, numbers: np.ndarray, capacity: int, limit: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the rows of a `_Tree`, int64 `[N, 5]`, and the final runs (node, offset, packs, documents), `[M, 4]`."""
+def _place(lengths: np.ndarray, numbers: np.ndarray, capacity: int, limit: int) -> tuple[list[Row], list[Run]]:
+    """Returns the rows of a `_Tree` and the final runs."""
     tree = _Tree()
-    open_runs: list[list[tuple[int, int, int, int]]] = [[] for _ in range(capacity + 1)]  # by tokens left
-    closed: list[tuple[int, int, int, int]] = []  # runs at the document limit
+    open_runs: list[list[Run]] = [[] for _ in range(capacity + 1)]  # by tokens left
+    closed: list[Run] = []  # runs at the document limit
     occupied = 0  # bit r is set when open_runs[r] is not empty
     for length, left in zip(lengths.tolist(), numbers.tolist(), strict=True):
         rank = 0
@@ -129,7 +132,7 @@ class _Tree:
     each pack of a run, which are packs `offset...` of the parent node's run"."""
 
     def __init__(self):
-        self.rows: list[tuple[int, int, int, int, int]] = []
+        self.rows: list[Row] = []
 
     def add(self, parent: int, offset: int, length: int, number: int, first: int) -> int:
         self.rows.append((parent, offset, length, number, first))

@@ -34,11 +34,13 @@ class ListedPacks(Sequence):
     offsets: np.ndarray
 
     @classmethod
-    def of(cls, packs: Iterable[Sequence[int]]) -> ListedPacks:
-        packs = [np.asarray(pack) for pack in packs if len(pack)]
-        offsets = np.cumsum([0, *map(len, packs)], dtype=np.int64)
+    def of(cls, packs: Iterable[Sequence[int] | np.ndarray]) -> ListedPacks:
+        arrays = [np.asarray(pack) for pack in packs if len(pack)]
+        offsets = np.cumsum([0, *map(len, arrays)], dtype=np.int64)
         return cls(
-            items=np.concatenate(packs).astype(np.int64, casting="same_kind") if offsets[-1] else np.zeros(0, np.int64),
+            items=np.concatenate(arrays).astype(np.int64, casting="same_kind")
+            if offsets[-1]
+            else np.zeros(0, np.int64),
             offsets=offsets,
         )
 

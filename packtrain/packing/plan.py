@@ -17,7 +17,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -174,7 +174,7 @@ def make_plan(
     longest = _check_examples(lengths, max_tokens, max_length, rule)
     width = (max_length or longest) if rule.padded_to == "max_length" else longest
     cost = cost or Cost()
-    common = {
+    common: dict[str, Any] = {
         "lengths": lengths,
         "strategy": rule,
         "name": strategy,
@@ -196,7 +196,7 @@ def make_plan(
         scope = EpochScope.of(**common, packs_per_step=packs_per_step, examples_per_step=examples_per_step)
     epoch_starts, total_steps = _schedule(scope, num_epochs, max_steps)
 
-    if rule.scope == "epoch":
+    if isinstance(scope, EpochScope):
         needed = -(-scope.packs_per_step // world_size)
         if gradient_accumulation_steps == "auto":
             gradient_accumulation_steps = needed
@@ -208,7 +208,7 @@ def make_plan(
                 fix="leave it 'auto', or lower tokens_per_step",
             )
     else:
-        run = {
+        run: dict[str, Any] = {
             "examples_per_step": examples_per_step, "seed": scope.seed, "steps": total_steps, "ranks": world_size,
             "capacity": max_tokens, "width": width, "cost": cost, "equal_lengths": equal_lengths,
         }  # fmt: skip

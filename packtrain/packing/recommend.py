@@ -88,7 +88,7 @@ def recommend(
     if not modelled.keys() & set(PREFERRED):
         raise reason
     base = modelled.get(REFERENCE, next(iter(modelled.values()))).cost
-    modelled = {name: Modelled(**vars(found) | {"cost": found.cost / base}) for name, found in modelled.items()}
+    modelled = {name: replace(found, cost=found.cost / base) for name, found in modelled.items()}
     competing = [modelled[name] for name in PREFERRED if name in modelled]
     cheapest = min(found.cost for found in competing)
     chosen = next(found for found in competing if found.cost <= cheapest * (1 + TIE))

@@ -15,7 +15,7 @@ import numpy as np
 
 from packtrain.packing.accumulation import micro_batch_tokens
 from packtrain.packing.plan import MicroBatch, Plan
-from packtrain.packing.scopes import EMPTY_TOKENS
+from packtrain.packing.scopes import EMPTY_TOKENS, EpochScope
 
 SAMPLED_STEPS = 1000
 
@@ -93,7 +93,7 @@ def describe(plan: Plan, *, sampled_steps: int = SAMPLED_STEPS) -> PlanReport:
         costs = [_micro_batch_cost(own, size, plan) for own, size in zip(lengths, tokens, strict=True)]
         balance.add(np.array(costs).reshape(-1, plan.world_size))
         token_balance.add(np.array(tokens, dtype=np.float64).reshape(-1, plan.world_size))
-    packs = plan.scope.packs(0) if strategy.scope == "epoch" else []
+    packs = plan.scope.packs(0) if isinstance(plan.scope, EpochScope) else []
     spread = _mean_length_spread(np.array(real), np.array(examples), plan.lengths)
     return PlanReport(
         strategy=plan.strategy,
@@ -129,7 +129,7 @@ def _notes(plan: Plan, spread: float) -> Iterator[str]:
             "ranks are balanced, but their updates are not mixed as by a shuffle: "
             f"its mean length varies {spread:.1f} times as much"
         )
-    if plan.scope.strategy.scope == "epoch" and plan.scope.packs_per_step < plan.world_size:
+    if isinstance(plan.scope, EpochScope) and plan.scope.packs_per_step < plan.world_size:
         packs, ranks = plan.scope.packs_per_step, plan.world_size
         yield (
             f"an update is {packs} pack{'s' * (packs > 1)} of {plan.scope.max_tokens} tokens, fewer than the {ranks} ranks: "

@@ -160,6 +160,7 @@ class EpochScope:
         size, shuffle = self.packs_per_step, {"seed": self.seed, "epoch": epoch, "purpose": PACKS}
         if self.strategy.pack_order == "cost":  # neighbours in cost, the updates shuffled
             index = int(shuffled(self.steps_in_epoch(epoch), start=index, stop=index + 1, **shuffle)[0])
+            assert isinstance(packs, PatternPacks), "listed packs have no order of cost"
             numbers = packs.by_cost(self.cost)[index * size : (index + 1) * size]
         else:
             numbers = shuffled(len(packs), start=index * size, stop=(index + 1) * size, **shuffle)

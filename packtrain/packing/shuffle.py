@@ -60,7 +60,7 @@ def permute(index: np.ndarray, size: int | np.ndarray, key: int, stream: np.ndar
     Returns:
         int64 `[m]`, each in `[0, size)`.
     """
-    index = np.asarray(index)
+    index, sizes = np.asarray(index), np.asarray(size)
     # Only the low bits of a sum or product reach the low bits of the result: where the domain fits 32 bits, 32-bit
     # arithmetic gives the same answer, faster.
     word = np.uint32 if np.max(size, initial=0) <= 1 << 32 else np.uint64
@@ -68,7 +68,7 @@ def permute(index: np.ndarray, size: int | np.ndarray, key: int, stream: np.ndar
     result = np.empty(index.shape, dtype=np.int64)
     for start in range(0, len(index), BLOCK):
         block = slice(start, start + BLOCK)
-        last = np.asarray(size if np.ndim(size) == 0 else size[block]) - 1
+        last = (sizes if sizes.ndim == 0 else sizes[block]) - 1
         tweak = None if stream is None else (stream[block].astype(np.uint64) * np.uint64(_GOLDEN) >> _32).astype(word)
         result[block] = _permute_block(index[block].astype(word), last, keys, tweak)
     return result

@@ -85,7 +85,8 @@ class Stream:
             )
         self.rows, self.capacity, self.length_of = rows, capacity, length_of
         self.buffer, self.window, self.max_documents, self.world_size = buffer, window, max_documents, world_size
-        self._read, self._waiting = 0, []  # rows read so far; numbers of those among them that wait
+        self._read = 0  # rows so far
+        self._waiting: list[int] = []  # numbers of those among them that wait
 
     def state_dict(self) -> dict[str, Any]:
         """Returns where the stream stands, as of the last group: rows read, and the numbers of those that still wait."""
@@ -133,7 +134,8 @@ class Stream:
     def _resumed(self) -> Iterator[tuple[int, int, Any]]:
         """Yields (number, length, row) of those that wait, and of all that were not read yet."""
         first = min(self._waiting, default=self._read)
-        rows = self.rows.skip(first) if first and hasattr(self.rows, "skip") else islice(self.rows, first, None)
+        skip = getattr(self.rows, "skip", None)  # of datasets.IterableDataset
+        rows = skip(first) if first and skip is not None else islice(self.rows, first, None)
         again = set(self._waiting)
         for number, row in enumerate(rows, start=first):
             if number >= self._read or number in again:
@@ -216,8 +218,9 @@ class PackedStream(IterableDataset):
 
     def set_epoch(self, epoch: int) -> None:
         """Passes the epoch on to the rows, if they can be shuffled anew."""
-        if hasattr(self.stream.rows, "set_epoch"):
-            self.stream.rows.set_epoch(epoch)
+        set_epoch = getattr(self.stream.rows, "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(epoch)
 
     def state_dict(self) -> dict[str, Any]:
         return self.stream.state_dict()

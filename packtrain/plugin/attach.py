@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -38,18 +38,22 @@ from packtrain.training.loader import PlanLoader, loader_options, values_of_plan
 from packtrain.training.meters import Meter
 from packtrain.training.trainer import StepEnd
 
+if TYPE_CHECKING:
+    import datasets
+
 logger = logging.getLogger(__name__)
+AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 
 
 def attach(
-    trainer: Trainer,
+    trainer: AnyTrainer,
     *,
     strategy: str = "balanced",
     max_tokens: int | None = None,
     attn_implementation: str = "auto",
     allow_contamination: bool = False,
     allow_differences: bool = False,
-) -> Trainer:
+) -> AnyTrainer:
     """Gives `trainer` packtrain's layout of its training batches, and returns it.
 
     A step-scope strategy (`balanced`, `padding_free`, `group_by_length`, ...) keeps the examples of every update, so
@@ -81,7 +85,7 @@ def attach(
         pad_token_id=_pad_token_id(trainer),
         padded_to=rule.padded_to,
         max_length=int(examples.lengths.max()),
-        position_start=position_start(trainer.model),
+        position_start=position_start(trainer.accelerator.unwrap_model(trainer.model)),
     )
     batches = _ModelInputs(MicroBatches(examples, collator))
     changes = [f"{strategy} lays out the training batches"]
@@ -115,8 +119,9 @@ def attach(
             _take_todays_order(order, plan, max_tokens)
         return loader
 
-    trainer.get_train_dataloader = at_training
-    trainer.set_initial_training_values = lambda *given: values_of_plan(plan, before(*given))
+    ours_instead: Any = trainer  # methods of this one trainer
+    ours_instead.get_train_dataloader = at_training
+    ours_instead.set_initial_training_values = lambda *given: values_of_plan(plan, before(*given))
     trainer.add_callback(StepEnd(plan, Meter()))
     for ignored in without_effect(trainer, plan.layout, one_denominator=proof.one_denominator):
         logger.warning("packtrain: %s", ignored)
@@ -180,7 +185,7 @@ def _prepare_model(trainer: Trainer, layout: str, attn_implementation: str, allo
 
 def _examples(trainer: Trainer) -> Examples:
     try:
-        return Examples.from_dataset(trainer.train_dataset)
+        return Examples.from_dataset(cast("datasets.Dataset", trainer.train_dataset))  # see refuse_contradictions
     except DataError as error:
         if "on_bad_row" not in (error.fix or ""):  # of a recipe
             raise
@@ -204,7 +209,6 @@ class _ModelInputs(Dataset):
 
 def _pad_token_id(trainer: Trainer) -> int:
     """Returns the pad token of the tokenizer, else of the model, else 0: padding is masked by position and never learnt."""
-    for owner in (trainer.processing_class, trainer.accelerator.unwrap_model(trainer.model).config):
-        if getattr(owner, "pad_token_id", None) is not None:
-            return owner.pad_token_id
-    return 0
+    owners = (trainer.processing_class, trainer.accelerator.unwrap_model(trainer.model).config)
+    ids = (getattr(owner, "pad_token_id", None) for owner in owners)
+    return next((number for number in ids if number is not None), 0)

@@ -26,7 +26,8 @@ def refuse_contradictions(trainer: Trainer, strategy: str, max_tokens: int | Non
     if max_tokens is not None and (not isinstance(max_tokens, Integral) or max_tokens < 1):
         raise PacktrainError("must be a positive integer", key="max_tokens", value=max_tokens)
     _refuse_models(trainer)
-    args, data = trainer.args, trainer.train_dataset
+    args = trainer.args
+    data: Any = trainer.train_dataset
     if "get_train_dataloader" in vars(trainer):
         raise PacktrainError("is attached already", key="trainer", fix="call attach once")
     if getattr(args, "packing", False):
@@ -107,8 +108,9 @@ def without_effect(trainer: Trainer, layout: str, *, one_denominator: bool) -> I
         one_denominator: whether the trainer divides by the labels of an update, see `packtrain.plugin.proof.Answer`.
     """
     args = trainer.args
-    if isinstance(getattr(args, "pad_to_multiple_of", None), int):
-        yield f"pad_to_multiple_of={args.pad_to_multiple_of} applies to evaluation only"
+    multiple = getattr(args, "pad_to_multiple_of", None)  # of TRL
+    if isinstance(multiple, int):
+        yield f"pad_to_multiple_of={multiple} applies to evaluation only"
     for name in ("split_batches", "dispatch_batches"):
         if getattr(args.accelerator_config, name, False):
             yield f"accelerator_config.{name} applies to evaluation only: the plan deals micro-batches to ranks"

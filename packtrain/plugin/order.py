@@ -48,8 +48,9 @@ class TrainersOrder:
 
     def __call__(self, epoch: int) -> np.ndarray:
         if epoch != self._epoch:
-            if hasattr(self.sampler, "set_epoch"):
-                self.sampler.set_epoch(epoch)
+            set_epoch = getattr(self.sampler, "set_epoch", None)
+            if set_epoch is not None:
+                set_epoch(epoch)
             self._epoch, self._order = epoch, np.fromiter(self.sampler, dtype=np.int64)
         return self._order
 
@@ -80,6 +81,7 @@ def plan_attached(
         cost=_cost(trainer),
     )
     if rule.scope == "epoch":
+        assert max_tokens is not None, "refused before"
         return make_plan(examples.lengths, max_tokens=max_tokens, **settings)
     order.check()
     micro_steps = args.gradient_accumulation_steps

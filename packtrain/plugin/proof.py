@@ -72,7 +72,7 @@ def its_own_batch(loader: DataLoader, documents: MicroBatch) -> dict[str, Any]:
 
 def ask(trainer: Trainer, batch: dict[str, Any], dtype: torch.dtype) -> Answer:
     """Computes the trainer's loss of a batch in evaluation mode and in `dtype`, and leaves no trace in the trainer."""
-    model = trainer.model
+    model: Any = trainer.model
     weight = next(model.parameters())
     device, lower = weight.device, dtype is not weight.dtype
     keys, mask = frozenset(batch), batch.get("attention_mask")
@@ -82,7 +82,8 @@ def ask(trainer: Trainer, batch: dict[str, Any], dtype: torch.dtype) -> Answer:
 
     def loss(denominator: torch.Tensor | int | None) -> float:
         with torch.no_grad(), torch.autocast(device.type, dtype=dtype, enabled=lower):
-            return float(trainer.compute_loss(model, dict(batch), num_items_in_batch=denominator))
+            found: Any = trainer.compute_loss(model, dict(batch), num_items_in_batch=denominator)
+            return float(found)
 
     training, metrics = model.training, copy.deepcopy(getattr(trainer, "_metrics", None))  # TRL's, logged as means
     model.eval()
@@ -92,7 +93,7 @@ def ask(trainer: Trainer, batch: dict[str, Any], dtype: torch.dtype) -> Answer:
     finally:
         model.train(training)
         if metrics is not None:
-            trainer._metrics = metrics
+            setattr(trainer, "_metrics", metrics)  # noqa: B010 (no attribute of every Trainer)
     one_denominator = abs(halved - found / 2) < abs(halved - found)
     if items is not None:  # of all ranks, which take the same documents
         items = int(items) // (trainer.args.world_size if trainer.args.average_tokens_across_devices else 1)

@@ -1,7 +1,13 @@
 """Every key of a recipe with its type, default and meaning, read off the sections themselves.
 
-packtrain keys batching                  # for people
-packtrain keys --schema recipe.json      # a JSON schema, for editors
+packtrain keys batching                          # for people
+packtrain keys --schema recipe.schema.json       # a JSON schema, for editors
+
+An editor with the YAML language server checks and completes a recipe whose first line names the schema next to it:
+
+    # yaml-language-server: $schema=recipe.schema.json
+
+So do the recipes that come with packtrain, and those of `packtrain init`.
 """
 
 from __future__ import annotations
@@ -19,6 +25,7 @@ from packtrain.recipe.fields import describe
 from packtrain.recipe.reader import fields_of
 from packtrain.recipe.recipe import LIBRARY_SECTIONS, OWN_SECTIONS, SECTIONS, TRAINING_DEFAULTS
 
+SCHEMA_FILE = "recipe.schema.json"
 # pydantic leaves limits behind a validator as they are written.
 _LIMITS = {"gt": "exclusiveMinimum", "ge": "minimum", "lt": "exclusiveMaximum", "le": "maximum"}
 
@@ -58,7 +65,8 @@ def schema() -> dict[str, Any]:
     """Returns the JSON schema of a recipe, for editors that check and complete YAML."""
     sections: dict[str, Any] = {}
     for section in SECTIONS:
-        fields, known = fields_of(section), {key.name: key for key in keys_of(section)}
+        # of a key that several objectives have, what the first says
+        fields, known = fields_of(section), {key.name: key for key in reversed([*keys_of(section)])}
         properties = {name: _schema(kind) | _about(known[name]) for name, kind in fields.items()}
         sections[section] = {"type": "object", "properties": properties, "additionalProperties": not fields}
     return {
@@ -69,6 +77,11 @@ def schema() -> dict[str, Any]:
         "additionalProperties": False,
         "required": ["data", "training"],
     }
+
+
+def schema_text() -> str:
+    """Returns the JSON schema as it is stored in a file."""
+    return json.dumps(schema(), indent=1) + "\n"
 
 
 def _own(section: str, types: dict[str, Any], fields: dict[str, Any], owner: str | None = None) -> Iterator[Key]:
@@ -84,10 +97,15 @@ def _yaml(value: object) -> str:
 
 def _schema(kind: Any) -> dict[str, Any]:
     try:
-        made = TypeAdapter(kind).json_schema()
-        return {_LIMITS.get(name, name): value for name, value in made.items()}
+        return _renamed(TypeAdapter(kind).json_schema())
     except (PydanticInvalidForJsonSchema, PydanticSchemaGenerationError):  # a type that only the library checks
         return {}
+
+
+def _renamed(made: Any) -> Any:
+    if isinstance(made, dict):
+        return {_LIMITS.get(name, name): _renamed(value) for name, value in made.items()}
+    return [_renamed(value) for value in made] if isinstance(made, list) else made
 
 
 def _about(key: Key) -> dict[str, Any]:

@@ -7,15 +7,18 @@ import hashlib
 import json
 import operator
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, PrivateAttr
 
-from packtrain.objectives import DEFAULT, OBJECTIVES
+from packtrain.objectives import DEFAULT, OBJECTIVES, Objective
 from packtrain.recipe import fields
 from packtrain.recipe.sections import BatchingSection, DataSection, ModelSection, Schedule, Section
 
-AnyObjective = Annotated[functools.reduce(operator.or_, OBJECTIVES.values()), Field(discriminator="name")]
+if TYPE_CHECKING:
+    AnyObjective = Objective
+else:  # of all there are
+    AnyObjective = Annotated[functools.reduce(operator.or_, OBJECTIVES.values()), Field(discriminator="name")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +35,7 @@ class Recipe(Section):
     model: ModelSection
     data: DataSection
     batching: BatchingSection = BatchingSection()
-    objective: AnyObjective = OBJECTIVES[DEFAULT]()
+    objective: AnyObjective = OBJECTIVES[DEFAULT].model_validate({})
     lora: fields.Mapping | None = None  # any peft.LoraConfig field; absent for full fine-tuning
     training: fields.Mapping  # any transformers.TrainingArguments field
     _sources: Sources | None = PrivateAttr(default=None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 from packtrain.objectives import OBJECTIVES
 from packtrain.packing import strategies
@@ -27,11 +27,11 @@ def contradictions(settings: Settings, strategy: Strategy | None) -> Verdicts:
     Args:
         strategy: None where there is no strategy of that name; its rules and the objective's are left out.
     """
-    of_strategy: Iterable = ()
+    rules: list[Callable[..., Verdicts]] = [*RULES]
     if strategy is not None:
         objective = OBJECTIVES.get(settings.get("objective.name", ""))
-        of_strategy = (*strategies.RULES, *(objective.rules if objective else ()))
-    for rule in (*RULES, *of_strategy):
+        rules += [*strategies.RULES, *(objective.rules if objective else ())]
+    for rule in rules:
         try:
             yield from rule(settings, strategy)
         except KeyError:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.composer import ComposerError
 
 from packtrain.errors import PacktrainError, RecipeError
 
@@ -33,11 +34,11 @@ class _Composer(yaml.SafeLoader):
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark
-            raise yaml.composer.ComposerError(None, None, "an alias (`*name`); write the value out", mark)
+            raise ComposerError(None, None, "an alias (`*name`); write the value out", mark)
         self.depth += 1
         if self.depth > MAX_DEPTH:
             mark = self.peek_event().start_mark
-            raise yaml.composer.ComposerError(None, None, f"nested deeper than {MAX_DEPTH} levels", mark)
+            raise ComposerError(None, None, f"nested deeper than {MAX_DEPTH} levels", mark)
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
@@ -82,7 +83,7 @@ class Source:
         self.name = name
         self.places: dict[KeyPath, str] = {}
         self.problems: list[PacktrainError] = []
-        self.tree = self._read(text, name)
+        self.tree: Any = self._read(text, name)
 
     @classmethod
     def from_file(cls, path: str | Path) -> Source:

@@ -90,13 +90,15 @@ class Checkpoints(TrainerCallback):
         Raises:
             CheckpointError: it is damaged, not ours, or of another run.
         """
-        if resume is True or Path(resume) != self.chosen:
-            output_dir = Path(self.trainer.args.output_dir)
-            resume = choose_checkpoint(
-                resume, output_dir=output_dir, facts=self.facts, allow_changes=True, say=logger.warning
-            )
-            self.chosen = Path(resume)
-        return str(resume)
+        if isinstance(resume, str) and Path(resume) == self.chosen:
+            return resume
+        output_dir = Path(str(self.trainer.args.output_dir))
+        chosen = choose_checkpoint(
+            resume, output_dir=output_dir, facts=self.facts, allow_changes=True, say=logger.warning
+        )
+        assert chosen is not None, "asked for a checkpoint"
+        self.chosen = Path(chosen)
+        return chosen
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.begun = True
@@ -224,7 +226,7 @@ def find_last_checkpoint(output_dir: Path, say: Say = print) -> tuple[Path, dict
 def _choose(
     resume: str | bool, output_dir: Path, facts: Callable[[], Mapping[str, Any]], allow_changes: bool, say: Say
 ) -> str:
-    if resume is True:
+    if isinstance(resume, bool):
         path, manifest = find_last_checkpoint(output_dir, say)
     else:
         path = Path(resume)

@@ -207,7 +207,7 @@ def _check_tools(config: Mapping[str, Any], use_cpu: bool, where: str) -> None:
 
 
 def _check_nvme(path: str | None, key: str, where: str) -> None:
-    from deepspeed.ops.op_builder import AsyncIOBuilder
+    from deepspeed.ops.op_builder import AsyncIOBuilder  # ty: ignore[missing-module-member] (made at run time)
 
     if not path or not os.access(path, os.W_OK) or not os.path.isdir(path):
         fix = "name a directory on a local NVMe drive"

@@ -103,7 +103,7 @@ def engine_in_force(trainer: Trainer) -> Engine:
             mixed_precision=accelerator.mixed_precision,
             gradient_clipping=float(args.max_grad_norm or 0),
         )
-    engine = trainer.deepspeed
+    engine: Any = trainer.deepspeed
     offload = {"offload_optimizer": engine.zero_offload_optimizer(), "offload_param": engine.zero_offload_param()}
     return Engine(
         name="DeepSpeed",

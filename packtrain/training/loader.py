@@ -26,13 +26,13 @@ import multiprocessing
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Sampler
 from transformers import TrainingArguments
 
 from packtrain.errors import DataError
-from packtrain.packing.collator import MicroBatches
 from packtrain.packing.plan import MicroBatch, Plan
 from packtrain.recipe.sections import WORKER_TIMEOUT
 
@@ -54,10 +54,10 @@ class PlanLoader:
         self,
         *,
         plan: Plan,
-        dataset: MicroBatches,
+        dataset: Any,  # MicroBatches, or one that gives its batches on
         rank: int,
         global_step: Callable[[], int],
-        dataloader_kwargs: dict[str, object] | None = None,
+        dataloader_kwargs: dict[str, Any] | None = None,
     ):
         self.plan, self.dataset, self.rank = plan, dataset, rank
         self.global_step = global_step
@@ -67,7 +67,7 @@ class PlanLoader:
         """Counts the micro-batches of this rank in the first epoch (order-dependent packers vary a little after it)."""
         return self.plan.steps_in_epoch(0) * self.plan.gradient_accumulation_steps
 
-    def __iter__(self) -> Iterator[dict[str, object]]:
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         start = self.global_step()
         if start >= self.plan.total_steps:  # resumed at the end
             return
@@ -88,7 +88,7 @@ class PlanLoader:
             raise RuntimeError(f"{_DIED} while its batch was on the way ({error})") from error
 
 
-def loader_options(args: TrainingArguments, worker_timeout: int = WORKER_TIMEOUT) -> dict[str, object]:
+def loader_options(args: TrainingArguments, worker_timeout: int = WORKER_TIMEOUT) -> dict[str, Any]:
     """Returns what torch's DataLoader is given next to the plan: what TrainingArguments say, and what keeps workers safe.
 
     Args:

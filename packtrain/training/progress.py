@@ -43,7 +43,8 @@ class RichProgress(TrainerCallback):
             self.progress.update(self.progress.task_ids[0], completed=state.global_step)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        shown = [text.format(logs[key]) for key, text in SHOWN.items() if key in (logs or {})]
+        logs = logs or {}
+        shown = [text.format(logs[key]) for key, text in SHOWN.items() if key in logs]
         if not self.progress or not shown:
             return
         line = "  ".join(shown)

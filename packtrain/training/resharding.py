@@ -139,7 +139,8 @@ def correct_resumed_optimizer(trainer: Trainer, checkpoint: str | Path) -> None:
     Raises:
         LaunchError: the optimizer is not where it was.
     """
-    optimizer, engine = _innermost(trainer), trainer.deepspeed  # the latter is None with another engine
+    optimizer = _innermost(trainer)
+    engine: Any = trainer.deepspeed  # None with another engine
     if engine is not None and engine.load_universal_checkpoint():
         if engine.zero_optimization_stage() == 3:
             _restore_groups(optimizer, Path(checkpoint))
@@ -160,7 +161,7 @@ def optimizer_steps(trainer: Trainer) -> list[int]:
 
 def _innermost(trainer: Trainer) -> torch.optim.Optimizer:
     """Returns the optimizer in accelerate's and DeepSpeed's wrappers."""
-    optimizer = trainer.optimizer
+    optimizer: Any = trainer.optimizer
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer

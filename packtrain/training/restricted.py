@@ -21,6 +21,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 
@@ -53,7 +54,7 @@ def runs_code(error: UnpicklingError, checkpoint: str) -> CheckpointError:
     return CheckpointError(what, where=checkpoint, fix=fix)
 
 
-def _classes_of_deepspeed() -> list[type]:
+def _classes_of_deepspeed() -> list[Any]:
     """Returns the classes that the files of ZeRO 0 to 3 hold next to tensors, where DeepSpeed is at work."""
     if "deepspeed" not in sys.modules:
         return []

@@ -10,6 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -41,6 +42,9 @@ from packtrain.training.resharding import prepare_resume
 from packtrain.training.sealing import is_sealed, read_manifest
 from packtrain.training.summary import Summary, describe_machine, package_versions
 from packtrain.training.trainer import PackTrainer
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 Say = Callable[[str], None]
 
@@ -78,7 +82,7 @@ def train(
             _clear(output_dir, overwrite=overwrite)
         (output_dir / "recipe.yaml").write_text(yaml.safe_dump(redacted(recipe.to_dict()), sort_keys=False))
     reset_peak()
-    fit(trainer, checkpoint and str(checkpoint), console=console)
+    fit(trainer, None if checkpoint is None else str(checkpoint), console=console)
     after = trainer.evaluate() if trainer.eval_dataset is not None else {}
     model_dir = output_dir / "model"
     trainer.model.config.use_cache = True  # Trainer turns it off for training; whoever generates wants it on
@@ -116,7 +120,7 @@ def build(
     say("data         " + "\n             ".join(task.train.report.lines()))
     checkpoint = choose_checkpoint(
         resume,
-        output_dir=Path(args.output_dir),
+        output_dir=Path(str(args.output_dir)),
         facts=lambda: facts_of(recipe, plan, task.train),
         allow_changes=allow_changes,
         say=_sayer(console or Console(quiet=True)),
@@ -135,7 +139,7 @@ def prepare_model(
     *,
     layout: str,
     console: Console | None = None,
-) -> PreTrainedModel:
+) -> PreTrainedModel | PeftModel:
     """Loads the model with the attention that the layout needs, and makes it ready for the task.
 
     Raises:
@@ -170,7 +174,7 @@ def make_trainer(
     task: Task,
     plan: Plan,
     args: TrainingArguments,
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     *,
     console: Console | None = None,
     checkpoint: str | None = None,
@@ -206,7 +210,7 @@ def make_trainer(
         callbacks=[RichProgress(console)],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.checkpoints.chosen = checkpoint and Path(checkpoint)
+    trainer.checkpoints.chosen = None if checkpoint is None else Path(checkpoint)
     return trainer
 
 
@@ -240,7 +244,7 @@ def training_arguments(recipe: Recipe, plan: Plan, *, evaluate: bool) -> Trainin
         "logging_nan_inf_filter": False,
         "disable_tqdm": True,  # RichProgress shows it
     }
-    training = {"eval_on_start": evaluate, "use_cpu": use_cpu_by_default()} | recipe.training | decided
+    training: dict[str, Any] = {"eval_on_start": evaluate, "use_cpu": use_cpu_by_default()} | recipe.training | decided
     training["deepspeed"] = deepspeed_config(
         training,
         world_size=plan.world_size,
@@ -257,7 +261,8 @@ def training_arguments(recipe: Recipe, plan: Plan, *, evaluate: bool) -> Trainin
 
 def use_cpu_by_default() -> bool:
     """Whether there is no accelerator, or only Apple's, which has no float64: sums over tokens are made in it."""
-    return not torch.accelerator.is_available() or torch.accelerator.current_accelerator().type == "mps"
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return device is None or device.type == "mps"
 
 
 def fit(trainer: PackTrainer, checkpoint: str | None = None, *, console: Console | None = None) -> None:
@@ -277,7 +282,8 @@ def fit(trainer: PackTrainer, checkpoint: str | None = None, *, console: Console
         trainer.finite.skipped = read_manifest(Path(checkpoint)).get("skipped_updates", 0)
     if trainer.is_deepspeed_enabled:  # 0.19 calls what torch 2.13 has renamed, in every layer of every step
         warnings.filterwarnings("ignore", message=r".torch\.distributed\.", category=FutureWarning)
-    asked = asked_engine(trainer.args, trainer.args.deepspeed)
+    config: Any = trainer.args.deepspeed  # a mapping, by `training_arguments`
+    asked = asked_engine(trainer.args, config)
     notes = lambda: {"largest": trainer.probe.said} if trainer.probe else {}  # noqa: E731
     trainer.add_callback(EngineReport(trainer, asked, resumed_from=checkpoint, console=console, notes=notes))
     stop = StopOnSignal(trainer)
@@ -351,7 +357,7 @@ def _summarise(trainer: PackTrainer, recipe: Recipe, model_dir: Path, after: flo
     peak, peak_of = peak_memory()
     trained, frozen = count_parameters(trainer.accelerator.unwrap_model(trainer.model))
     return Summary(
-        recipe=Path(recipe.sources.path).stem,
+        recipe=Path(recipe.sources.path).stem if recipe.sources is not None else "recipe",
         strategy=recipe.batching.strategy,
         output_dir=str(trainer.args.output_dir),
         model_dir=str(model_dir),

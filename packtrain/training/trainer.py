@@ -22,14 +22,14 @@ from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from packtrain.data.examples import Examples
+from packtrain.data.examples import AnyExamples
 from packtrain.errors import PacktrainError, refused_by
 from packtrain.objectives.causal import CAUSAL_LM
 from packtrain.objectives.objective import Loss
@@ -43,6 +43,9 @@ from packtrain.training.guards.out_of_memory import ProbeMemory, explaining_out_
 from packtrain.training.loader import PlanLoader, loader_options, values_of_plan
 from packtrain.training.meters import Meter, add_sums, evaluation_sums, means_of
 from packtrain.training.restricted import restricted_unpickling, runs_code
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 class PackTrainer(Trainer):
@@ -63,18 +66,21 @@ class PackTrainer(Trainer):
         trainer_kwargs: `callbacks`, `processing_class`, `optimizers` ... as Trainer has them.
     """
 
+    model: PreTrainedModel  # or a peft model around one, which passes its attributes on
+    train_dataset: AnyExamples
+    eval_dataset: AnyExamples | None
     loss_is_scaled_for_ga = True  # compute_loss divides by the weights of the whole step
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        model: PreTrainedModel | PeftModel,
         args: TrainingArguments,
         *,
-        train_examples: Examples,
+        train_examples: AnyExamples,
         plan: Plan,
         collator: PackCollator,
         loss: Loss = CAUSAL_LM,
-        eval_examples: Examples | None = None,
+        eval_examples: AnyExamples | None = None,
         eval_plan: Plan | None = None,
         recipe: Recipe | None = None,
         probe_memory: bool | None = None,
@@ -106,8 +112,8 @@ class PackTrainer(Trainer):
             super().__init__(
                 model,
                 args,
-                train_dataset=train_examples,
-                eval_dataset=eval_examples,
+                train_dataset=cast(Any, train_examples),  # Trainer only hands them to the loaders below
+                eval_dataset=cast(Any, eval_examples),
                 data_collator=collator,
                 **trainer_kwargs,
             )
@@ -132,14 +138,14 @@ class PackTrainer(Trainer):
     def get_train_dataloader(self) -> PlanLoader:
         return self._loader(self.plan, self.train_dataset, lambda: self.state.global_step)
 
-    def get_eval_dataloader(self, eval_dataset: Examples | None = None) -> PlanLoader:
+    def get_eval_dataloader(self, eval_dataset: AnyExamples | None = None) -> PlanLoader:
         if self.eval_plan is None or self.eval_dataset is None:
             raise PacktrainError(
                 "there is nothing to evaluate on", key="data.eval_size", fix="set data.eval_size or data.eval_path"
             )
         return self._loader(self.eval_plan, self.eval_dataset, lambda: 0)
 
-    def _loader(self, plan: Plan, examples: Examples, global_step: Callable[[], int]) -> PlanLoader:
+    def _loader(self, plan: Plan, examples: AnyExamples, global_step: Callable[[], int]) -> PlanLoader:
         return PlanLoader(
             plan=plan,
             dataset=MicroBatches(examples, self.collator),
@@ -164,7 +170,8 @@ class PackTrainer(Trainer):
             return [], None
         self.meter.fetched(batches)
         self._computed = 0  # micro-batches of this update
-        total = sum(self.loss.denominator(batch) for batch in batches)
+        none = torch.zeros((), dtype=torch.float64)
+        total = sum((self.loss.denominator(batch) for batch in batches), none)
         return batches, self.accelerator.reduce(total.to(device), reduction="sum")
 
     def compute_loss(
@@ -198,11 +205,12 @@ class PackTrainer(Trainer):
 
     def rehearse(self, batch: Mapping[str, Any], times: int) -> None:
         """Computes a micro-batch as an update does, without a trace; a second time with the gradients of the first."""
-        with without_a_trace(self.model_wrapped, self.args.device):
+        model: Any = self.model_wrapped
+        with without_a_trace(model, self.args.device):
             for _ in range(times):
                 inputs = self._prepare_inputs(dict(batch))
                 with self.compute_loss_context_manager():
-                    losses = self.loss.losses(self.model_wrapped, inputs, head=self._head)
+                    losses = self.loss.losses(model, inputs, head=self._head)
                 losses.weighted_sum().float().backward()
 
     # Evaluation
@@ -221,7 +229,7 @@ class PackTrainer(Trainer):
         `eval_loss` is the mean nll over supervised tokens, `eval_loss_per_example` the mean over examples of
         their mean, `eval_tokens` the supervised tokens counted. A loss's own `sums` come on top, or instead.
         """
-        model = self.model_wrapped
+        model: Any = self.model_wrapped
         if model is self.model and not self.is_in_train:  # not prepared by train(): mixed precision still to be set up
             model = self.accelerator.prepare_model(self.model, evaluation_mode=True)
         was_training = model.training
@@ -244,7 +252,7 @@ class PackTrainer(Trainer):
         }
         own = {name: self.accelerator.reduce(own[name], reduction="sum") for name in sorted(own)}
         metrics |= {f"{metric_key_prefix}_{name}": value for name, value in means_of(own).items()}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=int(examples))
+        return EvalLoopOutput(predictions=cast(Any, None), label_ids=None, metrics=metrics, num_samples=int(examples))
 
     # Checkpoints
 

@@ -18,7 +18,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -71,20 +71,22 @@ def rounded(value: object) -> object:
     return float(f"{value:.3g}") if isinstance(value, float) else value
 
 
-def child(architecture: str, seconds: int, pipe: Connection) -> None:
+def child(audit: Callable[[str], dict], architecture: str, seconds: int, pipe: Connection) -> None:
     """Run the audit in the process of one architecture, within its limits."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     try:
-        pipe.send(audit_one(architecture))
+        pipe.send(audit(architecture))
     except Exception as error:  # an architecture may raise anything; it becomes its row
         text = error.what if isinstance(error, PacktrainError) else f"{type(error).__name__}: {error}"
         pipe.send({"error": text.strip().splitlines()[0][:200]})
 
 
-def sweep(architectures: list[str], seconds: int) -> Iterator[tuple[str, dict]]:
+def sweep(
+    architectures: list[str], seconds: int, audit: Callable[[str], dict] = audit_one
+) -> Iterator[tuple[str, dict]]:
     """Yield every architecture with what its process found, or why it found nothing.
 
     The limit counts computing time, so that a busy machine does not fail an architecture; a process that only waits is
@@ -94,7 +96,7 @@ def sweep(architectures: list[str], seconds: int) -> Iterator[tuple[str, dict]]:
     context.set_forkserver_preload(["packtrain.modeling.audit", "packtrain.training.summary"])
     for architecture in architectures:
         ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=child, args=(architecture, seconds, theirs))
+        process = context.Process(target=child, args=(audit, architecture, seconds, theirs))
         process.start()
         theirs.close()
         try:

@@ -48,7 +48,7 @@ def _row(format: str) -> st.SearchStrategy[dict]:
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("mask", ["completion_only", "assistant_only", None])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_any_row_is_an_example_or_named(format, mask, chat_tokenizer, data):
     if format in ("text", "input_ids"):

@@ -7,7 +7,7 @@ import json
 import pytest
 
 import packtrain.data.examples
-from packtrain.data.examples import load_examples
+from packtrain.data.examples import prepare_examples
 from packtrain.data.sources import open_rows
 from packtrain.errors import DataError
 from packtrain.recipe.sections import DataSection
@@ -32,10 +32,10 @@ def test_what_is_wrong_is_said_under_its_own_key_before_tokenising(path, wrong, 
     monkeypatch.setattr(packtrain.data.examples, "build_examples", lambda *args, **options: tokenised.append(args))
     section = DataSection(path=path, **wrong)
     with pytest.raises(DataError) as caught:
-        load_examples(section, open_rows(path), tokenizer, seed=0)
+        prepare_examples(section, open_rows(path), tokenizer, seed=0)
     assert caught.value.key == key and key in str(caught.value)
     assert not tokenised
-    load_examples(DataSection(path=path, eval_path=path), open_rows(path), tokenizer, seed=0)
+    prepare_examples(DataSection(path=path, eval_path=path), open_rows(path), tokenizer, seed=0)
     assert len(tokenised) == 2  # the control: both are tokenised where nothing is wrong
 
 

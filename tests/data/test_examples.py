@@ -59,7 +59,7 @@ def test_gather_stays_inside_the_example(starts, stops, build, tokenizer):
 _DOCUMENTS = st.lists(st.lists(st.integers(0, 2**31 - 1), min_size=2, max_size=9), min_size=1, max_size=12)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data(), documents=_DOCUMENTS, large=st.booleans())
 def test_gather_equals_reading_row_by_row(data, documents, large):
     """Over any chunking of the column, 32- or 64-bit offsets and values, and slices of a larger table."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from packtrain.data.examples import Examples, build_examples
@@ -101,7 +101,7 @@ def test_nothing_left(overflow, build, tokenizer):
 _ROW = st.integers(2, 30).flatmap(lambda n: st.tuples(st.just(n), st.lists(st.booleans(), min_size=n, max_size=n)))
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50)
 @given(
     rows=st.lists(_ROW, min_size=1, max_size=8),
     limit=st.integers(2, 12),

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from packtrain.data.report import BadRow
@@ -274,10 +274,9 @@ _VALUE = st.recursive(
     max_leaves=5,
 )
 _OBJECTS = st.lists(st.dictionaries(_TEXT, _VALUE, max_size=3), min_size=1, max_size=6)
-_PER_FILE = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-@_PER_FILE
+@settings(max_examples=60)
 @given(rows=_OBJECTS, ascii=st.booleans(), indent=st.sampled_from([None, 0, 3]))
 def test_json_round_trip(rows, ascii, indent, tmp_path):
     lines, array = tmp_path / "rows.jsonl", tmp_path / "rows.json"
@@ -287,7 +286,7 @@ def test_json_round_trip(rows, ascii, indent, tmp_path):
     assert list(open_rows(array)) == rows
 
 
-@_PER_FILE
+@settings(max_examples=60)
 @given(rows=st.lists(st.tuples(_TEXT, _TEXT), min_size=1, max_size=6), end=st.sampled_from(["\n", "\r\n"]))
 def test_csv_round_trip(rows, end, tmp_path):
     text = io.StringIO(newline="")
@@ -296,7 +295,7 @@ def test_csv_round_trip(rows, end, tmp_path):
     assert [(row["a"], row["b"]) for row in open_rows(tmp_path / "rows.csv")] == rows
 
 
-@_PER_FILE
+@settings(max_examples=60)
 @given(contents=st.binary(max_size=200), suffix=st.sampled_from(["jsonl", "json", "csv", "tsv", "parquet"]))
 def test_any_bytes_give_rows_or_our_error(contents, suffix, tmp_path):
     path = tmp_path / f"rows.{suffix}"

@@ -46,6 +46,7 @@ training: {output_dir: OUT, use_cpu: true, learning_rate: 3e-3, num_train_epochs
            report_to: none, save_strategy: steps, save_steps: 1}
 """
 STEPS, ROWS = 12, 60
+HELD_AFTER = 2  # updates
 
 
 def write_recipe(directory: Path) -> Path:
@@ -124,6 +125,18 @@ def run_ranks(recipe: Path, ranks: int, **how) -> list[int]:
     return [process.exitcode for process in processes]
 
 
+def hold(recipe: Path, *overrides: str, trainer_class: type[Held] | None = None) -> ForkServerProcess:
+    """Start a run and wait until it waits in its third update, with the saves of the first two done; see `let_go`."""
+    (process,) = start_ranks(recipe, 1, resume=False, overrides=overrides, trainer_class=trainer_class or Held)
+    wait_for(process, recipe.with_name("held").exists)
+    assert process.is_alive(), log_of(recipe)
+    return process
+
+
+def let_go(recipe: Path) -> None:
+    recipe.with_name("let_go").touch()
+
+
 def _rank(recipe, rank: int, ranks: int, port: int, resume: bool, overrides, attempt: int, trainer_class) -> None:
     _say_into(recipe)
     os.environ["ATTEMPT"] = str(attempt)
@@ -144,12 +157,26 @@ class Reading(PackTrainer):
     def __init__(self, *args, recipe, **kwargs):
         super().__init__(*args, recipe=recipe, **kwargs)
         self.ids: list[int] = []
-        self.add_callback(_Record(self, Path(recipe.sources.path).with_name("read.jsonl")))
+        self.recipe_path = Path(recipe.sources.path)
+        self.add_callback(_Record(self, self.recipe_path.with_name("read.jsonl")))
 
     def get_batch_samples(self, *args):
         batches, total = super().get_batch_samples(*args)
         self.ids = [i for batch in batches for i in batch["example_ids"].tolist() if i >= 0]
         return batches, total
+
+
+class Held(Reading):
+    """Waits in its third update until `let_go`: what comes from outside then comes while it trains, on any machine."""
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == HELD_AFTER:
+            self.recipe_path.with_name("held").touch()
+            deadline = time.monotonic() + 200
+            while not self.recipe_path.with_name("let_go").exists():
+                assert time.monotonic() < deadline, "never let go"
+                time.sleep(0.002)
+        return super().training_step(*args, **kwargs)
 
 
 class _Record(TrainerCallback):
@@ -208,6 +235,12 @@ def wait_for(process: ForkServerProcess, happened: Callable[[], bool], seconds: 
     while not happened() and process.is_alive():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.0005)
+
+
+def updates_done(recipe: Path) -> int:
+    """Lines of read.jsonl: updates, times ranks."""
+    path = recipe.with_name("read.jsonl")
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def training(recipe: Path) -> bool:

@@ -9,7 +9,7 @@ import random
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.faults.runs import log_of, run, write_recipe
@@ -91,7 +91,9 @@ def trains(directory: Path, overrides: list[str]) -> bool:
     return code == 0
 
 
-@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.ci
+@pytest.mark.slow
+@settings(max_examples=5)
 @given(overrides=st.lists(st.sampled_from(EVERY), min_size=1, max_size=3))
 def test_some_nonsense(tmp_path, overrides):
     trains(tmp_path, overrides)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -118,12 +118,9 @@ def never_more_than_a_data_error(directory: Path, lines: list[str], on_bad_row: 
     assert all(len(examples[i]["input_ids"]) == examples.lengths[i] for i in range(len(examples)))
 
 
-_HOW = dict(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-
-
 @pytest.mark.ci
 @pytest.mark.slow
-@settings(max_examples=60, **_HOW)
+@settings(max_examples=60)
 @given(rows=_rows, on_bad_row=st.sampled_from(["error", "skip"]))
 def test_nonsense_rows(tmp_path, rows, on_bad_row):
     never_more_than_a_data_error(tmp_path, [json.dumps(row) for row in rows], on_bad_row)
@@ -131,7 +128,7 @@ def test_nonsense_rows(tmp_path, rows, on_bad_row):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@settings(max_examples=1500, **_HOW)
+@settings(max_examples=1500)
 @given(
     rows=_rows | st.lists(st.text(max_size=40)), on_bad_row=st.sampled_from(["error", "skip"]), cut=st.integers(0, 60)
 )

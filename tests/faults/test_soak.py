@@ -22,12 +22,12 @@ from tests.faults.runs import (
     records,
     run_ranks,
     start_ranks,
+    updates_done,
     wait_for,
     weights,
     what_counts,
     write_recipe,
 )
-from tests.faults.test_stops import updates_done
 
 UPDATES, PER_EPOCH = 2000, 6
 SETTINGS = [

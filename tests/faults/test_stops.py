@@ -15,11 +15,15 @@ from pathlib import Path
 
 import pytest
 
-from packtrain.training.guards.stops import PAUSE, StopOnSignal
+from packtrain.training.guards import stops
+from packtrain.training.guards.stops import StopOnSignal
 from packtrain.training.sealing import is_sealed
 from tests.faults.runs import (
+    HELD_AFTER,
     STEPS,
-    Reading,
+    Held,
+    hold,
+    let_go,
     log_of,
     run,
     run_ranks,
@@ -27,6 +31,7 @@ from tests.faults.runs import (
     start,
     start_ranks,
     training,
+    updates_done,
     wait_for,
     weights,
     what_counts,
@@ -35,6 +40,7 @@ from tests.faults.runs import (
 from tests.training.helpers import make_trainer
 
 NO_SAVES = ("--set", "training.save_strategy=no")
+NO_END = ("--set", "training.num_train_epochs=100000")  # but by a signal
 
 
 def checkpoints(recipe: Path) -> list[Path]:
@@ -46,16 +52,16 @@ def checkpoints(recipe: Path) -> list[Path]:
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_a_signal_saves_once_and_the_run_goes_on_bitwise(tmp_path, unbroken, name):
     recipe = write_recipe(tmp_path)
-    process = start(recipe, *NO_SAVES)
-    wait_for(process, lambda: training(recipe))
+    process = hold(recipe, NO_SAVES[1])
     os.kill(process.pid, getattr(signal, name))
+    wait_for(process, lambda: f"{name}: the run stops after this update" in log_of(recipe))
+    let_go(recipe)
     process.join()
     assert process.exitcode == 75, log_of(recipe)
     (saved,) = checkpoints(recipe)
-    step = int(saved.name.removeprefix("checkpoint-"))
-    assert is_sealed(saved) and 1 <= step < STEPS
+    assert is_sealed(saved) and saved.name == f"checkpoint-{HELD_AFTER + 1}"
     said = log_of(recipe)
-    assert f"stopped by {name} after step {step} of {STEPS}" in said and "continue with --resume" in said
+    assert f"stopped by {name} after step {HELD_AFTER + 1} of {STEPS}" in said and "continue with --resume" in said
     assert "Traceback" not in said and not (tmp_path / "run/model").exists()
     assert run(recipe, *NO_SAVES, "--resume") == 0, log_of(recipe)
     assert same(weights(tmp_path / "run"), weights(unbroken))
@@ -66,7 +72,7 @@ def test_a_signal_saves_once_and_the_run_goes_on_bitwise(tmp_path, unbroken, nam
 def test_a_signal_that_comes_twice_at_once_is_one(tmp_path):
     """To a whole process group, and once more from the launcher that got it, too."""
     recipe = write_recipe(tmp_path)
-    process = start(recipe, *NO_SAVES)
+    process = start(recipe, *NO_SAVES, *NO_END)
     wait_for(process, lambda: training(recipe))
     for number in (signal.SIGSTOP, signal.SIGINT, signal.SIGTERM, signal.SIGCONT):  # both before either is heard
         os.kill(process.pid, number)
@@ -76,31 +82,36 @@ def test_a_signal_that_comes_twice_at_once_is_one(tmp_path):
     assert is_sealed(saved)
 
 
-class Endless(Reading):
-    """Its third update takes longer than any test."""
+class AnHour(Held):
+    """What comes within an hour of the first signal is no second one."""
+
+    pause = 3600.0
 
     def training_step(self, *args, **kwargs):
-        if self.state.global_step == 2:
-            print("in the third update", flush=True)
-            time.sleep(3600)
+        stops.PAUSE = self.pause
         return super().training_step(*args, **kwargs)
+
+
+class NoTime(AnHour):
+    """Whatever comes after the first signal is a second one."""
+
+    pause = 0.0
 
 
 @pytest.mark.ci
 @pytest.mark.slow
-def test_the_second_signal_exits_at_once(tmp_path):
+@pytest.mark.parametrize("trainer_class", [AnHour, NoTime])
+def test_the_second_signal_exits_at_once(tmp_path, trainer_class):
     recipe = write_recipe(tmp_path)
-    (process,) = start_ranks(recipe, 1, resume=False, overrides=NO_SAVES[1:], trainer_class=Endless)
-    wait_for(process, lambda: training(recipe) and "in the third update" in log_of(recipe))
+    process = hold(recipe, NO_SAVES[1], trainer_class=trainer_class)
     os.kill(process.pid, signal.SIGINT)
     wait_for(process, lambda: "SIGINT: the run stops after this update" in log_of(recipe))
-    os.kill(process.pid, signal.SIGTERM)  # too soon to be a second one
-    time.sleep(1.5 * PAUSE)
-    assert process.is_alive(), log_of(recipe)
     os.kill(process.pid, signal.SIGTERM)
+    if trainer_class is AnHour:
+        let_go(recipe)
     process.join()
-    assert process.exitcode == 128 + signal.SIGTERM, log_of(recipe)
-    assert not checkpoints(recipe)
+    assert process.exitcode == (75 if trainer_class is AnHour else 128 + signal.SIGTERM), log_of(recipe)
+    assert len(checkpoints(recipe)) == (trainer_class is AnHour)
 
 
 @pytest.mark.ci
@@ -122,8 +133,8 @@ def test_a_signal_that_was_ignored_before_is_heard_while_training(tmp_path):
 @pytest.mark.slow
 def test_epoch_saves_do_not_save_a_second_time(tmp_path):
     recipe = write_recipe(tmp_path)
-    words = ("--set", "training.save_strategy=epoch")
-    process = start(recipe, *words)
+    words = ("--set", "training.save_strategy=epoch", "--set", "training.save_total_limit=2")
+    process = start(recipe, *words, *NO_END)
     wait_for(process, lambda: training(recipe))
     os.kill(process.pid, signal.SIGTERM)
     process.join()
@@ -165,11 +176,6 @@ def test_stopped_at_twenty_random_moments(tmp_path, record_property, ranks, part
     record_property("times", 10)
     record_property("note", f"stopped after {len(set(steps))} different updates")
     assert len(set(steps)) > 3
-
-
-def updates_done(recipe: Path) -> int:
-    path = recipe.with_name("read.jsonl")
-    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 @pytest.mark.ci

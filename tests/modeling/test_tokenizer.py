@@ -20,7 +20,7 @@ def tokenizer():
     return train_bpe(iter(CORPUS), vocab_size=320)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=st.text())
 def test_any_text_comes_back_exactly(tokenizer, text):
     ids = tokenizer(text)["input_ids"]

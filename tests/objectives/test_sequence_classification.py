@@ -128,8 +128,17 @@ def theirs(task, directory, model) -> np.ndarray:
     return curve(InOrder(model, args, train_dataset=datasets.Dataset.from_list(table), data_collator=collator))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
-@pytest.mark.parametrize("lora", [False, pytest.param(True, id="lora")])
+SLOW = [pytest.mark.slow, pytest.mark.ci]
+
+
+@pytest.mark.parametrize(
+    ("family", "lora"),
+    [
+        *((family, False) for family in ("llama", "qwen3", "gpt2")),
+        ("llama", True),
+        *(pytest.param(family, True, marks=SLOW) for family in ("qwen3", "gpt2")),
+    ],
+)
 def test_losses_and_weights_are_those_of_padded_training(task, tmp_path, family, lora):
     reference = classifier(task, family, lora)
     expected = theirs(task, tmp_path, reference)

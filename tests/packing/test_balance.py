@@ -38,7 +38,7 @@ def test_micro_steps_share_neighbours_and_ranks_get_equal_sums():
     assert into_micro_steps([1.0, 2.0, 3.0], ranks=2) == [2, 1, 0]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.lists(st.integers(1, 60), min_size=1, max_size=40),
     st.integers(60, 120),
@@ -59,7 +59,7 @@ def test_capacity_holds_with_as_few_micro_steps_as_the_plan_takes(lengths, capac
 
 @pytest.mark.ci
 @pytest.mark.slow
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=7))
 def test_close_to_the_best_of_all_partitions(lengths):
     """Two ranks, two micro-steps, every way to do it tried. A third above the best is what Graham (1969) proves of the
@@ -88,7 +88,7 @@ def test_exchange_helps_a_few_documents():
     assert spent[0] / least < 1.002 and spent[1] / least > 1.004
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=30), st.integers(1, 4), st.integers(1, 3), st.integers(0, 99))
 def test_exchange_never_harms(lengths, ranks, micro_steps, seed):
     lengths = np.array(lengths)

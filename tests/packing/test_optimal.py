@@ -50,7 +50,7 @@ problems = st.integers(5, 40).flatmap(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(problems, st.sampled_from([None, 2, 3]))
 def test_bounds_never_exceed_the_true_minimum(problem, max_documents):
     lengths, capacity = problem
@@ -59,7 +59,7 @@ def test_bounds_never_exceed_the_true_minimum(problem, max_documents):
     )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(problems, st.sampled_from([None, 2, 3]))
 def test_near_optimal_is_proved_and_complete(problem, max_documents):
     lengths, capacity = problem
@@ -70,7 +70,7 @@ def test_near_optimal_is_proved_and_complete(problem, max_documents):
     assert bound <= least <= len(patterns) <= len(best_fit_decreasing(counts, capacity, max_documents))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(1, 100).flatmap(lambda c: st.tuples(st.lists(st.integers(0, c), max_size=60), st.just(c))))
 def test_fill_up_loses_nothing(problem):
     lengths, capacity = problem
@@ -145,7 +145,7 @@ def test_the_same_packs_every_time():
     assert np.array_equal(one.slot_length, other.slot_length) and np.array_equal(one.repeats, other.repeats)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(st.tuples(st.integers(1, 12), st.floats(0, 1)), min_size=1, max_size=4, unique_by=lambda t: t[0]),
     st.integers(12, 30),

@@ -39,7 +39,7 @@ problems = st.integers(1, 80).flatmap(
 
 @pytest.mark.ci
 @pytest.mark.slow
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 @given(problems)
 def test_best_fit_decreasing_is_the_textbook_one(problem):
     lengths, capacity = problem
@@ -47,7 +47,7 @@ def test_best_fit_decreasing_is_the_textbook_one(problem):
     assert sorted(int(np.take(lengths, pack).sum()) for pack in packs) == textbook(lengths, capacity, best=True)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(problems, st.sampled_from([None, 1, 2, 3]))
 def test_first_fit_decreasing_is_the_textbook_one(problem, max_documents):
     lengths, capacity = problem
@@ -56,7 +56,7 @@ def test_first_fit_decreasing_is_the_textbook_one(problem, max_documents):
     assert sorted(int(np.take(lengths, pack).sum()) for pack in packs) == expected
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(problems, st.sampled_from([1, 2, 3, 7]), st.sampled_from([best_fit_decreasing, first_fit_decreasing]))
 def test_document_limit(problem, max_documents, algorithm):
     lengths, capacity = problem

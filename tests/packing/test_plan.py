@@ -37,7 +37,7 @@ def tokens_seen(plan, epoch: int) -> list[tuple[int, int]]:
 
 
 @EVERY
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=60),
     capacity=st.sampled_from([40, 41, 100, 5000]),
@@ -137,7 +137,7 @@ def test_accumulation_by_hand():
 
 
 @pytest.mark.parametrize("name", STEP)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=50), st.integers(30, 70), st.integers(1, 3), st.integers(1, 9))
 def test_accumulation_is_the_smallest_that_fits(name, lengths, capacity, ranks, examples_per_step):
     options = dict(strategy=name, max_tokens=capacity, world_size=ranks, examples_per_step=examples_per_step)

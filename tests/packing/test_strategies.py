@@ -33,7 +33,7 @@ problems = st.integers(1, 200).flatmap(
 
 
 @pytest.mark.parametrize("name", EPOCH)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(problem=problems, key=st.integers(0, 2**64 - 1))
 def test_epoch_strategies_lose_nothing_and_keep_the_capacity(name, problem, key):
     lengths, capacity = np.array(problem[0], dtype=np.int64), problem[1]
@@ -54,7 +54,7 @@ def test_epoch_strategies_lose_nothing_and_keep_the_capacity(name, problem, key)
 
 
 @pytest.mark.parametrize("name", STEP)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(problem=problems, ranks=st.integers(1, 5), micro_steps=st.integers(1, 4))
 def test_step_strategies_lose_nothing(name, problem, ranks, micro_steps):
     lengths, capacity = np.array(problem[0], dtype=np.int64), problem[1] * 80  # anything fits
@@ -93,7 +93,7 @@ def test_sorted_groups_minimise_the_largest_padded_area():
     assert [p.tolist() for p in parts] == [[0, 3], [4, 1, 2]]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=9), st.integers(1, 4))
 def test_sorted_groups_are_the_best_of_all_cuts(lengths, groups):
     from itertools import combinations

@@ -7,6 +7,7 @@ trap 'rm -rf "$folder"' EXIT
 cd "$folder"
 export PACKTRAIN_CACHE="$folder/cache"
 "$packtrain" init mine
+test -s mine.yaml -a -s recipe.schema.json
 "$packtrain" keys batching > keys.txt
 grep -q examples_per_step keys.txt
 "$packtrain" plan quickstart --all --memory 8GiB > plan.txt

@@ -23,11 +23,18 @@ class Late:
 
 
 def reduce_and_forget(group: dist.ProcessGroup, seconds: float) -> None:
-    """Afterwards only gloo's thread has the tensor."""
-    tensor = torch.ones(2)
-    tensor.late = Late(seconds)
+    """Afterwards only gloo's thread has rank 0's tensor, which rank 0 lets go of before it is reduced."""
     if dist.get_rank(group):
-        time.sleep(0.1)  # the other rank has let go of it before it is reduced
+        dist.recv(torch.empty(1), src=0)
+    begin_to_reduce(group, seconds)
+    if not dist.get_rank(group):
+        dist.send(torch.ones(1), dst=1)
+
+
+def begin_to_reduce(group: dist.ProcessGroup, seconds: float) -> None:
+    tensor = torch.ones(2)
+    if dist.get_rank(group) == 0:
+        tensor.late = Late(seconds)
     dist.all_reduce(tensor, group=group, async_op=True)
 
 

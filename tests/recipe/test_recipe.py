@@ -462,13 +462,13 @@ _trees = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(tree=_trees, overrides=st.lists(st.text(max_size=30), max_size=2))
 def test_nonsense_data_is_never_more_than_a_recipe_error(tmp_path_factory, tree, overrides):
     _never_more_than_a_recipe_error(tmp_path_factory, json.dumps(tree, ensure_ascii=False), overrides)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(text=st.text(alphabet=st.sampled_from(list("abmodel:{}[]&*!|>-#'\"\\%@,?~ \n\t01.e\x85\ud7ff\U0001f986"))))
 def test_nonsense_text_is_never_more_than_a_recipe_error(tmp_path_factory, text):
     _never_more_than_a_recipe_error(tmp_path_factory, text, [])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -64,13 +65,26 @@ def test_the_stored_table_is_what_the_stored_findings_say():
     assert (directory / "README.md").read_text() == markdown(sweep["header"], sweep["architectures"])
 
 
+def as_it_is_called(architecture: str) -> dict:
+    """Stand in for an audit that goes as the architecture's name says."""
+    while architecture == "hangs":
+        pass
+    if architecture == "dies":
+        os._exit(3)
+    return {"findings": []}
+
+
 @pytest.mark.ci
 @pytest.mark.slow  # starts processes that import everything
 def test_what_crashes_or_hangs_costs_its_own_row_only():
     found = dict(sweep(["llama", "lama", "bert"], seconds=60))
     assert "findings" in found["llama"] and "findings" in found["bert"]
     assert found["lama"].keys() == {"error"} and "architecture" in found["lama"]["error"]
-    assert dict(sweep(["llama"], seconds=1))["llama"] == {"error": "not done in 1 s"}
+    found = dict(sweep(["dies", "well"], 60, as_it_is_called))
+    assert found == {"dies": {"error": "the process died (exit code 3)"}, "well": {"findings": []}}
+    found = dict(sweep(["hangs", "and the next"], 1, as_it_is_called))
+    assert found.keys() == {"hangs", "and the next"}
+    assert found["hangs"]["error"] in ("not done in 1 s", "no answer in 10 s")  # the latter if it got no processor
 
 
 def test_the_memory_limit_leaves_room_for_the_libraries():

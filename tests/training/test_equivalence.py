@@ -14,7 +14,7 @@ from tests.training.helpers import Curve, curve, make_trainer
 
 REFERENCE = "pad_max"
 LAID_OUT_OTHERWISE = ("pad_longest", "group_by_length", "padding_free", "balanced")
-TWO_OF_EACH = [("token", False, False), ("example", True, True)]  # the ordinary suite; the rest is marked slow
+ORDINARY = [(family, "token", False, False) for family in CONFIGS] + [("llama", "example", True, True)]  # others: slow
 SETTINGS = [
     pytest.param(
         family,
@@ -22,7 +22,7 @@ SETTINGS = [
         lora,
         checkpointing,
         id="-".join([family, weighting, "lora" if lora else "full", "checkpointing" if checkpointing else "plain"]),
-        marks=[] if (weighting, lora, checkpointing) in TWO_OF_EACH else [pytest.mark.slow, pytest.mark.ci],
+        marks=[] if (family, weighting, lora, checkpointing) in ORDINARY else [pytest.mark.slow, pytest.mark.ci],
     )
     for family in sorted(CONFIGS)
     for weighting, lora, checkpointing in itertools.product(("token", "example"), (False, True), (False, True))

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from packtrain.errors import ModelError, PacktrainError
 from packtrain.recipe.reader import load_recipe
+from packtrain.recipe.recipe import Recipe
 from packtrain.training.run import train, use_cpu_by_default
 from packtrain.training.sealing import read_manifest, verify
 
@@ -71,6 +73,13 @@ def test_a_recipe_trains_and_leaves_a_model_that_loads(tmp_path, recipe_file):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run/model")
     assert model.config.vocab_size == len(tokenizer) and tokenizer.pad_token != tokenizer.eos_token
     assert model.config.use_cache  # training without a cache does not slow generation down for good
+
+
+def test_a_recipe_made_in_python_trains(tmp_path, recipe_file):
+    """It was read from no file, so nothing names it."""
+    recipe = Recipe.model_validate(load_recipe(recipe_file, ["max_steps=1", "save_strategy=no"]).to_dict())
+    assert recipe.sources is None and train(recipe).recipe == "recipe"
+    assert summary_of(tmp_path)["recipe"] == "recipe"
 
 
 def test_lora_trains_the_adapter_only(tmp_path, recipe_file):
@@ -128,12 +137,15 @@ def test_killed_and_resumed_ends_with_the_weights_of_an_unbroken_run(tmp_path, r
     train(load_recipe(recipe_file))
     unbroken = weights_of(tmp_path / "run/model")
     recipe_file.write_text(recipe_file.read_text().replace(str(tmp_path / "run"), str(tmp_path / "killed")))
-    process = subprocess.Popen(command(recipe_file), env=environment(), stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 200
-    while not (tmp_path / "killed/checkpoint-8/packtrain_manifest.json").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    for _ in range(20):
+        shutil.rmtree(tmp_path / "killed", ignore_errors=True)
+        process = subprocess.Popen(command(recipe_file), env=environment(), stdout=subprocess.DEVNULL)
+        while not (tmp_path / "killed/checkpoint-8/packtrain_manifest.json").exists() and process.poll() is None:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if not (tmp_path / "killed/model").exists():
+            break  # the kill came in time
     assert not (tmp_path / "killed/model").exists()
     done = subprocess.run(
         command(recipe_file, "--resume", str(tmp_path / "killed/checkpoint-8")),

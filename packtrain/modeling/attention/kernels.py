@@ -22,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -157,6 +158,7 @@ def add_sink(
     More components, 1 and 0 throughout, pad the width to a multiple of 8, without which half precision has no fused
     kernel on CUDA. So no `[H, L, L]` scores are ever formed, as spelling it out would.
     """
+    assert pattern.sinks is not None
     heads, dim = query.shape[1], query.shape[3]
     more = 8 - dim % 8
     key, value = repeat_heads(key, heads), repeat_heads(value, heads)
@@ -238,10 +240,12 @@ def torch_varlen_parameters() -> frozenset[str]:
     return frozenset(inspect.signature(varlen_attn).parameters)
 
 
-def attend_flash_attn(query: Tensor, key: Tensor, value: Tensor, documents: Documents, pattern: Pattern):
+def attend_flash_attn(query: Tensor, key: Tensor, value: Tensor, documents: Documents, pattern: Pattern) -> Tensor:
     """Calls flash-attn's varlen kernel; arguments and result as `attend`."""
     query, key, value, dim = rows_first(query, key, value)
-    output = flash_attn_varlen()(
+    attend_varlen = flash_attn_varlen()
+    assert attend_varlen is not None, "chosen only where flash-attn is installed"
+    output = attend_varlen(
         query,
         key,
         value,
@@ -258,11 +262,12 @@ def attend_flash_attn(query: Tensor, key: Tensor, value: Tensor, documents: Docu
     return output[..., :dim].unsqueeze(0)
 
 
-def attend_torch_varlen(query: Tensor, key: Tensor, value: Tensor, documents: Documents, pattern: Pattern):
+def attend_torch_varlen(query: Tensor, key: Tensor, value: Tensor, documents: Documents, pattern: Pattern) -> Tensor:
     """Calls torch's varlen kernel; arguments and result as `attend`."""
     from torch.nn.attention.varlen import varlen_attn
 
-    parameters, options = torch_varlen_parameters(), {}
+    parameters = torch_varlen_parameters()
+    options: dict[str, Any] = {}
     if "enable_gqa" in parameters:
         options["enable_gqa"] = query.shape[1] != key.shape[1]
     else:
@@ -277,7 +282,7 @@ def attend_torch_varlen(query: Tensor, key: Tensor, value: Tensor, documents: Do
     else:
         options["is_causal"] = pattern.causal
     cu_seq_lens, longest = documents.cu_seq_lens, documents.longest
-    output = varlen_attn(query, key, value, cu_seq_lens, cu_seq_lens, longest, longest, **options)
+    output: Any = varlen_attn(query, key, value, cu_seq_lens, cu_seq_lens, longest, longest, **options)
     return output[..., :dim].unsqueeze(0)
 
 

@@ -6,6 +6,7 @@ What may be left out is told by which code a mask function of transformers runs,
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 from transformers import masking_utils
@@ -47,7 +48,7 @@ def varlen_mask(
     )
 
 
-def mask_pieces(mask_function: Callable) -> frozenset:
+def mask_pieces(mask_function: Any) -> frozenset:
     """Returns the code objects of the elementary functions that a mask function of transformers is put together from.
 
     `create_causal_mask` hands over nested closures, for a packed batch with a window for example
@@ -69,7 +70,7 @@ def _code(factory_name: str, *arguments) -> frozenset:
     return frozenset() if factory is None else frozenset([factory(*arguments).__code__])
 
 
-AND_CODE = masking_utils.and_masks().__code__
+(AND_CODE,) = _code("and_masks")
 REMAP = _code("remap_positions_for_packed_sequence", masking_utils.causal_mask_function, None)
 CAUSAL = frozenset([masking_utils.causal_mask_function.__code__]) | _code("sliding_window_overlay", 1)
 DOCUMENTS = _code("packed_sequence_mask_function", None) | REMAP

@@ -30,6 +30,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -143,7 +144,7 @@ def varlen_attention_forward(
         output = attend(*rows, documents, pattern)  # [1, B * T, H, Dv]
         return output.view(query.shape[0], query.shape[2], *output.shape[2:]), None
     if softcap is None and s_aux is None:
-        options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
+        options: dict[str, Any] = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
         options |= {"position_bias": position_bias, **kwargs}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     return attend_unpacked(query, key, value, pattern), None
@@ -247,7 +248,8 @@ def documents_of(source: Tensor, read: Callable[[Tensor], tuple[int, ...]]) -> D
     version = None if source.is_inference() else source._version
     known = getattr(source, "_packtrain_documents", None)
     if known is None or known[0] != version or version is None:
-        known = source._packtrain_documents = (version, Documents(bounds=read(source), device=source.device))
+        known = (version, Documents(bounds=read(source), device=source.device))
+        setattr(source, "_packtrain_documents", known)  # noqa: B010 (no attribute of tensors)
     return known[1]
 
 

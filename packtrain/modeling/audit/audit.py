@@ -27,6 +27,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 import transformers
@@ -102,7 +103,7 @@ def audit_model(
             try:
                 adapted = subject.adapted(MODES[mode].get("adapter"))
             except Exception as error:  # peft refuses in many ways
-                refused = {"verdict": REFUSED, "error": short(error), "mode": mode}
+                refused: dict[str, Any] = {"verdict": REFUSED, "error": short(error), "mode": mode}
                 findings += [Finding(implementation=i, layout=l, **refused) for i in implementations for l in layouts]
                 continue
             findings += [_examine(adapted, i, layout, mode) for i in implementations for layout in layouts]
@@ -154,7 +155,7 @@ def quick_check(
 
 def _examine(subject: Subject, implementation: str, layout: str, mode: str) -> Finding:
     settings = MODES[mode]
-    place = {"implementation": implementation, "layout": layout, "mode": mode}
+    place: dict[str, Any] = {"implementation": implementation, "layout": layout, "mode": mode}
     name = countable(subject.model) if implementation == NAME else implementation
     model, options = subject.model, {"start": subject.start, "pad": subject.pad}
     options["use_cache"] = settings.get("use_cache", False)

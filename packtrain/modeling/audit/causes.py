@@ -32,9 +32,10 @@ REFUSALS = {  # how errors begin
 def cause(finding: Finding, findings: Sequence[Finding], model: PreTrainedModel) -> str | None:
     """Explains why a finding is not isolated; None where nothing shows it."""
     if finding.verdict == "not supported":
-        if finding.implementation == NAME and finding.error.startswith("TypeError: 'NoneType'"):
+        refusal = finding.error or ""
+        if finding.implementation == NAME and refusal.startswith("TypeError: 'NoneType'"):
             return WORKS_ON_MASKS
-        return next((why for error, why in REFUSALS.items() if finding.error.startswith(error)), None)
+        return next((why for error, why in REFUSALS.items() if refusal.startswith(error)), None)
     if finding.verdict not in ("leaks", "wrong"):
         return None
 
@@ -112,7 +113,9 @@ def mask_builders(model_class: type) -> list[tuple[str, bool]]:
     )
     found = []
     for node in ast.walk(tree):
-        name = getattr(node.func, "id", "") if isinstance(node, ast.Call) else ""
+        if not isinstance(node, ast.Call):
+            continue
+        name = getattr(node.func, "id", "")
         if re.fullmatch(r"create_\w*mask", name) or name == "mask_function":
             keywords = [keyword.arg for keyword in node.keywords]
             positions = "position_ids" in keywords or (None in keywords and in_a_dict)

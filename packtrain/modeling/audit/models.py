@@ -126,7 +126,7 @@ def tiny_model(architecture: str, *, seed: int = 0, **fields: Any) -> PreTrained
     return model.float().eval()
 
 
-def model_class(config: PreTrainedConfig) -> type:
+def model_class(config: PreTrainedConfig) -> Any:
     """Returns the class with the head that the model is trained with."""
     decoder, encoder = type(config) in CAUSAL, type(config) in MASKED and not config.is_encoder_decoder
     if encoder and (not decoder or getattr(config, "is_decoder", None) is False):

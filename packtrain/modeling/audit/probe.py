@@ -16,10 +16,10 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from packtrain.modeling.audit.settings import base
 
@@ -32,16 +32,16 @@ Place = tuple[int, int, int]  # row, start, stop of a document
 class Laid:
     """Documents in a batch: what the model is called with, and where each of them is."""
 
-    batch: dict[str, object]
+    batch: dict[str, Any]
     places: list[Place]
 
 
 # --------------------------------------------------------------------------------------------- the documents
 
 
-def sample_documents(model: PreTrainedModel, lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> list[Tensor]:
+def sample_documents(model: nn.Module, lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> list[Tensor]:
     """Draws random ordinary tokens, int64 `[L]` each, on the model's device; no special token among them."""
-    embedding = model.get_input_embeddings()
+    embedding = base(model).get_input_embeddings()
     config = base(model).config.get_text_config()
     ids = (value for name, value in vars(config).items() if name.endswith("_token_id"))
     special = {value for value in ids if isinstance(value, int)} | set(range(4))
@@ -179,7 +179,7 @@ def largest(a: Tensor, b: Tensor) -> float:
 
 def gradients(model: nn.Module, found: list[Tensor]) -> Tensor:
     """Computes gradients of all trained weights for a fixed random weighting of the outputs of every document, flattened."""
-    total = 0.0
+    total = torch.zeros(())
     for number, output in enumerate(found):
         upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(number)).to(output.device)
         total = total + (output * upstream).sum()

@@ -48,13 +48,18 @@ class Finding:
     def safe(self) -> bool:
         return self.verdict == ISOLATED
 
+    @property
+    def off(self) -> float:
+        """The larger of difference and leak; 0 where neither was measured."""
+        return max(self.difference or 0.0, self.leak or 0.0)
+
     def what(self) -> str:
         """Puts verdict, amount and cause into words."""
         amount = ""
         if self.verdict == LEAKS:
             amount = f" by up to {self.leak:.2g}"
         elif self.verdict in (ISOLATED, WRONG):
-            amount = f" within {max(self.difference, self.leak):.0e} of alone"
+            amount = f" within {self.off:.0e} of alone"
         return f"{self.verdict}{amount}{self.why()}" + (f" [{self.checked}]" if self.checked else "")
 
     def why(self) -> str:
@@ -176,7 +181,7 @@ class AuditReport:
             yield "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         fine = [f for f in self.findings if f.safe]
         if fine:
-            off = max(max(f.difference, f.leak) for f in fine)
+            off = max(finding.off for finding in fine)
             yield f"  ok: within {off:.0e} of each document alone, where the largest output is {fine[0].scale:.2g}"
         for (verdict, why), number in reasons.items():
             yield f"  [{number}] {verdict}{why}"

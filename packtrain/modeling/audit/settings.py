@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import transformers
 from torch import nn
@@ -18,7 +19,8 @@ from packtrain.modeling.attention.varlen import NAME, register, varlen_attention
 
 def base(model: nn.Module) -> PreTrainedModel:
     """Returns the transformers model inside an adapter."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    inside = getattr(model, "get_base_model", None)
+    return inside() if inside is not None else cast(PreTrainedModel, model)
 
 
 class CountedAttention:

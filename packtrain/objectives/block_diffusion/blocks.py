@@ -83,7 +83,7 @@ class ViewedExamples(DerivedExamples):
         return replace(old, notes=(*old.notes, note))
 
     def gather(
-        self, example_ids: np.ndarray, starts: np.ndarray | None = None, stops: np.ndarray | None = None
+        self, example_ids: Sequence[int] | np.ndarray, starts: np.ndarray | None = None, stops: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Returns documents end to end, as `Examples.gather`; `starts` and `stops` can only be those of whole documents."""
         ids = np.asarray(example_ids, dtype=np.int64)

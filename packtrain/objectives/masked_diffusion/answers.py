@@ -15,6 +15,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,6 +24,7 @@ from packtrain.errors import PacktrainError
 from packtrain.modeling.attention.varlen import NAME
 from packtrain.modeling.loading import load_config, load_model
 from packtrain.modeling.tokenizer import load_tokenizer
+from packtrain.objectives.masked_diffusion import MaskedDiffusion
 from packtrain.objectives.masked_diffusion.evaluation import Judge, Measured, Verdict, markdown, measure
 from packtrain.objectives.masked_diffusion.generation import generate
 from packtrain.objectives.masked_diffusion.loss import make_bidirectional
@@ -34,6 +36,9 @@ from packtrain.objectives.task import load_task
 from packtrain.recipe.recipe import Recipe
 from packtrain.recipe.sections import ModelSection
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 FINAL = re.compile(r"####\s*(-?[\d.,]+)")  # how GSM8K and packtrain:arithmetic mark a final answer
 PLAIN_TEXT = ("prompt_completion", "text", "input_ids")  # formats that use no chat template
 
@@ -42,13 +47,13 @@ PLAIN_TEXT = ("prompt_completion", "text", "input_ids")  # formats that use no c
 class Trained:
     """A trained diffusion model and what it was trained on."""
 
-    model: PreTrainedModel
+    model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
     tokens: TailTokens
     examples: TailedExamples  # held out where there are any
     shift: bool
 
-    def sampling(self, **options: object) -> Sampling:
+    def sampling(self, **options: Any) -> Sampling:
         """Makes a `Sampling` that knows the model's end and pads: any of them ends an answer."""
         tail = self.tokens.tail
         ends = (tail.eos_token_id, *tail.pad_token_ids)
@@ -57,8 +62,15 @@ class Trained:
     def generate(self, prompts: Sequence[Sequence[int]], length: int, sampling: Sampling, *, seed: int = 0) -> Samples:
         """Answers tokenised prompts."""
         generator = torch.Generator(next(self.model.parameters()).device).manual_seed(seed)
-        options = dict(mask_token_id=self.tokens.mask_token_id, shift=self.shift, generator=generator)
-        return generate(self.model, prompts, length, sampling, **options)
+        return generate(
+            self.model,
+            prompts,
+            length,
+            sampling,
+            mask_token_id=self.tokens.mask_token_id,
+            shift=self.shift,
+            generator=generator,
+        )
 
 
 def load_trained(recipe: Recipe) -> Trained:
@@ -67,7 +79,8 @@ def load_trained(recipe: Recipe) -> Trained:
     Raises:
         PacktrainError: another objective, nothing trained yet, or trained with other tokens.
     """
-    if not recipe.objective.answers:
+    objective = recipe.objective
+    if not isinstance(objective, MaskedDiffusion):
         what = "cannot be sampled by diffusion"
         raise PacktrainError(
             what,
@@ -90,23 +103,27 @@ def load_trained(recipe: Recipe) -> Trained:
         from peft import PeftModel
 
         config = load_config(section, tokenizer=task.tokenizer, new_tokens=task.new_tokens)
-        model = load_model(section, config, attn_implementation=attention)
-        task.prepare(model)
-        model = PeftModel.from_pretrained(model, str(directory))
+        base = load_model(section, config, attn_implementation=attention)
+        task.prepare(base)
+        model = PeftModel.from_pretrained(base, str(directory))
     else:
         saved = saved.model_copy(update={"dtype": section.dtype})
-        model = make_bidirectional(load_model(saved, load_config(saved), attn_implementation=attention))
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        model = load_model(saved, load_config(saved), attn_implementation=attention)
+        make_bidirectional(model)
+    model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    model.eval()
+    examples = task.train if task.held_out is None else task.held_out
+    assert isinstance(examples, TailedExamples)
     return Trained(
         model=model,
         tokenizer=task.tokenizer,
         tokens=task.tokens,
-        examples=task.train if task.held_out is None else task.held_out,
-        shift=recipe.objective.shift,
+        examples=examples,
+        shift=objective.shift,
     )
 
 
-def sample(recipe: Recipe, prompts: Sequence[str], *, length: int = 128, seed: int = 0, **options: object) -> list[str]:
+def sample(recipe: Recipe, prompts: Sequence[str], *, length: int = 128, seed: int = 0, **options: Any) -> list[str]:
     """Answers prompts, as text up to their end.
 
     Args:
@@ -116,16 +133,17 @@ def sample(recipe: Recipe, prompts: Sequence[str], *, length: int = 128, seed: i
     """
     trained = load_trained(recipe)
     tokenizer = trained.tokenizer
-    ids = tokenizer(list(prompts))["input_ids"]
+    ids: Any = tokenizer(list(prompts))["input_ids"]
     if tokenizer.chat_template and trained.examples.report.format not in PLAIN_TEXT:
         turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+        encoded: Any = tokenizer.apply_chat_template(turns, add_generation_prompt=True)
+        ids = encoded["input_ids"]
     sampling = trained.sampling(**{"steps": length, "early_stop": True} | options)
-    return [tokenizer.decode(answer) for answer in trained.generate(ids, length, sampling, seed=seed).answers()]
+    return [str(tokenizer.decode(answer)) for answer in trained.generate(ids, length, sampling, seed=seed).answers()]
 
 
 def evaluate(
-    recipe: Recipe, *, lengths: Sequence[int], blocks: Sequence[int] = (1,), prompts: int = 64, **options: object
+    recipe: Recipe, *, lengths: Sequence[int], blocks: Sequence[int] = (1,), prompts: int = 64, **options: Any
 ) -> str:
     """Answers held-out prompts at every length and number of blocks; returns the table, and stores it with pictures.
 
@@ -180,8 +198,8 @@ def judge_of(trained: Trained, references: Sequence[Sequence[int]]) -> Judge:
         reference = list(references[row])
         written = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
         content = begins = tokens[: len(reference)] == reference
-        if right := FINAL.search(decode(reference)):
-            given = FINAL.search(decode(tokens[:written]))
+        if right := FINAL.search(str(decode(reference))):
+            given = FINAL.search(str(decode(tokens[:written])))
             content = given is not None and given[1] == right[1]
         early, late = written < len(reference), written > len(reference)
         return Verdict(early=early, late=late, exact=begins and not (early or late), content=content)

@@ -47,10 +47,10 @@ def generate(
     if any(len(prompt) == 0 for prompt in prompts) and shift:
         raise PacktrainError("a model that predicts the next token needs a prompt to begin from", key="prompts")
     device = next(model.parameters()).device
-    prompts = [torch.as_tensor(prompt, dtype=torch.int64, device=device) for prompt in prompts]
+    asked = [torch.as_tensor(prompt, dtype=torch.int64, device=device) for prompt in prompts]
 
     def predict(rows: Tensor, canvases: Tensor, start: int, stop: int) -> Tensor:
-        chosen = [prompts[row] for row in rows.tolist()]
+        chosen = [asked[row] for row in rows.tolist()]
         at = (start, stop, shift)
         logits = _canvas_logits(model, chosen, canvases, *at, max_tokens)
         if sampling.cfg_scale:

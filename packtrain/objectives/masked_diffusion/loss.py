@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -113,7 +114,7 @@ def make_bidirectional(model: nn.Module) -> nn.Module:
         what = "has no attention that can be made bidirectional"
         fix = "use a decoder whose attention goes through transformers' AttentionInterface (Llama, Qwen, Gemma ...)"
         raise ModelError(what, key="objective.name", value=type(model).__name__, fix=fix)
-    model.config.is_causal = model.config.get_text_config().is_causal = False
-    for module in attentions:
-        module.is_causal = False
+    config: Any = model.config
+    for owner in (config, config.get_text_config(), *attentions):
+        setattr(owner, "is_causal", False)  # noqa: B010 (no field of all of them)
     return model

@@ -24,6 +24,7 @@ The canvas is how many tokens answer, eos and tail have together:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -38,6 +39,7 @@ from packtrain.objectives.examples import DerivedExamples
 PROMPT, CONTENT, EOS, TAIL = 0, 1, 2, 3  # the parts of a document
 _CANVAS, _FILL = 0x63616E76, 0x66696C6C  # "canv", "fill": keep these draws apart from others of the same seed
 _TOKENS_AT_ONCE = 1 << 22
+Kind = Literal["none", "eos", "single", "rainbow", "random"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +53,7 @@ class Tail:
             contain them.
     """
 
-    kind: Literal["none", "eos", "single", "rainbow", "random"]
+    kind: Kind
     eos_token_id: int
     pad_token_ids: tuple[int, ...] = ()
 
@@ -184,7 +186,7 @@ class TailedExamples(DerivedExamples):
         return replace(old, tokens=tokens, supervised_tokens=supervised, notes=(*old.notes, note))
 
     def gather(
-        self, example_ids: np.ndarray, starts: np.ndarray | None = None, stops: np.ndarray | None = None
+        self, example_ids: Sequence[int] | np.ndarray, starts: np.ndarray | None = None, stops: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Returns documents end to end, as `Examples.gather`.
 

@@ -16,13 +16,14 @@ import json
 import logging
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from accelerate.utils import gather_object
 from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
+from packtrain.data.examples import AnyExamples
 from packtrain.errors import NonFiniteError, PacktrainError
 
 logger = logging.getLogger(__name__)
@@ -71,23 +72,24 @@ class FiniteUpdates:
         bad_gradients, bad_losses = self.trainer.accelerator.reduce(bad, reduction="sum").tolist()
         if not (bad_gradients or bad_losses):
             return
-        norm, *losses = figures.tolist()
+        size, *losses = figures.tolist()
         found = [
             {"rank": self.trainer.args.process_index, "micro_batch": number, "loss": loss, **self._examples(ids)}
             for number, (loss, (_, ids)) in enumerate(zip(losses, seen, strict=True))
             if not (bad_losses and math.isfinite(loss))  # with finite losses, any of them may have made the gradients
         ]
-        self._report("loss" if bad_losses else "gradient", norm, gather_object(found))
+        self._report("loss" if bad_losses else "gradient", size, gather_object(found))
         assert model is not None
         model.zero_grad()  # parameters without a gradient are left alone by the optimizer, its moments too
 
     def _examples(self, ids: torch.Tensor) -> dict[str, list[int]]:
-        ids = [number for number in ids.tolist() if number >= 0]  # -1 is padding
-        return {"example_ids": ids, "rows": [int(self.trainer.train_dataset.rows[number]) for number in ids]}
+        rows = cast(AnyExamples, self.trainer.train_dataset).rows
+        known = [number for number in ids.tolist() if number >= 0]  # -1 is padding
+        return {"example_ids": known, "rows": [int(rows[number]) for number in known]}
 
     def _report(self, what: str, norm: float, found: list[dict[str, Any]]) -> None:
         step = self.trainer.state.global_step
-        path = Path(self.trainer.args.output_dir, FILE)
+        path = Path(str(self.trainer.args.output_dir), FILE)
         ids = sorted({number for batch in found for number in batch["example_ids"]})
         if self.trainer.is_world_process_zero():
             figures = [batch | {"loss": str(batch["loss"])} for batch in found]  # JSON has no NaN

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from packtrain.errors import OutOfMemory, PacktrainError
 from packtrain.packing.collator import MicroBatches
@@ -26,6 +26,9 @@ from packtrain.packing.plan import MicroBatch, Plan
 from packtrain.training.memory.activations import activation_formula
 from packtrain.training.memory.plan import MicroBatchSize, sampled_micro_batches
 from packtrain.training.meters import peak_memory
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 _WORDS = ("DefaultCPUAllocator: can't allocate memory", "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
@@ -122,7 +125,7 @@ class ProbeMemory(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._try("tried before it")
-        self._again = not self.trainer.optimizer.state  # a resumed run has them
+        self._again = not getattr(self.trainer.optimizer, "state", None)  # a resumed run has them
 
     def on_step_end(self, args, state, control, **kwargs):
         if self._again:
@@ -163,7 +166,7 @@ def without_a_trace(model: torch.nn.Module, device: torch.device) -> Iterator[No
 
 
 def heaviest_micro_batch(
-    plan: Plan, supervised: np.ndarray, model: torch.nn.Module, args: TrainingArguments
+    plan: Plan, supervised: np.ndarray, model: PreTrainedModel | PeftModel, args: TrainingArguments
 ) -> tuple[int, MicroBatch, MicroBatchSize]:
     """Returns the micro-batch of any rank that needs the most memory by the formulas of `memory`, and its update.
 

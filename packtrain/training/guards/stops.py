@@ -80,6 +80,6 @@ class StopOnSignal(TrainerCallback):
         state = self.trainer.state
         if not self.agreed or state.global_step >= state.max_steps:
             return None
-        checkpoint = Path(self.trainer.args.output_dir, f"checkpoint-{state.global_step}")
+        checkpoint = Path(str(self.trainer.args.output_dir), f"checkpoint-{state.global_step}")
         what = f"stopped by {signal.Signals(self.agreed).name} after step {state.global_step} of {state.max_steps}"
         return Stopped(what, where=str(checkpoint), fix="continue with --resume")

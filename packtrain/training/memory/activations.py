@@ -107,6 +107,8 @@ def count_activations(build: Callable[[Any], nn.Module], config: Any, *, autocas
     """
     import torch
 
+    from packtrain.modeling.audit.settings import base
+
     per_token: dict[int, list[float]] = {}  # of a model of so many layers, between each two numbers of tokens
     for layers in (1, 2):
         shallow = copy.deepcopy(config)
@@ -116,7 +118,7 @@ def count_activations(build: Callable[[Any], nn.Module], config: Any, *, autocas
             text.layer_types = text.layer_types[:layers]
         with torch.device("meta"):
             model = build(shallow)
-        model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        model = base(model)
         backbone = getattr(model, model.base_model_prefix).train()
         kept = [_kept_bytes(backbone, tokens, autocast) for tokens in TOKENS]
         per_token[layers] = [(b - a) / (n - m) for (a, b), (m, n) in zip(pairwise(kept), pairwise(TOKENS), strict=True)]

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -34,7 +34,9 @@ from packtrain.training.memory.activations import (
 from packtrain.training.memory.states import DEVICE, EXACT, Line, Parameters, model_states
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from torch import nn
+    from transformers import PreTrainedModel
 
 TIGHT = 0.85  # of the memory; above it the CUDA context and a fragmented allocator decide
 SAMPLED_STEPS = 1000
@@ -173,7 +175,11 @@ def describe_model(recipe: Recipe) -> ModelMemory:
 
     section = recipe.model
     config = load_config(section)
-    if section.model_name_or_path is None and "vocab_size" not in section.config and section.tokenizer_vocab_size:
+    if (
+        section.model_name_or_path is None
+        and "vocab_size" not in (section.config or {})
+        and section.tokenizer_vocab_size
+    ):
         config.get_text_config().vocab_size = section.tokenizer_vocab_size
     half = "bfloat16" if recipe.training.get("bf16") else "float16" if recipe.training.get("fp16") else None
     register_counting_attention()
@@ -215,7 +221,7 @@ def _countable(config: Any) -> Iterator[None]:
         raise ModelError(what, key="--memory", fix=fix) from error
 
 
-def _build(recipe: Recipe, config: Any, dtype: str | None = None) -> nn.Module:
+def _build(recipe: Recipe, config: Any, dtype: str | None = None) -> PreTrainedModel | PeftModel:
     """Builds the model with its adapter, in the recipe's dtype or another (adapters are float32 whatever the model is)."""
     from packtrain.modeling.loading import add_lora, load_model
 
@@ -229,12 +235,13 @@ def _build(recipe: Recipe, config: Any, dtype: str | None = None) -> nn.Module:
     return model if recipe.lora is None else add_lora(model, recipe.lora)
 
 
-def parameters_of(model: nn.Module) -> Parameters:
+def parameters_of(model: PreTrainedModel | PeftModel) -> Parameters:
     """Returns the sizes of a model's parameters: on any device, sharded or not."""
     trained = [p for p in model.parameters() if p.requires_grad]
     frozen = [p for p in model.parameters() if not p.requires_grad]
     config = model.config.get_text_config()
-    lists = [m for m in model.modules() if type(m).__name__ == "ModuleList" and len(m) == config.num_hidden_layers]
+    named = [module for module in model.modules() if type(module).__name__ == "ModuleList"]
+    lists: list[Any] = [module for module in named if len(cast(Any, module)) == config.num_hidden_layers]
     layer = max((sum(map(_elements, layers[0].parameters())) for layers in lists), default=0)
     return Parameters(
         trained=tuple(map(_elements, trained)),

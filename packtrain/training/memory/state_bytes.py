@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 # Where DeepSpeed's optimizers (0.16 to 0.19) keep what no torch optimizer has.
 MASTER_WEIGHTS = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups", "fp32_groups_flat")
@@ -52,7 +53,7 @@ def _unwrapped(optimizer: Any) -> Iterator[Any]:
         optimizer = getattr(optimizer, "optimizer", None)
 
 
-def _shards(parameter: nn.Parameter) -> Iterator[torch.Tensor]:
+def _shards(parameter: Any) -> Iterator[torch.Tensor]:
     """Yields what this rank holds of a parameter: its shard, and under ZeRO-3 the whole where it is gathered."""
     if hasattr(parameter, "ds_tensor"):
         yield parameter.ds_tensor
@@ -74,7 +75,7 @@ def _new_bytes(tensors: Iterable[torch.Tensor], counted: set[int]) -> int:
     """Counts the bytes of the storages of `tensors` that aren't in `counted` yet; adds them."""
     total = 0
     for tensor in tensors:
-        storage = (tensor.to_local() if hasattr(tensor, "to_local") else tensor).untyped_storage()
+        storage = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
         if storage.data_ptr() not in counted and storage.nbytes():
             counted.add(storage.data_ptr())
             total += storage.nbytes()

@@ -18,7 +18,7 @@ EXACT, MEASURED, ESTIMATED = "exact", "measured", "estimated"
 DEVICE, HOST, NVME = "device", "host", "nvme"
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "zero3_offload_cpu", "zero3_offload_nvme", "fsdp2")
 BUCKET_ELEMENTS = 50_000_000  # reduce_bucket_size of launch/deepspeed/zero1.json and zero2.json
-NVME_BUFFERS = {"offload_param": (5, 100_000_000), "optimizer": 4}  # DeepSpeed's defaults: buffers (of elements)
+NVME_PARAMETERS, NVME_OPTIMIZER = (5, 100_000_000), 4  # DeepSpeed's defaults: buffers (of elements)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +122,8 @@ def _deepspeed(p: Parameters, engine: str, n: int, half: bool, accumulates: bool
     elif stage == 3 or half:  # the step's float32 gradients; ZeRO-1/2 let the others go as they convert them
         lines.append(Line(what="gradients in float32", bytes=4 * shard, transient=True))
     if offload == "nvme":
-        count, elements = NVME_BUFFERS["offload_param"]
-        buffers = item * count * elements + 4 * NVME_BUFFERS["optimizer"] * max(p.trained, default=0)
+        count, elements = NVME_PARAMETERS
+        buffers = item * count * elements + 4 * NVME_OPTIMIZER * max(p.trained, default=0)
         lines.append(Line(what="buffers for NVMe", bytes=buffers, where=HOST, basis=ESTIMATED))
     return lines
 

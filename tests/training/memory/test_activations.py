@@ -92,7 +92,10 @@ def test_the_count_without_memory_is_what_is_kept(family, autocast, lora):
     assert counted.bytes(1000, checkpointing=False) == pytest.approx(1000 * measured, rel=0.02)
 
 
-@pytest.mark.parametrize(("architecture", "attention"), [("mamba", "eager"), ("bamba", "sdpa")])
+SLOW = [pytest.mark.slow, pytest.mark.ci]  # token by token
+
+
+@pytest.mark.parametrize(("architecture", "attention"), [pytest.param("mamba", "eager", marks=SLOW), ("bamba", "sdpa")])
 def test_layers_without_attention_are_counted_too(architecture, attention):
     """Their configs derive the kinds of their layers from the number of layers."""
     register_counting_attention()

@@ -98,6 +98,8 @@ def test_what_cannot_be_counted_is_our_error(architecture, why):
         of_architecture(architecture, **{"num_heads" if architecture == "xlstm" else "num_attention_heads": 2})
 
 
+@pytest.mark.ci
+@pytest.mark.slow  # token by token
 def test_a_model_without_attention_has_a_plan():
     model = of_architecture("mamba", state_size=8)
     assert model.activations.basis == "measured" and model.activations.layer > 0
