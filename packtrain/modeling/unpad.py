@@ -19,15 +19,15 @@ where there is nothing to gain or something that needs the padded view: no paddi
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from packtrain.data.formats import IGNORED
@@ -55,13 +55,27 @@ class Unpadding:
         self.modules = list(borders)
         self._before = [(border, border.config._attn_implementation) for border in borders.values()]
         self._handles: list[RemovableHandle] = []
-        self._model, self._borders = model, borders
+        self._top, self._borders = base(model), borders
 
-    def remove(self) -> None:
-        """Removes the hooks, and gives the model its own attention back."""
+    def _install(self, hooks: dict[str, Flatten]) -> None:
+        """Installs these hooks, in the place of those that are there."""
+        self._remove_hooks()
+        for name, hook in hooks.items():
+            border = self._borders[name]
+            border.set_attn_implementation(NAME)
+            self._handles.append(border.register_forward_pre_hook(hook, with_kwargs=True))
+            self._handles.append(border.register_forward_hook(Scatter(), with_kwargs=True))
+        if self._top not in self._borders.values():
+            self._handles.append(self._top.register_forward_pre_hook(RefuseFirstLabels(), with_kwargs=True))
+
+    def _remove_hooks(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+    def remove(self) -> None:
+        """Removes the hooks, and gives the model its own attention back."""
+        self._remove_hooks()
         for border, implementation in self._before:
             if border.config._attn_implementation != implementation:
                 border.set_attn_implementation(implementation)
@@ -91,16 +105,24 @@ def unpad(model: nn.Module, *, module: nn.Module | str | None = None) -> Unpaddi
         ModelError: no such module, or its outputs or gradients are not the same; the model is left as it was.
     """
     register()
-    borders = find_borders(model, module)
+    borders, top = find_borders(model, module), base(model)
     unpadding = Unpadding(model, borders)
+    whole = top not in borders.values()
     try:
-        for name, border in borders.items():
-            if any(isinstance(hook, Flatten) for hook in border._forward_pre_hooks.values()):
-                raise ModelError("is unpadded already", key=name or type(border).__name__, fix="call unpad once")
-            _install(unpadding, name, border)
-        top = base(model)
-        if top not in borders.values():
-            unpadding._handles.append(top.register_forward_pre_hook(RefuseFirstLabels(), with_kwargs=True))
+        with quietly(), in_mode(model, train=False), _nonzero_adapters(model):
+            before = {left: _ask_whole(top, borders, left) if whole else [] for left in (False, True)}
+            found = {name: _find_rule(name, border) for name, border in borders.items()}
+            unpadding._install(found)
+            after = {left: _ask_whole(top, borders, left) if whole else [] for left in (False, True)}
+            tolerance = precision(next(top.parameters()).dtype)
+            right, left = (_difference(before[side], after[side]) for side in (False, True))
+            if not right <= tolerance:
+                what = (
+                    f"{type(top).__name__} reads padding: its outputs differ by {right:.1e} (allowed {tolerance:.0e})"
+                )
+                raise ModelError(what, key="model", fix="leave it padded")
+            if not left <= tolerance:  # the first token of a row is read, and there it is padding
+                unpadding._install({name: replace(hook, left=False) for name, hook in found.items()})
     except BaseException:
         unpadding.remove()
         raise
@@ -117,7 +139,9 @@ def find_borders(model: nn.Module, module: nn.Module | str | None = None) -> dic
     if module is not None:
         found = {name: inner for name, inner in named.items() if name == module or inner is module}
         if not found:
-            raise ModelError("is not a module of the model", key="module", value=module, fix="see `model.named_modules()`")
+            raise ModelError(
+                "is not a module of the model", key="module", value=module, fix="see `model.named_modules()`"
+            )
     else:
         takes_rows = {
             name: inner
@@ -185,7 +209,9 @@ class Flatten:
         mask = given.get("attention_mask")
         if not torch.is_tensor(mask) or mask.dim() != 2 or len(mask) < 2:
             return None
-        if any(given.get(name) is not None for name in ("past_key_values", "cu_seq_lens_q")) or self._weights(module, given):
+        if any(given.get(name) is not None for name in ("past_key_values", "cu_seq_lens_q")) or self._weights(
+            module, given
+        ):
             return None
         real = mask.cpu() != 0  # the one time that something is read from the device
         index = real.flatten().nonzero().flatten()
@@ -263,7 +289,9 @@ class RefuseFirstLabels:
             return
         begins = (mask[:, :-1] == 0) & (mask[:, 1:] != 0)
         if bool((begins & (labels[:, 1:] != IGNORED)).any()):
-            what = "supervise the first token of a row that is padded on the left, and the model predicts it from padding"
+            what = (
+                "supervise the first token of a row that is padded on the left, and the model predicts it from padding"
+            )
             raise ModelError(what, key="labels", fix=f"set them to {IGNORED} there, or pad on the right")
 
 
@@ -302,42 +330,46 @@ def _padding_idx(module: nn.Module) -> int | None:
 # ---------------------------------------------------------------------------------------------------- the proof
 
 
-def _install(unpadding: Unpadding, name: str, border: PreTrainedModel) -> None:
-    """Installs the hooks on one module, with the first rule of positions by which it gives what it gave."""
-    with quietly(), in_mode(border, train=False), _nonzero_adapters(border):
-        asked = {left: _ask(border, left) for left in (False, True)}
-        border.set_attn_implementation(NAME)
-        worst: dict[Rule, tuple[float, float]] = {}
-        for rule in RULES:
-            hooks = [
-                border.register_forward_pre_hook(Flatten(rule), with_kwargs=True),
-                border.register_forward_hook(Scatter(), with_kwargs=True),
-            ]
-            try:
-                worst[rule] = tuple(_difference(asked[left], _ask(border, left)) for left in (False, True))
-            finally:
-                for hook in hooks:
-                    hook.remove()
+def _find_rule(name: str, border: PreTrainedModel) -> Flatten:
+    """Finds the hook before a module with which it gives what it gave, by asking it.
+
+    Raises:
+        ModelError: there is none.
+    """
+    if any(isinstance(hook, Flatten) for hook in border._forward_pre_hooks.values()):
+        raise ModelError("is unpadded already", key=name or type(border).__name__, fix="call unpad once")
+    asked = {left: _ask(border, left) for left in (False, True)}
+    border.set_attn_implementation(NAME)
     tolerance = precision(next(border.parameters()).dtype)
-    best = min(RULES, key=lambda rule: [max(0.0, value - tolerance) for value in worst[rule]])
-    right, left = worst[best]
-    if not right <= tolerance:
-        what = (
-            f"{type(border).__name__} does not give the same without padding: hidden states or gradients differ by {right:.1e} "
-            f"(allowed {tolerance:.0e}) for rows padded on the right"
-        )
-        fix = "see `packtrain audit` for what mixes tokens beside its attention; leave the model padded"
-        raise ModelError(what, key=name or "model", fix=fix)
-    hook = Flatten(best, left=left <= tolerance)
-    unpadding._handles.append(border.register_forward_pre_hook(hook, with_kwargs=True))
-    unpadding._handles.append(border.register_forward_hook(Scatter(), with_kwargs=True))
+    worst: dict[Rule, tuple[float, float]] = {}
+    for rule in RULES:
+        hooks = [
+            border.register_forward_pre_hook(Flatten(rule), with_kwargs=True),
+            border.register_forward_hook(Scatter(), with_kwargs=True),
+        ]
+        try:
+            worst[rule] = (_difference(asked[False], _ask(border, False)), _difference(asked[True], _ask(border, True)))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if max(worst[rule]) <= tolerance:
+            return Flatten(rule)
+    rule = min(RULES, key=lambda rule: worst[rule][0])
+    right, _ = worst[rule]
+    if right <= tolerance:
+        return Flatten(rule, left=False)
+    what = (
+        f"{type(border).__name__} does not give the same without padding: hidden states or gradients differ by {right:.1e} "
+        f"(allowed {tolerance:.0e})"
+    )
+    fix = "see `packtrain audit` for what mixes tokens beside its attention; leave the model padded"
+    raise ModelError(what, key=name or "model", fix=fix)
 
 
-def _ask(module: PreTrainedModel, left: bool) -> list[Tensor]:
-    """Returns hidden states of the real tokens of ragged rows, and gradients of a random projection of them."""
+def _ragged(config: PreTrainedConfig, left: bool) -> tuple[Tensor, Tensor]:
+    """Returns ids and attention mask of ragged rows, int64 `[B, T]`, the same at every call."""
     generator = torch.Generator().manual_seed(0)
-    config, width = module.config.get_text_config(), max(_LENGTHS)
-    device = module.get_input_embeddings().weight.device
+    width = max(_LENGTHS)
     special = {getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "cls", "sep", "mask")}
     pad = getattr(config, "pad_token_id", None) or 0
     usual = [token for token in range(min(config.vocab_size, 997)) if token not in special and token != pad]
@@ -345,10 +377,27 @@ def _ask(module: PreTrainedModel, left: bool) -> list[Tensor]:
     mask = torch.zeros_like(ids)
     for row, length in enumerate(_LENGTHS):
         columns = slice(width - length, width) if left else slice(0, length)
-        chosen = torch.randint(len(usual), (length,), generator=generator)
-        ids[row, columns] = torch.tensor(usual)[chosen]
+        ids[row, columns] = torch.tensor(usual)[torch.randint(len(usual), (length,), generator=generator)]
         mask[row, columns] = 1
-    ids, mask = ids.to(device), mask.to(device)
+    return ids, mask
+
+
+def _ask_whole(model: PreTrainedModel, borders: dict[str, PreTrainedModel], left: bool) -> list[Tensor]:
+    """Returns the model's outputs for ragged rows: of every row, and of every real token."""
+    border = next(iter(borders.values()))
+    ids, mask = (part.to(border.device) for part in _ragged(border.config, left))
+    with torch.no_grad():
+        outputs = model(input_ids=ids, attention_mask=mask)
+    parts = [part for part in outputs.values() if torch.is_tensor(part) and part.shape[:1] == ids.shape[:1]]
+    real = mask.bool()
+    return [(part[real] if part.shape[:2] == ids.shape else part).float() for part in parts]
+
+
+def _ask(module: PreTrainedModel, left: bool) -> list[Tensor]:
+    """Returns hidden states of the real tokens of ragged rows, and gradients of a random projection of them."""
+    device = module.get_input_embeddings().weight.device
+    ids, mask = (part.to(device) for part in _ragged(module.config, left))
+    generator = torch.Generator().manual_seed(1)
     embedded: list[Tensor] = []
     hook = module.get_input_embeddings().register_forward_hook(_Capture(embedded))
     try:
@@ -411,5 +460,3 @@ def _nonzero_adapters(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for weight in zeros:
                 weight.zero_()
-
-
