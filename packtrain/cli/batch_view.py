@@ -204,7 +204,7 @@ def print_batch(batch: Mapping[str, Any], task: Task, console: Console, *, head:
     for column in ("document", "example", "row", "tokens", "positions", "supervised", "weight", "padding"):
         table.add_column(column, justify="right")
     for number, document in enumerate(found):
-        row = str(task.train.rows[document.example_id]) if document.example_id >= 0 else "-"
+        row = _source_row(task, document.example_id) if document.example_id >= 0 else "-"
         table.add_row(
             str(number),
             str(document.example_id),
@@ -231,6 +231,12 @@ def print_batch(batch: Mapping[str, Any], task: Task, console: Console, *, head:
         console.print(text_of(runs, marks, padding=document.example_id < 0), soft_wrap=True)
     if len(found) > texts:
         console.print(f"... and {len(found) - texts} more; see --documents", style="dim", highlight=False)
+
+
+def _source_row(task: Task, example_id: int) -> str:
+    """Names the row of an example: by its number, and with its file where there are several."""
+    row, source = int(task.train.rows[example_id]), task.train.source
+    return source.where(row) if source is not None and len(task.train.report.files) > 1 else str(row)
 
 
 def _position_start(recipe: Recipe, config: PreTrainedConfig) -> int:

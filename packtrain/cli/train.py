@@ -48,8 +48,8 @@ def train(
         more += ["--overwrite"] if overwrite else []
         relaunch(launch, ["train", str(recipe), *sets, *more], use_cpu=bool(loaded.training.get("use_cpu")))
     console = Console(quiet=RANK != 0)
-    data, batching = loaded.data, loaded.batching
-    first = f"{Path(recipe).stem}: {hidden(data.path)}, {batching.strategy}; loading torch and transformers"
+    batching = loaded.batching
+    first = f"{Path(recipe).stem}: {hidden(loaded.data.shown)}, {batching.strategy}; loading torch and transformers"
     console.print(first, style="dim", markup=False)
     from packtrain.training.run import train as run
 

@@ -286,17 +286,23 @@ def portable(recipe: Recipe, show: Callable[[str], str] = shown_path, *, given: 
         show: writes a local path.
         given: leave out the defaults.
     """
+
+    def written(value: Any) -> Any:
+        if isinstance(value, list):
+            return [written(each) for each in value]
+        return show(value) if Path(value).is_absolute() or Path(value).exists() else value
+
     data = redacted(recipe.to_dict(given=given))
+    model, rows = data.get("model", {}), data.get("data", {})
     for section, key in (
-        ("data", "path"),
-        ("data", "eval_path"),
-        ("model", "model_name_or_path"),
-        ("model", "tokenizer_name_or_path"),
-        ("model", "chat_template"),
+        *((each, "path") for each in (rows, *(rows.get("mixture") or ()))),
+        (rows, "eval_path"),
+        (model, "model_name_or_path"),
+        (model, "tokenizer_name_or_path"),
+        (model, "chat_template"),
     ):
-        value = data.get(section, {}).get(key)
-        if value is not None and (Path(value).is_absolute() or Path(value).exists()):
-            data[section][key] = show(value)
+        if section.get(key) is not None:
+            section[key] = written(section[key])
     data["training"] = {key: value for key, value in data["training"].items() if key != "output_dir"}
     return data
 

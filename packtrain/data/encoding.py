@@ -119,6 +119,7 @@ def tokenize(
             "format": format,
             "problems": [(row, table["problem"][row].as_py()) for row in bad],
             "notes": [
+                *rows.skipped,
                 *_notes(names, format, also),
                 *notes_of(table["flags"].to_numpy(), tokenizer),
                 *_remarks_of(table["remarks"], rows),
@@ -162,7 +163,8 @@ def _notes(columns: Sequence[str], format: str, also: Sequence[str]) -> list[str
         notes.append(f"the columns also fit the format {' and '.join(also)}; `data.format` chooses")
     used = {*FORMATS[format].columns, *FORMATS[format].optional}
     if unused := [column for column in columns if column not in used]:
-        notes.append(f"columns not used: {', '.join(unused)}")
+        index = {name: f"{name} (pandas' index)" for name in ("Unnamed: 0", "__index_level_0__")}
+        notes.append(f"columns not used: {', '.join(index.get(name, name) for name in unused)}")
     return notes
 
 

@@ -33,13 +33,13 @@ import numpy as np
 
 from packtrain.data import store
 from packtrain.data.encoding import tokenize
-from packtrain.data.formats import FORMATS, find_format, rename_columns
+from packtrain.data.joined import join_documents
 from packtrain.data.report import DataReport
 from packtrain.data.selection import View, select
-from packtrain.data.sources import Rows, describe_request, find_files, open_rows
+from packtrain.data.sources import Rows
 from packtrain.data.store import Documents, open_dataset
 from packtrain.errors import DataError
-from packtrain.recipe.sections import MAX_LENGTH, DataSection
+from packtrain.recipe.sections import MAX_LENGTH
 
 if TYPE_CHECKING:
     import datasets
@@ -234,6 +234,21 @@ class Examples:
         held_out = np.isin(self.rows, rows[chosen])
         return self.take(np.flatnonzero(~held_out)), self.take(np.flatnonzero(held_out))
 
+    @classmethod
+    def join(cls, parts: Sequence[Examples], report: DataReport) -> Examples:
+        """Puts the examples of several sources one after another; their rows are numbered on from source to source."""
+        views = [part._view[np.arange(len(part))] for part in parts]
+        firsts = np.cumsum([0, *(len(part._documents.lengths) for part in parts)])
+        view = View(
+            rows=np.concatenate([view.rows + first for view, first in zip(views, firsts, strict=False)]),
+            starts=np.concatenate([view.starts for view in views]),
+            lengths=np.concatenate([view.lengths for view in views]),
+            supervised=np.concatenate([view.supervised for view in views]),
+        )
+        sources = [part.source for part in parts if part.source is not None]
+        source = Rows.join(sources) if len(sources) == len(parts) else None
+        return cls(join_documents([part._documents for part in parts]), view, report, source)
+
     def __reduce__(self):
         return Examples, (self._documents, self._partial_view, self.report)
 
@@ -277,89 +292,6 @@ class Examples:
             documents, max_length=max_length, overflow=overflow, on_bad_row=on_bad_row, where="row {}".format
         )
         return cls(documents, *chosen)
-
-
-def prepare_examples(
-    section: DataSection,
-    rows: Rows,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    seed: int,
-    completions_only: bool = False,
-    tokenizer_key: str | None = None,
-) -> tuple[Examples, Examples | None]:
-    """Tokenises a recipe's rows, or finds them tokenised, and holds rows out: (training, held out or None).
-
-    Args:
-        section: the recipe's `data:`.
-        rows: of `open_rows(section.path, ...)`.
-        seed: of the rows that are held out.
-        completions_only: learn completions only wherever rows have any, unless the section says otherwise.
-        tokenizer_key: how `find_examples` will name this tokenizer, see `store.tokenizer_key`.
-
-    Raises:
-        DataError: with file and row, or key and value, and the fix.
-    """
-
-    def build(these: Rows) -> Examples:
-        return build_examples(
-            these,
-            tokenizer,
-            completion_only_loss=_completion_only(section, these, completions_only),
-            num_proc=section.num_proc,
-            tokenizer_key=tokenizer_key,
-            **section.model_dump(include=_CHOICES - {"completion_only_loss"}),
-        )
-
-    if section.eval_path or section.eval_split:
-        evaluation = _open_evaluation(section, seed)  # first: what is wrong with it is said before rows are tokenised
-        return build(rows), build(evaluation)
-    examples = build(rows)
-    return examples.hold_out(section.eval_size, seed) if section.eval_size else (examples, None)
-
-
-def _open_evaluation(section: DataSection, seed: int) -> Rows:
-    path, split = section.eval_path or section.path, section.eval_split or section.split
-    local = section.eval_path and Path(section.eval_path).expanduser().exists()
-    try:
-        return open_rows(path, name=None if local else section.name, split=split, seed=seed)
-    except DataError as error:
-        for own, of_evaluation in (("data.path", section.eval_path), ("data.split", section.eval_split)):
-            if error.key == own and of_evaluation:
-                error.key = own.replace("data.", "data.eval_")
-        raise
-
-
-def find_examples(section: DataSection, tokenizer_key: str, *, seed: int) -> tuple[Examples | None, str]:
-    """Finds a recipe's training examples (without those held out) as `prepare_examples` tokenised them before.
-
-    Reads no rows and loads no tokenizer. Local files must have the size and time they had then; a Hub dataset is taken to
-    be unchanged.
-
-    Returns:
-        The examples and "", or None and why there are none.
-
-    Raises:
-        DataError: as `prepare_examples`, for what can be known without tokenising.
-    """
-    source: dict[str, Any] = dict(name=section.name, split=section.split, num_rows=section.num_rows, seed=seed)
-    options = section.model_dump(include=_CHOICES)
-    documents = store.recall(
-        _request(describe_request(section.path, **source), tokenizer_key, options),
-        store.stat_files(find_files(section.path, section.split)),
-    )
-    if isinstance(documents, str):
-        return None, documents
-    reopen = functools.cache(lambda: open_rows(section.path, **source))
-    chosen = select(
-        documents,
-        max_length=section.max_length,
-        overflow=section.overflow,
-        on_bad_row=section.on_bad_row,
-        where=lambda row: reopen().where(row),  # read only where a message has to name a row
-    )
-    examples = Examples(documents, *chosen)
-    return (examples.hold_out(section.eval_size, seed)[0] if section.eval_size else examples), ""
 
 
 def build_examples(
@@ -412,29 +344,19 @@ def build_examples(
     )
     documents = tokenize(rows, tokenizer, **options, num_proc=num_proc, cache_dir=cache_dir)
     if tokenizer_key is not None:
-        request = _request(rows.request, tokenizer_key, options)
-        store.remember(request, documents.fingerprint, rows.files, cache_dir)
-    chosen = select(documents, max_length=max_length, overflow=overflow, on_bad_row=on_bad_row, where=rows.where)
-    return Examples(documents, *chosen, rows)
+        request = request_of(rows.request, tokenizer_key, options)
+        store.remember(request, documents.fingerprint, rows.files, rows.counts, cache_dir)
+    view, report = select(documents, max_length=max_length, overflow=overflow, on_bad_row=on_bad_row, where=rows.where)
+    notes = (*rows.notes, *report.notes)
+    files = replace(report, files=tuple(rows.counts), not_read=tuple(rows.not_read), notes=notes)
+    return Examples(documents, view, files, rows)
 
 
 # Keys of `data:` that decide how rows are tokenised, and with them those that choose which tokens are examples.
-_TOKENS = {"format", "completion_only_loss", "assistant_only_loss", "on_lost_content", "columns", "roles"}
-_CHOICES = _TOKENS | {"max_length", "overflow", "on_bad_row"}
+TOKENS = {"format", "completion_only_loss", "assistant_only_loss", "on_lost_content", "columns", "roles"}
+CHOICES = TOKENS | {"max_length", "overflow", "on_bad_row"}
 
 
-def _request(rows: object, tokenizer_key: str, options: Mapping[str, object]) -> dict[str, object]:
+def request_of(rows: object, tokenizer_key: str, options: Mapping[str, object]) -> dict[str, object]:
     """Returns the key under which the store remembers what rows, tokenizer and loss mask gave."""
-    return {"rows": rows, "tokenizer": tokenizer_key, **{name: options[name] for name in sorted(_TOKENS)}}
-
-
-def _completion_only(section: DataSection, rows: Rows, completions_only: bool) -> bool | None:
-    """Returns `data.completion_only_loss`; unset, and where an objective wants completions only, True if rows have any.
-
-    A causal model may learn the words of a user next to those of the assistant. For a diffusion model they are the
-    prompt, which stands there in clear when it answers, so they are no part of the canvas.
-    """
-    if not completions_only or section.completion_only_loss is not None or section.assistant_only_loss:
-        return section.completion_only_loss
-    format, _ = find_format(rename_columns(rows.columns, section.columns or {}), section.format)
-    return None if FORMATS[format].completion_only is None else True
+    return {"rows": rows, "tokenizer": tokenizer_key, **{name: options[name] for name in sorted(TOKENS)}}

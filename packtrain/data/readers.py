@@ -19,7 +19,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -41,6 +41,7 @@ class Reader(Protocol):
     """A part of `Rows`: the rows of one file, one dataset or one generator."""
 
     fingerprint: str  # of the contents
+    label: str  # how messages call it
 
     def __len__(self) -> int: ...
 
@@ -61,6 +62,8 @@ class TextReader:
         lines: int64 `[n]`, the line (from 1) on which it starts.
         parse: bytes of one row -> row; raises BadRow.
     """
+
+    notes: tuple[str, ...] = ()  # what was skipped while the rows were found
 
     def __init__(
         self,
@@ -93,10 +96,37 @@ class TextReader:
 
 
 def open_jsonl(path: Path, label: str) -> TextReader:
-    """Opens a file with one JSON object per line; empty lines are skipped."""
+    """Opens a file with one JSON object per line; lines of nothing but blanks are skipped, and counted in a note.
+
+    Raises:
+        DataError: the file is JSON, but not by lines.
+    """
     spans, fingerprint = _scan_lines(path)
-    rows = np.flatnonzero(~_is_blank(path, spans))
-    return TextReader(path, label, spans=spans[rows], lines=rows + 1, parse=_parse_json, fingerprint=fingerprint)
+    blank = _is_blank(path, spans)
+    rows = np.flatnonzero(~blank)
+    _refuse_one_document(path, label, spans[rows])
+    reader = TextReader(path, label, spans=spans[rows], lines=rows + 1, parse=_parse_json, fingerprint=fingerprint)
+    if count := int(blank.sum()):
+        reader.notes = (f"{label}: skipped {count:,} empty line{'s' if count > 1 else ''}",)
+    return reader
+
+
+def _refuse_one_document(path: Path, label: str, spans: np.ndarray) -> None:
+    """Refuses a file whose first line opens a JSON object or array that later lines go on with."""
+    if len(spans) < 2:
+        return
+    with path.open("rb") as file:
+        file.seek(int(spans[0, 0]))
+        first = file.read(int(min(spans[0, 1] - spans[0, 0], _BLOCK))).strip()
+    if first == b"{":
+        what, fix = (
+            "is pretty-printed JSON, and every line must be an object",
+            "write one object per line: `jq -c . FILE`",
+        )
+        raise DataError(what, where=f"{label}, line 1", key="data.path", fix=fix)
+    if first.startswith(b"[") and not first.endswith(b"]"):
+        what, fix = "is a JSON array, and every line must be an object", "rename the file to .json"
+        raise DataError(what, where=f"{label}, line 1", key="data.path", fix=fix)
 
 
 def open_json(path: Path, label: str) -> TextReader:
@@ -144,6 +174,11 @@ def open_csv(path: Path, label: str, delimiter: str = ",") -> TextReader:
                 start = reader.line_num
         except csv.Error as error:
             raise DataError(f"invalid CSV record: {error}", where=f"{label}, line {start + 1}") from None
+    if header and not header[0] and all(header[1:]):
+        fix = "write it with `to_csv(..., index=False)`, or give the column a name"
+        raise DataError(
+            "the first column has no name; pandas writes its index so", where=f"{label}, line 1", value=header, fix=fix
+        )
     if not all(header) or len(set(header)) < len(header) or not header:
         fix = "give every column its own name in the first line"
         raise DataError(
@@ -172,7 +207,9 @@ def _decode(block: bytes) -> str:
 def _parse_json(block: bytes) -> Row:
     text = _decode(block)
     try:
-        row = json.loads(text)
+        row = json.loads(text, object_pairs_hook=_object_of)
+    except BadRow:
+        raise
     except json.JSONDecodeError as error:
         raise BadRow(f"invalid JSON: {error.msg} at column {error.pos + 1}") from None
     except (ValueError, RecursionError) as error:  # an integer of thousands of digits; thousands of brackets
@@ -180,6 +217,14 @@ def _parse_json(block: bytes) -> Row:
     if not isinstance(row, dict):
         raise BadRow(f"is not a JSON object: {shorten(row, 40)}")
     return row
+
+
+def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for n, (key, _) in enumerate(pairs) if any(key == other for other, _ in pairs[:n]))
+        raise BadRow(f"contains the key '{twice}' twice")
+    return found
 
 
 def _parse_csv(block: bytes, *, header: list[str], delimiter: str) -> Row:
@@ -209,13 +254,14 @@ def _scan_lines(path: Path) -> tuple[np.ndarray, str]:
 
 
 def _is_blank(path: Path, spans: np.ndarray) -> np.ndarray:
-    """Returns bool `[lines]`: lines of nothing, or of one blank (the `\\r` of a Windows file); no object is as short."""
-    lengths = spans[:, 1] - spans[:, 0]
-    blank = lengths <= 0
-    single = np.flatnonzero(lengths == 1)
-    if single.size:
+    """Returns bool `[lines]`: lines of nothing, or of nothing but blanks (the `\\r` of a Windows file is one)."""
+    blank = spans[:, 1] <= spans[:, 0]
+    rest = np.flatnonzero(~blank)
+    if rest.size:
         contents = np.memmap(path, dtype=np.uint8, mode="r")
-        blank[single] = np.isin(contents[spans[single, 0]], np.frombuffer(b" \t\r", dtype=np.uint8))
+        begin_blank = rest[np.isin(contents[spans[rest, 0]], np.frombuffer(b" \t\r", dtype=np.uint8))]
+        for line in begin_blank.tolist():
+            blank[line] = not bytes(contents[spans[line, 0] : spans[line, 1]]).strip()
     return blank
 
 

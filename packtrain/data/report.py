@@ -2,7 +2,9 @@
 
 It says, for example:
 
-7,473 rows (question_answer) -> 7,473 examples: 1,530,219 tokens, 803,422 of them supervised
+read: train.jsonl.gz (7,485 rows)
+not read (split test): test.jsonl
+7,485 rows (question_answer) -> 7,485 examples: 1,530,219 tokens, 803,422 of them supervised
 12 rows cut to max_length: 3,411 tokens lost, 3,399 of them supervised
 """
 
@@ -15,6 +17,8 @@ from packtrain.errors import DataError
 
 CONVERSATIONS = ("messages", "sharegpt")  # formats of which all is learnt unless the recipe says otherwise
 SHOWN = 10  # rows that a message lists before it says how many more there are
+DOCUMENTATION = "hidden or documentation"  # why a file is not read; such files are counted, not named
+_NAMED = 4  # files that a line names before it says how many more there are
 
 
 class BadRow(ValueError):
@@ -29,12 +33,51 @@ def bad_rows_error(first: Sequence[tuple[str, str]], total: int, *, what: str, k
 
 
 @dataclass(frozen=True, kw_only=True)
+class Share:
+    """One source of a mixture.
+
+    Attributes:
+        path, weight: as they are written.
+        share: of the weights, which is that of the examples of an epoch.
+        rows: of the source.
+        held_out: examples of it that are kept for evaluation.
+        available: examples that are left to train on.
+        examples: of an epoch; more than `available` repeats some, fewer leaves some out.
+        tokens, supervised_tokens: of the examples of an epoch.
+    """
+
+    path: str
+    weight: float
+    share: float
+    rows: int
+    held_out: int
+    available: int
+    examples: int
+    tokens: int
+    supervised_tokens: int
+
+    def line(self) -> str:
+        """Says how often its examples are read in an epoch."""
+        often, more = divmod(self.examples, self.available)
+        if not often:
+            read = f"chosen from {self.available:,}, the same in every epoch"
+        else:
+            times = f"{often} or {often + 1} times" if more else "once" if often == 1 else f"{often} times"
+            read = f"its {self.available:,}, each {times}"
+        kept = f" ({self.held_out:,} more are held out)" if self.held_out else ""
+        tokens = f"{self.tokens:,} tokens, {self.supervised_tokens:,} of them supervised"
+        return f"{self.share:.1%} {self.path} ({self.rows:,} rows): {self.examples:,} examples, {read}{kept}: {tokens}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataReport:
     """Counts of rows, examples and tokens; nothing that was lost is left out.
 
     `tokens_lost` and `supervised_lost` count what `overflow` took from the rows in `truncated_rows`,
     `dropped_rows` and `split_rows` (a split loses the label at the start of every further piece, and pieces
     without a supervised token). `skipped` lists every bad row as (where, reason); their tokens count nowhere.
+    `files` are (file, its rows), `not_read` (file, reason) of those next to them. In a `mixture` rows and losses are those
+    of all sources, examples and tokens those of an epoch.
     """
 
     format: str
@@ -49,6 +92,9 @@ class DataReport:
     tokens_lost: int = 0
     supervised_lost: int = 0
     notes: tuple[str, ...] = ()
+    files: tuple[tuple[str, int], ...] = ()
+    not_read: tuple[tuple[str, str], ...] = ()
+    mixture: tuple[Share, ...] = ()
 
     def to_dict(self) -> dict[str, object]:
         """Returns plain data, for JSON."""
@@ -56,10 +102,16 @@ class DataReport:
 
     def lines(self) -> list[str]:
         """Returns the report as a person reads it, one statement a line."""
-        result = [
+        result = self.file_lines()
+        result.append(
             f"{self.rows:,} rows ({self.format}) -> {self.examples:,} examples: "
             f"{self.tokens:,} tokens, {self.supervised_tokens:,} of them supervised"
-        ]
+        )
+        if self.mixture:
+            result.append(
+                f"mixture of {len(self.mixture)} source{'s' if len(self.mixture) > 1 else ''}, in every epoch:"
+            )
+            result += [f"  {share.line()}" for share in self.mixture]
         if self.format in CONVERSATIONS and 0 < self.supervised_tokens == self.tokens - self.examples:
             result.append(
                 "all turns are supervised, those of system and user included: "
@@ -80,3 +132,44 @@ class DataReport:
             if len(self.skipped) > SHOWN:
                 result.append(f"  ... and {len(self.skipped) - SHOWN:,} more")
         return result + list(self.notes)
+
+    def file_lines(self) -> list[str]:
+        """Returns which files were read, with their rows, and which were not, with the reason."""
+        lines = []
+        if self.files:
+            read = [f"{file} ({count:,} row{'s' if count != 1 else ''})" for file, count in self.files]
+            lines.append(f"read{_number(read)}: {_some(read)}")
+        for reason in dict.fromkeys(reason for _, reason in self.not_read):
+            names = [file for file, why in self.not_read if why == reason]
+            named = f"{len(names):,}" if reason == DOCUMENTATION else _some(names)
+            lines.append(f"not read ({reason}): {named}")
+        return lines
+
+
+def _number(names: Sequence[str]) -> str:
+    return f" {len(names):,} files" if len(names) > _NAMED else ""
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
+
+
+def merge_reports(reports: Sequence[tuple[str, DataReport]]) -> DataReport:
+    """Adds up the reports of several sources, each with its name; examples and tokens are left to whoever joins them."""
+    only = [report for _, report in reports]
+    counted = ("rows", "truncated_rows", "dropped_rows", "split_rows", "tokens_lost", "supervised_lost")
+    by_note: dict[str, list[str]] = {}
+    for name, report in reports:
+        for note in report.notes:
+            by_note.setdefault(note, []).append(name)
+    return DataReport(
+        format=", ".join(dict.fromkeys(report.format for report in only)),
+        **{name: sum(getattr(report, name) for report in only) for name in counted},
+        skipped=tuple(row for report in only for row in report.skipped),
+        notes=tuple(
+            note if len(names) == len(reports) else f"{', '.join(names)}: {note}" for note, names in by_note.items()
+        ),
+        files=tuple(file for report in only for file in report.files),
+        not_read=tuple(file for report in only for file in report.not_read),
+    )

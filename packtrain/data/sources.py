@@ -1,4 +1,4 @@
-"""Where rows come from: files, directories of files, saved datasets, the Hub, or `packtrain:arithmetic`.
+"""Rows of files (see `packtrain.data.files`), saved datasets, the Hub, or `packtrain:arithmetic`.
 
     rows = open_rows("train.jsonl")
     rows[16]          {"question": ..., "answer": ...}
@@ -9,38 +9,23 @@ Lines count from 1, as editors show them; rows of a table from 0, as `dataset[i]
 
 from __future__ import annotations
 
-import logging
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from packtrain.data import synthetic
+from packtrain.data.compressed import kind_of, unpacked
+from packtrain.data.files import Place, find_places, is_local, is_pattern, no_split
 from packtrain.data.formats import Ids, Reading, find_format, read_row, rename_columns
 from packtrain.data.messages import Chat
 from packtrain.data.readers import OPENERS, Reader, Row, TableReader
 from packtrain.data.report import BadRow
 from packtrain.data.store import hash_of, stat_files
-from packtrain.errors import DataError, shorten
-
-logger = logging.getLogger(__name__)
+from packtrain.errors import DataError
 
 _LOOKED_AT = 100  # rows whose keys are the columns
 _AT_ONCE = 1000  # rows read at once while iterating
-_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-_SPLIT_WORDS = {
-    "train": "train",
-    "training": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "dev": "validation",
-    "test": "test",
-    "testing": "test",
-    "eval": "test",
-    "evaluation": "test",
-}
 
 
 class Rows:
@@ -51,6 +36,11 @@ class Rows:
         num_rows: the first rows only.
         request: plain data that says what was asked for, as a key for the cache.
         files: path -> [size, modification time in ns] of the files behind them.
+        not_read: (file, reason) of files next to them.
+        notes: statements about the files, for the report.
+
+    Attributes:
+        parts: the rows of each source of a mixture; otherwise these rows alone.
     """
 
     def __init__(
@@ -60,13 +50,41 @@ class Rows:
         num_rows: int | None = None,
         request: dict[str, object] | None = None,
         files: dict[str, list[int]] | None = None,
+        not_read: Sequence[tuple[str, str]] = (),
+        notes: Sequence[str] = (),
     ):
         self.request, self.files = request, files or {}
+        self.not_read, self.notes = not_read, notes
+        self.parts: list[Rows] = [self]
         self._readers = readers
         self._bounds = np.cumsum([0, *map(len, readers)])
         self._count = int(self._bounds[-1]) if num_rows is None else min(num_rows, int(self._bounds[-1]))
         found = {column: None for row in self.read(0, _LOOKED_AT) if isinstance(row, dict) for column in row}
         self.columns: list[str] = list(found)
+
+    @classmethod
+    def join(cls, parts: list[Rows]) -> Rows:
+        """Puts the rows of several sources one after another; each keeps its own columns and format."""
+        rows = cls(parts)
+        rows.parts = parts
+        rows.columns = list(dict.fromkeys(column for part in parts for column in part.columns))
+        return rows
+
+    @property
+    def label(self) -> str:
+        """The name of the first reader, for rows that are a part of others."""
+        return self._readers[0].label
+
+    @property
+    def counts(self) -> list[tuple[str, int]]:
+        """(file or dataset, rows) of each reader; rows beyond `num_rows` don't count."""
+        ends = np.minimum(self._bounds, self._count)
+        return [(reader.label, count) for reader, count in zip(self._readers, np.diff(ends).tolist(), strict=True)]
+
+    @property
+    def skipped(self) -> list[str]:
+        """What readers left out while they looked for rows: statements for the report."""
+        return [note for reader in self._readers for note in getattr(reader, "notes", ())]
 
     @property
     def fingerprint(self) -> str:
@@ -120,16 +138,21 @@ class Rows:
 
 
 def open_rows(
-    path: str | Path, *, name: str | None = None, split: str = "train", num_rows: int | None = None, seed: int = 0
+    path: str | Path | Sequence[str | Path],
+    *,
+    name: str | None = None,
+    split: str = "train",
+    num_rows: int | None = None,
+    seed: int = 0,
 ) -> Rows:
     """Opens rows without reading them all.
 
     Args:
-        path: a JSONL, JSON, CSV, TSV or Parquet file; a directory of files of one kind; a directory written by
-            `datasets`' `save_to_disk`; a Hub dataset; or `packtrain:arithmetic`.
+        path: a JSONL, JSON, CSV, TSV or Parquet file, also compressed; a directory of files of one kind; a pattern
+            (`data/*.jsonl`); a directory written by `datasets`' `save_to_disk`; a Hub dataset; `packtrain:arithmetic`;
+            or a list of these, read one after another.
         name: configuration of a Hub dataset.
-        split: which split. Files of a directory belong to the split that their path names (`train-0001.parquet`,
-            `test/part.jsonl`), all to `train` where none names one; a single file is `train`.
+        split: which split, see `files.find_places`.
         num_rows: the first rows only; how many `packtrain:arithmetic` makes.
         seed: of `packtrain:arithmetic`.
 
@@ -137,28 +160,24 @@ def open_rows(
         DataError: nothing of that name, no such split, an unreadable file, a `name` for a local file. Broken rows raise
             nothing yet.
     """
+    places = find_places(path, split)
     request = describe_request(path, name=name, split=split, num_rows=num_rows, seed=seed)
-    if str(path) in synthetic.READERS:
-        if split not in synthetic.SPLITS:
-            raise _no_split(path, split, list(synthetic.SPLITS))
-        count = synthetic.DEFAULT_ROWS if num_rows is None else num_rows
-        return Rows([synthetic.READERS[str(path)](count, seed=seed, split=split)], request=request)
-    files = find_files(path, split)
-    if files and name:
+    if name and any(place.files for place in places) and not any(place.on_hub for place in places):
         fix = "leave it out: a file or directory has no configurations"
         raise DataError("applies only to datasets of the Hub", key="data.name", value=name, fix=fix)
+    files = [file for place in places for file in place.files]
     stats = stat_files(files)  # before reading: a file that changes meanwhile is found changed next time
-    local = Path(path).expanduser()
-    if not files:
-        readers: list[Reader] = [_open_hub(str(path), name, split)]
-    elif _is_saved(local):
-        readers = [_open_saved(local, split)]
-    else:
-        root = local if local.is_dir() else local.parent
-        readers = [OPENERS[file.suffix.lower()](file, file.relative_to(root).as_posix()) for file in files]
-    rows = Rows(readers, num_rows=num_rows, request=request, files=stats)
+    rows = Rows(
+        [reader for place in places for reader in _open(place, name, split, num_rows, seed)],
+        num_rows=num_rows,
+        request=request,
+        files=stats,
+        not_read=[each for place in places for each in place.not_read],
+        notes=[note for place in places for note in place.notes],
+    )
+    shown = ", ".join(place.path for place in places)
     if not len(rows):
-        raise DataError("contains no rows", where=str(path), key="data.path")
+        raise DataError("contains no rows", where=shown, key="data.path")
     first = rows.read(0, _LOOKED_AT)
     if all(isinstance(row, BadRow) for row in first):
         raise DataError(
@@ -168,40 +187,37 @@ def open_rows(
 
 
 def describe_request(
-    path: str | Path, *, name: str | None, split: str, num_rows: int | None, seed: int
+    path: str | Path | Sequence[str | Path], *, name: str | None, split: str, num_rows: int | None, seed: int
 ) -> dict[str, object]:
     """Describes what `open_rows` was asked for, as plain data; local paths absolute."""
-    local = Path(path).expanduser()
+    paths = [path] if isinstance(path, str | Path) else path
+    absolute = [_absolute(str(each)) for each in paths]
     return {
-        "path": str(local.resolve()) if local.exists() and str(path) not in synthetic.READERS else str(path),
+        "path": absolute[0] if isinstance(path, str | Path) else absolute,
         "name": name,
         "split": split,
         "num_rows": num_rows,
-        "seed": seed if str(path) in synthetic.READERS else None,
+        "seed": seed if any(str(each) in synthetic.READERS for each in paths) else None,
     }
 
 
-def find_files(path: str | Path, split: str = "train") -> list[Path]:
-    """Finds the files behind a local path; none for the Hub and `packtrain:arithmetic`.
+def _absolute(path: str) -> str:
+    if path in synthetic.READERS or not is_local(path):
+        return path
+    local = Path(path).expanduser()
+    return str(local.absolute() if is_pattern(path) else local.resolve())
 
-    Raises:
-        DataError: it looks local and is not there, or has no such split.
-    """
-    if str(path) in synthetic.READERS:
-        return []
-    path = Path(path).expanduser()
-    if path.is_dir():
-        return sorted(p for p in path.rglob("*") if p.is_file()) if _is_saved(path) else _files_of(path, split)
-    if path.is_file():
-        if path.suffix.lower() not in OPENERS:
-            what, fix = f"is not a supported kind of file ({', '.join(OPENERS)})", "convert, unpack or rename it"
-            raise DataError(what, key="data.path", value=str(path), fix=fix)
-        if split != "train":
-            raise _no_split(path, split, ["train"])
-        return [path]
-    if path.suffix.lower() in OPENERS or not _HUB_NAME.fullmatch(str(path)):
-        raise DataError("there is no such file or directory", key="data.path", value=str(path))
-    return []
+
+def _open(place: Place, name: str | None, split: str, num_rows: int | None, seed: int) -> Sequence[Reader]:
+    if place.generated:
+        count = synthetic.DEFAULT_ROWS if num_rows is None else num_rows
+        return [synthetic.READERS[place.path](count, seed=seed, split=split)]
+    if place.on_hub:
+        return [_open_hub(place.path, name, split)]
+    if place.saved:
+        return [_open_saved(Path(place.path).expanduser(), place.labels[0], split)]
+    named = zip(place.files, place.labels, strict=True)
+    return [OPENERS[kind_of(file)](unpacked(file, label), label) for file, label in named]
 
 
 def texts(rows: Rows, format: str = "auto", reading: Reading | None = None) -> Iterator[str]:
@@ -231,48 +247,7 @@ def texts(rows: Rows, format: str = "auto", reading: Reading | None = None) -> I
                 yield piece.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair becomes "?"
 
 
-def _is_saved(path: Path) -> bool:
-    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
-
-
-def _files_of(directory: Path, split: str) -> list[Path]:
-    """Finds the data files of a directory that belong to a split."""
-    files: dict[str, list[Path]] = {}
-    try:
-        paths = sorted(directory.rglob("*"))
-    except OSError as error:
-        fix = "name a directory of data files"
-        raise DataError(
-            f"the directory cannot be listed: {error}", key="data.path", value=str(directory), fix=fix
-        ) from None
-    for path in paths:
-        inside = path.relative_to(directory)
-        if path.is_file() and path.suffix.lower() in OPENERS and not any(p.startswith(".") for p in inside.parts):
-            words = re.findall("[a-z]+", inside.with_suffix("").as_posix().lower())
-            named = next((_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS), "")
-            files.setdefault(named, []).append(path)
-    if not files:
-        what = f"the directory contains no data files ({', '.join(OPENERS)}) and no saved dataset"
-        raise DataError(what, key="data.path", value=str(directory))
-    if set(files) == {""}:
-        files = {"train": files[""]}
-    chosen = files.get(_SPLIT_WORDS.get(split, split))
-    if not chosen:
-        raise _no_split(directory, split, sorted(name or "(unnamed)" for name in files))
-    kinds = {path.suffix.lower() for path in chosen}
-    if len(kinds) > 1:
-        fix = "name one file, or keep only one kind of file in the directory"
-        raise DataError(f"contains several kinds of files: {', '.join(sorted(kinds))}", where=str(directory), fix=fix)
-    if unnamed := [path.name for path in files.get("", ()) if path not in chosen]:
-        logger.warning(
-            "%s: skipped files whose names say no split, because the names of others do: %s",
-            directory,
-            shorten(unnamed),
-        )
-    return chosen
-
-
-def _open_saved(path: Path, split: str) -> TableReader:
+def _open_saved(path: Path, label: str, split: str) -> TableReader:
     import datasets
 
     try:
@@ -281,11 +256,11 @@ def _open_saved(path: Path, split: str) -> TableReader:
         raise DataError(f"cannot be loaded as a saved dataset: {error}", where=str(path)) from None
     if isinstance(saved, datasets.DatasetDict):
         if split not in saved:
-            raise _no_split(path, split, list(saved))
-        return TableReader(saved[split], f"{path.name}/{split}")
+            raise no_split(path, split, list(saved))
+        return TableReader(saved[split], f"{label}/{split}")
     if split not in ("train", str(saved.split)):
-        raise _no_split(path, split, [str(saved.split or "train")])
-    return TableReader(saved, path.name)
+        raise no_split(path, split, [str(saved.split or "train")])
+    return TableReader(saved, label)
 
 
 def _open_hub(path: str, name: str | None, split: str) -> TableReader:
@@ -298,8 +273,3 @@ def _open_hub(path: str, name: str | None, split: str) -> TableReader:
         fix = "check its name on the Hub, `data.name` (configuration), `data.split` and the network"
         raise DataError(what, key="data.path", value=path, fix=fix) from None
     return TableReader(dataset, f"{path}/{split}")
-
-
-def _no_split(path: str | Path, split: str, known: list[str]) -> DataError:
-    fix = f"its splits are: {', '.join(known)}"
-    return DataError(f"{path} has no such split", key="data.split", value=split, fix=fix)

@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from filelock import FileLock
@@ -51,10 +51,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from transformers import PreTrainedTokenizerBase
 
-
 STORE_VERSION = 3  # raise it when the same rows and options would give other tokens
 _ABANDONED_AFTER = 24 * 3600  # seconds after which a staging directory is a dead process's
-_SET_CACHE = "set the environment variable PACKTRAIN_CACHE to a directory that can be written to"
+SET_CACHE = "set the environment variable PACKTRAIN_CACHE to a directory that can be written to"
 _TOKENIZER_FILES = ("tokenizer*", "*.model", "*.jinja", "vocab*", "merges*", "special_tokens_map*", "added_tokens*")
 
 
@@ -69,7 +68,7 @@ def cache_root(cache_dir: str | Path | None = None) -> Path:
         return (Path(given) if given else user_cache_path("packtrain", appauthor=False)).expanduser()
     except RuntimeError:
         raise DataError(
-            "there is no directory for the cache, because the user has no home directory", fix=_SET_CACHE
+            "there is no directory for the cache, because the user has no home directory", fix=SET_CACHE
         ) from None
 
 
@@ -164,7 +163,7 @@ def staging(cache_dir: str | Path | None = None) -> Iterator[Path]:
         _remove_abandoned(root)
         directory = Path(tempfile.mkdtemp(prefix=".staging-", dir=root))
     except OSError as error:
-        raise DataError(f"cannot write to the cache: {error.strerror}", where=str(root), fix=_SET_CACHE) from None
+        raise DataError(f"cannot write to the cache: {error.strerror}", where=str(root), fix=SET_CACHE) from None
     try:
         yield directory
     except OSError as error:  # a full disk, or a file of rows that is gone
@@ -193,28 +192,40 @@ def publish(directory: Path, facts: dict[str, object], cache_dir: str | Path | N
 
 
 def remember(
-    request: dict[str, object], fingerprint: str, files: dict[str, list[int]], cache_dir: str | Path | None = None
+    request: dict[str, object],
+    fingerprint: str,
+    files: dict[str, list[int]],
+    counts: Sequence[tuple[str, int]],
+    cache_dir: str | Path | None = None,
 ) -> None:
-    """Notes that a request gave a fingerprint, from files of these sizes and times."""
+    """Notes that a request gave a fingerprint, from files of these sizes and times, with so many rows each (`counts`)."""
     path = _request_path(request, cache_dir)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(f".{os.getpid()}")
-    aside.write_text(json.dumps({"fingerprint": fingerprint, "files": files, "request": request}))
+    aside.write_text(json.dumps({"fingerprint": fingerprint, "files": files, "counts": counts, "request": request}))
     os.replace(aside, path)
 
 
 def recall(
     request: dict[str, object], files: dict[str, list[int]], cache_dir: str | Path | None = None
-) -> Documents | str:
-    """Returns the documents that a request gave before, or why there are none to use: `files` are as they stand now."""
+) -> tuple[Documents, tuple[tuple[str, int], ...]] | str:
+    """Returns the documents that a request gave before and the rows of each file, or why there are none to use.
+
+    Args:
+        files: as they stand now.
+    """
     try:
         noted = json.loads(_request_path(request, cache_dir).read_text())
     except (OSError, ValueError):
         return "these rows have not been tokenised with these options yet"
     if changed := _difference(noted["files"], files):
         return changed
+    if "counts" not in noted:
+        return "these rows were tokenised by an earlier release"
     documents = find_store(noted["fingerprint"], cache_dir)
-    return documents or "the tokenised rows were removed from the cache, or are damaged"
+    if documents is not None:
+        return documents, tuple((file, rows) for file, rows in noted["counts"])
+    return "the tokenised rows were removed from the cache, or are damaged"
 
 
 def _difference(before: dict[str, list[int]], now: dict[str, list[int]]) -> str | None:
@@ -422,6 +433,22 @@ class Tokens:
         return found
 
 
+class AnyTokens(Protocol):
+    """What examples ask of the tokens of documents: `Tokens`, or those of several sources."""
+
+    @property
+    def blanks(self) -> np.ndarray | None: ...
+
+    @property
+    def has_factors(self) -> bool: ...
+
+    def gather(self, documents: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
+
+    def factors(self, documents: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray | None: ...
+
+    def count_supervised(self, documents: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Documents:
     """Tokenised rows: document i is row i, empty where the row is bad.
@@ -436,7 +463,7 @@ class Documents:
 
     fingerprint: str
     format: str
-    tokens: Tokens
+    tokens: AnyTokens
     lengths: np.ndarray
     supervised: np.ndarray
     problems: Sequence[tuple[int, str]] = ()

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
+from typing import Any
 
 import numpy as np
 
@@ -71,6 +72,8 @@ class ArithmeticReader:
         split: `train` or `test`.
     """
 
+    label = PATH
+
     def __init__(self, num_rows: int = DEFAULT_ROWS, *, seed: int = 0, split: str = "train"):
         self.num_rows, self.seed, self.split = num_rows, seed, split
         self.fingerprint = f"{PATH} {_VERSION} {seed} {split} {num_rows}"
@@ -78,11 +81,11 @@ class ArithmeticReader:
     def __len__(self) -> int:
         return self.num_rows
 
-    def read(self, start: int, stop: int) -> list[dict[str, object]]:
+    def read(self, start: int, stop: int) -> list[Any]:
         return [arithmetic_row(self.seed, row, self.split) for row in range(start, min(stop, self.num_rows))]
 
     def where(self, row: int) -> str:
-        return f"{PATH}, row {row}"
+        return f"{self.label}, row {row}"
 
 
 def arithmetic_row(seed: int, row: int, split: str = "train") -> dict[str, object]:
@@ -107,15 +110,14 @@ def arithmetic_row(seed: int, row: int, split: str = "train") -> dict[str, objec
 class TrendReader(ArithmeticReader):
     """The same stories as rows with `text` and `label`: are there `more`, `fewer` or `same` in the end?"""
 
+    label = TREND
+
     def __init__(self, num_rows: int = DEFAULT_ROWS, *, seed: int = 0, split: str = "train"):
         super().__init__(num_rows, seed=seed, split=split)
         self.fingerprint = f"{TREND} {_VERSION} {seed} {split} {num_rows}"
 
-    def read(self, start: int, stop: int) -> list[dict[str, object]]:
+    def read(self, start: int, stop: int) -> list[Any]:
         return [trend_row(row) for row in super().read(start, stop)]
-
-    def where(self, row: int) -> str:
-        return f"{TREND}, row {row}"
 
 
 def trend_row(row: dict[str, object]) -> dict[str, object]:

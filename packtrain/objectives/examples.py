@@ -9,6 +9,7 @@ import numpy as np
 
 from packtrain.data.examples import Examples
 from packtrain.data.report import DataReport
+from packtrain.data.sources import Rows
 
 
 class DerivedExamples(ABC):
@@ -30,6 +31,11 @@ class DerivedExamples(ABC):
     def rows(self) -> np.ndarray:
         """int64 `[n]`, the source row of each example."""
         return self.examples.rows
+
+    @property
+    def source(self) -> Rows | None:
+        """The rows behind `rows`, where they are at hand."""
+        return self.examples.source
 
     @property
     @abstractmethod

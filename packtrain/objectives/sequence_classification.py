@@ -114,7 +114,7 @@ class ClassifiedExamples(DerivedExamples):
     def report(self) -> DataReport:
         counts = np.bincount(self.classes)
         note = f"classes: {len(counts):,}, of {counts.min():,} to {counts.max():,} examples"
-        notes = [line for line in self.examples.report.notes if line != f"columns not used: {self.column}"]
+        notes = [line for line in self.examples.report.notes if not line.endswith(f"columns not used: {self.column}")]
         return replace(self.examples.report, supervised_tokens=len(self), notes=(*notes, note))
 
     def gather(

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from packtrain.data.examples import AnyExamples, Examples, find_examples, prepare_examples
-from packtrain.data.formats import Reading
-from packtrain.data.sources import open_rows, texts
+from packtrain.data.examples import AnyExamples, Examples
+from packtrain.data.loading import find_examples, open_section, prepare_examples, section_texts
 from packtrain.data.store import tokenizer_key
 from packtrain.errors import DataError
 from packtrain.objectives.objective import Task
@@ -27,9 +26,8 @@ def load_task(recipe: Recipe) -> Task:
     from packtrain.modeling.tokenizer import load_tokenizer
 
     data, objective, seed = recipe.data, recipe.objective, recipe.training["seed"]
-    rows = open_rows(data.path, name=data.name, split=data.split, num_rows=data.num_rows, seed=seed)
-    reading = Reading(roles=data.roles or {}, columns=data.columns or {})
-    tokenizer = load_tokenizer(recipe.model, corpus=texts(rows, data.format, reading))
+    rows = open_section(data, seed=seed)
+    tokenizer = load_tokenizer(recipe.model, corpus=section_texts(data, rows))
     train, held_out = prepare_examples(
         data,
         rows,

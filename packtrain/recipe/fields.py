@@ -54,6 +54,8 @@ Roles = Annotated[
     dict[Text, Literal["system", "developer", "user", "assistant", "tool"]], "a mapping of names to roles"
 ]
 Positive = Annotated[Whole, Field(gt=0), "a whole number above 0"]
+Weight = Annotated[Number, Field(gt=0), "a number above 0"]
+Paths = Text | Annotated[list[Text], Field(min_length=1)]
 Amount = Annotated[
     Annotated[int, Strict(), Field(ge=0)] | Annotated[float, Strict(), Field(ge=0, lt=1)],
     BeforeValidator(_number),

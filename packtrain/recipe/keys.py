@@ -64,16 +64,20 @@ def keys_of(section: str) -> Iterator[Key]:
 def schema() -> dict[str, Any]:
     """Returns the JSON schema of a recipe, for editors that check and complete YAML."""
     sections: dict[str, Any] = {}
+    defined: dict[str, Any] = {}  # sections within sections
     for section in SECTIONS:
         # of a key that several objectives have, what the first says
         fields, known = fields_of(section), {key.name: key for key in reversed([*keys_of(section)])}
         properties = {name: _schema(kind) | _about(known[name]) for name, kind in fields.items()}
+        for each in properties.values():
+            defined |= each.pop("$defs", {})
         sections[section] = {"type": "object", "properties": properties, "additionalProperties": not fields}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "A recipe of packtrain",
         "type": "object",
         "properties": sections,
+        "$defs": defined,
         "additionalProperties": False,
         "required": ["data", "training"],
     }

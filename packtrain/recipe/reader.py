@@ -6,7 +6,7 @@ import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from pydantic import AfterValidator, Field
 
@@ -44,6 +44,9 @@ _OTHER_WORDS = {
     "max_seq_len": ("data.max_length", ""),
     "sequence_len": ("data.max_length", ""),
     "dataset": ("data.path", ""),
+    "datasets": ("data.mixture", "sources with weights; `data.path` takes a list of files"),
+    "interleave_probs": ("data.mixture", "each source with its `weight`"),
+    "mix_strategy": ("data.mixture", "each source with its `weight`"),
     "dataset_name": ("data.path", ""),
     "base_model": ("model.model_name_or_path", ""),
     "torch_dtype": ("model.dtype", ""),
@@ -150,6 +153,13 @@ def _keys_of(section: type[Section]) -> dict[str, Any]:
     return {key: hints[key] for key in section.model_fields}
 
 
+def _section_within(kind: Any) -> type[Section] | None:
+    """Returns the class of the entries, where a value is a list of sections."""
+    if isinstance(kind, type) and issubclass(kind, Section):
+        return kind
+    return next(filter(None, map(_section_within, get_args(kind))), None)
+
+
 def _homes(name: str) -> list[str]:
     """Returns the sections a key may stand in; a key of our own hides the libraries'."""
     own = [section for section in (*OWN_SECTIONS, "objective") if name in fields_of(section)]
@@ -190,7 +200,9 @@ class _Checked:
             else:
                 self._unknown(None, name, body)
         for key, fix in _REQUIRED.items():
-            if key not in self.given and not self._in_doubt(key):
+            if key == "data.path" and (self.given.get("data.mixture") or self._in_doubt("data.mixture")):
+                continue
+            if self.given.get(key) is None and not self._in_doubt(key):
                 self.report(key, "is missing", fix)
 
     def _objective(self, body: object) -> str | None:
@@ -246,12 +258,42 @@ class _Checked:
             if fields and name not in fields:
                 self._unknown(section, name, value)
                 continue
+            entries = _section_within(fields.get(name, Any))
+            if entries is not None and isinstance(value, list) and value:
+                self._entries(key, entries, value)
+                continue
             converted, what, fix = check(fields.get(name, Any), value)
             if what is None:
                 self.given[key] = converted
             else:
                 self.report(key, what, fix, value=value)
                 self.doubtful.add(key)
+
+    def _entries(self, key: str, section: type[Section], values: list[object]) -> None:
+        """Checks a list of which each entry is a section."""
+        fields, before = get_type_hints(section, include_extras=True), len(self.source.problems)
+        found: list[dict[str, Any]] = []
+        for number, body in enumerate(values):
+            if not isinstance(body, dict):
+                self.report(f"{key}.{number}", "must be a mapping of keys to values", None, value=body)
+                continue
+            found.append({})
+            for name, value in body.items():
+                if name not in fields:
+                    near = did_you_mean(name, fields)
+                    fix = f"did you mean `{near}`?" if near else f"its keys are {', '.join(fields)}"
+                    self.report(f"{key}.{number}.{name}", "is not a key", fix, value=value)
+                    continue
+                found[-1][name], what, fix = check(fields[name], value)
+                if what is not None:
+                    self.report(f"{key}.{number}.{name}", what, fix, value=value)
+            for name, field in section.model_fields.items():
+                if field.is_required() and name not in body:
+                    self.report(f"{key}.{number}.{name}", "is missing", "every entry has one")
+        if len(self.source.problems) > before:
+            self.doubtful.add(key)
+        else:
+            self.given[key] = found
 
     def _of_another(self, key: str) -> tuple[str, str]:
         """Returns what is wrong with a key of another objective, and the fix."""

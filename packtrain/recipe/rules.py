@@ -128,6 +128,34 @@ def _remote_code_is_pinned(settings: Settings, strategy: Strategy | None) -> Ver
         yield "model.trust_remote_code", "runs code from the Hub, which must be pinned", fix
 
 
+def _one_kind_of_source(settings: Settings, strategy: Strategy | None) -> Verdicts:
+    if settings["data.mixture"] is None:
+        return
+    for key, fix in (
+        ("data.path", "keep `path` for one place or a list, or `mixture` for sources with weights"),
+        ("data.name", "set `name` of the source in `data.mixture`"),
+        ("data.num_rows", "set `num_rows` of each source in `data.mixture`"),
+    ):
+        if settings[key] is not None:
+            yield key, "contradicts `data.mixture`", fix
+    if settings["data.eval_split"] and not settings["data.eval_path"]:
+        fix = "name the rows in `data.eval_path`, or hold out rows of each source with `data.eval_size: 0.05`"
+        yield "data.eval_split", "does not say of which source of `data.mixture`", fix
+
+
+def _sources_differ(settings: Settings, strategy: Strategy | None) -> Verdicts:
+    seen: dict[tuple, int] = {}
+    for number, source in enumerate(settings["data.mixture"] or ()):
+        source = dict(source)
+        paths = [source["path"]] if isinstance(source["path"], str) else source["path"]
+        split, format = (source.get(key) or settings[f"data.{key}"] for key in ("split", "format"))
+        facts = (*(os.path.realpath(os.path.expanduser(path)) for path in paths), split, format, source.get("name"))
+        if facts in seen:
+            what = f"is the same source as `data.mixture.{seen[facts]}`"
+            yield f"data.mixture.{number}", what, "keep one of them, with the sum of their weights"
+        seen.setdefault(facts, number)
+
+
 def _one_evaluation_source(settings: Settings, strategy: Strategy | None) -> Verdicts:
     for other in ("data.eval_path", "data.eval_split"):
         if settings["data.eval_size"] and settings[other]:
@@ -136,6 +164,8 @@ def _one_evaluation_source(settings: Settings, strategy: Strategy | None) -> Ver
 
 
 def _evaluation_is_held_out(settings: Settings, strategy: Strategy | None) -> Verdicts:
+    if settings["data.mixture"] is not None:
+        return
     same_path = settings["data.eval_path"] in (None, settings["data.path"])
     named = settings["data.eval_path"] or settings["data.eval_split"]
     if named and same_path and settings["data.eval_split"] in (None, settings["data.split"]):
@@ -170,6 +200,8 @@ RULES = (
     _one_tokenizer,
     _revision_is_of_a_model,
     _remote_code_is_pinned,
+    _one_kind_of_source,
+    _sources_differ,
     _one_evaluation_source,
     _evaluation_is_held_out,
     _evaluation_has_data,

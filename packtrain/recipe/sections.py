@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from packtrain.recipe import fields
 from packtrain.recipe.fields import Amount, Flag, Positive, Text, VocabSize
@@ -57,11 +57,37 @@ class ModelSection(Section):
     """Path of a Jinja file that replaces the tokenizer's chat template."""
 
 
+class MixtureSource(Section):
+    """One source of `data.mixture`; what it leaves out is as in `data:`."""
+
+    path: fields.Paths
+    """As data.path."""
+    weight: fields.Weight
+    """Its share of the examples of an epoch, relative to the other sources."""
+    name: Text | None = None
+    """Configuration of a Hub dataset."""
+    split: Text | None = None
+    """As data.split."""
+    format: Text | None = None
+    """As data.format."""
+    columns: fields.Columns | None = None
+    """As data.columns."""
+    roles: fields.Roles | None = None
+    """As data.roles."""
+    num_rows: Positive | None = None
+    """The first rows only."""
+
+
+Mixture = Annotated[list[MixtureSource], Field(min_length=1), "a list of mappings with path and weight"]
+
+
 class DataSection(Section):
     """Which rows, and how they become examples."""
 
-    path: Text
-    """A file, a directory, a Hub dataset, packtrain:arithmetic or packtrain:trend."""
+    path: fields.Paths | None = None
+    """A file, directory, pattern (data/*.jsonl), Hub dataset, packtrain:arithmetic or :trend; or a list of them."""
+    mixture: Mixture | None = None
+    """Instead of path: sources with weights, [{path: a.jsonl, weight: 2}, ...]; see `packtrain keys data`."""
     name: Text | None = None
     """Configuration of a Hub dataset."""
     split: Text = "train"
@@ -86,7 +112,7 @@ class DataSection(Section):
     """What happens to rows that can't be trained on."""
     num_rows: Positive | None = None
     """The first rows only; packtrain:arithmetic makes that many."""
-    eval_path: Text | None = None
+    eval_path: fields.Paths | None = None
     """Rows to evaluate on, from another place."""
     eval_split: Text | None = None
     """Split to evaluate on."""
@@ -96,6 +122,24 @@ class DataSection(Section):
     """Processes that tokenise."""
     worker_timeout: Positive = WORKER_TIMEOUT
     """Seconds to wait for a batch of a data-loading worker."""
+
+    @property
+    def paths(self) -> str | list[str]:
+        """`path`, where there is no mixture."""
+        return self.path or []
+
+    @property
+    def sources(self) -> list[MixtureSource]:
+        """The sources of the mixture; none where there is a path."""
+        return self.mixture or []
+
+    @property
+    def shown(self) -> str:
+        """The path or the sources in a few words, for messages."""
+        if self.mixture is not None:
+            return f"a mixture of {len(self.mixture)} sources"
+        paths = [self.path] if isinstance(self.path, str) else self.path or []
+        return ", ".join(paths[:2]) + (f" and {len(paths) - 2} more" if len(paths) > 2 else "")
 
 
 class BatchingSection(Section):

@@ -112,6 +112,8 @@ def build(
     """
     ranks = asked_world_size()
     task = load_task(recipe)
+    if console and asked_rank() == 0:
+        _say_data(task, _sayer(console))
     config = load_config(recipe.model, tokenizer=task.tokenizer, new_tokens=task.new_tokens, fields=task.config_fields)
     plan = plan_recipe(recipe, task.train.lengths, world_size=ranks, cost=Cost.of_config(config))
     args = training_arguments(recipe, plan, evaluate=task.held_out is not None)
@@ -314,6 +316,15 @@ def _sayer(console: Console) -> Say:
     return lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
+def _say_data(task: Task, say: Say) -> None:
+    """Says which rows were read and what became of them."""
+    for line in task.train.report.lines():
+        say(line)
+    if task.held_out is not None and task.held_out.report.files != task.train.report.files:
+        for line in task.held_out.report.lines():
+            say(f"evaluation: {line}")
+
+
 def _output_dir(recipe: Recipe) -> Path:
     """Makes the run's directory, before anything is loaded for it."""
     path = Path(recipe.training["output_dir"])
@@ -382,6 +393,7 @@ def _summarise(trainer: PackTrainer, recipe: Recipe, model_dir: Path, after: flo
         frozen_parameters=frozen,
         attn_implementation=trainer.model.config._attn_implementation,
         data=trainer.train_dataset.report.to_dict(),
+        evaluation_data=trainer.eval_dataset.report.to_dict() if trainer.eval_dataset is not None else None,
         machine=describe_machine(),
         versions=package_versions(),
     )

@@ -47,6 +47,7 @@ class Summary:
     frozen_parameters: int
     attn_implementation: str
     data: dict
+    evaluation_data: dict | None = None
     machine: dict
     versions: dict
 

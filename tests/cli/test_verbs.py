@@ -337,6 +337,40 @@ def test_show_of_given_examples_and_of_what_is_not_there(capsys, wide):
         assert part in capsys.readouterr().err
 
 
+@pytest.fixture
+def mixed(tmp_path, monkeypatch) -> str:
+    """A recipe over two sources, with a file that is not read next to one of them."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        Path(name).mkdir()
+        Path(f"{name}/rows.jsonl").write_text(f'{{"text": "{name} one two three"}}\n' * 4)
+    Path("b/notes.txt").write_text("")
+    text = QUICKSTART.read_text()
+    Path("mixed.yaml").write_text(
+        text.replace("path: packtrain:arithmetic", "mixture: [{path: a, weight: 3}, {path: b, weight: 1}]")
+        .replace("num_rows: ", "# num_rows: ")
+        .replace("eval_size: ", "# eval_size: ")
+    )
+    return "mixed.yaml"
+
+
+def test_plan_says_which_files_were_read_before_and_after_they_are_tokenised(capsys, wide, mixed):
+    for tokenised in (False, True):
+        assert run("plan", mixed) == 0
+        out = capsys.readouterr().out
+        assert ("tokenising:" in out) != tokenised
+        assert "read: a/rows.jsonl (4 rows), b/rows.jsonl (4 rows)" in out
+        assert "not read (not a supported kind of file): b/notes.txt" in out
+        assert "75.0% a (4 rows): 6 examples, its 4, each 1 or 2 times" in out
+        assert "25.0% b (4 rows): 2 examples, chosen from 4, the same in every epoch" in out
+
+
+def test_show_names_the_row_of_its_source(capsys, wide, mixed):
+    assert run("show", mixed, "--examples", "0,7") == 0
+    out = capsys.readouterr().out
+    assert "a/rows.jsonl, line 1" in out and "b/rows.jsonl, line " in out
+
+
 def what_show_prints(monkeypatch, recipe: Path, *args: str) -> dict:
     """The batch that `show` makes visible."""
     printed = []

@@ -12,6 +12,7 @@ from packtrain.compare.experiment import load_experiment, portable, shown_path, 
 from packtrain.compare.manifest import check_same
 from packtrain.compare.results import write_manifest
 from packtrain.errors import PacktrainError, RecipeError
+from packtrain.recipe.reader import load_recipe
 from tests.compare.synthetic_runs import make_manifest
 from tests.compare.tiny_experiment import write_experiment
 
@@ -183,3 +184,19 @@ def test_shipped_comparisons_are_valid(name):
         variant.trainer == "packtrain" and variant.recipe.batching.strategy == "balanced"
         for variant in experiment.variants
     )
+
+
+@pytest.mark.parametrize("where", ["path", "eval_path", "mixture"])
+def test_no_path_of_a_list_or_a_mixture_shows_this_machine(where, tmp_path):
+    paths = [f"{tmp_path}/a.jsonl", f"{tmp_path}/b/*.jsonl", "org/name"]
+    value = [{"path": paths, "weight": 1}, {"path": paths[0], "weight": 1}] if where == "mixture" else paths
+    (tmp_path / "recipe.yaml").write_text(
+        f"model: {{model_name_or_path: m}}\ndata: {json.dumps({'path': 'c.jsonl'} | {where: value})}\n"
+        "training: {output_dir: x}\n"
+    )
+    recipe = load_recipe(tmp_path / "recipe.yaml", ["data.path=null"] if where == "mixture" else [])
+    assert str(tmp_path) in json.dumps(recipe.to_dict())
+    stored = portable(recipe)["data"]
+    assert str(tmp_path) not in json.dumps(stored)
+    shown = stored["mixture"][0]["path"] if where == "mixture" else stored[where]
+    assert shown == ["a.jsonl", "*.jsonl", "org/name"]

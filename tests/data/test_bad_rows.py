@@ -34,7 +34,6 @@ BAD = [
     ("text", r'{"text": "\ud83d"}', {}, "the text contains a lone surrogate"),
     ("text", '{"text": "one"', {}, "invalid JSON: Expecting ',' delimiter at column 15"),
     ("text", "one two", {}, "invalid JSON: Expecting value at column 1"),
-    ("text", "     ", {}, "invalid JSON: Expecting value at column 6"),
     ("text", '["one"]', {}, "is not a JSON object: ['one']"),
     ("text", "[" * 100_000, {}, "cannot be read as JSON: maximum recursion depth"),
     ("text", '{"text": ' + "1" * 5000 + "}", {}, "cannot be read as JSON: Exceeds the limit"),
@@ -170,7 +169,7 @@ def test_error_lists_ten_and_counts_all(build, tokenizer):
 def test_report_lists_all_that_were_skipped(build, tokenizer):
     examples = build([{"text": "one"}, *({"text": i} for i in range(25))], tokenizer, on_bad_row="skip")
     assert len(examples.report.skipped) == 25 == len(examples.report.to_dict()["skipped"])
-    assert examples.report.lines()[1] == "bad rows, skipped: 25"
+    assert "bad rows, skipped: 25" in examples.report.lines()
     assert examples.report.lines()[-1] == "  ... and 15 more"
 
 

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-import packtrain.data.examples
-from packtrain.data.examples import prepare_examples
+import packtrain.data.loading
+from packtrain.data.loading import prepare_examples
 from packtrain.data.sources import open_rows
 from packtrain.errors import DataError
 from packtrain.recipe.sections import DataSection
@@ -29,7 +29,7 @@ def path(tmp_path):
 )
 def test_what_is_wrong_is_said_under_its_own_key_before_tokenising(path, wrong, key, tokenizer, monkeypatch):
     tokenised = []
-    monkeypatch.setattr(packtrain.data.examples, "build_examples", lambda *args, **options: tokenised.append(args))
+    monkeypatch.setattr(packtrain.data.loading, "build_examples", lambda *args, **options: tokenised.append(args))
     section = DataSection(path=path, **wrong)
     with pytest.raises(DataError) as caught:
         prepare_examples(section, open_rows(path), tokenizer, seed=0)

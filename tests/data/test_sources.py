@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from packtrain.data.examples import build_examples
 from packtrain.data.report import BadRow
 from packtrain.data.sources import open_rows
 from packtrain.errors import DataError
@@ -174,7 +175,7 @@ def test_nulls_that_were_written_down_stay(write_rows):
         ("rows.json", b'[{"a": 1},\n {"a": 2}', r"rows.json, line 2: invalid JSON array: expected ',' or '\]'"),
         ("rows.json", b'[{"a": 1}] {}', "unexpected text after its end"),
         ("rows.json", b'[{"a":\n "\xff"}]', "rows.json, line 2: invalid UTF-8 at byte 9"),
-        ("rows.json", b'{\n"a": 1\n}', "none of the first 3 rows can be read: invalid JSON"),
+        ("rows.json", b'{\n"a": 1\n}', "rows.json, line 1: data.path: is pretty-printed JSON"),
         ("rows.csv", b'a,b\n"1,2\n3,4\n', "rows.csv, line 2: invalid CSV record"),
         ("rows.csv", b"a,,b\n1,2,3\n", "the header has empty or repeated column names"),
         ("rows.csv", b"a,a\n1,2\n", "the header has empty or repeated column names"),
@@ -207,16 +208,6 @@ def test_directory_by_split(tmp_path):
     assert [row["n"] for row in open_rows(tmp_path, split="validation")] == [3]
     with pytest.raises(DataError, match="no such split.*\n.*test, train, validation"):
         open_rows(tmp_path, split="extra")
-
-
-def test_files_that_are_left_out_of_a_directory_are_named(tmp_path, caplog):
-    for name in ("train-1.jsonl", "train-2.jsonl", "validation.jsonl"):
-        (tmp_path / name).write_text('{"text": "one"}\n')
-    assert len(open_rows(tmp_path)) == 2 and not caplog.text
-    (tmp_path / "extra.jsonl").write_text('{"text": "one"}\n')
-    assert len(open_rows(tmp_path)) == 2
-    assert "skipped files whose names say no split" in caplog.text and "extra.jsonl" in caplog.text
-    assert "validation" not in caplog.text
 
 
 def test_directory_without_split_names_is_train(tmp_path):
@@ -305,3 +296,55 @@ def test_any_bytes_give_rows_or_our_error(contents, suffix, tmp_path):
     except DataError:
         return
     assert all(isinstance(row, dict | BadRow) for row in rows.read(0, len(rows)))
+
+
+@pytest.fixture
+def write_lines(tmp_path):
+    def write(*lines: str) -> Path:
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(line + "\n" for line in lines))
+        return path
+
+    return write
+
+
+def test_lines_of_blanks_are_skipped_and_counted(write_lines, tokenizer):
+    path = write_lines('{"text": "one"}', "", "   ", "\t ", '{"text": "two"}', "")
+    rows = open_rows(path)
+    assert [row["text"] for row in rows] == ["one", "two"] and rows.where(1) == "rows.jsonl, line 5"
+    examples = build_examples(rows, tokenizer)
+    assert "rows.jsonl: skipped 4 empty lines" in examples.report.notes
+    whole = write_lines('{"text": "one"}', '{"text": "two"}')
+    assert build_examples(open_rows(whole), tokenizer).report.notes == ()
+
+
+def test_a_key_that_stands_twice_is_a_bad_row(write_lines):
+    path = write_lines(
+        '{"text": "one"}', '{"text": "one", "text": "two"}', '{"messages": [{"role": "a", "role": "b"}]}'
+    )
+    assert [str(row) for row in open_rows(path).read(1, 3)] == [
+        "contains the key 'text' twice",
+        "contains the key 'role' twice",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("lines", "what", "fix"),
+    [
+        (["{", '  "text": "one"', "}"], "is pretty-printed JSON", "jq -c"),
+        (['[{"text": "one"},', '{"text": "two"}]'], "is a JSON array", r"rename the file to \.json"),
+    ],
+)
+def test_json_that_is_not_in_lines_is_called_by_its_name(write_lines, lines, what, fix):
+    with pytest.raises(DataError, match=f"(?s)rows.jsonl, line 1: data.path: {what}.*{fix}"):
+        open_rows(write_lines(*lines))
+    assert len(open_rows(write_lines('{"text": "one"}', '{"text": "two"}'))) == 2
+
+
+def test_the_index_of_pandas_is_called_by_its_name(tmp_path, tokenizer):
+    path = tmp_path / "rows.csv"
+    path.write_text(",text\n0,one\n1,two\n")
+    with pytest.raises(DataError, match=r"(?s)pandas writes its index so.*index=False"):
+        open_rows(path)
+    path.write_text("Unnamed: 0,text\n0,one\n1,two\n")
+    assert "columns not used: Unnamed: 0 (pandas' index)" in build_examples(open_rows(path), tokenizer).report.notes

@@ -13,7 +13,8 @@ import sys
 import pytest
 
 from packtrain.data import store
-from packtrain.data.examples import Examples, build_examples, find_examples
+from packtrain.data.examples import Examples, build_examples
+from packtrain.data.loading import find_examples
 from packtrain.data.sources import open_rows
 from packtrain.errors import DataError
 from packtrain.recipe.sections import DataSection, ModelSection
@@ -242,7 +243,7 @@ def test_finding_lengths_loads_nothing_heavy(write_rows, tokenizer):
     path = write_rows(ROW)
     build_examples(open_rows(path), tokenizer, tokenizer_key="tiny")
     code = (
-        "import sys\nfrom packtrain.data.examples import find_examples\n"
+        "import sys\nfrom packtrain.data.loading import find_examples\n"
         "from packtrain.recipe.sections import DataSection\n"
         "examples, why = find_examples(DataSection(path=sys.argv[1]), 'tiny', seed=0)\n"
         "assert examples.lengths.sum() and examples.report.lines(), why"

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import gzip
 import io
+import json
 from contextlib import redirect_stdout
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 import packtrain
 from packtrain.modeling.tokenizer import train_bpe
+from packtrain.objectives.task import load_task
 from packtrain.packing.plan import make_plan
 from packtrain.training.run import build
 from packtrain.training.trainer import PackTrainer
@@ -102,6 +106,22 @@ def test_a_trained_adapter_answers_and_is_merged(folder):
     logits = [model(ids).logits for model in (answered["model"], alone, base)]
     torch.testing.assert_close(logits[0], logits[1], atol=1e-5, rtol=1e-4)
     assert (logits[0] - logits[2]).abs().max() > 1e-3  # control: the base model answers otherwise
+
+
+def test_the_mixture_is_what_it_says(folder):
+    (folder / "chats").mkdir()
+    for i in range(2):
+        rows = [{"prompt": f"{i}-{j}?", "completion": "yes"} for j in range(20)]
+        (folder / f"chats/{i}.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+    (folder / "sums.jsonl").write_text('{"question": "2+2?", "answer": "4"}\n' * 460)
+    recipe = yaml.safe_load(RECIPE) | yaml.safe_load(example("recipes/README.md", "mixture"))
+    recipe["batching"]["max_tokens"] = recipe["data"]["max_length"] = 4096
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    task = load_task(packtrain.load_recipe("recipe.yaml"))
+    shares = task.train.report.mixture
+    assert [share.available for share in shares] == [38, 437, 475] and len(task.held_out) == 2 + 23 + 25
+    assert [share.examples for share in shares] == [665, 190, 95] and len(task.train) == 950
+    assert [file for file, _ in task.train.report.files][:2] == ["chats/0.jsonl.gz", "chats/1.jsonl.gz"]
 
 
 def test_the_strategy_packs_pairs(folder, sft_lengths):

@@ -77,8 +77,6 @@ def test_trying_changes_no_bit(tmp_path, family, strategy):
     assert len(tried.seen) == len(untried.seen) + 4  # control: twice before, and twice after the first update
 
 
-@pytest.mark.ci
-@pytest.mark.slow
 def test_the_largest_comes_first_and_again_with_the_optimizers_states(tmp_path, capsys):
     trainer = trainer_of(tmp_path, probe_memory=True)
     seen, largest = seen_by(trainer), max(batch["labels"].numel() for _, _, batch in micro_batches(trainer))
@@ -89,14 +87,10 @@ def test_the_largest_comes_first_and_again_with_the_optimizers_states(tmp_path, 
     assert f"{largest:,} tokens in" in capsys.readouterr().out
 
 
-@pytest.mark.ci
-@pytest.mark.slow
 def test_by_default_a_cpu_is_not_tried(tmp_path):
     assert trainer_of(tmp_path).probe is None
 
 
-@pytest.mark.ci
-@pytest.mark.slow
 def test_a_resumed_run_tries_once(tmp_path):
     saving = dict(probe_memory=True, save_strategy="steps", save_steps=2)
     fit(trainer_of(tmp_path, **saving))
@@ -107,8 +101,6 @@ def test_a_resumed_run_tries_once(tmp_path):
     assert len(seen) == updates * trainer.plan.gradient_accumulation_steps + 2
 
 
-@pytest.mark.ci
-@pytest.mark.slow
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("strategy", ["balanced", "pad_longest"])
 def test_the_micro_batch_is_named_with_the_knob(tmp_path, strategy, backward):
@@ -129,8 +121,6 @@ def test_the_micro_batch_is_named_with_the_knob(tmp_path, strategy, backward):
     assert knob in message and "gradient_checkpointing" in message
 
 
-@pytest.mark.ci
-@pytest.mark.slow
 def test_trying_says_it_before_the_first_update(tmp_path):
     trainer = trainer_of(tmp_path, probe_memory=True)
     sizes = [batch["labels"].numel() for _, _, batch in micro_batches(trainer)]
@@ -140,8 +130,6 @@ def test_trying_says_it_before_the_first_update(tmp_path):
         fit(trainer)
 
 
-@pytest.mark.ci
-@pytest.mark.slow
 def test_the_optimizers_states_are_named(tmp_path):
     trainer = trainer_of(tmp_path)
 
@@ -154,8 +142,6 @@ def test_the_optimizers_states_are_named(tmp_path):
         fit(trainer)
 
 
-@pytest.mark.ci
-@pytest.mark.slow
 def test_only_running_out_of_memory_is_one():
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
     assert is_out_of_memory(MemoryError())

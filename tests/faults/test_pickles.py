@@ -133,8 +133,6 @@ needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="nee
 
 
 @needs_deepspeed
-@pytest.mark.ci
-@pytest.mark.slow
 def test_deepspeeds_own_reader_is_restricted(tmp_path):
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 

@@ -114,8 +114,6 @@ def test_the_second_signal_exits_at_once(tmp_path, trainer_class):
     assert len(checkpoints(recipe)) == (trainer_class is AnHour)
 
 
-@pytest.mark.ci
-@pytest.mark.slow
 def test_a_signal_that_was_ignored_before_is_heard_while_training(tmp_path):
     """As where a shell was told to ignore it, which what it starts inherits."""
     stop = StopOnSignal(make_trainer(tmp_path, strategy="balanced"))

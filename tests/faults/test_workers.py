@@ -70,8 +70,6 @@ def test_a_worker_that_hangs_or_dies_ends_the_run(tmp_path, stumble, seconds, me
     assert not multiprocessing.active_children()
 
 
-@pytest.mark.ci
-@pytest.mark.slow
 def test_workers_leave_signals_to_the_run_and_change_nothing(tmp_path):
     """Control: with a worker that goes on, the weights are those of a run without workers."""
     runs = [

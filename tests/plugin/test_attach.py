@@ -240,8 +240,8 @@ def test_packing_the_epoch_says_what_it_changes(tmp_path, documents, caplog):
     ("strategy", "seed", "per_epoch"),
     [
         ("next_fit", 8, [9, 10, 10]),
-        ("next_fit", 24, [9, 10, 10]),
-        ("random", 6, [8, 9, 9]),
+        pytest.param("next_fit", 24, [9, 10, 10], marks=[pytest.mark.slow, pytest.mark.ci]),
+        pytest.param("random", 6, [8, 9, 9], marks=[pytest.mark.slow, pytest.mark.ci]),
         ("random", 11, [8, 9, 9]),
         ("bfd", 8, [8, 8, 8]),
         ("balanced", 8, [8, 8, 8]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from packtrain.objectives import OBJECTIVES
 from packtrain.recipe.keys import SCHEMA_FILE, keys_of, schema, schema_text
 from packtrain.recipe.reader import fields_of, load_recipe
 from packtrain.recipe.recipe import DEFAULTS, OWN_SECTIONS, SECTIONS
+from packtrain.recipe.sections import MixtureSource
 from packtrain.recipe.yaml_source import Source
 
 ROOT = Path(__file__).parents[2]
@@ -125,3 +127,11 @@ def test_an_unknown_section_is_named(capsys):
     with pytest.raises(SystemExit):
         main(["keys"])
     assert "examples_per_step" in capsys.readouterr().out
+
+
+def test_the_schema_knows_the_keys_of_a_source():
+    made = schema()
+    (entry,) = made["$defs"].values()
+    assert set(entry["properties"]) == set(MixtureSource.model_fields) and entry["required"] == ["path", "weight"]
+    (reference,) = {text for text in re.findall(r'"\$ref": "(.*?)"', json.dumps(made))}
+    assert reference.removeprefix("#/$defs/") in made["$defs"]

@@ -240,6 +240,41 @@ BAD: dict[str, tuple[str, list[str], list[str]]] = {
     "fewer than no rows": (GOOD, ["data.eval_size=-1"], ["a whole number of rows or a share below 1"]),
     "empty path": (GOOD, ["data.path=''"], ["data.path: must not be empty"]),
     "blank output": (GOOD, ["training.output_dir='  '"], ["training.output_dir: must not be empty"]),
+    "an empty list": (GOOD, ["data.path=[]"], ["data.path: must be text or a list of text"]),
+    "a mixture and a path": (
+        GOOD,
+        ["data.mixture=[{path: a, weight: 1}]", "data.num_rows=3", "data.name=x", "data.eval_split=test"],
+        [
+            "data.path: contradicts",
+            "data.num_rows: contradicts",
+            "data.name: contradicts",
+            "data.eval_split: does not say",
+        ],
+    ),
+    "keys of a source": (
+        GOOD.replace(
+            "path: rows.jsonl", "mixture: [{path: a, weight: 0}, {path: 3, wieght: 1}, b, {weight: .inf, path: a}]"
+        ),
+        [],
+        [
+            "data.mixture.0.weight: must be a number above 0 (got 0)",
+            "data.mixture.1.path: must be text or a list of text (got 3)",
+            "data.mixture.1.wieght: is not a key (got 1)\n    fix: did you mean `weight`?",
+            "data.mixture.1.weight: is missing",
+            "data.mixture.2: must be a mapping of keys to values (got 'b')",
+            "data.mixture.3.weight: must be a number above 0",
+        ],
+    ),
+    "no source": (GOOD.replace("path: rows.jsonl", "mixture: []"), [], ["data.mixture: must be a list of mappings"]),
+    "one source twice": (
+        GOOD.replace(
+            "path: rows.jsonl",
+            "mixture: [{path: a, weight: 1}, {path: ./a, weight: 2}, {path: a, weight: 1, split: test}]",
+        ),
+        [],
+        ["data.mixture.1: is the same source as `data.mixture.0`"],
+    ),
+    "a path taken away": (GOOD, ["data.path=null"], ["data.path: is missing"]),
     "no path": ("model: {model_name_or_path: m}\ntraining: {output_dir: x}\n", [], ["data.path: is missing"]),
     "no output": (
         "model: {model_name_or_path: m}\ndata: {path: x}\n",
@@ -534,3 +569,18 @@ def test_reading_a_recipe_imports_no_heavy_library(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_mixture_is_read_and_comes_back(tmp_path):
+    text = GOOD.replace(
+        "path: rows.jsonl", "mixture: [{path: [a, 'b/*'], weight: 0.5, num_rows: '1e3'}, {path: c, weight: 2}]"
+    )
+    recipe = load_recipe(write(tmp_path, text))
+    first, second = recipe.data.mixture
+    assert (first.path, first.weight, first.num_rows, second.weight, second.split) == (["a", "b/*"], 0.5, 1000, 2, None)
+    assert recipe.data.path is None and Recipe.model_validate(recipe.to_dict()).data == recipe.data
+    assert json.loads(json.dumps(recipe.to_dict()))["data"]["mixture"][1]["path"] == "c"
+    other = load_recipe(write(tmp_path, text), ["data.mixture=[{path: c, weight: 1}]"])
+    assert other.hash != recipe.hash and len(other.data.mixture) == 1
+    listed = load_recipe(write(tmp_path, GOOD), ["data.path=[a.jsonl, 'b/*.parquet']", "data.eval_path=[c]"])
+    assert listed.data.path == ["a.jsonl", "b/*.parquet"] and listed.data.eval_path == ["c"]

@@ -1,0 +1,91 @@
+"""Compressed files, unpacked once into the cache, so that rows are read from their bytes as from a plain file's.
+
+    <cache>/unpacked/<hash>     of the file's path, size and time; may be removed whenever no run reads it
+
+`rows.jsonl.gz` gives the same rows, line numbers and tokens as `rows.jsonl`: only its name in messages differs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import lzma
+import os
+import tempfile
+from pathlib import Path
+from typing import IO
+
+from packtrain.data.store import SET_CACHE, cache_root, hash_of, stat_files
+from packtrain.errors import DataError
+
+CODECS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd", ".lz4": "lz4"}
+_BLOCK = 1 << 24  # bytes unpacked at once
+
+
+def kind_of(path: Path) -> str:
+    """Returns the suffix that says what a file holds.
+
+    >>> kind_of(Path("a/rows.jsonl")), kind_of(Path("a/rows.JSON.gz")), kind_of(Path("a/rows.gz"))
+    ('.jsonl', '.json', '')
+    """
+    packed = path.suffix.lower() in CODECS
+    return Path(path.stem).suffix.lower() if packed else path.suffix.lower()
+
+
+def unpacked(path: Path, label: str) -> Path:
+    """Returns the file with the bytes of `path`: itself, or where they were unpacked to.
+
+    Args:
+        path: any file; compressed if its name ends as a key of `CODECS`.
+        label: how messages call it.
+
+    Raises:
+        DataError: the file is damaged or not compressed, or the cache has no room for its contents.
+    """
+    codec = CODECS.get(path.suffix.lower())
+    if codec is None:
+        return path
+    root = cache_root() / "unpacked"
+    target = root / hash_of(stat_files([path]))
+    if target.exists():
+        return target
+    aside = None
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with _open(path, codec, label) as source, tempfile.NamedTemporaryFile(dir=root, delete=False) as file:
+            aside = Path(file.name)
+            while block := _read(source, path, label):
+                file.write(block)
+        os.replace(aside, target)  # whole, also where several ranks unpack at once
+    except OSError as error:
+        raise DataError(f"cannot unpack {label} into the cache: {error}", where=str(root), fix=SET_CACHE) from None
+    finally:
+        if aside is not None:
+            with contextlib.suppress(FileNotFoundError):
+                aside.unlink()
+    return target
+
+
+def _open(path: Path, codec: str, label: str) -> IO[bytes]:
+    import pyarrow as pa
+
+    try:
+        if codec == "xz":  # which Arrow does not know
+            return lzma.open(path)
+        if not pa.Codec.is_available(codec):
+            what, fix = f"the installed pyarrow was built without {codec}", "pip install --force-reinstall pyarrow"
+            raise DataError(what, where=label, fix=fix)
+        return pa.input_stream(str(path), compression=codec)
+    except OSError as error:
+        raise _damaged(error, path, label) from None
+
+
+def _read(source: IO[bytes], path: Path, label: str) -> bytes:
+    try:
+        return source.read(_BLOCK)
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        raise _damaged(error, path, label) from None
+
+
+def _damaged(error: Exception, path: Path, label: str) -> DataError:
+    what = f"cannot be unpacked: {str(error).strip() or type(error).__name__}"
+    return DataError(what, where=label, fix=f"copy it again, or rename it if it is no {path.suffix} file")
