@@ -109,7 +109,7 @@ def unpad(model: nn.Module, *, module: nn.Module | str | None = None) -> Unpaddi
     unpadding = Unpadding(model, borders)
     whole = top not in borders.values()
     try:
-        with quietly(), in_mode(model, train=False), _nonzero_adapters(model):
+        with quietly(), in_mode(model, train=False), nonzero_adapters(model):
             before = {left: _ask_whole(top, borders, left) if whole else [] for left in (False, True)}
             found = {name: _find_rule(name, border) for name, border in borders.items()}
             unpadding._install(found)
@@ -444,7 +444,7 @@ def _difference(one: list[Tensor], other: list[Tensor]) -> float:
 
 
 @contextmanager
-def _nonzero_adapters(model: nn.Module) -> Iterator[None]:
+def nonzero_adapters(model: nn.Module) -> Iterator[None]:
     """Draws the zero matrices of adapters at random: a difference that goes through an adapter shows only then."""
     generator = torch.Generator().manual_seed(1)
     zeros = [
