@@ -3,63 +3,28 @@
 `tokenize` maps rows through an `Encoder` by `datasets.map`, in as many processes as asked for. The dataset that is mapped
 holds row numbers only; every process reads and parses its own rows. The result goes to packtrain's own cache (see
 `packtrain.data.store`), under a fingerprint of all that decides it.
-
-What a chat template renders is the template's own affair, its BOS and its end of turn included. Plain text gets
-the tokenizer's BOS (if it puts one) in front and one eos behind, neither ever twice:
-
-    prompt_completion   <s> What is 2+2? | It is 4. </s>
-    learnt               0   0   0  0  0   1  1  1   1       completion_only
-    learnt               0   1   1  1  1   1  1  1   1       otherwise; the first token has no prediction
-
-Where a prompt ends. The whole is tokenised at once, the prompt alone as well (for chats: rendered with the
-generation prompt), and then
-
-1. the prompt's ids are a prefix of the whole's: the completion starts after them (nearly always so);
-2. the prompt's text is a prefix of the whole's, but tokens merge over the boundary: prompt and rest are
-   tokenised apart, so that training sees the prompt as inference will (counted as "merged");
-3. the template renders the prompt otherwise when an answer follows (some drop a thinking header, some show the system
-   prompt only in the last question): the completion starts where its turn does (counted as "unlike").
-
-Assistant turns and turns with a switch are located in the text (see `packtrain.data.chat_template`), and a token is learnt
-if any of its characters is. The mask goes by position, never by token id, so a pad token that is also the eos hides
-nothing.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from packtrain.data import store
-from packtrain.data.chat_template import ChatTemplate, Rendered, describe_lost
-from packtrain.data.formats import FORMATS, IGNORED, Ids, Reading, Row, Text, find_format, read_row, rename_columns
-from packtrain.data.messages import SWITCHES, Chat
-from packtrain.data.offsets import OffsetTokenizer, Span, factors_of, intersect, outside
-from packtrain.data.report import BadRow
+from packtrain.data.encoder import Encoder, notes_of
+from packtrain.data.formats import FORMATS, Reading, find_format, rename_columns
 from packtrain.data.sources import Rows
-from packtrain.data.store import Documents, ListColumn
-from packtrain.errors import DataError
+from packtrain.data.tokens import Documents, ListColumn, hash_table
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from transformers import PreTrainedTokenizerBase
 
 
-MERGED, UNLIKE, NO_EOS = 1, 2, 4  # flags of a row, in the column `flags`
-_PLURALS = {
-    "content": "what messages say",
-    "reasoning": "the reasoning of turns that are learnt",
-    "tool call": "tool calls",
-    "tools": "tools",
-    "tool answer": "answers of tools",
-}
-_CONVERSATIONS = ("messages", "sharegpt", "prompt_completion")  # formats whose messages may have switches
 _BATCH = 1000  # rows tokenised in one call, and of one Arrow record batch
 
 
@@ -117,6 +82,7 @@ def tokenize(
         facts = {
             "fingerprint": fingerprint,
             "format": format,
+            "contents": hash_table(table),
             "problems": [(row, table["problem"][row].as_py()) for row in bad],
             "notes": [
                 *rows.skipped,
@@ -181,326 +147,3 @@ def _remarks_of(column: pa.ChunkedArray, rows: Rows) -> list[str]:
         f"{remark}: {count:,} row{'s' if count > 1 else ''} (the first is {rows.where(first[remark])})"
         for remark, count in counts.most_common()
     ]
-
-
-# ------------------------------------------------------------------ one batch of rows in, one Arrow table out
-
-
-@dataclass(kw_only=True)
-class _Draft:
-    """One example under way. `text` and `prompt` are still to be tokenised; None where there is nothing to do."""
-
-    text: str | None = None
-    prompt: str | None = None
-    plain: bool = False
-    ids: np.ndarray = field(default_factory=partial(np.empty, 0, np.int32))  # [L]
-    labels: np.ndarray = field(default_factory=partial(np.empty, 0, np.int32))  # [L]
-    spans: list[Span] | None = None  # what is learnt of the text; None where the prompt says it
-    factors: np.ndarray = field(default_factory=partial(np.empty, 0, np.float32))  # see `_runs`
-    remarks: list[str] = field(default_factory=list)
-    flags: int = 0
-    problem: str | None = None
-
-
-class Encoder:
-    """Turns rows into examples with one tokenizer under one set of options; can be pickled.
-
-    Args:
-        tokenizer: a transformers tokenizer.
-        format: a key of `FORMATS`.
-        completion_only: learn from completions only; None is the format's own default.
-        assistant_only: learn from assistant turns only; of completions, where both are set.
-        on_lost_content: what becomes of a conversation of which the chat template leaves something out: "error" or "warn".
-        reading: how rows are read.
-
-    Raises:
-        DataError: the options don't go with the format or the tokenizer.
-    """
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        format: str,
-        *,
-        completion_only: bool | None = None,
-        assistant_only: bool = False,
-        on_lost_content: str = "error",
-        reading: Reading | None = None,
-    ):
-        self.tokenizer, self.format = tokenizer, format
-        self.reading = reading or Reading(has_template=bool(tokenizer.chat_template))
-        self.template, self.offsets = ChatTemplate(tokenizer), OffsetTokenizer(tokenizer)
-        self.assistant_only, self.on_lost_content = assistant_only, on_lost_content
-        self.completion_only = bool(FORMATS[format].completion_only if completion_only is None else completion_only)
-        self._check_options()
-        self.prefix = _added_in_front(tokenizer)
-        self.vocabulary = 1 + max(tokenizer.get_vocab().values(), default=-1) if format == "input_ids" else None
-
-    @property
-    def all_learnt(self) -> bool:
-        """Whether every label but the first of each example is its token, whatever the rows say."""
-        return not (self.completion_only or self.assistant_only or self.format in ("input_ids", *_CONVERSATIONS))
-
-    def __call__(self, rows: Sequence[Row | BadRow]) -> pa.Table:
-        """Tokenises a batch: a table with one row for each row.
-
-        Columns: `input_ids` list<int32>; `labels` list<int32> or `learnt` list<uint8> (neither where all is
-        learnt); `factors` list<float32>, see `_runs`; `supervised` int32; `blanks` int32, tokens of nothing but white space
-        behind an eos at the end (of ChatML, a newline); `flags` uint8; `remarks` string, lines for the report, or null;
-        `problem` string, null for good rows; bad rows are empty.
-        """
-        drafts = [self._draft(row) for row in rows]
-        self._tokenise([draft for draft in drafts if draft.text is not None])
-        return self._table(drafts)
-
-    def _check_options(self) -> None:
-        if self.completion_only and FORMATS[self.format].completion_only is None:
-            what = f"needs rows with completions, and rows of format `{self.format}` have none"
-            raise DataError(what, key="data.completion_only_loss", value=True, fix="leave it out")
-        if self.assistant_only and self.format in ("input_ids", "text"):
-            what = f"needs conversations, and rows of format `{self.format}` are not conversations"
-            raise DataError(what, key="data.assistant_only_loss", value=True, fix="leave it out")
-        if not self.reading.has_template and (self.assistant_only or self.format in ("messages", "sharegpt")):
-            what = "the tokenizer has no chat template to render conversations with"
-            fix = "use the tokenizer of a chat model, or name a template file in `model.chat_template`"
-            raise DataError(what, key="model.chat_template", fix=fix)
-
-    def _draft(self, row: Row | BadRow) -> _Draft:
-        try:
-            if isinstance(row, BadRow):
-                raise row
-            match read_row(row, self.format, self.reading):
-                case Text() as sample:
-                    draft = self._draft_text(sample)
-                case Chat() as sample:
-                    draft = self._draft_chat(sample)
-                case Ids() as sample:
-                    draft = self._draft_ids(sample)
-            if draft.text is not None:
-                draft.text.encode("utf-8")
-            return draft
-        except BadRow as bad:
-            return _Draft(problem=str(bad))
-        except UnicodeEncodeError:
-            return _Draft(problem="the text contains a lone surrogate, which is not a valid character")
-
-    def _draft_text(self, sample: Text) -> _Draft:
-        if self.assistant_only:
-            raise BadRow("the row is plain text, and `data.assistant_only_loss` needs a conversation")
-        if self.tokenizer.eos_token_id is None:
-            fix = "set the tokenizer's eos_token: without one the model never learns to stop"
-            raise DataError("the tokenizer has no eos_token to end plain text with", key="model", fix=fix)
-        prompt = sample.prompt if self.completion_only else None
-        return _Draft(text=sample.prompt + sample.completion, prompt=prompt, plain=True)
-
-    def _draft_chat(self, chat: Chat) -> _Draft:
-        if not self.reading.has_template:
-            raise BadRow("the row is a conversation, and the tokenizer has no chat template")
-        roles = [message["role"] for message in chat.messages]
-        if self.completion_only:
-            if roles[-1] != "assistant":
-                raise BadRow(f"the last message has the role {roles[-1]!r}, and a completion must be the assistant's")
-            if chat.prompt_messages == 0:
-                raise BadRow("the completion has no prompt before it")
-        asked = set(chat.switches)
-        if self.assistant_only and not self.template.has_markers:
-            asked |= {n for n, role in enumerate(roles) if role == "assistant"}
-        rendered = self.template.render(chat, sorted(asked))
-        draft = _Draft(text=rendered.text, remarks=self._remarks(chat, rendered))
-        if self.completion_only:
-            draft.prompt = self.template.prompt(rendered)
-            if not draft.text.startswith(draft.prompt):
-                draft.flags |= UNLIKE
-                first = self.template.render(chat, [chat.prompt_messages]).turns.get(chat.prompt_messages)
-                if first is None:
-                    raise BadRow(f"the chat template renders nothing of {chat.names[chat.prompt_messages]}")
-                draft.prompt, draft.spans = None, [(first[0], len(draft.text), 1.0)]
-        if self.assistant_only or chat.switches:
-            draft.spans = self._spans(chat, rendered, draft)
-            draft.prompt = None
-        return draft
-
-    def _spans(self, chat: Chat, rendered: Rendered, draft: _Draft) -> list[Span]:
-        """Returns what is learnt of a conversation's text: as the options say, and then as the switches of its turns do."""
-        everything = [(0, len(rendered.text), 1.0)]
-        bounds = draft.spans or ([(len(draft.prompt), len(rendered.text), 1.0)] if draft.prompt else everything)
-        spans = bounds
-        if self.assistant_only:
-            roles = {n: chat.messages[n]["role"] for n in rendered.turns}
-            own = {n for n, role in roles.items() if role == "assistant" and not self.template.has_markers}
-            switched_on = {
-                n for n, factor in chat.switches.items() if factor and roles.get(n, "assistant") != "assistant"
-            }
-            located = [(*rendered.turns[n], 1.0) for n in sorted(own | switched_on)]
-            marked = self.template.generated(rendered) if self.template.has_markers else []
-            spans = intersect(bounds, sorted(marked + located))
-        for message, factor in chat.switches.items():
-            if factor != 1 and message in rendered.turns:
-                turn = (*rendered.turns[message], factor)
-                rest = intersect(spans, outside([turn], len(rendered.text)))
-                spans = sorted(rest + (intersect(spans, [turn]) if factor else []))
-        return spans
-
-    def _remarks(self, chat: Chat, rendered: Rendered) -> list[str]:
-        """Returns what is to be said of a conversation.
-
-        Raises:
-            BadRow: the chat template leaves out what is to be learnt or answered, and that is an error.
-        """
-        remarks = [
-            f"message key '{key}' looks like a switch, and is none ({', '.join(SWITCHES)})" for key in chat.unknown
-        ]
-        last_question = max((n for n, message in enumerate(chat.messages) if message["role"] == "user"), default=-1)
-        for lost in rendered.lost:
-            learnt = not (self.completion_only and lost.message is not None and lost.message < chat.prompt_messages)
-            learnt &= chat.switches.get(lost.message, 1) != 0
-            if lost.kind == "reasoning" and (not learnt or (lost.message or 0) < last_question):
-                remarks.append("the chat template leaves out the reasoning of earlier turns")
-            elif self.on_lost_content == "error":
-                raise BadRow(describe_lost(chat, lost) + "; `data.on_lost_content: warn` trains without it")
-            else:
-                remarks.append(f"the chat template leaves out {_PLURALS[lost.kind]}")
-        return list(dict.fromkeys(remarks))
-
-    def _draft_ids(self, sample: Ids) -> _Draft:
-        ids, labels = sample.input_ids, sample.labels
-        for name, values in (("input_ids", ids), ("labels", labels[labels != IGNORED])):
-            outside = values[(values < 0) | (values >= self.vocabulary)]
-            if len(outside):
-                raise BadRow(f"'{name}' contains {outside[0]}, which is outside the vocabulary of {self.vocabulary}")
-        labels[0] = IGNORED
-        draft = _Draft(ids=ids.astype(np.int32), labels=labels.astype(np.int32))
-        _check(draft)
-        return draft
-
-    def _tokenise(self, drafts: list[_Draft]) -> None:
-        """Tokenises wholes and prompts, each in one call, and finishes the drafts in place."""
-        located = [draft for draft in drafts if draft.spans is not None]
-        if located and not self.offsets.has_offsets:
-            fix = "use the model's fast tokenizer, or leave out `assistant_only_loss` and the switches of messages"
-            raise DataError("the tokenizer cannot say which characters a token stands for", key="model", fix=fix)
-        if located:
-            for draft, (ids, offsets) in zip(located, self.offsets([draft.text for draft in located]), strict=True):
-                self._finish(draft, ids.astype(np.int32), factors_of(offsets, draft.spans))
-        drafts = [draft for draft in drafts if draft.spans is None]
-        wholes = self._ids([draft.text for draft in drafts])
-        prompts = iter(self._ids([draft.prompt for draft in drafts if draft.prompt]))
-        for draft, whole in zip(drafts, wholes, strict=True):
-            start = 0
-            if draft.prompt:
-                whole, start = self._join(draft, whole, next(prompts))
-            if draft.plain:
-                if whole[: len(self.prefix)] != self.prefix:
-                    whole, start = self.prefix + whole, start + len(self.prefix)
-                if whole[-1:] != [self.tokenizer.eos_token_id]:
-                    whole = whole + [self.tokenizer.eos_token_id]
-            self._finish(draft, np.array(whole, dtype=np.int32), np.arange(len(whole)) >= start)
-
-    def _join(self, draft: _Draft, whole: list[int], prompt: list[int]) -> tuple[list[int], int]:
-        """Returns the ids of the whole and the position of its first completion token."""
-        if whole[: len(prompt)] == prompt:
-            return whole, len(prompt)
-        draft.flags |= MERGED
-        return prompt + self._continuation(draft.text[len(draft.prompt) :]), len(prompt)
-
-    def _continuation(self, text: str) -> list[int]:
-        """Returns the ids of a text inside a sequence: without the blank that some SentencePiece models put first."""
-        newline, behind = self._ids(["\n", "\n" + text])
-        return behind[len(newline) :] if behind[: len(newline)] == newline else self._ids([text])[0]
-
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        if not texts:  # transformers takes an empty list for one text
-            return []
-        encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        return encoded["input_ids"]
-
-    def _finish(self, draft: _Draft, ids: np.ndarray, factors: np.ndarray) -> None:
-        draft.ids, draft.labels = ids, np.where(factors > 0, ids, IGNORED)
-        draft.factors = _runs(factors)
-        draft.labels[:1] = IGNORED
-        if not draft.plain and not (draft.labels == self.tokenizer.eos_token_id).any():
-            draft.flags |= NO_EOS
-        _check(draft)
-
-    def _blanks_behind_eos(self, ids: np.ndarray) -> int:
-        end = len(ids)
-        while end and ids[end - 1] != self.tokenizer.eos_token_id:
-            if self.tokenizer.decode(ids[end - 1 : end].tolist()).strip():
-                return 0
-            end -= 1
-        return len(ids) - end if end else 0
-
-    def _table(self, drafts: list[_Draft]) -> pa.Table:
-        import pyarrow as pa
-
-        def column(arrays: list[np.ndarray], dtype: type = np.int32) -> pa.Array:
-            offsets = np.cumsum([0, *map(len, arrays)], dtype=np.int32)
-            values = np.concatenate([np.empty(0, dtype), *arrays], dtype=dtype)
-            return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
-
-        columns = {"input_ids": column([draft.ids for draft in drafts])}
-        if self.format == "input_ids":
-            columns["labels"] = column([draft.labels for draft in drafts])
-        elif not self.all_learnt:
-            columns["learnt"] = column([draft.labels != IGNORED for draft in drafts], np.uint8)
-            columns["factors"] = column([draft.factors for draft in drafts], np.float32)
-        supervised = [np.count_nonzero(draft.labels != IGNORED) for draft in drafts]
-        return pa.table(
-            columns
-            | {
-                "supervised": pa.array(supervised, pa.int32()),
-                "blanks": pa.array([self._blanks_behind_eos(draft.ids) for draft in drafts], pa.int32()),
-                "flags": pa.array([draft.flags for draft in drafts], pa.uint8()),
-                "remarks": pa.array(["\n".join(draft.remarks) or None for draft in drafts], pa.string()),
-                "problem": pa.array([draft.problem for draft in drafts], pa.string()),
-            }
-        )
-
-
-def _check(draft: _Draft) -> None:
-    """Makes a draft a bad row where nothing can be learnt from it."""
-    if (draft.labels != IGNORED).any():
-        return
-    if len(draft.ids) < 2:
-        draft.problem = f"has {len(draft.ids)} token{'s' if len(draft.ids) != 1 else ''}, and nothing to predict"
-    else:
-        draft.problem = f"none of its {len(draft.ids)} tokens is supervised"
-    draft.ids, draft.labels, draft.factors, draft.flags, draft.remarks = *(draft.ids[:0],) * 3, 0, []
-
-
-def _runs(factors: np.ndarray) -> np.ndarray:
-    """Returns [first token, one behind the last, factor] of every run with a factor other than 0 and 1, end to end."""
-    if not ((factors != 0) & (factors != 1)).any():
-        return np.empty(0, np.float32)
-    starts = np.flatnonzero(np.diff(factors, prepend=np.nan))
-    runs = np.stack([starts, np.append(starts[1:], len(factors)), factors[starts]], axis=1)
-    return runs[(runs[:, 2] != 0) & (runs[:, 2] != 1)].astype(np.float32).ravel()
-
-
-def _added_in_front(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Returns the ids that the tokenizer puts before a text by itself: usually `[bos]`, or nothing."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a")["input_ids"]
-    starts = (i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare)
-    return list(full[: next(starts, 0)])
-
-
-def notes_of(flags: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Puts what `flags` (uint8 `[rows]`) say into words, for the report."""
-    merged, unlike, no_eos = (int(np.count_nonzero(flags & flag)) for flag in (MERGED, UNLIKE, NO_EOS))
-    notes = []
-    if merged:
-        notes.append(
-            f"prompts that end inside a token of the whole text: {merged:,} (tokenised separately from their completions)"
-        )
-    if unlike:
-        notes.append(
-            f"prompts that the chat template renders differently when an answer follows: {unlike:,} "
-            "(the completion starts where the two renderings differ)"
-        )
-    if no_eos and tokenizer.eos_token is not None:
-        notes.append(
-            f"conversations without a supervised eos_token ({tokenizer.eos_token}): {no_eos:,} "
-            "(does the chat template end a turn with a token that generation stops at?)"
-        )
-    return notes

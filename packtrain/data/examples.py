@@ -37,7 +37,7 @@ from packtrain.data.joined import join_documents
 from packtrain.data.report import DataReport
 from packtrain.data.selection import View, select
 from packtrain.data.sources import Rows
-from packtrain.data.store import Documents, open_dataset
+from packtrain.data.tokens import Documents, open_dataset
 from packtrain.errors import DataError
 from packtrain.recipe.sections import MAX_LENGTH
 
@@ -150,8 +150,8 @@ class Examples:
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the documents and of which tokens of them are examples."""
         if self._partial_view is None:
-            return self._documents.fingerprint
-        digest = hashlib.sha256(self._documents.fingerprint.encode())
+            return self._documents.contents
+        digest = hashlib.sha256(self._documents.contents.encode())
         for array in (self.rows, self._view.starts, self.lengths):
             digest.update(np.ascontiguousarray(array, dtype="<i8").data)
         return digest.hexdigest()
@@ -286,6 +286,7 @@ class Examples:
             tokens=tokens,
             lengths=lengths,
             supervised=supervised,
+            contents=dataset._fingerprint,
             problems=sorted(problems.items()),
         )
         chosen = select(

@@ -13,7 +13,8 @@ from functools import partial
 
 import numpy as np
 
-from packtrain.data.store import AnyTokens, Documents, hash_of
+from packtrain.data.store import hash_of
+from packtrain.data.tokens import AnyTokens, Documents
 
 
 class JoinedTokens:
@@ -82,5 +83,6 @@ def join_documents(parts: Sequence[Documents]) -> Documents:
         tokens=JoinedTokens([part.tokens for part in parts], bounds),
         lengths=np.concatenate([part.lengths for part in parts]),
         supervised=np.concatenate([part.supervised for part in parts]),
+        contents=hash_of([part.contents for part in parts]),
         reopen=partial(join_documents, list(parts)),
     )

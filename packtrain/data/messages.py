@@ -168,6 +168,9 @@ def _read_message(given: dict[str, Any], where: str, roles: Mapping[str, str]) -
         raise BadRow(
             f"{where} has the unknown role {shorten(speaker, 40)} (known: {known}; `data.roles` maps other names to them)"
         )
+    if speaker == role and given.keys() == {"role", "content"}:
+        if isinstance(given["content"], str) and given["content"].strip():
+            return Message(body=given, where=where)  # as most are: nothing else to look for
     body = {key: value for key, value in given.items() if key not in _READ} | {"role": role}
     content = given["value"] if sharegpt and "value" in given else given.get("content")
     if isinstance(content, list):
@@ -189,7 +192,7 @@ def _read_message(given: dict[str, Any], where: str, roles: Mapping[str, str]) -
     if content is not None and not isinstance(content, str):
         raise BadRow(f"the content of {where} is {kind_of(content)}, not text: {shorten(content, 40)}")
     if role in ("user", "assistant") and not calls and not (content or "").strip():
-        raise BadRow(f"the content of {where} is empty")
+        raise BadRow(f"the content of {where} is empty (leave the message out, or the row)")
     body.pop("content", None)
     body |= {} if content is None else {"content": content}
     switches = {key: _read_switch(given[key], f"'{key}' of {where}", key) for key in SWITCHES if key in given}

@@ -69,8 +69,9 @@ class OffsetTokenizer:
             offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
             for token in np.flatnonzero(np.isin(ids, self._swallows_blanks)):
                 start, end = offsets[token].tolist()
-                own = text[start:end]
-                offsets[token] = start + len(own) - len(own.lstrip()), end - len(own) + len(own.rstrip())
+                own = text[start:end].strip() or text[start:end]  # an added token may be of blanks
+                start = text.index(own, start)
+                offsets[token] = start, start + len(own)
             found.append((ids, offsets))
         return found
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from packtrain.data.report import SHOWN, DataReport, bad_rows_error
-from packtrain.data.store import Documents
+from packtrain.data.tokens import Documents
 from packtrain.errors import DataError
 
 OVERFLOWS = ("error", "truncate", "drop", "split")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from packtrain.data.examples import Examples, build_examples
 from packtrain.data.sources import open_rows
-from packtrain.data.store import ListColumn
+from packtrain.data.tokens import ListColumn
 from packtrain.errors import DataError
 
 ROWS = [{"prompt": "one " * n, "completion": "two " * m} for n, m in [(1, 3), (5, 1), (2, 2), (9, 4), (1, 1), (3, 7)]]

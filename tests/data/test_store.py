@@ -13,6 +13,7 @@ import sys
 import pytest
 
 from packtrain.data import store
+from packtrain.data.encoding import tokenize
 from packtrain.data.examples import Examples, build_examples
 from packtrain.data.loading import find_examples
 from packtrain.data.sources import open_rows
@@ -41,9 +42,9 @@ def test_same_rows_and_options_are_tokenised_once(write_rows, tokenizer, cache_d
     assert (cache_dir / "tokens" / name / "tokens.arrow").stat().st_mtime_ns == written
 
 
-def test_whatever_changes_the_tokens_changes_the_fingerprint(write_rows, tokenizer, chat_tokenizer):
+def test_whatever_may_change_the_tokens_has_a_store_of_its_own(write_rows, tokenizer, chat_tokenizer):
     def fingerprint(rows=(ROW,), tokenizer=tokenizer, **options) -> str:
-        return build_examples(open_rows(write_rows(*rows)), tokenizer, **options).fingerprint
+        return tokenize(open_rows(write_rows(*rows)), tokenizer, **options).fingerprint
 
     longer = make_tokenizer(chat_template=CHAT_TEMPLATE + "\n")
     padded = make_tokenizer()
@@ -60,6 +61,24 @@ def test_whatever_changes_the_tokens_changes_the_fingerprint(write_rows, tokeniz
         fingerprint(tokenizer=make_tokenizer(eos_token="<|end|>")),
     ]
     assert len(set(variants)) == len(variants)
+
+
+def test_examples_are_known_by_their_tokens_whatever_made_them(write_rows, chat_tokenizer):
+    """So a run resumes after an upgrade that changes no token."""
+
+    def fingerprint(row: dict, **options) -> str:
+        return build_examples(open_rows(write_rows(row)), chat_tokenizer, **options).fingerprint
+
+    messages = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+    same = fingerprint({"question": "one", "answer": "two"})
+    assert fingerprint({"instruction": "one", "output": "two"}) == same
+    assert fingerprint({"messages": messages}, completion_only_loss=True) == same
+    others = [
+        fingerprint({"messages": messages}),  # other labels
+        fingerprint({"messages": [messages[0], messages[1] | {"weight": 0.5}]}, completion_only_loss=True),
+        fingerprint({"question": "one", "answer": "three"}),
+    ]
+    assert len({same, *others}) == 4
 
 
 @pytest.mark.parametrize("damage", ["truncate", "remove", "garble", "garble the arrays"])

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from packtrain.data.encoding import Encoder
+from packtrain.data.encoder import Encoder
 from packtrain.data.formats import FORMATS
 
 _ANYTHING = st.recursive(
