@@ -274,7 +274,8 @@ class Scatter:
             elif name != "pooler_output":
                 done[name] = _scattered(rows, value)
         if output.get("pooler_output") is not None:
-            done["pooler_output"] = module.pooler(done["last_hidden_state"])
+            pooler: Any = module.pooler
+            done["pooler_output"] = pooler(done["last_hidden_state"])
         return type(output)(**done)
 
 
@@ -306,8 +307,9 @@ def _documents(lengths: list[int], device: torch.device, rows: Rows) -> dict[str
     bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     seq_lens = bounds.to(device)
     documents = Documents(bounds=tuple(dict.fromkeys(bounds.tolist())), device=seq_lens.device)
-    seq_lens._packtrain_documents = (None if seq_lens.is_inference() else seq_lens._version, documents)
-    seq_lens._packtrain_rows = rows
+    known = (None if seq_lens.is_inference() else seq_lens._version, documents)
+    setattr(seq_lens, "_packtrain_documents", known)  # noqa: B010
+    setattr(seq_lens, "_packtrain_rows", rows)  # noqa: B010
     longest = max(lengths)
     return {_FLAT: seq_lens, "cu_seq_lens_k": seq_lens, "max_length_q": longest, "max_length_k": longest}
 
@@ -395,7 +397,7 @@ def _ask_whole(model: PreTrainedModel, borders: dict[str, PreTrainedModel], left
 
 def _ask(module: PreTrainedModel, left: bool) -> list[Tensor]:
     """Returns hidden states of the real tokens of ragged rows, and gradients of a random projection of them."""
-    device = module.get_input_embeddings().weight.device
+    device: Any = module.get_input_embeddings().weight.device
     ids, mask = (part.to(device) for part in _ragged(module.config, left))
     generator = torch.Generator().manual_seed(1)
     embedded: list[Tensor] = []

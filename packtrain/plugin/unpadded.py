@@ -49,14 +49,14 @@ def unpad_trainer(trainer: TrainerT, *, instead_of: PacktrainError | None = None
     models = _models(trainer)
     with ExitStack() as undo:
         try:
-            with _untouched(trainer), nonzero_adapters(trainer.accelerator.unwrap_model(trainer.model)):
+            with _untouched(trainer):
                 batches, not_asked = _own_batches(trainer)
                 before = [_step(trainer, batch) for batch in batches]
             names = []
             for name, model in models.items():
                 unpadding = undo.enter_context(unpad(model))
                 names += [f"{name}.{inner}" if inner else name for inner in unpadding.modules]
-            with _untouched(trainer), nonzero_adapters(trainer.accelerator.unwrap_model(trainer.model)):
+            with _untouched(trainer):
                 after = [_step(trainer, batch) for batch in batches]
             said = (
                 _agree(trainer, before, after)
@@ -89,7 +89,7 @@ def _models(trainer: Trainer) -> dict[str, nn.Module]:
 
 def _own_batches(trainer: Trainer) -> tuple[list[Any], str]:
     """Returns the first batches of the trainer's own data loader, or none and why."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    model = _model(trainer)
     reason = cannot_ask(model)
     if reason is None and next(model.parameters()).device.type != trainer.args.device.type:
         reason = f"the weights are on the {next(model.parameters()).device.type} until training"
@@ -105,30 +105,37 @@ def _own_batches(trainer: Trainer) -> tuple[list[Any], str]:
 
 @contextmanager
 def _untouched(trainer: Trainer) -> Iterator[None]:
-    """Leaves the random numbers, the mode of the model and the metrics of a trainer as they were."""
+    """Leaves the random numbers, the collator, the metrics and the mode of the model of a trainer as they were."""
+    model = _model(trainer)
+    training, collator = model.training, trainer.data_collator
     metrics = {name: copy.deepcopy(value) for name, value in vars(trainer).items() if name.startswith("_metrics")}
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
-    training = trainer.model.training
-    with torch.random.fork_rng(devices=devices), quietly():
+    with torch.random.fork_rng(devices=devices), quietly(), nonzero_adapters(model):
         try:
-            trainer.model.eval()
+            trainer.data_collator = copy.deepcopy(collator)  # it may draw from a generator of its own
+            model.eval()
             yield
         finally:
-            trainer.model.train(training)
+            trainer.data_collator = collator
+            model.train(training)
             vars(trainer).update(metrics)
+
+
+def _model(trainer: Trainer) -> nn.Module:
+    model: Any = trainer.model
+    return trainer.accelerator.unwrap_model(model)
 
 
 def _step(trainer: Trainer, batch: Any) -> Step:
     """Computes the loss of a batch as training does, and its gradients, which are not kept."""
-    model = trainer.model
+    model: Any = trainer.model
     weights = [weight for weight in model.parameters() if weight.requires_grad]
-    dtype = compute_dtype(trainer.args, weights[0].dtype)
-    device = weights[0].device
+    dtype, device = compute_dtype(trainer.args, weights[0].dtype), weights[0].device
     try:
         (batch,), items = trainer.get_batch_samples(iter([copy.copy(batch)]), 1, device)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not weights[0].dtype):
             inputs = trainer._prepare_inputs(batch)
-            loss = trainer.compute_loss(model, inputs, num_items_in_batch=items)
+            loss: Any = trainer.compute_loss(model, inputs, num_items_in_batch=items)
         gradients = torch.autograd.grad(loss, weights, allow_unused=True)
     except PacktrainError:
         raise
@@ -146,7 +153,7 @@ def _agree(trainer: Trainer, before: list[Step], after: list[Step]) -> str:
     Raises:
         PacktrainError: they differ.
     """
-    weight = next(trainer.model.parameters())
+    weight = next(_model(trainer).parameters())
     allowed = tolerance(compute_dtype(trainer.args, weight.dtype), weight.device)
     for one, other in zip(before, after, strict=True):
         if not abs(one.loss - other.loss) <= allowed * max(abs(one.loss), 1e-6):
@@ -160,7 +167,7 @@ def _agree(trainer: Trainer, before: list[Step], after: list[Step]) -> str:
 
 def _refusal(trainer: Trainer, error: PacktrainError, flat: PacktrainError | None) -> PacktrainError:
     """Says what cannot be done with which trainer and task, in the ways that were tried."""
-    name = f"{type(trainer).__name__} with {type(base(trainer.accelerator.unwrap_model(trainer.model))).__name__}"
+    name = f"{type(trainer).__name__} with {type(base(_model(trainer))).__name__}"
     if flat is None:
         return PacktrainError(f"{name} cannot run without padding: {error.what}", key="trainer", fix=error.fix)
     what = f"{name} takes no flat batches ({_reason(flat)}), and cannot run without padding either ({error.what})"
