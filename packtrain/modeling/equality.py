@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -125,14 +126,18 @@ def _ask(module: PreTrainedModel, left: bool) -> Given:
 
 def outputs_of(model: nn.Module, borders: Iterable[PreTrainedModel]) -> dict[bool, Given] | None:
     """Returns a model's outputs for rows padded on the right (False) and on the left (True): of every row, every real token,
-    and scalars such as a router loss. None for a model that needs more than token ids and a mask."""
+    and scalars such as a router loss. None for a model that needs more than token ids and a mask.
+
+    Heads for question answering are asked for their loss: its softmax is over all of a row, padding included."""
     border = next(iter(borders))
+    spans = {"start_positions", "end_positions"} & inspect.signature(model.forward).parameters.keys()
     given = {}
     for left in (False, True):
         ids, mask = (part.to(border.device) for part in _ragged(border.config, left))
         try:
             with torch.no_grad():
-                given[left] = _at_tokens(model(input_ids=ids, attention_mask=mask), mask)
+                answers = dict.fromkeys(spans, mask.argmax(1))
+                given[left] = _at_tokens(model(input_ids=ids, attention_mask=mask, **answers), mask)
         except Exception:  # whatever a model says that also needs pictures
             return None
     return given
@@ -263,6 +268,22 @@ def short_windows(modules: Iterable[PreTrainedModel]) -> Iterator[None]:
     finally:
         for owner, name, value in before:
             setattr(owner, name, value)
+
+
+@contextmanager
+def same_frequencies(model: nn.Module) -> Iterator[None]:
+    """Restores what rotary embeddings remember of the longest row they have met (dynamic NTK)."""
+    rotary = [module for module in model.modules() if hasattr(module, "rope_type")]
+    before = [
+        (dict(vars(module)), {name: buffer.clone() for name, buffer in module._buffers.items() if buffer is not None})
+        for module in rotary
+    ]
+    try:
+        yield
+    finally:
+        for module, (attributes, buffers) in zip(rotary, before, strict=True):
+            vars(module).update(attributes)
+            module._buffers.update(buffers)
 
 
 @contextmanager

@@ -95,8 +95,7 @@ class Flatten:
         if weights or not _is_rows(mask, given):
             return None
         real = mask.cpu() != 0  # the one time that something is read from the device
-        begins = real[:, 0] + (real[:, 1:] & ~real[:, :-1]).sum(1)
-        if bool(real.all()) or not bool((begins == 1).all()) or not (self.left or bool(real[:, 0].all())):
+        if not _is_ragged(real) or not (self.left or bool(real[:, 0].all())):
             return None
         index = real.flatten().nonzero().flatten().to(mask.device)
         rows = Rows(*mask.shape, index, as_tuple=not _asked(module, given, "return_dict", default=True))
@@ -150,20 +149,30 @@ class Scatter:
 
 
 @dataclass(frozen=True)
-class RefuseFirstLabels:
-    """Refuses what would change the loss: a supervised first token of a row padded on the left, which the padded model
-    predicts from a padding token."""
+class RefuseLabels:
+    """The hook before a model with a loss: refuses labels that the padded model predicts from padding.
+
+    Such are the first token of a row padded on the left, and padding itself.
+
+    Attributes:
+        ahead: how many tokens ahead a label is predicted: 1 by a causal language model, 0 otherwise.
+
+    Raises:
+        ModelError: a batch has such labels.
+    """
+
+    ahead: int
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         mask, labels = kwargs.get("attention_mask"), kwargs.get("labels")
         if not (torch.is_tensor(mask) and torch.is_tensor(labels)) or mask.shape != labels.shape or mask.dim() != 2:
             return
-        begins = (mask[:, :-1] == 0) & (mask[:, 1:] != 0)
-        if bool((begins & (labels[:, 1:] != IGNORED)).any()):
-            what = (
-                "supervise the first token of a row that is padded on the left, and the model predicts it from padding"
-            )
-            raise ModelError(what, key="labels", fix=f"set them to {IGNORED} there, or pad on the right")
+        width = mask.shape[1] - self.ahead
+        refused = (mask[:, :width] == 0) & (labels[:, self.ahead :] != IGNORED)
+        if len(mask) > 1 and bool(refused.any()) and _is_ragged(mask != 0):
+            whose = "the first token of a row padded on the left, or padding" if self.ahead else "padding"
+            what = f"supervise {whose}, which the padded model predicts from padding"
+            raise ModelError(what, key="labels", fix=f"set them to {IGNORED} there")
 
 
 def use_attention(module: Any, name: str) -> None:
@@ -191,6 +200,12 @@ def _is_rows(mask: Any, given: dict[str, Any]) -> bool:
     if not torch.is_tensor(tokens) or tokens.shape[:2] != mask.shape or given.get(FLAT) is not None:
         return False
     return given.get("past_key_values") is None and not given.get("use_cache")
+
+
+def _is_ragged(real: Tensor) -> bool:
+    """Returns whether there is padding, and nowhere but before and behind the tokens that every row has."""
+    begins = real[:, 0] + (real[:, 1:] & ~real[:, :-1]).sum(1)
+    return not bool(real.all()) and bool((begins == 1).all())
 
 
 def _per_token(value: Any, mask: Tensor) -> bool:

@@ -29,8 +29,15 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from packtrain.errors import ModelError
 from packtrain.modeling.attention.varlen import NAME
 from packtrain.modeling.audit.settings import base, in_mode, quietly
-from packtrain.modeling.equality import check_whole, find_hook, nonzero_adapters, outputs_of, short_windows
-from packtrain.modeling.flatten import Flatten, RefuseFirstLabels, Scatter, use_attention
+from packtrain.modeling.equality import (
+    check_whole,
+    find_hook,
+    nonzero_adapters,
+    outputs_of,
+    same_frequencies,
+    short_windows,
+)
+from packtrain.modeling.flatten import Flatten, RefuseLabels, Scatter, use_attention
 
 
 class Unpadding:
@@ -54,8 +61,9 @@ class Unpadding:
             use_attention(border, NAME)
             self._handles.append(border.register_forward_pre_hook(hook, with_kwargs=True))
             self._handles.append(border.register_forward_hook(Scatter(), with_kwargs=True))
-        if self._top not in self._borders.values() and predicts_next_token(self._top):
-            self._handles.append(self._top.register_forward_pre_hook(RefuseFirstLabels(), with_kwargs=True))
+        if self._top not in self._borders.values():
+            refuse = RefuseLabels(ahead=int(predicts_next_token(self._top)))
+            self._handles.append(self._top.register_forward_pre_hook(refuse, with_kwargs=True))
 
     def _remove_hooks(self) -> None:
         for handle in self._handles:
@@ -99,7 +107,13 @@ def unpad(model: nn.Module, *, module: nn.Module | str | None = None) -> Unpaddi
     borders, top = find_borders(model, module), base(model)
     unpadding = Unpadding(model, borders)
     try:
-        with quietly(), in_mode(model, train=False), nonzero_adapters(model), short_windows(borders.values()):
+        with (
+            quietly(),
+            in_mode(model, train=False),
+            nonzero_adapters(model),
+            short_windows(borders.values()),
+            same_frequencies(model),
+        ):
             whole = None if top in borders.values() else outputs_of(top, borders.values())
             hooks = {name: find_hook(name, border) for name, border in borders.items()}
             unpadding._install(hooks)
