@@ -17,8 +17,8 @@ from packtrain.modeling.attention.varlen import NAME
 from packtrain.modeling.audit.probe import precision
 from packtrain.modeling.flatten import FLAT, RULES, Flatten, Scatter, use_attention
 
-_LENGTHS = (5, 1, 29, 12)  # of the rows that a model is asked with
-_WINDOW = 8  # what windows are cut to meanwhile, so that rows reach beyond them
+_LENGTHS = (4, 1, 13, 9)  # of the rows that a model is asked with
+_WINDOW = 6  # what windows are cut to meanwhile, so that rows reach beyond them
 _WINDOWS = ("sliding_window", "attention_chunk_size")  # names of fields, and of attributes of layers
 _LARGE = 50_000_000  # weights, above which gradients are compared at the embeddings only
 

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from packtrain.modeling.unpad import unpad
+from packtrain.training.ranks import settle
 from tests.modeling.unpad.helpers import EXACT, apart, flat_calls, given, headed, ragged
 
 
@@ -29,6 +30,8 @@ def main() -> None:
         flat = {name.replace("module.", ""): part for name, part in given(wrapped, batch).items()}
         assert apart(mean, {name: flat[name] for name in names}) <= EXACT
         assert apart(mean, {name: found[dist.get_rank()][name] for name in names}) > 1e-2
+    dist.barrier()
+    settle()
     dist.destroy_process_group()
 
 

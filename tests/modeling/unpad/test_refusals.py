@@ -64,8 +64,8 @@ def test_windows_are_cut_for_the_proof_and_restored():
             module.sliding_window = 4096
     layers = [layer.self_attn.sliding_window for layer in model.model.layers]
     with short_windows([model.model]):
-        assert model.config.sliding_window == 8
-        assert {layer.self_attn.sliding_window for layer in model.model.layers} == {8, None}
+        assert model.config.sliding_window == 6
+        assert {layer.self_attn.sliding_window for layer in model.model.layers} == {6, None}
     assert model.config.sliding_window == 4096
     assert [layer.self_attn.sliding_window for layer in model.model.layers] == layers
 
