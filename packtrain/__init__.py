@@ -1,6 +1,7 @@
 """packtrain: a training step is a set of examples, a strategy only decides how they lie in memory.
 
-packtrain.attach(trainer)            packtrain's layouts inside a transformers.Trainer or trl.SFTTrainer
+packtrain.attach(trainer)            training without padding inside any transformers.Trainer or trainer of TRL
+packtrain.unpad(model)               the layers of any padded model without padding, in any loop
 packtrain.PackCollator(...)          a data collator for a stock Trainer
 packtrain.PackedStream(rows, ...)    packs of an iterable dataset, for any loop
 packtrain.train(load_recipe(path))   what `packtrain train` does
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from packtrain.modeling.attention.varlen import register as register_attention
     from packtrain.modeling.audit.audit import audit_model as audit
+    from packtrain.modeling.unpad import unpad
     from packtrain.objectives.task import load_examples
     from packtrain.packing.collator import PackCollator
     from packtrain.packing.plan import make_plan
@@ -41,6 +43,7 @@ __all__ = [
     "make_plan",
     "register_attention",
     "train",
+    "unpad",
 ]
 
 _WHERE = {  # looked up on first use, so that importing packtrain imports no torch
@@ -54,6 +57,7 @@ _WHERE = {  # looked up on first use, so that importing packtrain imports no tor
     "make_plan": "packtrain.packing.plan:make_plan",
     "register_attention": "packtrain.modeling.attention.varlen:register",
     "train": "packtrain.training.run:train",
+    "unpad": "packtrain.modeling.unpad:unpad",
 }
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -31,9 +31,16 @@ from packtrain.objectives.logits import NOT_MODEL_INPUTS
 from packtrain.packing.collator import MicroBatches, PackCollator
 from packtrain.packing.plan import MicroBatch, Plan
 from packtrain.packing.strategies import resolve_strategy
-from packtrain.plugin.checks import agreed_settings, refuse_changes, refuse_contradictions, without_effect
+from packtrain.plugin.checks import (
+    agreed_settings,
+    refuse_changes,
+    refuse_contradictions,
+    refuse_misuse,
+    without_effect,
+)
 from packtrain.plugin.order import TrainersOrder, examples_per_step, fits_max_tokens, plan_attached
 from packtrain.plugin.proof import Proof
+from packtrain.plugin.unpadded import unpad_trainer
 from packtrain.training.loader import PlanLoader, loader_options, values_of_plan
 from packtrain.training.meters import Meter
 from packtrain.training.trainer import StepEnd
@@ -50,23 +57,30 @@ def attach(
     *,
     strategy: str = "balanced",
     max_tokens: int | None = None,
+    layout: Literal["auto", "flat", "unpad"] = "auto",
     attn_implementation: str = "auto",
     allow_contamination: bool = False,
     allow_differences: bool = False,
 ) -> AnyTrainer:
-    """Gives `trainer` packtrain's layout of its training batches, and returns it.
+    """Lets `trainer` train without padding, and returns it.
 
-    A step-scope strategy (`balanced`, `padding_free`, `group_by_length`, ...) keeps the examples of every update, so
-    losses and gradients stay the same. This is checked: the trainer computes its own loss of some documents of the
-    first update in both layouts, and the two must agree. An epoch-scope strategy (`bfd`, `optimal`, ...) packs the whole
-    epoch: updates then see other examples, and the log says how many.
+    Where the trainer's own loss takes flat batches, a step-scope strategy (`balanced`, `padding_free`, `group_by_length`,
+    ...) deals the examples of every update anew, so losses and gradients stay the same. This is checked: the trainer
+    computes its own loss of some documents in both layouts, and the two must agree. An epoch-scope strategy (`bfd`,
+    `optimal`, ...) packs the whole epoch: updates then see other examples, and the log says how many.
+
+    Any other trainer (TRL's DPOTrainer or RewardTrainer, classification, masked language modelling, a loss that is a mean
+    of each micro-batch) keeps its own batches, and the layers of its model run without their padding (see
+    `packtrain.unpad`); its own loss and gradients of some of its batches must be the same.
 
     Args:
-        trainer: a `transformers.Trainer` or `trl.SFTTrainer` over a tokenised `datasets.Dataset` (columns `input_ids`,
-            and `labels` or masks), not yet trained.
+        trainer: a `transformers.Trainer`, or a subclass such as TRL's, not yet trained. Flat batches need a tokenised
+            `datasets.Dataset` (columns `input_ids`, and `labels` or masks).
         strategy: a key of `packtrain.packing.strategies.STRATEGIES`, or `my_package.my_module:function`.
         max_tokens: most tokens in one micro-batch. By default a step-scope strategy keeps the trainer's
             `gradient_accumulation_steps`; with `max_tokens` it is raised until every micro-batch fits.
+        layout: "flat" for the first of these ways, "unpad" for the second; "auto" tries the first, and takes the second
+            where a flat step-scope strategy without `max_tokens` cannot be used.
         attn_implementation: "auto" is `packtrain_varlen` for flat layouts.
         allow_contamination: train even where attention leaks between the documents of a batch, which changes losses.
         allow_differences: train even where the trainer's own batches of the same documents have a different loss.
@@ -76,7 +90,27 @@ def attach(
             (checked on the model itself), or their loss changes (checked on the trainer itself). It says what to change;
             the trainer is left as it was.
     """
-    refuse_contradictions(trainer, strategy, max_tokens)
+    refuse_misuse(trainer, strategy, max_tokens, layout)
+    if layout == "unpad":
+        return unpad_trainer(trainer)
+    rule = resolve_strategy(strategy)
+    try:
+        return _attach_flat(trainer, strategy, max_tokens, attn_implementation, allow_contamination, allow_differences)
+    except PacktrainError as error:
+        if layout == "flat" or rule.scope == "epoch" or rule.layout == "padded" or max_tokens is not None:
+            raise
+        return unpad_trainer(trainer, instead_of=error)
+
+
+def _attach_flat(
+    trainer: AnyTrainer,
+    strategy: str,
+    max_tokens: int | None,
+    attn_implementation: str,
+    allow_contamination: bool,
+    allow_differences: bool,
+) -> AnyTrainer:
+    refuse_contradictions(trainer)
     rule, examples = resolve_strategy(strategy), _examples(trainer)
     order = TrainersOrder(trainer)
     plan = plan_attached(trainer, examples, strategy, max_tokens, order)
@@ -94,6 +128,8 @@ def attach(
         proof = Proof(trainer, order.loader, plan, max_tokens)
         changes += _prepare_model(trainer, plan.layout, attn_implementation, allow_contamination)
         changes.append(proof.of(batches, allow_differences=allow_differences or allow_contamination))
+        if rule.scope == "step" and not allow_differences:
+            _refuse_means(trainer, plan, proof)
     args, ours = trainer.args, plan.gradient_accumulation_steps
     if ours != args.gradient_accumulation_steps:
         changes.append(f"gradient_accumulation_steps {args.gradient_accumulation_steps} -> {ours}")
@@ -138,6 +174,16 @@ def _take_todays_order(order: TrainersOrder, plan: Plan, max_tokens: int | None)
         raise PacktrainError(
             what, key="max_tokens", value=max_tokens, fix="call set_seed before attach, or raise max_tokens"
         )
+
+
+def _refuse_means(trainer: Trainer, plan: Plan, proof: Proof) -> None:
+    """Refuses to deal examples anew where the loss is a mean of each micro-batch: it would weigh them otherwise."""
+    micro_batches = plan.gradient_accumulation_steps * trainer.args.world_size
+    across_ranks = trainer.args.average_tokens_across_devices or trainer.args.world_size == 1
+    if micro_batches > 1 and proof.before is not None and not (proof.one_denominator and across_ranks):
+        what = "has a loss that is a mean of each micro-batch, so it depends on which examples share one"
+        fix = 'use attach(layout="unpad"), which keeps them together, or allow_differences=True'
+        raise PacktrainError(what, key="trainer", value=type(trainer).__name__, fix=fix)
 
 
 # The model

@@ -14,25 +14,39 @@ from packtrain.modeling.loading import has_router_loss
 from packtrain.packing.strategies import resolve_strategy
 
 LIBRARIES = ("transformers.", "trl.")
+LAYOUTS = ("auto", "flat", "unpad")
+SEES_ROWS = ("training_step", "_prepare_inputs", "_prepare_input")  # methods by which a trainer may change a batch
 AGREED = ("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps")
 
 
-def refuse_contradictions(trainer: Trainer, strategy: str, max_tokens: int | None) -> None:
-    """Raises PacktrainError for settings that cannot be combined with a plan of this strategy."""
+def refuse_misuse(trainer: Trainer, strategy: str, max_tokens: int | None, layout: str) -> None:
+    """Raises PacktrainError for what no layout of a trainer's batches can be made of."""
     if not isinstance(trainer, Trainer):
         raise PacktrainError("must be a transformers.Trainer", key="trainer", value=type(trainer).__name__)
     if not isinstance(strategy, str):
         raise PacktrainError("must be the name of a strategy", key="strategy", value=strategy)
     if max_tokens is not None and (not isinstance(max_tokens, Integral) or max_tokens < 1):
         raise PacktrainError("must be a positive integer", key="max_tokens", value=max_tokens)
+    if layout not in LAYOUTS:
+        raise PacktrainError(f"must be one of {', '.join(LAYOUTS)}", key="layout", value=layout)
     _refuse_models(trainer)
     args = trainer.args
-    data: Any = trainer.train_dataset
     if "get_train_dataloader" in vars(trainer):
         raise PacktrainError("is attached already", key="trainer", fix="call attach once")
     if getattr(args, "packing", False):
         what, fix = "must be False: the trainer has packed its examples already", "build the trainer with packing=False"
         raise PacktrainError(what, key="packing", value=True, fix=fix)
+    if args.n_gpu > 1:
+        what, fix = "must be 1: DataParallel would split a flat batch", "start one process per GPU"
+        raise PacktrainError(what, key="n_gpu", value=args.n_gpu, fix=fix)
+    if resolve_strategy(strategy).scope == "epoch" and max_tokens is None:
+        raise PacktrainError("must be set for a strategy that packs the whole epoch", key="max_tokens")
+
+
+def refuse_contradictions(trainer: Trainer) -> None:
+    """Raises PacktrainError for settings that cannot be combined with a plan."""
+    args = trainer.args
+    data: Any = trainer.train_dataset
     if not hasattr(data, "column_names") or not hasattr(data, "__len__"):
         what = "must be a tokenised datasets.Dataset of known length"
         fix = "make one with datasets.Dataset.from_list" if hasattr(data, "__len__") else "load it without streaming"
@@ -45,6 +59,19 @@ def refuse_contradictions(trainer: Trainer, strategy: str, max_tokens: int | Non
         what = "has its own `get_train_dataloader`, which packtrain would replace with all of train_dataset"
         fix = "give the rows as train_dataset, and their order by a sampler with `set_epoch(epoch)`"
         raise PacktrainError(what, key="trainer", value=owner.__name__, fix=fix)
+    for method in SEES_ROWS:
+        owner = next(cls for cls in type(trainer).__mro__ if method in vars(cls))
+        if not owner.__module__.startswith(LIBRARIES) or method in vars(trainer):
+            what = f"has its own `{method}`, which may depend on which row a token is in"
+            fix = 'use attach(layout="unpad"), which keeps the rows of its batches'
+            raise PacktrainError(what, key="trainer", value=type(trainer).__name__, fix=fix)
+    peft_configs = getattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config", {})
+    if any(getattr(config, "alora_invocation_tokens", None) for config in peft_configs.values()):
+        what, fix = (
+            "act from a token of each row on, and a flat row holds several documents",
+            "use a plain LoRA adapter",
+        )
+        raise PacktrainError(what, key="alora_invocation_tokens", fix=fix)
     if getattr(trainer.data_collator, "mlm", False):
         what, fix = (
             "must be False: packtrain's batches have no randomly masked tokens",
@@ -61,18 +88,15 @@ def refuse_contradictions(trainer: Trainer, strategy: str, max_tokens: int | Non
     if args.auto_find_batch_size:
         what, fix = "must be False: all batches are planned once", "leave it out; max_tokens limits a micro-batch"
         raise PacktrainError(what, key="auto_find_batch_size", value=True, fix=fix)
-    if args.train_sampling_strategy == "group_by_length":
-        what, fix = "cannot be set: packtrain orders examples itself", 'use attach(strategy="group_by_length") instead'
-        raise PacktrainError(what, key="train_sampling_strategy", value="group_by_length", fix=fix)
-    if args.n_gpu > 1:
-        what, fix = "must be 1: DataParallel would split a flat batch", "start one process per GPU"
-        raise PacktrainError(what, key="n_gpu", value=args.n_gpu, fix=fix)
+    if args.train_sampling_strategy not in ("random", "sequential"):
+        what, fix = "cannot be set: packtrain deals the examples of an update itself", "use attach(layout='unpad')"
+        if args.train_sampling_strategy == "group_by_length":
+            fix = 'use attach(strategy="group_by_length") instead'
+        raise PacktrainError(what, key="train_sampling_strategy", value=args.train_sampling_strategy, fix=fix)
     shared = trainer.get_tp_size() * trainer.get_cp_size() * trainer.get_sp_size()
     if shared > 1:
         what = "makes ranks share their examples, and packtrain gives every rank its own"
         raise PacktrainError(what, key="parallelism_config", value=shared, fix="use data parallelism (DDP, FSDP, ZeRO)")
-    if resolve_strategy(strategy).scope == "epoch" and max_tokens is None:
-        raise PacktrainError("must be set for a strategy that packs the whole epoch", key="max_tokens")
 
 
 def _refuse_models(trainer: Trainer) -> None:

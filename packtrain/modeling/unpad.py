@@ -1,0 +1,173 @@
+"""Padding-free layers inside any padded model: `[B, T]` outside, one flat row inside.
+
+    packtrain.unpad(model)                  # or: with packtrain.unpad(model): ...
+    model(input_ids, attention_mask)        # the same outputs, losses and gradients, without computing padding
+
+Two public hooks on the module at the border (a decoder, an encoder, the language model of a vision-language model) change
+the view of a batch. The first keeps the real tokens of `[B, T]` inputs, at the positions they would have had; the layers
+run on `[1, N]` with `packtrain_varlen`, every row a document; the second scatters what comes out back to `[B, T]`. Whoever
+calls the model sees nothing of it, so any trainer, loss and head works as before.
+
+    attention_mask   1 1 1 0        inside   a b c d e f        outside   A B C 0
+                     0 1 1 1                 0 0 0 1 1 1                  0 D E F
+
+The algorithm is that of ByteTransformer (Zhai et al., 2022), for models as transformers has them. A batch is left as it is
+where there is nothing to gain or something that needs the padded view: no padding, one row, a cache, a mask that is not
+2-D, attention weights as outputs.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from packtrain.errors import ModelError
+from packtrain.modeling.attention.varlen import NAME
+from packtrain.modeling.audit.settings import base, in_mode, quietly
+from packtrain.modeling.equality import (
+    check_whole,
+    find_hook,
+    nonzero_adapters,
+    outputs_of,
+    same_frequencies,
+    short_windows,
+)
+from packtrain.modeling.flatten import Flatten, RefuseLabels, Scatter, use_attention
+
+
+class Unpadding:
+    """What `unpad` has installed: `remove()` takes it away, and so does leaving a `with` block.
+
+    Attributes:
+        modules: names of the modules whose layers run without padding.
+    """
+
+    def __init__(self, model: nn.Module, borders: dict[str, PreTrainedModel]):
+        self.modules = list(borders)
+        self._before = [(border, border.config._attn_implementation) for border in borders.values()]
+        self._handles: list[RemovableHandle] = []
+        self._top, self._borders = base(model), borders
+
+    def _install(self, hooks: dict[str, Flatten]) -> None:
+        """Installs these hooks, in the place of those that are there."""
+        self._remove_hooks()
+        for name, hook in hooks.items():
+            border = self._borders[name]
+            use_attention(border, NAME)
+            self._handles.append(border.register_forward_pre_hook(hook, with_kwargs=True))
+            self._handles.append(border.register_forward_hook(Scatter(), with_kwargs=True))
+        if self._top not in self._borders.values():
+            refuse = RefuseLabels(ahead=int(predicts_next_token(self._top)))
+            self._handles.append(self._top.register_forward_pre_hook(refuse, with_kwargs=True))
+
+    def _remove_hooks(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def remove(self) -> None:
+        """Removes the hooks, and gives the model its own attention back."""
+        self._remove_hooks()
+        for border, implementation in self._before:
+            use_attention(border, implementation)
+
+    def __enter__(self) -> Unpadding:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.remove()
+
+
+def unpad(model: nn.Module, *, module: nn.Module | str | None = None) -> Unpadding:
+    """Lets the layers of a model run without padding, and proves on the spot that nothing else changes.
+
+    The proof asks the module for four ragged rows, padded on the right and on the left, before and after: its outputs, and
+    the gradients of all weights that are trained (of the embeddings alone above 50 million), must agree at every real
+    token, to 1e-5 of the largest in float32 and 4e-2 in bfloat16. Then it asks the whole model, where that takes token
+    ids and a mask and nothing else. Left-padded batches stay padded where they alone do not agree.
+
+    Args:
+        model: a transformers model, or a module with such models inside, with or without a PEFT adapter; on its device,
+            not yet wrapped by an engine. Its weights, gradients, mode and random state stay what they are.
+        module: the module at the border, or its name; by default every innermost `PreTrainedModel` that takes an
+            `attention_mask`.
+
+    Returns:
+        What was installed; see `Unpadding`.
+
+    Raises:
+        ModelError: no such module, it is unpadded already, or its outputs or gradients are not the same; the model is left
+            as it was.
+    """
+    borders, top = find_borders(model, module), base(model)
+    unpadding = Unpadding(model, borders)
+    try:
+        with (
+            quietly(),
+            in_mode(model, train=False),
+            nonzero_adapters(model),
+            short_windows(borders.values()),
+            same_frequencies(model),
+        ):
+            whole = None if top in borders.values() else outputs_of(top, borders.values())
+            hooks = {name: find_hook(name, border) for name, border in borders.items()}
+            unpadding._install(hooks)
+            if whole is not None and not check_whole(top, borders.values(), whole):
+                unpadding._install({name: replace(hook, left=False) for name, hook in hooks.items()})
+    except BaseException:
+        unpadding.remove()
+        raise
+    return unpadding
+
+
+def predicts_next_token(model: nn.Module) -> bool:
+    """Returns whether the loss of a model compares every token with the labels of the next one (if it has a loss)."""
+    return getattr(model, "loss_function", ForCausalLMLoss) is ForCausalLMLoss
+
+
+def find_borders(model: nn.Module, module: nn.Module | str | None = None) -> dict[str, PreTrainedModel]:
+    """Finds the modules at the border: name in the model -> module.
+
+    Raises:
+        ModelError: there is none, or not one that can be unpadded.
+    """
+    named, config = dict(model.named_modules()), getattr(base(model), "config", None)
+    if module is not None:
+        found = {name: inner for name, inner in named.items() if name == module or inner is module}
+        if not found:
+            raise ModelError(
+                "is not a module of the model", key="module", value=module, fix="see `model.named_modules()`"
+            )
+    elif getattr(config, "is_encoder_decoder", False):
+        what = f"{type(base(model)).__name__} is an encoder with a decoder, whose cross-attention needs padded rows"
+        raise ModelError(what, key="model", fix="leave it padded")
+    else:
+        takes_rows = {
+            name: inner for name, inner in named.items() if isinstance(inner, PreTrainedModel) and _takes_rows(inner)
+        }
+        found = {
+            name: inner
+            for name, inner in takes_rows.items()
+            if not any(other is not inner and other in inner.modules() for other in takes_rows.values())
+        }
+    for name, inner in found.items():
+        if any(isinstance(hook, Flatten) for hook in inner._forward_pre_hooks.values()):
+            raise ModelError("is unpadded already", key=name or type(inner).__name__, fix="call unpad once")
+        if not isinstance(inner, PreTrainedModel) or not _takes_rows(inner):
+            what = "does not take `attention_mask`, token ids or embeddings, and keyword arguments for its attention"
+            raise ModelError(what, key="module", value=type(inner).__name__, fix="name the decoder or encoder itself")
+    if not found:
+        what = f"{type(base(model)).__name__} has no decoder or encoder that could run without padding"
+        raise ModelError(what, key="model", fix="leave it padded")
+    return found
+
+
+def _takes_rows(module: nn.Module) -> bool:
+    parameters = inspect.signature(module.forward).parameters
+    takes_more = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    return "attention_mask" in parameters and takes_more and bool({"input_ids", "inputs_embeds"} & parameters.keys())
