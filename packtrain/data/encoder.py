@@ -104,6 +104,11 @@ class Encoder:
         self.vocabulary = 1 + max(tokenizer.get_vocab().values(), default=-1) if format == "input_ids" else None
 
     @property
+    def learns_all_turns(self) -> bool:
+        """Whether turns of all roles are learnt where the rows don't say otherwise."""
+        return not (self.completion_only or self.assistant_only)
+
+    @property
     def all_learnt(self) -> bool:
         """Whether every label but the first of each example is its token, whatever the rows say."""
         return not (self.completion_only or self.assistant_only or self.format in ("input_ids", *_CONVERSATIONS))
@@ -378,7 +383,7 @@ def notes_of(flags: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[str]
         )
     if no_eos and tokenizer.eos_token is not None:
         notes.append(
-            f"conversations without a supervised eos_token ({tokenizer.eos_token}): {no_eos:,} "
-            "(does the chat template end a turn with a token that generation stops at?)"
+            f"conversations without a supervised eos_token ({tokenizer.eos_token}): {no_eos:,} (a model learns to stop only "
+            "from the token that ends a turn: let the chat template end turns with it, or make theirs the eos_token)"
         )
     return notes

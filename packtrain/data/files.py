@@ -141,7 +141,8 @@ def _find(entry: str, split: str) -> Place:
             raise no_split(entry, split, ["train"])
         return Place(path=entry, files=[path], labels=[path.name])
     if kind_of(path) in OPENERS or not _HUB_NAME.fullmatch(entry):
-        raise DataError("there is no such file or directory", key="data.path", value=entry)
+        fix = "name a file or directory that exists; relative paths begin in the current directory"
+        raise DataError("there is no such file or directory", key="data.path", value=entry, fix=fix)
     if _is_builder(entry):
         what = "is the name of a loader of `datasets`, not of data"
         raise DataError(what, key="data.path", value=entry, fix="name the file itself, for example data/train.jsonl")

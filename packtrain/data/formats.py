@@ -159,7 +159,7 @@ def find_format(columns: Sequence[str], name: str = "auto") -> tuple[str, list[s
             raise DataError(what, key="data.format", value=name, fix=fix)
         return name, []
     if not fitting:
-        fix = f"rename columns to fit one of the formats: {known}"
+        fix = f"map them with `data.columns: {{prompt: theirs, completion: theirs}}`, or rename them; formats: {known}"
         raise DataError(f"no format fits the columns {', '.join(columns) or '(none)'}", key="data.format", fix=fix)
     return fitting[0], fitting[1:]
 

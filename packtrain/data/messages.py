@@ -22,6 +22,7 @@ from typing import Any
 
 from packtrain.data.report import BadRow
 from packtrain.errors import shorten
+from packtrain.recipe.fields import did_you_mean
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _KNOWN_AS = {role: role for role in ROLES} | {
@@ -200,7 +201,8 @@ def _read_message(given: dict[str, Any], where: str, roles: Mapping[str, str]) -
         raise BadRow(f"{where} has switches that contradict each other: {', '.join(map(repr, switches))}")
     unknown = tuple(
         key for key, value in given.items()
-        if key not in _READ and (isinstance(value, bool) or any(word in key for word in _LIKE_SWITCHES))
+        if key not in _READ
+        and (isinstance(value, bool) or any(word in key for word in _LIKE_SWITCHES) or did_you_mean(key, SWITCHES))
     )  # fmt: skip
     return Message(body=body, where=where, switch=next(iter(switches.values()), None), unknown=unknown)
 

@@ -16,6 +16,9 @@ from dataclasses import asdict, dataclass
 from packtrain.errors import DataError
 
 CONVERSATIONS = ("messages", "sharegpt")  # formats of which all is learnt unless the recipe says otherwise
+ALL_TURNS = (
+    "system and user turns are supervised, too (`data.assistant_only_loss: true` supervises assistant turns only)"
+)
 SHOWN = 10  # rows that a message lists before it says how many more there are
 DOCUMENTATION = "hidden or documentation"  # why a file is not read; such files are counted, not named
 _NAMED = 4  # files that a line names before it says how many more there are
@@ -63,7 +66,7 @@ class Share:
             read = f"chosen from {self.available:,}, the same in every epoch"
         else:
             times = f"{often} or {often + 1} times" if more else "once" if often == 1 else f"{often} times"
-            read = f"its {self.available:,}, each {times}"
+            read = f"each of its {self.available:,} is read {times}"
         kept = f" ({self.held_out:,} more are held out)" if self.held_out else ""
         tokens = f"{self.tokens:,} tokens, {self.supervised_tokens:,} of them supervised"
         return f"{self.share:.1%} {self.path} ({self.rows:,} rows): {self.examples:,} examples, {read}{kept}: {tokens}"
@@ -112,12 +115,6 @@ class DataReport:
                 f"mixture of {len(self.mixture)} source{'s' if len(self.mixture) > 1 else ''}, in every epoch:"
             )
             result += [f"  {share.line()}" for share in self.mixture]
-        if self.format in CONVERSATIONS and 0 < self.supervised_tokens == self.tokens - self.examples:
-            result.append(
-                "all turns are supervised, those of system and user included: "
-                f"{self.supervised_tokens / self.tokens:.1%} of the tokens "
-                "(`data.assistant_only_loss: true` learns only what the assistant says)"
-            )
         for count, done in (
             (self.truncated_rows, "cut to max_length"),
             (self.dropped_rows, "longer than max_length, dropped"),
@@ -131,7 +128,12 @@ class DataReport:
             result += [f"  {where}: {reason}" for where, reason in self.skipped[:SHOWN]]
             if len(self.skipped) > SHOWN:
                 result.append(f"  ... and {len(self.skipped) - SHOWN:,} more")
-        return result + list(self.notes)
+        return result + [self._with_share(note) for note in self.notes]
+
+    def _with_share(self, note: str) -> str:
+        """Adds how much is supervised to the note that all turns are."""
+        share = self.supervised_tokens / self.tokens if self.tokens else 0.0
+        return note.replace(ALL_TURNS, f"{ALL_TURNS}: {share:.1%} of all tokens")
 
     def file_lines(self) -> list[str]:
         """Returns which files were read, with their rows, and which were not, with the reason."""

@@ -237,7 +237,7 @@ def _choose(
         lines = "".join(f"\n    {change}" for change in found)
         if not all(change.safe for change in found):
             fix = "undo these changes, or start a new run from the saved model (model.model_name_or_path)"
-            raise CheckpointError(f"was saved by another run:{lines}", where=str(path), fix=fix)
+            raise CheckpointError(f"was saved by a run with different settings:{lines}", where=str(path), fix=fix)
         if not allow_changes:
             raise CheckpointError(
                 f"was saved by a run with different settings:{lines}",
@@ -327,7 +327,10 @@ def changes(manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> list[Chang
             if pair[0] != pair[1] and key != _PLACE:
                 safe = _SAFE.fullmatch(key) is not None
                 found.append(Change(key=key, then=pair[0], now=pair[1], safe=safe))
-    words = {"data_fingerprint": "the examples (their tokens)", "plan_hash": "the plan (which examples share a step)"}
+    words = {
+        "data_fingerprint": "the tokenised examples (by the changes above, or in the files)",
+        "plan_hash": "the plan (which examples share a step)",
+    }
     for name, what in words.items():
         if manifest.get(name) != facts.get(name):
             then, now = (str(source.get(name))[:12] for source in (manifest, facts))

@@ -118,8 +118,6 @@ def build(
     plan = plan_recipe(recipe, task.train.lengths, world_size=ranks, cost=Cost.of_config(config))
     args = training_arguments(recipe, plan, evaluate=task.held_out is not None)
     check_processes(world_size=args.world_size, n_gpu=args.n_gpu)
-    say = _sayer(console if console and args.process_index == 0 else Console(quiet=True))
-    say("data         " + "\n             ".join(task.train.report.lines()))
     checkpoint = choose_checkpoint(
         resume,
         output_dir=Path(str(args.output_dir)),

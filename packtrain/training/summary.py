@@ -72,7 +72,7 @@ class Summary:
             lines.append(("padding", f"{self.padding_share:.2%}"))
         frozen = f", {self.frozen_parameters:,} frozen" if self.frozen_parameters else ""
         return lines + [
-            ("updates", f"{self.updates:,} ({self.micro_batches_per_update} x {self.world_size} micro-batches each)"),
+            ("updates", f"{self.updates:,} of {self._micro_batches()}"),
             *([("skipped", f"{self.skipped_updates:,} updates that were not finite")] if self.skipped_updates else []),
             ("examples", f"{self.examples:,} x {self.epochs:g} epochs"),
             ("time in updates", f"{self.seconds:.1f} s"),
@@ -81,6 +81,11 @@ class Summary:
             ("attention", self.attn_implementation),
             ("model saved in", self.model_dir),
         ]
+
+    def _micro_batches(self) -> str:
+        each = self.micro_batches_per_update
+        ranks = f" on each of {self.world_size} ranks" if self.world_size > 1 else ""
+        return f"{each} micro-batch{'es' if each != 1 else ''}{ranks}"
 
     def save(self, directory: Path) -> None:
         """Writes `summary.json` into `directory`."""

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from packtrain.cli import main
 from packtrain.cli.batch_view import Run, choose_marks, text_of
+from packtrain.data.report import ALL_TURNS
 from packtrain.objectives.task import load_task
 from packtrain.recipe.reader import load_recipe
 
@@ -113,7 +114,7 @@ def test_marks_are_found_nowhere_else(texts, first):
         assert [run for run in read if run.text] == [run for run in runs if run.text]
 
 
-WHOLE = "all turns are supervised, those of system and user included"
+WHOLE = "system and user turns are supervised, too"
 
 
 @pytest.mark.parametrize("verb", ["plan", "show", "train"])
@@ -121,11 +122,11 @@ def test_every_verb_says_what_became_of_the_rows(tmp_path, capsys, verb):
     rows = [{"messages": CHAT, "source": "web"}, {"messages": [*CHAT, *CHAT[1:]], "source": "book"}]
     recipe = recipe_of(tmp_path, rows)
     report = load_task(load_recipe(recipe)).train.report
-    assert report.notes == ("columns not used: source",)
+    assert report.notes == ("columns not used: source", ALL_TURNS)
     out = printed(capsys, verb, recipe)
     lines = [line.strip() for line in out.splitlines()]
     assert all(any(line.endswith(said) for line in lines) for said in report.lines())
-    assert f"{WHOLE}: {report.supervised_tokens / report.tokens:.1%} of the tokens" in out
+    assert f"{ALL_TURNS}: {report.supervised_tokens / report.tokens:.1%} of all tokens" in out
 
 
 @pytest.mark.parametrize(

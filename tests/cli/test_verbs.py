@@ -361,7 +361,7 @@ def test_plan_says_which_files_were_read_before_and_after_they_are_tokenised(cap
         assert ("tokenising:" in out) != tokenised
         assert "read: a/rows.jsonl (4 rows), b/rows.jsonl (4 rows)" in out
         assert "not read (not a supported kind of file): b/notes.txt" in out
-        assert "75.0% a (4 rows): 6 examples, its 4, each 1 or 2 times" in out
+        assert "75.0% a (4 rows): 6 examples, each of its 4 is read 1 or 2 times" in out
         assert "25.0% b (4 rows): 2 examples, chosen from 4, the same in every epoch" in out
 
 

@@ -133,10 +133,10 @@ def test_what_is_repeated_and_left_out_is_said(tokenizer):
     assert (second.rows, second.available, second.examples) == (30, 30, 10)
     assert first.tokens + second.tokens == train.report.tokens == int(train.lengths.sum())
     lines = "\n".join(train.report.lines())
-    assert "75.0% a.jsonl (10 rows): 30 examples, its 10, each 3 times" in lines
+    assert "75.0% a.jsonl (10 rows): 30 examples, each of its 10 is read 3 times" in lines
     assert "25.0% b.jsonl (30 rows): 10 examples, chosen from 30, the same in every epoch" in lines
-    assert "its 10, each 2 or 3 times" in load(section(25, 15), tokenizer)[0].report.mixture[0].line()
-    assert "its 10, each once" in load(section(1, 3), tokenizer)[0].report.mixture[0].line()
+    assert "each of its 10 is read 2 or 3 times" in load(section(25, 15), tokenizer)[0].report.mixture[0].line()
+    assert "each of its 10 is read once" in load(section(1, 3), tokenizer)[0].report.mixture[0].line()
     assert json.dumps(train.report.to_dict())  # is stored in the summary
 
 

@@ -92,12 +92,15 @@ def test_switches_that_are_none_are_bad_rows(extra, reason, tokenizer, build):
     assert reason in str(error.value)
 
 
-def test_unknown_switches_are_noted(tokenizer, build):
-    notes = build([{"messages": talk(None, 0, None, None, key="trainable")}], tokenizer).report.notes
+@pytest.mark.parametrize("key", ["trainable", "wieght", "masked"])
+def test_unknown_switches_are_noted(tokenizer, build, key):
+    notes = build([{"messages": talk(None, 0, None, None, key=key)}], tokenizer).report.notes
     assert any(
-        note.startswith("message key 'trainable' looks like a switch, and is none (weight, train") for note in notes
+        note.startswith(f"message key '{key}' looks like a switch, and is none (weight, train") for note in notes
     )
-    assert build([{"messages": talk(None, 0, None, None)}], tokenizer).report.notes == ()
+    for known in ("weight", "note"):  # a switch, and a key like none
+        notes = build([{"messages": talk(None, 0, None, None, key=known)}], tokenizer).report.notes
+        assert not any("switch" in note for note in notes)
 
 
 # --- factors ---------------------------------------------------------------------------------------------------------

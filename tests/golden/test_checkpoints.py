@@ -93,7 +93,7 @@ def test_a_stored_checkpoint_resumes(unpacked, capsys, named):
 
 def test_a_stored_checkpoint_of_another_seed_is_refused(unpacked, capsys):
     assert exit_code(main, ["train", "recipe.yaml", "--resume", "--set", "training.seed=1"]) == 2
-    assert "was saved by another run" in capsys.readouterr().err
+    assert "was saved by a run with different settings" in capsys.readouterr().err
 
 
 def test_a_damaged_stored_checkpoint_is_refused(unpacked, capsys):

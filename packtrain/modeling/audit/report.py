@@ -59,7 +59,7 @@ class Finding:
         if self.verdict == LEAKS:
             amount = f" by up to {self.leak:.2g}"
         elif self.verdict in (ISOLATED, WRONG):
-            amount = f" within {self.off:.0e} of alone"
+            amount = f" (outputs differ by at most {self.off:.0e} from each document alone)"
         return f"{self.verdict}{amount}{self.why()}" + (f" [{self.checked}]" if self.checked else "")
 
     def why(self) -> str:
