@@ -229,7 +229,8 @@ def _pooled(module: Any, hidden: Tensor) -> Tensor:
     if pooler is None:
         what = f"{type(module).__name__} pools its rows itself, without a module that could do so behind it"
         raise ModelError(what, key="model", fix="leave it padded")
-    return pooler(hidden)
+    activation = getattr(module, "pooler_activation", None)  # ALBERT's, whose pooler is the matrix alone
+    return pooler(hidden) if activation is None else activation(pooler(hidden[:, 0]))
 
 
 def _padding_idx(module: nn.Module) -> int | None:

@@ -13,7 +13,9 @@ calls the model sees nothing of it, so any trainer, loss and head works as befor
 
 The algorithm is that of ByteTransformer (Zhai et al., 2022), for models as transformers has them. A batch is left as it is
 where there is nothing to gain or something that needs the padded view: no padding, one row, a cache, a mask that is not
-2-D, attention weights as outputs.
+2-D, padding between the tokens of a row, attention weights as outputs. What depends on padding itself is refused: a head
+whose loss reads it (question answering: a softmax over all columns), and labels that are predicted from it. `torch.compile`
+runs the hooks between two graphs, so `fullgraph=True` is not for such a model.
 """
 
 from __future__ import annotations

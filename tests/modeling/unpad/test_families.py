@@ -44,6 +44,11 @@ def test_the_comparison_sees_a_leak(architecture, head):
         assert apart(padded, given(model, batch)) <= EXACT
 
 
+@pytest.mark.parametrize("head", ["sequence", "backbone", "masked"])
+def test_a_pooler_that_is_a_matrix_and_an_activation(head):
+    assert difference(headed("albert", head), ragged(head)) <= EXACT
+
+
 @pytest.mark.parametrize("architecture", ["llama", "bert", "modernbert"])
 def test_question_answering_reads_padding_and_is_refused(architecture):
     """Its softmax is over all columns, padding included, whose hidden states nobody computes any more."""

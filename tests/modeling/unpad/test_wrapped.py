@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from packtrain.errors import ModelError
+from packtrain.modeling.audit.settings import switch_checkpointing
 from packtrain.modeling.unpad import unpad
 from tests.modeling.unpad.helpers import EXACT, apart, difference, flat_calls, given, headed, ragged
 
@@ -93,7 +94,7 @@ def test_virtual_tokens_keep_their_padding():
 def test_gradient_checkpointing(architecture, head, reentrant):
     model, batch = headed(architecture, head), ragged(head)
     padded = given(model, batch, output_hidden_states=False)
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    switch_checkpointing(model, "enable", {"use_reentrant": reentrant})
     model.train()
     with unpad(model):
         assert apart(padded, given(model, batch, output_hidden_states=False)) <= EXACT
@@ -104,7 +105,7 @@ def test_a_call_that_asks_for_weights_does_not_reach_into_a_recomputation():
     model, batch = headed("llama", "causal"), ragged()
     model.set_attn_implementation("eager")
     padded = given(model, batch, output_hidden_states=False)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    switch_checkpointing(model, "enable", {"use_reentrant": False})
     model.train()
     unpad(model)
     model.zero_grad()
