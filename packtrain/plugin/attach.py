@@ -31,11 +31,15 @@ from packtrain.objectives.logits import NOT_MODEL_INPUTS
 from packtrain.packing.collator import MicroBatches, PackCollator
 from packtrain.packing.plan import MicroBatch, Plan
 from packtrain.packing.strategies import resolve_strategy
+from packtrain.plugin.asking import named, untouched
 from packtrain.plugin.checks import (
     agreed_settings,
     refuse_changes,
     refuse_contradictions,
+    refuse_empty,
+    refuse_means,
     refuse_misuse,
+    refuse_unproved,
     without_effect,
 )
 from packtrain.plugin.order import TrainersOrder, examples_per_step, fits_max_tokens, plan_attached
@@ -64,10 +68,11 @@ def attach(
 ) -> AnyTrainer:
     """Lets `trainer` train without padding, and returns it.
 
-    Where the trainer's own loss takes flat batches, a step-scope strategy (`balanced`, `padding_free`, `group_by_length`,
-    ...) deals the examples of every update anew, so losses and gradients stay the same. This is checked: the trainer
-    computes its own loss of some documents in both layouts, and the two must agree. An epoch-scope strategy (`bfd`,
-    `optimal`, ...) packs the whole epoch: updates then see other examples, and the log says how many.
+    Where the trainer's own loss takes flat batches and is a sum over its examples, a step-scope strategy (`balanced`,
+    `padding_free`, `group_by_length`, ...) deals the examples of every update anew, so losses and gradients stay the same.
+    This is checked: the trainer computes its own loss of some documents in both layouts and in parts, and loss and
+    gradients must agree. An epoch-scope strategy (`bfd`, `optimal`, ...) packs the whole epoch: updates then see other
+    examples, and the log says how many.
 
     Any other trainer (TRL's DPOTrainer or RewardTrainer, classification, masked language modelling, a loss that is a mean
     of each micro-batch) keeps its own batches, and the layers of its model run without their padding (see
@@ -97,9 +102,10 @@ def attach(
     try:
         return _attach_flat(trainer, strategy, max_tokens, attn_implementation, allow_contamination, allow_differences)
     except PacktrainError as error:
-        if layout == "flat" or rule.scope == "epoch" or rule.layout == "padded" or max_tokens is not None:
-            raise
-        return unpad_trainer(trainer, instead_of=error)
+        if layout == "auto" and rule.scope == "step" and rule.layout == "flat" and max_tokens is None:
+            return unpad_trainer(trainer, instead_of=error)
+        error.where = ": ".join(part for part in (named(trainer), error.where) if part)
+        raise
 
 
 def _attach_flat(
@@ -123,13 +129,15 @@ def _attach_flat(
     )
     batches = _ModelInputs(MicroBatches(examples, collator))
     changes = [f"{strategy} lays out the training batches"]
-    with _as_it_was_if_refused(trainer):
+    with _as_it_was_if_refused(trainer), untouched(trainer):
         changes += _without_cache(trainer)
         proof = Proof(trainer, order.loader, plan, max_tokens)
         changes += _prepare_model(trainer, plan.layout, attn_implementation, allow_contamination)
         changes.append(proof.of(batches, allow_differences=allow_differences or allow_contamination))
-        if rule.scope == "step" and not allow_differences:
-            _refuse_means(trainer, plan, proof)
+        if rule.scope == "step" and not (allow_differences or allow_contamination):
+            refuse_unproved(trainer, proof)
+            refuse_means(trainer, plan, proof)
+        refuse_empty(trainer, plan, proof)
     args, ours = trainer.args, plan.gradient_accumulation_steps
     if ours != args.gradient_accumulation_steps:
         changes.append(f"gradient_accumulation_steps {args.gradient_accumulation_steps} -> {ours}")
@@ -159,7 +167,7 @@ def _attach_flat(
     ours_instead.get_train_dataloader = at_training
     ours_instead.set_initial_training_values = lambda *given: values_of_plan(plan, before(*given))
     trainer.add_callback(StepEnd(plan, Meter()))
-    for ignored in without_effect(trainer, plan.layout, one_denominator=proof.one_denominator):
+    for ignored in without_effect(trainer, plan, is_sum=proof.is_sum):
         logger.warning("packtrain: %s", ignored)
     logger.warning("packtrain: %s", "; ".join(changes))
     return trainer
@@ -174,16 +182,6 @@ def _take_todays_order(order: TrainersOrder, plan: Plan, max_tokens: int | None)
         raise PacktrainError(
             what, key="max_tokens", value=max_tokens, fix="call set_seed before attach, or raise max_tokens"
         )
-
-
-def _refuse_means(trainer: Trainer, plan: Plan, proof: Proof) -> None:
-    """Refuses to deal examples anew where the loss is a mean of each micro-batch: it would weigh them otherwise."""
-    micro_batches = plan.gradient_accumulation_steps * trainer.args.world_size
-    across_ranks = trainer.args.average_tokens_across_devices or trainer.args.world_size == 1
-    if micro_batches > 1 and proof.before is not None and not (proof.one_denominator and across_ranks):
-        what = "has a loss that is a mean of each micro-batch, so it depends on which examples share one"
-        fix = 'use attach(layout="unpad"), which keeps them together, or allow_differences=True'
-        raise PacktrainError(what, key="trainer", value=type(trainer).__name__, fix=fix)
 
 
 # The model

@@ -11,11 +11,16 @@ from transformers import PreTrainedModel, Trainer
 from packtrain.errors import PacktrainError
 from packtrain.modeling.audit.settings import base
 from packtrain.modeling.loading import has_router_loss
+from packtrain.packing.plan import Plan
 from packtrain.packing.strategies import resolve_strategy
+from packtrain.plugin.asking import model_of, named
+from packtrain.plugin.proof import Proof
+from packtrain.plugin.unpadded import is_unpadded
 
 LIBRARIES = ("transformers.", "trl.")
 LAYOUTS = ("auto", "flat", "unpad")
-SEES_ROWS = ("training_step", "_prepare_inputs", "_prepare_input")  # methods by which a trainer may change a batch
+# Methods by which a trainer may change a batch:
+SEES_ROWS = ("training_step", "_prepare_inputs", "_prepare_input", "get_batch_samples")
 AGREED = ("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps")
 
 
@@ -29,9 +34,12 @@ def refuse_misuse(trainer: Trainer, strategy: str, max_tokens: int | None, layou
         raise PacktrainError("must be a positive integer", key="max_tokens", value=max_tokens)
     if layout not in LAYOUTS:
         raise PacktrainError(f"must be one of {', '.join(LAYOUTS)}", key="layout", value=layout)
+    if layout == "unpad" and max_tokens is not None:
+        what, fix = "has no effect where the trainer keeps its own batches", 'leave it out, or use layout="flat"'
+        raise PacktrainError(what, key="max_tokens", value=max_tokens, fix=fix)
     _refuse_models(trainer)
     args = trainer.args
-    if "get_train_dataloader" in vars(trainer):
+    if "get_train_dataloader" in vars(trainer) or is_unpadded(trainer):
         raise PacktrainError("is attached already", key="trainer", fix="call attach once")
     if getattr(args, "packing", False):
         what, fix = "must be False: the trainer has packed its examples already", "build the trainer with packing=False"
@@ -54,24 +62,16 @@ def refuse_contradictions(trainer: Trainer) -> None:
     if data.format["type"] == "custom":
         what, fix = "has a transform, which runs when a row is read, but packtrain reads the table", "use `dataset.map`"
         raise PacktrainError(what, key="train_dataset", value="with_transform", fix=fix)
-    owner = next(cls for cls in type(trainer).__mro__ if "get_train_dataloader" in vars(cls))
-    if not owner.__module__.startswith(LIBRARIES):
+    if _is_own(trainer, "get_train_dataloader"):
+        owner = next(cls for cls in type(trainer).__mro__ if "get_train_dataloader" in vars(cls))
         what = "has its own `get_train_dataloader`, which packtrain would replace with all of train_dataset"
         fix = "give the rows as train_dataset, and their order by a sampler with `set_epoch(epoch)`"
         raise PacktrainError(what, key="trainer", value=owner.__name__, fix=fix)
     for method in SEES_ROWS:
-        owner = next(cls for cls in type(trainer).__mro__ if method in vars(cls))
-        if not owner.__module__.startswith(LIBRARIES) or method in vars(trainer):
+        if _is_own(trainer, method):
             what = f"has its own `{method}`, which may depend on which row a token is in"
             fix = 'use attach(layout="unpad"), which keeps the rows of its batches'
             raise PacktrainError(what, key="trainer", value=type(trainer).__name__, fix=fix)
-    peft_configs = getattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config", {})
-    if any(getattr(config, "alora_invocation_tokens", None) for config in peft_configs.values()):
-        what, fix = (
-            "act from a token of each row on, and a flat row holds several documents",
-            "use a plain LoRA adapter",
-        )
-        raise PacktrainError(what, key="alora_invocation_tokens", fix=fix)
     if getattr(trainer.data_collator, "mlm", False):
         what, fix = (
             "must be False: packtrain's batches have no randomly masked tokens",
@@ -89,7 +89,8 @@ def refuse_contradictions(trainer: Trainer) -> None:
         what, fix = "must be False: all batches are planned once", "leave it out; max_tokens limits a micro-batch"
         raise PacktrainError(what, key="auto_find_batch_size", value=True, fix=fix)
     if args.train_sampling_strategy not in ("random", "sequential"):
-        what, fix = "cannot be set: packtrain deals the examples of an update itself", "use attach(layout='unpad')"
+        what = "cannot be set: packtrain deals the examples of an update itself"
+        fix = 'use attach(layout="unpad"), which keeps its order'
         if args.train_sampling_strategy == "group_by_length":
             fix = 'use attach(strategy="group_by_length") instead'
         raise PacktrainError(what, key="train_sampling_strategy", value=args.train_sampling_strategy, fix=fix)
@@ -100,15 +101,60 @@ def refuse_contradictions(trainer: Trainer) -> None:
 
 
 def _refuse_models(trainer: Trainer) -> None:
-    inner = base(trainer.accelerator.unwrap_model(trainer.model))
+    model = model_of(trainer)
+    inner = base(model)
     if not isinstance(inner, PreTrainedModel):
         raise PacktrainError("must be a transformers model", key="trainer.model", value=type(inner).__name__)
     if inner.config.is_encoder_decoder:
         what, fix = "reads two sequences per document, and packtrain lays out one", "use a decoder or an encoder"
         raise PacktrainError(what, key="trainer.model", value=type(inner).__name__, fix=fix)
+    if any(getattr(config, "alora_invocation_tokens", None) for config in getattr(model, "peft_config", {}).values()):
+        what = "act from a token of each row on, and a row without padding holds several documents"
+        raise PacktrainError(what, where=named(trainer), key="alora_invocation_tokens", fix="use a plain LoRA adapter")
     if trainer.model_init is not None:
         what, fix = "builds another model than the attached one when training begins", "pass `model` instead"
         raise PacktrainError(what, key="trainer.model_init", fix=fix)
+
+
+def refuse_unproved(trainer: Trainer, proof: Proof) -> None:
+    """Refuses to deal examples anew where the loss may not be a sum over the update, and could not be asked."""
+    if proof.not_asked is None:
+        return
+    if has_router_loss(base(model_of(trainer)).config):
+        what = "adds a router loss per micro-batch, which depends on the layout"
+        fix = 'set it to False, or use attach(layout="unpad"), which keeps the micro-batches, or allow_differences=True'
+        raise PacktrainError(what, key="output_router_logits", value=True, fix=fix)
+    if proof.fails:
+        fix = "correct it, so that it trains with padding; allow_differences=True attaches without a comparison"
+        raise PacktrainError(f"cannot be compared: {proof.not_asked}", key="trainer", fix=fix)
+    if _is_own(trainer, "compute_loss") or trainer.compute_loss_func is not None:
+        what = f"has its own loss, which could not be computed before training: {proof.not_asked}"
+        fix = 'use attach(layout="unpad"), which keeps its batches, or allow_differences=True'
+        raise PacktrainError(what, key="trainer", value=type(trainer).__name__, fix=fix)
+
+
+def refuse_means(trainer: Trainer, plan: Plan, proof: Proof) -> None:
+    """Refuses to deal examples anew where the loss is a mean of each micro-batch: it would weigh them otherwise."""
+    if proof.not_asked is None and _averages_micro_batches(trainer, plan, proof.is_sum):
+        what = "has a loss that is a mean of each micro-batch, so it depends on which examples share one"
+        fix = 'use attach(layout="unpad"), which keeps them together, or allow_differences=True'
+        raise PacktrainError(what, key="trainer", value=type(trainer).__name__, fix=fix)
+
+
+def refuse_empty(trainer: Trainer, plan: Plan, proof: Proof) -> None:
+    """Refuses a plan with micro-batches without examples where their loss is not a number: weights would be none, too."""
+    if proof.takes_empty:
+        return
+    if any(not len(part) for step in range(plan.total_steps) for part in plan.layout_of(step)):
+        what = "has a loss that is not a number for a micro-batch without labels, and this plan has such ones"
+        fix = 'use attach(layout="unpad"), or gradient_accumulation_steps=1 on one rank'
+        raise PacktrainError(what, key="trainer", value=type(trainer).__name__, fix=fix)
+
+
+def _is_own(trainer: Trainer, method: str) -> bool:
+    """Returns whether a trainer has its own method, not that of transformers or TRL."""
+    owner = next(cls for cls in type(trainer).__mro__ if method in vars(cls))
+    return not owner.__module__.startswith(LIBRARIES) or method in vars(trainer)
 
 
 def agreed_settings(trainer: Trainer) -> dict[str, Any]:
@@ -125,11 +171,11 @@ def refuse_changes(trainer: Trainer, agreed: Mapping[str, Any]) -> None:
             raise PacktrainError(what, key=name, value=value, fix=fix)
 
 
-def without_effect(trainer: Trainer, layout: str, *, one_denominator: bool) -> Iterator[str]:
+def without_effect(trainer: Trainer, plan: Plan, *, is_sum: bool) -> Iterator[str]:
     """Yields a sentence for every setting that training ignores, or follows differently than before.
 
     Args:
-        one_denominator: whether the trainer divides by the labels of an update, see `packtrain.plugin.proof.Answer`.
+        is_sum: whether the loss of an update is a sum over its micro-batches, see `packtrain.plugin.proof.Proof`.
     """
     args = trainer.args
     multiple = getattr(args, "pad_to_multiple_of", None)  # of TRL
@@ -143,16 +189,18 @@ def without_effect(trainer: Trainer, layout: str, *, one_denominator: bool) -> I
     for name, plain in (("dataloader_multiprocessing_context", (None, "fork")), ("dataloader_in_order", (True,))):
         if args.dataloader_num_workers and getattr(args, name, plain[0]) not in plain:
             yield f"{name} applies to evaluation only: training starts its workers as Python does, and keeps their order"
-    if layout == "flat" and args.neftune_noise_alpha:
+    if plan.layout == "flat" and args.neftune_noise_alpha:
         yield "neftune_noise_alpha scales its noise by the length of a row, and a row now holds several documents"
     if has_router_loss(trainer.accelerator.unwrap_model(trainer.model).config):
         yield "output_router_logits adds a router loss per micro-batch, which depends on the layout"
-    if _averages_micro_batches(trainer, one_denominator):
-        yield "the trainer's loss is a mean of micro-batches' means, so it depends a little on which examples share one"
+    if _averages_micro_batches(trainer, plan, is_sum):
+        yield (
+            "the loss of an update is no sum over its examples (a mean of micro-batches' means, for example), so it "
+            "depends a little on which examples share a micro-batch"
+        )
 
 
-def _averages_micro_batches(trainer: Trainer, one_denominator: bool) -> bool:
+def _averages_micro_batches(trainer: Trainer, plan: Plan, is_sum: bool) -> bool:
     args = trainer.args
-    micro_batches = args.gradient_accumulation_steps * args.world_size
     across_ranks = args.average_tokens_across_devices or args.world_size == 1
-    return micro_batches > 1 and not (one_denominator and across_ranks)
+    return plan.gradient_accumulation_steps * args.world_size > 1 and not (is_sum and across_ranks)

@@ -30,6 +30,7 @@ from tests.plugin.helpers import COMMON, pad
 from tests.tiny import random_documents, tiny_model
 from tests.training.helpers import long_tailed_lengths
 
+LONG = [pytest.mark.slow, pytest.mark.ci]
 QUESTIONS = [
     "two and three",
     "what is four times nine, and why",
@@ -153,10 +154,13 @@ def test_a_model_that_leaks_between_documents_is_refused(tmp_path, documents, ca
         args = TrainingArguments(output_dir=str(tmp_path), **COMMON)
         return Trainer(audited_model("opt"), args, train_dataset=documents, data_collator=pad)
 
-    with pytest.raises(PacktrainError, match="attention leaks between documents"):
-        packtrain.attach(trainer(), attn_implementation="sdpa")
+    with pytest.raises(PacktrainError, match="Trainer with OPTForCausalLM: .*attention leaks between documents"):
+        packtrain.attach(trainer(), layout="flat", attn_implementation="sdpa")
     packtrain.attach(trainer(), attn_implementation="sdpa", allow_contamination=True)
     assert "attention leaks between documents" in caplog.text
+    caplog.clear()
+    packtrain.attach(trainer(), attn_implementation="sdpa")
+    assert "keeps its own batches" in caplog.text and "attention leaks between documents" in caplog.text
     packtrain.attach(trainer())  # control: packtrain_varlen keeps them apart
 
 
@@ -171,7 +175,7 @@ def test_an_engine_is_no_reason_not_to_ask_the_model(tmp_path, documents, caplog
         return made
 
     with pytest.raises(PacktrainError, match="attention leaks between documents"):
-        packtrain.attach(trainer(), attn_implementation="sdpa")
+        packtrain.attach(trainer(), layout="flat", attn_implementation="sdpa")
     assert "not checked" not in caplog.text
     sharded = trainer()
     next(sharded.model.parameters()).ds_id = 0
@@ -185,7 +189,7 @@ def test_what_has_no_effect_is_a_warning_and_what_changes_is_one_line(tmp_path, 
         trainer = stock_trainer(tmp_path, documents, **changes)
         trainer.model.config.use_cache = True
         trainer.model.config.output_router_logits = router_loss
-        packtrain.attach(trainer)
+        packtrain.attach(trainer, allow_differences=router_loss)
         assert not trainer.model.config.use_cache
         return [record.getMessage() for record in caplog.records if record.name == "packtrain.plugin.attach"]
 
@@ -296,7 +300,8 @@ class Epochs(TrainerCallback):
     [
         ({"dataloader_drop_last": True}, {}, "drops no example"),
         ({"auto_find_batch_size": True}, {}, "auto_find_batch_size: must be False"),
-        ({"train_sampling_strategy": "group_by_length"}, {}, "orders examples itself"),
+        ({"train_sampling_strategy": "group_by_length"}, {}, "deals the examples .* itself"),
+        ({"train_sampling_strategy": "batch_rebalance"}, {}, "layout=.unpad"),
         ({}, {"strategy": "bfd"}, "max_tokens: must be set"),
         ({}, {"strategy": "balancd"}, "did you mean 'balanced'"),
         ({}, {"max_tokens": 10}, "max_tokens: is too small: the longest example has"),
@@ -305,12 +310,30 @@ class Epochs(TrainerCallback):
 )
 def test_contradictions_are_refused(tmp_path, documents, changes, options, message):
     with pytest.raises(PacktrainError, match=message):
-        packtrain.attach(stock_trainer(tmp_path, documents, **changes), **options)
+        packtrain.attach(stock_trainer(tmp_path, documents, **changes), **{"layout": "flat"} | options)
 
 
-def test_a_second_attach_is_refused(tmp_path, documents):
-    with pytest.raises(PacktrainError, match="call attach once"):
-        packtrain.attach(packtrain.attach(stock_trainer(tmp_path, documents)))
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"dataloader_drop_last": True}, "packtrain drops no example"),
+        pytest.param({"auto_find_batch_size": True}, "all batches are planned once", marks=LONG),
+        ({"train_sampling_strategy": "group_by_length"}, "packtrain deals the examples of an update itself"),
+        pytest.param({"accelerator_config": {"use_seedable_sampler": False}}, "is not seeded per epoch", marks=LONG),
+    ],
+)
+def test_what_no_plan_can_follow_keeps_its_own_batches_and_order(tmp_path, documents, changes, reason, caplog):
+    before = losses(stock_trainer(tmp_path, documents, **changes))
+    caplog.clear()
+    assert_same(losses(packtrain.attach(stock_trainer(tmp_path, documents, **changes))), before)
+    assert "Trainer with LlamaForCausalLM keeps its own batches" in caplog.text and reason in caplog.text
+
+
+@pytest.mark.parametrize("layout", ["flat", "unpad"])
+def test_a_second_attach_is_refused(tmp_path, documents, layout):
+    for again in ("auto", "flat", "unpad"):
+        with pytest.raises(PacktrainError, match="call attach once"):
+            packtrain.attach(packtrain.attach(stock_trainer(tmp_path, documents), layout=layout), layout=again)
 
 
 def test_random_masks_are_refused(tmp_path, documents, tokenizer):
@@ -319,7 +342,9 @@ def test_random_masks_are_refused(tmp_path, documents, tokenizer):
     args = TrainingArguments(output_dir=str(tmp_path), **COMMON)
     trainer = Trainer(tiny_model("llama"), args, train_dataset=documents, data_collator=masking)
     with pytest.raises(PacktrainError, match="data_collator.mlm: must be False"):
-        packtrain.attach(trainer)
+        packtrain.attach(trainer, layout="flat")
+    with pytest.raises(PacktrainError, match="takes no flat batches .*, and cannot run without padding either"):
+        packtrain.attach(trainer)  # nor with padding: the tokenizer has no mask token
 
 
 @pytest.mark.parametrize("weighting", ["token", "example"])
@@ -330,7 +355,7 @@ def test_a_weighting_that_the_trainer_would_ignore_is_refused(tmp_path, document
         packtrain.attach(trainer)
         return
     with pytest.raises(PacktrainError, match="data_collator.loss_weighting: must be 'token'"):
-        packtrain.attach(trainer)
+        packtrain.attach(trainer, layout="flat")
 
 
 def test_trl_packing_is_refused(tmp_path, conversations, tokenizer):

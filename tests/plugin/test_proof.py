@@ -93,13 +93,13 @@ def bert() -> nn.Module:
 
 @pytest.mark.parametrize("strategy", ["balanced", "pad_longest"])
 def test_a_loss_of_whole_rows_is_refused(tmp_path, documents, strategy, caplog):
-    trainer = make(tmp_path, documents, cls=MeanOfRows)
-    if strategy == "pad_longest":  # control: there rows stay rows
-        packtrain.attach(trainer, strategy=strategy)
+    if strategy == "pad_longest":  # control: there rows stay rows, and one micro-batch is the update
+        packtrain.attach(make(tmp_path, documents, cls=MeanOfRows, gradient_accumulation_steps=1), strategy=strategy)
         assert "documents is" in caplog.text and "as before" in caplog.text
         return
+    trainer = make(tmp_path, documents, cls=MeanOfRows)
     with pytest.raises(PacktrainError, match="which row a token is in"):
-        packtrain.attach(trainer, strategy=strategy)
+        packtrain.attach(trainer, layout="flat")
     assert packtrain.attach(trainer, strategy=strategy, allow_differences=True) is trainer
     assert "which row a token is in" in caplog.text
 
@@ -109,7 +109,7 @@ def test_a_refused_trainer_is_as_it_was(tmp_path, documents):
     refused = make(tmp_path, documents, cls=MeanOfRows)
     implementation, use_cache = refused.model.config._attn_implementation, refused.model.config.use_cache
     with pytest.raises(PacktrainError):
-        packtrain.attach(refused)
+        packtrain.attach(refused, layout="flat")
     config = refused.model.config
     assert (config._attn_implementation, config.use_cache) == (implementation, use_cache)
     assert_same(losses(refused), before)
@@ -128,7 +128,7 @@ def test_labels_that_the_collator_makes_are_refused(tmp_path, documents):
     with pytest.raises(
         PacktrainError, match=r"rows \d+.*its collator makes \d+ labels of them, and packtrain reads \d+"
     ):
-        packtrain.attach(make(tmp_path, documents, collator=second_half))
+        packtrain.attach(make(tmp_path, documents, collator=second_half), layout="flat")
     without = documents.remove_columns("labels").add_column("labels", [ids for ids in documents["input_ids"]])
     packtrain.attach(make(tmp_path, without))  # control: the same data, and a collator that makes none
 
@@ -142,7 +142,7 @@ def test_an_end_token_that_is_also_the_padding_is_noticed(tmp_path, tokenizer):
     before, tokenizer.pad_token = tokenizer.pad_token, tokenizer.eos_token
     try:
         with pytest.raises(PacktrainError, match=r"makes \d+ labels of them"):
-            packtrain.attach(make(tmp_path, ends, collator=shared))
+            packtrain.attach(make(tmp_path, ends, collator=shared), layout="flat")
     finally:
         tokenizer.pad_token = before
 
@@ -152,7 +152,7 @@ def test_a_truncating_collator_is_noticed(tmp_path, documents):
         return {name: rows[:, :12] for name, rows in pad(features).items()}
 
     with pytest.raises(PacktrainError, match=r"makes \d+ tokens of them, and train_dataset has \d+"):
-        packtrain.attach(make(tmp_path, documents, collator=shortened))
+        packtrain.attach(make(tmp_path, documents, collator=shortened), layout="flat")
 
 
 def test_other_inputs_of_the_model_are_noticed(tmp_path, documents, tokenizer):
@@ -160,7 +160,7 @@ def test_other_inputs_of_the_model_are_noticed(tmp_path, documents, tokenizer):
     tagged = tagged.map(lambda row: {"labels": [-100] + [token % 2 for token in row["labels"][1:]]})
     collator = DataCollatorForTokenClassification(tokenizer)
     with pytest.raises(PacktrainError, match="its batches also have token_type_ids"):
-        packtrain.attach(make(tmp_path, tagged, model=bert(), collator=collator))
+        packtrain.attach(make(tmp_path, tagged, model=bert(), collator=collator), layout="flat")
     packtrain.attach(make(tmp_path, tagged.remove_columns("token_type_ids"), model=bert(), collator=collator))
 
 
@@ -168,7 +168,7 @@ def test_a_loss_that_learns_first_tokens_is_refused(tmp_path, documents, tokeniz
     classes = documents.map(lambda row: {"labels": [token % 2 for token in row["input_ids"]]})
     collator = DataCollatorForTokenClassification(tokenizer)
     with pytest.raises(PacktrainError, match="includes the labels of first tokens.*set them to -100"):
-        packtrain.attach(make(tmp_path, classes, model=bert(), collator=collator))
+        packtrain.attach(make(tmp_path, classes, model=bert(), collator=collator), layout="flat")
 
 
 @pytest.mark.parametrize("labels", [1, 5])
@@ -178,31 +178,40 @@ def test_a_label_for_a_whole_row_is_refused(tmp_path, documents, tokenizer, labe
     rows = documents.remove_columns("labels").add_column("label", column)
     model = AutoModelForSequenceClassification.from_config(config)
     with pytest.raises(PacktrainError, match="its collator makes 4 labels|training would fail on packtrain's batches"):
-        packtrain.attach(make(tmp_path, rows, model=model, collator=DataCollatorWithPadding(tokenizer)))
+        packtrain.attach(make(tmp_path, rows, model=model, collator=DataCollatorWithPadding(tokenizer)), layout="flat")
 
 
 def test_a_loss_that_asks_for_what_is_not_there_is_refused_before_training(tmp_path, documents):
     with pytest.raises(PacktrainError, match="would fail on packtrain's batches: KeyError: 'attention_mask'"):
-        packtrain.attach(make(tmp_path, documents, cls=ReadsTheMask))
+        packtrain.attach(make(tmp_path, documents, cls=ReadsTheMask), layout="flat")
     packtrain.attach(make(tmp_path, documents, cls=ReadsTheMask), strategy="pad_longest")
 
 
-def test_a_denominator_that_was_wrong_is_said(tmp_path, documents, caplog):
+def test_a_denominator_that_counts_first_tokens_is_kept_or_said(tmp_path, documents, caplog):
     """transformers doesn't know that GPT-2 shifts its labels, and counts those of first tokens."""
     everything = documents.remove_columns("labels").add_column("labels", [ids for ids in documents["input_ids"]])
-    packtrain.attach(make(tmp_path, everything, model=tiny_model("gpt2")))
-    assert "the trainer counted" in caplog.text and "which its model does not learn" in caplog.text
+    with pytest.raises(PacktrainError, match="labels of first tokens.*counted"):
+        packtrain.attach(make(tmp_path, everything, model=tiny_model("gpt2")), layout="flat")
+    packtrain.attach(make(tmp_path, everything, model=tiny_model("gpt2")), allow_differences=True)
+    assert "the trainer counted" in caplog.text
+    before = losses(make(tmp_path, everything, model=tiny_model("gpt2")))
+    assert_same(losses(packtrain.attach(make(tmp_path, everything, model=tiny_model("gpt2")))), before)
     caplog.clear()
-    packtrain.attach(make(tmp_path, everything))  # control: it knows of llama
+    packtrain.attach(make(tmp_path, everything), layout="flat")  # control: it knows of llama
     assert "the trainer counted" not in caplog.text
 
 
-def test_a_mean_of_means_is_said(tmp_path, documents, caplog):
-    packtrain.attach(make(tmp_path, documents, cls=MeanOfTokens))
+def test_a_mean_of_means_is_refused_or_said(tmp_path, documents, caplog):
+    with pytest.raises(PacktrainError, match="mean of each micro-batch"):
+        packtrain.attach(make(tmp_path, documents, cls=MeanOfTokens), layout="flat")
+    with pytest.raises(PacktrainError, match="not a number for a micro-batch without labels"):
+        few = documents.select(range(25))
+        packtrain.attach(make(tmp_path, few, cls=MeanOfTokens), layout="flat", allow_differences=True)
+    packtrain.attach(make(tmp_path, documents, cls=MeanOfTokens), allow_differences=True)
     assert "mean of micro-batches' means" in caplog.text
     caplog.clear()
-    packtrain.attach(make(tmp_path, documents, cls=MeanOfTokens, gradient_accumulation_steps=1))
-    packtrain.attach(make(tmp_path, documents, label_smoothing_factor=0.1))
+    packtrain.attach(make(tmp_path, documents, cls=MeanOfTokens, gradient_accumulation_steps=1), layout="flat")
+    packtrain.attach(make(tmp_path, documents, label_smoothing_factor=0.1), layout="flat")
     assert "mean of micro-batches' means" not in caplog.text
 
 
@@ -226,7 +235,9 @@ class Plain(nn.Module):
 def test_what_packtrain_cannot_follow_is_refused(tmp_path, documents):
     def refused(message: str, options: dict | None = None, **changes):
         with pytest.raises(PacktrainError, match=message):
-            packtrain.attach(make(tmp_path, **{"documents": documents} | changes), **options or {})
+            packtrain.attach(
+                make(tmp_path, **{"documents": documents} | changes), **{"layout": "flat"} | (options or {})
+            )
 
     refused("trainer: has its own `get_train_dataloader`", cls=OwnLoader)
     refused("train_dataset: has a transform", documents=documents.with_transform(lambda rows: rows))
@@ -235,6 +246,7 @@ def test_what_packtrain_cannot_follow_is_refused(tmp_path, documents):
     refused("strategy: must be the name of a strategy", {"strategy": None})
     for tokens in ("64", -5, 0):
         refused("max_tokens: must be a positive integer", {"max_tokens": tokens})
+    refused("max_tokens: has no effect", {"max_tokens": 64, "layout": "unpad"})
     bart = BartConfig(vocab_size=320, d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16)
     refused("trainer.model: reads two sequences", model=BartForConditionalGeneration(bart))
     args = TrainingArguments(output_dir=str(tmp_path), **COMMON)

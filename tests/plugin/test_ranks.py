@@ -16,9 +16,8 @@ from tests.programs.two_ranks_attach import EXAMPLES
 ROOT = Path(__file__).parents[2]
 
 
-def run(output_dir: Path, *, ranks: int, attached: bool) -> list[dict]:
+def run(output_dir: Path, *, ranks: int, what: str) -> list[dict]:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    what = "attached" if attached else "stock"
     done = subprocess.run(
         [sys.executable, *launcher, "-m", "tests.programs.two_ranks_attach", str(output_dir), what],
         cwd=ROOT,
@@ -34,11 +33,23 @@ def run(output_dir: Path, *, ranks: int, attached: bool) -> list[dict]:
 @pytest.mark.ci
 @pytest.mark.slow  # three processes, each of which imports everything
 def test_two_attached_ranks_take_the_steps_of_one_stock_trainer(tmp_path):
-    (stock,) = run(tmp_path / "stock", ranks=1, attached=False)
-    both = run(tmp_path / "attached", ranks=2, attached=True)
+    (stock,) = run(tmp_path / "stock", ranks=1, what="stock")
+    both = run(tmp_path / "attached", ranks=2, what="attached")
     assert len(stock["losses"]) > 0
     np.testing.assert_allclose(both[0]["losses"], stock["losses"], rtol=1e-4)
     every = sorted(list(range(EXAMPLES)) * 2)  # two epochs
     assert sorted(stock["read"]) == every
     assert sorted(both[0]["read"] + both[1]["read"]) == every
     assert both[0]["read"] and both[1]["read"]
+
+
+@pytest.mark.ci
+@pytest.mark.slow
+def test_two_ranks_without_padding_take_the_steps_of_two_with_it(tmp_path):
+    """A classifier, which keeps its own batches."""
+    padded, unpadded = (run(tmp_path / what, ranks=2, what=what) for what in ("padded", "unpadded"))
+    assert len(padded[0]["losses"]) == 4
+    for ours, theirs in zip(unpadded, padded, strict=True):
+        for name in ("losses", "norms", "weights"):
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-5)
+    assert unpadded[0]["weights"] == unpadded[1]["weights"]

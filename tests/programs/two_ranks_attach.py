@@ -14,14 +14,21 @@ from transformers import Trainer, TrainingArguments
 import packtrain
 from packtrain.training.ranks import leave
 from tests.plugin.helpers import COMMON, pad
+from tests.plugin.trainers import classification
 from tests.tiny import random_documents, tiny_model
 from tests.training.helpers import long_tailed_lengths
 
 EXAMPLES, PER_UPDATE = 29, 8  # the last update has five
 
 
-def main(output_dir: Path, attached: bool) -> None:
+def main(output_dir: Path, how: str) -> None:
+    """Trains a causal model, attached or not, or (`unpadded`, `padded`) a classifier on ranks of the same batches."""
     torch.set_num_threads(1)
+    if how in ("unpadded", "padded"):
+        trainer = classification(output_dir)
+        write(output_dir, packtrain.attach(trainer) if how == "unpadded" else trainer, [])
+        return
+    attached = how == "attached"
     documents = random_documents(long_tailed_lengths(EXAMPLES))
     for number, document in enumerate(documents):
         document["input_ids"][0] = 3 + number  # tells which one it is, wherever it lies
@@ -38,13 +45,20 @@ def main(output_dir: Path, attached: bool) -> None:
         read.extend(token - 3 for token in beginnings.tolist() if token >= 3)
 
     trainer.model.register_forward_pre_hook(record, with_kwargs=True)
+    write(output_dir, trainer, read)
+
+
+def write(output_dir: Path, trainer: Trainer, read: list[int]) -> None:
+    """Trains, and writes losses, gradient norms and what was read."""
     trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     output_dir.mkdir(parents=True, exist_ok=True)
-    result = {"read": read, "losses": losses}
-    (output_dir / f"rank{args.process_index}.json").write_text(json.dumps(result))
+    weights = [float(weight.detach().double().norm()) for weight in trainer.model.parameters()]
+    result = {"read": read, "weights": weights}
+    result |= {name: [entry[key] for entry in logs] for name, key in (("losses", "loss"), ("norms", "grad_norm"))}
+    (output_dir / f"rank{trainer.args.process_index}.json").write_text(json.dumps(result))
     leave(trainer.accelerator)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2] == "attached")
+    main(Path(sys.argv[1]), sys.argv[2])
