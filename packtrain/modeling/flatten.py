@@ -91,7 +91,7 @@ class Flatten:
         given |= given.pop(_rest(signature), {})
         weights = _asked(module, given, "output_attentions")
         use_attention(module, self.attention if weights else NAME)
-        mask = given.get("attention_mask")
+        mask: Any = given.get("attention_mask")
         if weights or not _is_rows(mask, given):
             return None
         real = mask.cpu() != 0  # the one time that something is read from the device

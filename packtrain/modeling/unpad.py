@@ -85,7 +85,7 @@ class Unpadding:
         self.remove()
 
 
-def unpad(model: nn.Module, *, module: nn.Module | str | None = None) -> Unpadding:
+def unpad(model: nn.Module, *, module: nn.Module | str | None = None, ask_whole: bool = True) -> Unpadding:
     """Lets the layers of a model run without padding, and proves on the spot that nothing else changes.
 
     The proof asks the module for four ragged rows, padded on the right and on the left, before and after: its outputs, and
@@ -98,6 +98,8 @@ def unpad(model: nn.Module, *, module: nn.Module | str | None = None) -> Unpaddi
             not yet wrapped by an engine. Its weights, gradients, mode and random state stay what they are.
         module: the module at the border, or its name; by default every innermost `PreTrainedModel` that takes an
             `attention_mask`.
+        ask_whole: whether the whole model must give the same, with its own loss; without, only the module must, for a caller
+            that has another loss and checks it.
 
     Returns:
         What was installed; see `Unpadding`.
@@ -116,7 +118,7 @@ def unpad(model: nn.Module, *, module: nn.Module | str | None = None) -> Unpaddi
             short_windows(borders.values()),
             same_frequencies(model),
         ):
-            whole = None if top in borders.values() else outputs_of(top, borders.values())
+            whole = None if top in borders.values() or not ask_whole else outputs_of(top, borders.values())
             hooks = {name: find_hook(name, border) for name, border in borders.items()}
             unpadding._install(hooks)
             if whole is not None and not check_whole(top, borders.values(), whole):

@@ -20,6 +20,8 @@ from packtrain.modeling.audit.settings import base, quietly
 from packtrain.modeling.isolation import cannot_ask, compute_dtype
 from packtrain.modeling.unpad import nonzero_adapters
 
+LIBRARIES = ("transformers.", "trl.")  # modules whose trainers treat a batch as a whole
+
 _SAMPLE = 1 << 16  # entries of the gradient of each weight that are compared
 
 

@@ -13,11 +13,10 @@ from packtrain.modeling.audit.settings import base
 from packtrain.modeling.loading import has_router_loss
 from packtrain.packing.plan import Plan
 from packtrain.packing.strategies import resolve_strategy
-from packtrain.plugin.asking import model_of, named
+from packtrain.plugin.asking import LIBRARIES, model_of, named
 from packtrain.plugin.proof import Proof
 from packtrain.plugin.unpadded import is_unpadded
 
-LIBRARIES = ("transformers.", "trl.")
 LAYOUTS = ("auto", "flat", "unpad")
 # Methods by which a trainer may change a batch:
 SEES_ROWS = ("training_step", "_prepare_inputs", "_prepare_input", "get_batch_samples")

@@ -18,6 +18,7 @@ from packtrain.errors import DataError, ModelError, PacktrainError
 from packtrain.modeling.audit.settings import base
 from packtrain.modeling.unpad import Flatten, unpad
 from packtrain.plugin.asking import (
+    LIBRARIES,
     Answer,
     ask,
     close,
@@ -55,7 +56,7 @@ def unpad_trainer(trainer: TrainerT, *, instead_of: PacktrainError | None = None
             batches = [] if not_asked else _own_batches(trainer)
             before = _answers(trainer, batches)
             for name, model in models_of(trainer).items():
-                unpadding = undo.enter_context(_unpad(model))
+                unpadding = undo.enter_context(_unpad(model, ask_whole=not _has_own_loss(trainer)))
                 modules += [f"{name}.{inner}" if inner else name for inner in unpadding.modules]
             said = _agree(trainer, before, _answers(trainer, batches))
         except PacktrainError as error:
@@ -105,10 +106,16 @@ def reason(error: PacktrainError) -> str:
     return what or " ".join(part for part in ("it" if error.key == "trainer" else error.key, error.what) if part)
 
 
-def _unpad(model: nn.Module) -> Any:
+def _has_own_loss(trainer: Trainer) -> bool:
+    """Whether the user wrote the loss, so that the model's own, and what it reads, does not matter."""
+    owner = next(cls for cls in type(trainer).__mro__ if "compute_loss" in vars(cls))
+    return trainer.compute_loss_func is not None or not owner.__module__.startswith(LIBRARIES)
+
+
+def _unpad(model: nn.Module, *, ask_whole: bool) -> Any:
     try:
         with _without_autocast(model):
-            return unpad(model)
+            return unpad(model, ask_whole=ask_whole)
     except PacktrainError:
         raise
     except Exception as error:  # whatever a model may raise that is asked with rows of tokens

@@ -109,8 +109,8 @@ def test_a_loss_that_reads_padding_is_refused(tmp_path):
     """The softmax of question answering is over all positions of a row; control: `MaskedSpans` leaves padding out."""
     with pytest.raises(
         PacktrainError,
-        match=r"Trainer with BertForQuestionAnswering \(question answering\) cannot run without padding: its loss .* reads "
-        r"the outputs at padding.*\n.*attention_mask",
+        match=r"Trainer with BertForQuestionAnswering \(question answering\) cannot run without padding: "
+        r"BertForQuestionAnswering reads padding: its `loss` differs",
     ):
         packtrain.attach(answering(tmp_path, Trainer), layout="unpad")
     with pytest.raises(PacktrainError, match=r"\(question answering\) takes no flat batches \(.*\), and cannot run"):
