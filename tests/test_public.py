@@ -16,7 +16,9 @@ import packtrain
 
 def test_dir_lists_the_public_names_and_nothing_else():
     assert sorted(dir(packtrain)) == sorted(packtrain.__all__)
-    assert {"attach", "audit", "train", "load_recipe", "make_plan", "register_attention"} <= set(dir(packtrain))
+    assert {"attach", "unpad", "audit", "train", "load_recipe", "make_plan", "register_attention"} <= set(
+        dir(packtrain)
+    )
 
 
 @pytest.mark.parametrize("name", packtrain.__all__)

@@ -1,8 +1,9 @@
 """The peers: other people's trainers on the same model, examples, updates and seed.
 
-TRL's `SFTTrainer` and transformers' `Trainer` with `DataCollatorWithFlattening`, each in its own code as installed,
-with the attention that its documentation would have on this hardware: flash-attn where it is installed and the layout
-is flat, else sdpa. All that is settled for them is on this page and in `trainers.py`.
+TRL's `SFTTrainer` and transformers' `Trainer`, with `DataCollatorWithFlattening` or with one of its samplers against
+padding, each in its own code as installed, with the attention that its documentation would have on this hardware:
+flash-attn where it is installed and the layout is flat, else sdpa. All that is settled for them is on this page and in
+`trainers.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,14 @@ import datasets
 import numpy as np
 import torch
 from torch.utils.data import Sampler
-from transformers import DataCollatorWithFlattening, PrinterCallback, Trainer, TrainingArguments
+from transformers import (
+    DataCollatorForSeq2Seq,
+    DataCollatorWithFlattening,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.trainer_pt_utils import BatchRebalanceSampler
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from packtrain.compare.measure import Timed
@@ -42,15 +50,41 @@ class PlannedOrder(Sampler):
         return len(self.plan.lengths)
 
     def __iter__(self) -> Iterator[int]:
-        first = sum(self.plan.steps_in_epoch(epoch) for epoch in range(self.epoch))
-        steps = range(first, min(first + self.plan.steps_in_epoch(self.epoch), self.plan.total_steps))
-        return iter(np.concatenate([self.plan.examples(step) for step in steps]).tolist())
+        return iter(np.concatenate([self.plan.examples(step) for step in steps_of(self.plan, self.epoch)]).tolist())
+
+
+class PlannedRebalance(BatchRebalanceSampler):
+    """Gives the examples of each of the plan's updates in micro-batches that transformers' own sampler makes of them."""
+
+    def __init__(self, plan: Plan, accumulation: int):
+        super().__init__(plan.lengths.tolist(), accumulation, dp_size=1, grad_accum=accumulation)
+        self.plan = plan
+
+    def __len__(self) -> int:
+        return sum(self._slots(step) for step in steps_of(self.plan, self.epoch))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in steps_of(self.plan, self.epoch):
+            examples = self.plan.examples(step)
+            lengths = self.plan.lengths[examples].tolist()
+            slots = self._slots(step)
+            for part in BatchRebalanceSampler(lengths, len(lengths), dp_size=1, grad_accum=slots, shuffle=False):
+                yield examples[part].tolist()
+
+    def _slots(self, step: int) -> int:
+        return min(self.grad_accum, len(self.plan.examples(step)))
+
+
+def steps_of(plan: Plan, epoch: int) -> range:
+    """Returns the updates of an epoch."""
+    first = sum(plan.steps_in_epoch(earlier) for earlier in range(epoch))
+    return range(first, min(first + plan.steps_in_epoch(epoch), plan.total_steps))
 
 
 class InOrder(Trainer):
     """Mixin in front of a Trainer: the examples come in the order of `planned_order`, if there is one."""
 
-    planned_order: PlannedOrder | None = None
+    planned_order: PlannedOrder | PlannedRebalance | None = None
 
     def _get_train_sampler(self, train_dataset=None):
         return self.planned_order or super()._get_train_sampler(train_dataset)
@@ -62,7 +96,7 @@ class TimedPeer(Timed, InOrder):
     train_dataset: datasets.Dataset
 
 
-class TimedFlatteningTrainer(TimedPeer):
+class TimedStockTrainer(TimedPeer):
     """transformers' Trainer, timed."""
 
 
@@ -91,9 +125,11 @@ def build_peer(peer: str, recipe: Recipe, packtrain: PackTrainer) -> tuple[Timed
         recipe: of the variant; `training:` goes to the peer's configuration as it stands.
         packtrain: the trainer that packtrain would use: its model, plan, examples and tokenizer are the peer's.
     """
-    trainer = _trl_trainer if TRAINERS[peer].package == "trl" else _flattening_trainer
+    trainer = _trl_trainer if TRAINERS[peer].package == "trl" else _stock_trainer
     built = trainer(peer, recipe, packtrain)
-    if TRAINERS[peer].keeps_order:
+    if built.args.train_sampling_strategy == "batch_rebalance":
+        built.planned_order = PlannedRebalance(packtrain.plan, built.args.gradient_accumulation_steps)
+    elif TRAINERS[peer].keeps_order:
         built.planned_order = PlannedOrder(packtrain.plan)
     built.remove_callback(PrinterCallback)
     given = int(packtrain.train_dataset.lengths.sum(dtype=np.int64))
@@ -119,13 +155,18 @@ def _trl_trainer(peer: str, recipe: Recipe, packtrain: PackTrainer) -> TimedPeer
     )
 
 
-def _flattening_trainer(peer: str, recipe: Recipe, packtrain: PackTrainer) -> TimedPeer:
-    return TimedFlatteningTrainer(
+def _stock_trainer(peer: str, recipe: Recipe, packtrain: PackTrainer) -> TimedPeer:
+    tokenizer: Any = packtrain.processing_class
+    flat = TRAINERS[peer].is_flat
+    settings: dict[str, Any] = _arguments(recipe, **_sizes(peer, recipe, packtrain.plan)) | dict(TRAINERS[peer].options)
+    return TimedStockTrainer(
         packtrain.model,
-        TrainingArguments(**_arguments(recipe, **_sizes(peer, recipe, packtrain.plan))),
+        TrainingArguments(**settings),
         train_dataset=as_dataset(packtrain.train_dataset),
-        data_collator=DataCollatorWithFlattening(return_flash_attn_kwargs=True),
-        processing_class=packtrain.processing_class,
+        data_collator=DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+        if flat
+        else DataCollatorForSeq2Seq(tokenizer),
+        processing_class=tokenizer,
     )
 
 
@@ -140,7 +181,7 @@ def _sizes(peer: str, recipe: Recipe, plan: Plan) -> dict[str, int]:
     packers, as many rows of `max_length` as `max_tokens` holds.
     """
     accumulation = plan.gradient_accumulation_steps
-    if not TRAINERS[peer].keeps_order:
+    if TRAINERS[peer].packs:
         rows = max(1, recipe.batching.max_tokens // recipe.data.max_length)
         return {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation}
     examples = recipe.batching.examples_per_step

@@ -21,7 +21,7 @@ class Peer:
         package: what has to be installed.
         like: the strategy of packtrain that lays out the same way; its plan sizes the peer's batches.
         keeps_order: whether it is given the examples in the plan's order, so that its updates see what
-            packtrain's do (a packer mixes them itself).
+            packtrain's do (a packer, or a sampler over the whole epoch, mixes them itself).
         says_documents: whether its batches show where documents end.
         options: for its configuration class.
     """
@@ -36,6 +36,11 @@ class Peer:
     def is_flat(self) -> bool:
         """Whether its batches are rows of several documents that flash-attention isolates."""
         return self.like != "pad_longest" and self.says_documents
+
+    @property
+    def packs(self) -> bool:
+        """Whether it packs the epoch into rows of `max_length`."""
+        return bool(self.options.get("packing"))
 
 
 TRAINERS: dict[str, Peer] = {
@@ -52,4 +57,13 @@ TRAINERS: dict[str, Peer] = {
         options={"packing": True, "packing_strategy": "wrapped"},
     ),
     "transformers:flattening": Peer(package="transformers", like="padding_free"),
+    "transformers:batch_rebalance": Peer(
+        package="transformers", like="pad_longest", options={"train_sampling_strategy": "batch_rebalance"}
+    ),
+    "transformers:group_by_length": Peer(
+        package="transformers",
+        like="pad_longest",
+        keeps_order=False,
+        options={"train_sampling_strategy": "group_by_length"},
+    ),
 }

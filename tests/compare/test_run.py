@@ -105,9 +105,10 @@ def test_killed_in_the_middle_it_continues(tmp_path):
 def test_peers_see_the_same_examples_in_the_same_updates(tmp_path):
     """TRL and transformers, in their own code, lie on packtrain's curve; packing over the epoch doesn't."""
     pytest.importorskip("trl")
-    peers = ["trl:padding", "trl:padding_free", "transformers:flattening"]
+    peers = ["trl:padding", "trl:padding_free", "transformers:flattening", "transformers:batch_rebalance"]
+    mixers = ["transformers:group_by_length"]
     packers = ["trl:packing_bfd", "trl:packing_wrapped"]
-    path = write_experiment(tmp_path, variants=["pad_longest", *peers, *packers])
+    path = write_experiment(tmp_path, variants=["pad_longest", *peers, *mixers, *packers])
     run_comparison(path, ["training.num_train_epochs=2"], output_dir=tmp_path / "out", say=lambda line: None)
     comparison = read_comparison(tmp_path / "out")
     assert not [row.failure for row in comparison.rows if row.failure]
@@ -118,6 +119,11 @@ def test_peers_see_the_same_examples_in_the_same_updates(tmp_path):
         assert row.updates == reference.updates
         assert row.examples_per_update == reference.examples_per_update
         assert row.held_out == pytest.approx(reference.held_out, rel=1e-4)
-    first = [comparison.row(name).learning_runs[0].updates[0].loss for name in ("pad_longest", *packers)]
-    assert abs(first[1] / first[0] - 1) > 1e-4 and abs(first[2] / first[0] - 1) > 1e-4  # the control
+    first = [comparison.row(name).learning_runs[0].updates[0].loss for name in ("pad_longest", *mixers, *packers)]
+    assert all(abs(loss / first[0] - 1) > 1e-4 for loss in first[1:])  # the control
+    mixed = comparison.row("transformers:group_by_length")
+    assert mixed.updates == reference.updates and not mixed.keeps_updates
+    assert (
+        max(mixed.padding_share, comparison.row("transformers:batch_rebalance").padding_share) < reference.padding_share
+    )
     assert comparison.row("trl:packing_wrapped").examples_per_update is None

@@ -7,10 +7,12 @@ import io
 import json
 from contextlib import redirect_stdout
 
+import datasets
 import numpy as np
 import pytest
 import torch
 import yaml
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer, TrainingArguments
 
 import packtrain
 from packtrain.modeling.tokenizer import train_bpe
@@ -129,3 +131,76 @@ def test_the_strategy_packs_pairs(folder, sft_lengths):
     plan = make_plan(sft_lengths, strategy="my_packing:pairs", max_tokens=1024)
     packs = [pack for step in range(plan.total_steps) for pack in plan.layout_of(step) if len(pack)]
     assert max(map(len, packs)) == 2 and sum(map(len, packs)) == len(sft_lengths)
+
+
+SETTINGS = dict(
+    use_cpu=True, per_device_train_batch_size=4, max_steps=3, logging_steps=1, learning_rate=1e-2, report_to="none",
+    save_strategy="no", disable_tqdm=True,
+)  # fmt: skip
+
+
+def losses_of(code: str, scope: dict) -> list[float]:
+    scope = scope | {"packtrain": packtrain}
+    exec(code, scope)
+    return [entry["loss"] for entry in scope["trainer"].state.log_history if "loss" in entry]
+
+
+def test_the_preference_trainer_has_the_losses_it_had(folder):
+    """Control: with the preferences the other way round they are others."""
+    from trl import DPOConfig, DPOTrainer
+
+    tokenizer = train_bpe(["2+2? 4 3+3? 6 seven"] * 20, vocab_size=300)
+    rows = [{"prompt": "2+2? " * (n % 5 + 1), "chosen": "4 " * (n % 3 + 1), "rejected": "seven"} for n in range(12)]
+    code = example("README.md", "preferences")
+    assert "packtrain.attach(trainer)" in code
+
+    def losses(code: str, rows: list[dict]) -> list[float]:
+        tiny_model("llama", vocab_size=len(tokenizer)).save_pretrained("first")
+        arguments = DPOConfig(output_dir="out", bf16=False, gradient_checkpointing=False, **SETTINGS)
+        scope = {"DPOTrainer": DPOTrainer, "arguments": arguments, "model": "first", "tokenizer": tokenizer}
+        return losses_of(code, scope | {"pairs": datasets.Dataset.from_list(rows)})
+
+    before = losses(code.replace("packtrain.attach(trainer)", "trainer"), rows)
+    np.testing.assert_allclose(losses(code, rows), before, rtol=1e-5)
+    turned = [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
+    assert np.abs(np.array(losses(code, turned)) - before).max() > 1e-4
+
+
+def test_the_classifier_has_the_losses_it_had(folder):
+    """Control: with other labels they are others."""
+    tokenizer = train_bpe(["2+2? 4 3+3? 6"] * 20, vocab_size=300)
+    texts = [{"input_ids": tokenizer("2+2? " * (n % 5 + 1))["input_ids"], "label": n % 2} for n in range(12)]
+    code = example("README.md", "classifier")
+
+    def losses(code: str, rows: list[dict]) -> list[float]:
+        config = tiny_model("llama", vocab_size=len(tokenizer), pad_token_id=0).config
+        torch.manual_seed(0)
+        model = AutoModelForSequenceClassification.from_config(config)
+        scope = {"Trainer": Trainer, "DataCollatorWithPadding": DataCollatorWithPadding, "tokenizer": tokenizer}
+        scope |= {"model": model, "arguments": TrainingArguments("out", **SETTINGS)}
+        return losses_of(code, scope | {"texts": datasets.Dataset.from_list(rows)})
+
+    before = losses(code.replace("packtrain.attach(trainer)", "trainer"), texts)
+    np.testing.assert_allclose(losses(code, texts), before, rtol=1e-5)
+    assert np.abs(np.array(losses(code, [row | {"label": 0} for row in texts])) - before).max() > 1e-4
+
+
+def test_the_unpadded_model_has_the_loss_it_had():
+    """Its layers see no padding: hidden states are 0 there, which they are not before."""
+    model = tiny_model("llama")
+    ids = torch.randint(3, 50, (2, 9))
+    mask = torch.ones_like(ids)
+    mask[0, 4:] = 0
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    loss = model(**batch).loss
+    loss.backward()
+    gradients = [weight.grad.clone() for weight in model.parameters()]
+    assert model.model(input_ids=ids, attention_mask=mask).last_hidden_state[0, 4:].all()
+    model.zero_grad()
+    scope = {"packtrain": packtrain, "model": model, "batch": batch}
+    exec(example("README.md", "unpad"), scope)
+    assert scope["loss"].item() == pytest.approx(loss.item(), rel=1e-6)
+    for weight, before in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(weight.grad, before, atol=1e-5, rtol=1e-4)
+    hidden = model.model(input_ids=ids, attention_mask=mask).last_hidden_state
+    assert not hidden[0, 4:].any() and hidden[0, :4].all()
