@@ -6,6 +6,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from packtrain.compare.statistics import largest_relative_difference
 from packtrain.errors import PacktrainError
+from packtrain.modeling.unpad import Flatten
 from packtrain.plugin.attach import attach
 from results.unpad.cases import CASES, Case, Words, long_tailed
 
@@ -97,6 +99,9 @@ def examine(case: Case, family: str, updates: int = UPDATES) -> Found:
         leaking = attach(build())
         for model in models(leaking):
             model.set_attn_implementation(LEAKS)
+            for module in model.modules():  # an unpadded module goes back to its attention before every call
+                if any(isinstance(hook, Flatten) for hook in module._forward_pre_hooks.values()):
+                    module.register_forward_pre_hook(as_one_document, with_kwargs=True)
         _, leaked = train(leaking, 1)
     losses = [[entry["loss"] for entry in logged] for logged in (after, before)]
     name = next((name for name in MARGINS if name in before[0]), None)
@@ -111,6 +116,16 @@ def examine(case: Case, family: str, updates: int = UPDATES) -> Found:
         margins=float((margins[0] - margins[1]).abs().max()) if margins else None,
         leaking=apart(leaked, gradients),
     )
+
+
+def as_one_document(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Makes the rows of a flat batch one document."""
+    if (bounds := kwargs.get("cu_seq_lens_q")) is not None:
+        whole = bounds[[0, -1]].contiguous()
+        whole._packtrain_rows = bounds._packtrain_rows
+        length = int(whole[-1])
+        kwargs |= dict(cu_seq_lens_q=whole, cu_seq_lens_k=whole, max_length_q=length, max_length_k=length)
+    return args, kwargs
 
 
 def models(trainer: Trainer) -> Iterator:

@@ -108,7 +108,13 @@ CHATML = (
 )
 
 
-@pytest.mark.parametrize("changes", [{}, {"assistant_only_loss": True}], ids=["everything", "assistant_only"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({}, id="everything", marks=[pytest.mark.slow, pytest.mark.ci]),
+        pytest.param({"assistant_only_loss": True}, id="assistant_only"),
+    ],
+)
 def test_sft_trainer_on_conversations(tmp_path, tokenizer, changes):
     chats = datasets.Dataset.from_list(
         [
@@ -246,8 +252,8 @@ def test_packing_the_epoch_says_what_it_changes(tmp_path, documents, caplog):
         ("next_fit", 8, [9, 10, 10]),
         pytest.param("next_fit", 24, [9, 10, 10], marks=[pytest.mark.slow, pytest.mark.ci]),
         pytest.param("random", 6, [8, 9, 9], marks=[pytest.mark.slow, pytest.mark.ci]),
-        ("random", 11, [8, 9, 9]),
-        ("bfd", 8, [8, 8, 8]),
+        pytest.param("random", 11, [8, 9, 9], marks=[pytest.mark.slow, pytest.mark.ci]),
+        pytest.param("bfd", 8, [8, 8, 8], marks=[pytest.mark.slow, pytest.mark.ci]),
         ("balanced", 8, [8, 8, 8]),
     ],
 )

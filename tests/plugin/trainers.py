@@ -231,11 +231,11 @@ def sampled(output_dir: Path, cls: Any = GRPOTrainer, args: Any = GRPOConfig) ->
 QUICK: dict[str, Callable[[Path], Trainer]] = {
     "sequence classification": classification,
     "masked language modelling": masking,
-    "question answering": answering,
-    "embedding": embedding,
     "DPO with a reference model": partial(preference, reference=True),
 }
 LONG: dict[str, Callable[[Path], Trainer]] = {
+    "question answering": answering,
+    "embedding": embedding,
     "sequence classification with a decoder": partial(classification, family="llama"),
     "token classification": tagging,
     "token classification with ModernBERT": partial(tagging, family="modernbert"),

@@ -14,6 +14,8 @@ TINY = dict(vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_lay
 TINY |= dict(num_key_value_heads=4)
 
 
+@pytest.mark.ci
+@pytest.mark.slow  # trains twice
 @pytest.mark.parametrize("build", [stock, sft])
 def test_both_ways_take_the_same_steps(build, tmp_path):
     data = documents(16, 320)
@@ -26,6 +28,8 @@ def test_both_ways_take_the_same_steps(build, tmp_path):
     assert found["largest_relative_loss_difference"] < 1e-4
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_it_stops_where_losses_differ(tmp_path):
     """Control: the second trainer learns faster."""
     data, made = documents(16, 320), []

@@ -16,6 +16,8 @@ from results.unpad.run import equality_lines
 SMALL = speed.Timed(dpo, tiny("llama", 320), 320, long_tailed(12, 40, 64), 4)
 
 
+@pytest.mark.ci
+@pytest.mark.slow  # trains three times
 @pytest.mark.parametrize(("build", "family"), [(dpo, "llama"), (sequence, "gpt2"), (masked, "roberta")])
 def test_an_attached_trainer_takes_the_same_updates_and_the_control_does_not(build, family):
     found = examine(next(case for case in CASES if case.build is build), family, updates=2)
@@ -23,15 +25,19 @@ def test_an_attached_trainer_takes_the_same_updates_and_the_control_does_not(bui
     assert max(found.loss, found.gradient, found.curve) < 1e-6 < 1e-3 < found.leaking
 
 
+@pytest.mark.ci
+@pytest.mark.slow  # trains
 def test_a_trainer_that_cannot_be_attached_is_a_line_of_the_page():
     case = next(case for case in CASES if case.trainer.endswith("question answering"))
     found = examine(case, "bert", updates=1)
-    assert "with padding and" in found.refused and found.way == ""
+    assert "reads padding" in found.refused and found.way == ""
     other = examine(next(case for case in CASES if case.build is sequence), "bert", updates=1)
     lines = "\n".join(equality_lines([vars(found), vars(other)]))
     assert "Refused: Trainer, question answering (BERT)" in lines and "1 pairs of 1 trainers" in lines
 
 
+@pytest.mark.ci
+@pytest.mark.slow  # trains
 def test_both_ways_are_timed_at_the_same_work(monkeypatch):
     monkeypatch.setitem(speed.CASES, "small", SMALL)
     found = speed.compare("small", rounds=1)
@@ -40,6 +46,8 @@ def test_both_ways_are_timed_at_the_same_work(monkeypatch):
     assert found["faster"]["estimate"] == pytest.approx(before / attached)
 
 
+@pytest.mark.ci
+@pytest.mark.slow  # trains
 def test_it_stops_where_losses_differ(monkeypatch):
     """Control: the second trainer learns faster."""
 
@@ -53,6 +61,8 @@ def test_it_stops_where_losses_differ(monkeypatch):
         speed.compare("small", rounds=1)
 
 
+@pytest.mark.ci
+@pytest.mark.slow  # trains
 def test_orders_that_keep_updates_end_at_the_same_loss(monkeypatch, tmp_path):
     """Control: `group_by_length` makes other updates of the same examples."""
     sizes = dict(

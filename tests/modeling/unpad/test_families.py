@@ -19,8 +19,14 @@ CASES.remove(("opt", "token"))  # transformers has no such head
 CASES.remove(("gemma3_text", "token"))
 
 
+QUICK = ("llama", "gemma3_text", "gpt2", "bert", "roberta", "mixtral")
+LONG = [pytest.mark.slow, pytest.mark.ci]
+
+
 @pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
-@pytest.mark.parametrize(("architecture", "head"), CASES)
+@pytest.mark.parametrize(
+    ("architecture", "head"), [pytest.param(*case, marks=[] if case[0] in QUICK else LONG) for case in CASES]
+)
 def test_loss_gradients_and_hidden_states_are_those_of_the_padded_model(architecture, head, left):
     model, batch = headed(architecture, head), ragged(head, left=left)
     pools = architecture in ENCODERS and (head == "sequence" or (head == "backbone" and hasattr(model, "pooler")))
@@ -80,7 +86,10 @@ def test_a_router_loss_over_padding_is_seen():
         unpad(model)
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "opt", "bert", "roberta", "distilbert", "electra", "esm", "llama"])
+@pytest.mark.parametrize(
+    "architecture",
+    ["gpt2", "opt", "bert", "roberta", *(pytest.param(name, marks=LONG) for name in ("distilbert", "electra", "esm"))],
+)
 def test_a_flat_row_may_be_longer_than_the_models_positions(architecture):
     head = "causal" if architecture in DECODERS else "masked"
     model = headed(architecture, head)
