@@ -162,6 +162,8 @@ def test_the_csv_has_every_variant_in_full_precision(experiment):
     assert float(rows["bfd"]["equal_updates_loss"]) == pytest.approx(4.6 * 1.1)
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_several_experiments_side_by_side(experiment, tmp_path):
     other = tmp_path / "compare_other"
     runs = [make_run(name, 0, rate=rate) for name, rate in (("pad_longest", 100.0), ("stream", 300.0))]

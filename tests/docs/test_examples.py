@@ -145,6 +145,8 @@ def losses_of(code: str, scope: dict) -> list[float]:
     return [entry["loss"] for entry in scope["trainer"].state.log_history if "loss" in entry]
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_the_preference_trainer_has_the_losses_it_had(folder):
     """Control: with the preferences the other way round they are others."""
     from trl import DPOConfig, DPOTrainer
@@ -166,6 +168,8 @@ def test_the_preference_trainer_has_the_losses_it_had(folder):
     assert np.abs(np.array(losses(code, turned)) - before).max() > 1e-4
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_the_classifier_has_the_losses_it_had(folder):
     """Control: with other labels they are others."""
     tokenizer = train_bpe(["2+2? 4 3+3? 6"] * 20, vocab_size=300)

@@ -134,7 +134,9 @@ def test_a_refused_trainer_is_as_it_was(tmp_path):
     np.testing.assert_array_equal(trained(refused)[0], before)
 
 
-@pytest.mark.parametrize("strategy", ["batch_rebalance", "group_by_length"])
+@pytest.mark.parametrize(
+    "strategy", ["batch_rebalance", pytest.param("group_by_length", marks=[pytest.mark.slow, pytest.mark.ci])]
+)
 def test_samplers_of_transformers_keep_their_order(tmp_path, strategy):
     changes = dict(train_sampling_strategy=strategy)
     before, _ = trained(classification(tmp_path, **changes))

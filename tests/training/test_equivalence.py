@@ -15,7 +15,7 @@ from tests.training.helpers import Curve, curve, make_trainer
 REFERENCE = "pad_max"
 LAID_OUT_OTHERWISE = ("pad_longest", "group_by_length", "padding_free", "balanced")
 # in the ordinary suite; the rest is marked slow
-ORDINARY = [("gpt2", "token", False, False), ("llama", "token", False, False), ("llama", "example", True, True)]
+ORDINARY = [("gpt2", "token", False, False), ("llama", "example", True, True)]
 SETTINGS = [
     pytest.param(
         family,
