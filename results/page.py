@@ -44,8 +44,18 @@ def limits(text: str) -> list[str]:
     return ["", *textwrap.wrap("**What this does not show.** " + text, width=118)]
 
 
-def store(directory: Path, result: Mapping[str, Any], page: str) -> None:
-    """Write `bench.json` and `README.md`."""
+def store(directory: Path, result: Mapping[str, Any], page: str, *, depth: int | None = None) -> None:
+    """Write `bench.json` and `README.md`; with `depth`, what lies deeper than that many mappings is on one line."""
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "bench.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(result, indent=1) if depth is None else on_lines(result, depth)
+    (directory / "bench.json").write_text(text + "\n", encoding="utf-8")
     (directory / "README.md").write_text(page, encoding="utf-8")
+
+
+def on_lines(value: Any, depth: int) -> str:
+    """JSON with one entry of the first `depth` mappings to a line."""
+    if not depth or not isinstance(value, Mapping):
+        return json.dumps(value)
+    return (
+        "{\n" + ",\n".join(f"{json.dumps(key)}: {on_lines(inner, depth - 1)}" for key, inner in value.items()) + "\n}"
+    )

@@ -354,7 +354,7 @@ def main() -> None:
     }
     result |= {"tokenizers": list(TOKENIZERS)}
     result |= {name: part() for name, part in parts.items() if arguments.only in (None, name)}
-    store(arguments.out, result, page := markdown(result))
+    store(arguments.out, result, page := markdown(result), depth=3)
     print(page)
 
 
