@@ -146,11 +146,11 @@ def test_a_run_goes_on_from_the_older_checkpoint_and_ends_as_if_nothing_had_been
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("learning_rate=0.01", r"by another run.*training.learning_rate: was 0.003, is now 0.01"),
-        ("num_rows=59", r"by another run.*data.num_rows: was 60, is now 59.*the examples.*the plan"),
-        ("examples_per_step=12", r"by another run.*batching.examples_per_step.*the plan"),
-        ("model.config.num_hidden_layers=2", r"by another run.*model.config: "),
-        ("lora.r=4", r"by another run.*lora.r: was unset, is now 4"),
+        ("learning_rate=0.01", r"with different settings.*training.learning_rate: was 0.003, is now 0.01"),
+        ("num_rows=59", r"with different settings.*data.num_rows: was 60, is now 59.*the tokenised examples.*the plan"),
+        ("examples_per_step=12", r"with different settings.*batching.examples_per_step.*the plan"),
+        ("model.config.num_hidden_layers=2", r"with different settings.*model.config: "),
+        ("lora.r=4", r"with different settings.*lora.r: was unset, is now 4"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused_with_the_differences(run_dir, override, message):

@@ -12,6 +12,7 @@ from trl import SFTTrainer
 import packtrain
 from packtrain.data.examples import AnyExamples
 from packtrain.modeling.audit.report import AuditReport
+from packtrain.modeling.unpad import Unpadding
 from packtrain.packing.plan import MicroBatch, Plan
 from packtrain.recipe.recipe import Recipe
 from packtrain.training.summary import Summary
@@ -39,6 +40,7 @@ def use(model: PreTrainedModel, trainer: SFTTrainer, args: TrainingArguments, ro
 
     assert_type(packtrain.audit(model), AuditReport)
     assert_type(packtrain.attach(trainer), SFTTrainer)  # the trainer's own class
+    assert_type(packtrain.unpad(model), Unpadding)
     assert_type(packtrain.train(recipe, overwrite=True), Summary)
     own = packtrain.PackTrainer(model, args, train_examples=examples, plan=plan, collator=collator)
     assert_type(own.plan, Plan)
