@@ -379,7 +379,7 @@ def notes_of(flags: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[str]
     if unlike:
         notes.append(
             f"prompts that the chat template renders differently when an answer follows: {unlike:,} "
-            "(the completion starts where the two renderings differ)"
+            "(the completion starts where its turn does)"
         )
     if no_eos and tokenizer.eos_token is not None:
         notes.append(

@@ -17,7 +17,7 @@ import numpy as np
 from packtrain.data import store
 from packtrain.data.encoder import Encoder, notes_of
 from packtrain.data.formats import FORMATS, Reading, find_format, rename_columns
-from packtrain.data.report import ALL_TURNS, CONVERSATIONS
+from packtrain.data.report import ALL_TURNS
 from packtrain.data.sources import Rows
 from packtrain.data.tokens import Documents, ListColumn, hash_table
 
@@ -88,7 +88,7 @@ def tokenize(
             "notes": [
                 *rows.skipped,
                 *_notes(names, format, also),
-                *([ALL_TURNS] if format in CONVERSATIONS and encoder.learns_all_turns else []),
+                *([ALL_TURNS] if FORMATS[format].completion_only is False and encoder.learns_all_turns else []),
                 *notes_of(table["flags"].to_numpy(), tokenizer),
                 *_remarks_of(table["remarks"], rows),
             ],

@@ -46,6 +46,7 @@ class Marked:
 
 
 def mark_strings(chat: Chat) -> Marked:
+    """Puts marks around every string of a conversation: what messages say, tool calls, and names and texts of tools."""
     strings: list[Lost] = []
 
     def mark(text: str, kind: Kind, message: int | None) -> str:

@@ -128,6 +128,8 @@ def make_message(role: str, content: str, where: str) -> Message:
 
 def read_tools(row: Mapping[str, Any]) -> list[Any] | None:
     """Reads the tools of a row: `tools`, or `functions` in OpenAI's earlier form; lists, also as JSON text."""
+    if row.get("tools") and row.get("functions"):
+        raise BadRow("has tools in 'tools' and in 'functions'; keep one of them")
     for column in ("tools", "functions"):
         tools = row.get(column)
         if isinstance(tools, str):
@@ -178,6 +180,8 @@ def _read_message(given: dict[str, Any], where: str, roles: Mapping[str, str]) -
         content = _join_parts(content, where)
     if speaker in _CALLS:
         body["tool_calls"], content = _calls_in_text(content, where), None
+    if body.get("tool_calls") and given.get("function_call"):
+        raise BadRow(f"{where} has 'tool_calls' and a 'function_call'; keep one of them")
     calls = body.pop("tool_calls", None) or ([given["function_call"]] if given.get("function_call") else None)
     if isinstance(calls, str):
         calls = read_json(calls, f"the tool calls of {where}")
@@ -188,6 +192,8 @@ def _read_message(given: dict[str, Any], where: str, roles: Mapping[str, str]) -
     for name in REASONING:
         if name in body and not isinstance(body[name], str):
             raise BadRow(f"'{name}' of {where} is {kind_of(body[name])}, not text: {shorten(body[name], 40)}")
+    if len({body[name] for name in REASONING if body.get(name)}) > 1:
+        raise BadRow(f"{where} has several texts of reasoning; keep one of {', '.join(REASONING)}")
     if content is None and not calls:
         raise BadRow(f'{where} has no content (a message that says nothing has the content "")')
     if content is not None and not isinstance(content, str):

@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 
 from packtrain.errors import DataError
 
-CONVERSATIONS = ("messages", "sharegpt")  # formats of which all is learnt unless the recipe says otherwise
 ALL_TURNS = (
     "system and user turns are supervised, too (`data.assistant_only_loss: true` supervises assistant turns only)"
 )

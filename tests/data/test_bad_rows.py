@@ -115,6 +115,24 @@ BAD = [
         "'attention_mask' has zeros, so the row is padded",
     ),
     ("input_ids", {"input_ids": [5, 6], "completion_mask": [0, 0]}, {}, "none of its 2 tokens is supervised"),
+    (
+        "messages",
+        {"messages": [USER, ASSISTANT], "tools": [{"name": "f"}], "functions": [{"name": "g"}]},
+        {},
+        "has tools in 'tools' and in 'functions'",
+    ),
+    (
+        "messages",
+        {"messages": [USER, {"role": "assistant", "tool_calls": [{"name": "f"}], "function_call": {"name": "g"}}]},
+        {},
+        "messages[1] has 'tool_calls' and a 'function_call'",
+    ),
+    (
+        "messages",
+        {"messages": [USER, ASSISTANT | {"reasoning": "one", "thinking": "two"}]},
+        {},
+        "messages[1] has several texts of reasoning",
+    ),
 ]
 
 
