@@ -8,7 +8,8 @@ from __future__ import annotations
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,8 @@ import yaml
 from rich.console import Console
 from transformers import PreTrainedConfig, PreTrainedModel, PrinterCallback, TrainingArguments, set_seed
 
-from packtrain.errors import PacktrainError, refused_by
+from packtrain.data.store import tokenizer_fingerprint
+from packtrain.errors import CheckpointError, PacktrainError, refused_by
 from packtrain.modeling.attention.varlen import choose_implementation
 from packtrain.modeling.isolation import check_isolation, compute_dtype
 from packtrain.modeling.loading import add_lora, count_parameters, load_config, load_model, weights_dtype
@@ -28,6 +30,7 @@ from packtrain.packing.cost import Cost
 from packtrain.packing.plan import Plan, plan_evaluation
 from packtrain.packing.strategies import resolve_strategy
 from packtrain.recipe.recipe import Recipe
+from packtrain.training.agreement import check_agreement, weights_hash
 from packtrain.training.checkpoints import choose_checkpoint, facts_of, redacted
 from packtrain.training.deepspeed_config import deepspeed_config
 from packtrain.training.engine import STATE_FILE, EngineReport, asked_engine
@@ -36,6 +39,7 @@ from packtrain.training.guards.out_of_memory import checkpoints_activations, is_
 from packtrain.training.guards.stops import StopOnSignal
 from packtrain.training.loader import worker_failure
 from packtrain.training.meters import peak_memory, reset_peak
+from packtrain.training.output_lock import only_run
 from packtrain.training.progress import RichProgress
 from packtrain.training.ranks import asked_rank, asked_world_size, check_processes, leave
 from packtrain.training.resharding import prepare_resume
@@ -47,6 +51,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 Say = Callable[[str], None]
+PLACES = ("training.output_dir", "training.logging_dir", "training.run_name")  # which hosts may have apart
 
 
 def train(
@@ -73,8 +78,21 @@ def train(
     """
     console = console or Console()
     output_dir = _output_dir(recipe)
-    if resume is False and not overwrite and asked_rank() == 0:
-        _refuse_to_replace(output_dir)
+    with only_run(output_dir) if asked_rank() == 0 else nullcontext():
+        if resume is False and not overwrite and asked_rank() == 0:
+            _refuse_to_replace(output_dir)
+        return _train_in(output_dir, recipe, resume, allow_changes, overwrite, console, trainer_class)
+
+
+def _train_in(
+    output_dir: Path,
+    recipe: Recipe,
+    resume: str | bool,
+    allow_changes: bool,
+    overwrite: bool,
+    console: Console,
+    trainer_class: type[PackTrainer],
+) -> Summary:
     trainer = build(recipe, console=console, resume=resume, allow_changes=allow_changes, trainer_class=trainer_class)
     checkpoint = trainer.checkpoints.chosen
     if trainer.is_world_process_zero():
@@ -118,17 +136,46 @@ def build(
     plan = plan_recipe(recipe, task.train.lengths, world_size=ranks, cost=Cost.of_config(config))
     args = training_arguments(recipe, plan, evaluate=task.held_out is not None)
     check_processes(world_size=args.world_size, n_gpu=args.n_gpu)
+    facts = facts_of(recipe, plan, task.train, config)
+    check_agreement(_shared(recipe, task, facts) | {"--resume": resume, "--allow-changes": allow_changes})
     checkpoint = choose_checkpoint(
         resume,
         output_dir=Path(str(args.output_dir)),
-        facts=lambda: facts_of(recipe, plan, task.train),
+        facts=lambda: facts,
         allow_changes=allow_changes,
         say=_sayer(console or Console(quiet=True)),
     )
     model = prepare_model(recipe, task, config, args, layout=plan.layout, console=console)
+    check_agreement({"the model's weights": weights_hash(model), "the checkpoint": _sealed_as(checkpoint)})
     trainer = make_trainer(recipe, task, plan, args, model, console=console, checkpoint=checkpoint, kind=trainer_class)
     check_documents(recipe, trainer, console=console)
     return trainer
+
+
+def _shared(recipe: Recipe, task: Task, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what must be the same on all ranks, by the names that users know."""
+    sections = facts["recipe"]
+    settings = {f"{name}.{key}": value for name, part in sections.items() for key, value in (part or {}).items()}
+    held_out = task.held_out and task.held_out.fingerprint
+    return {name: value for name, value in settings.items() if name not in PLACES} | {
+        "the training examples": facts["data_fingerprint"],
+        "the held-out examples": held_out,
+        "the tokenizer": tokenizer_fingerprint(task.tokenizer),
+        "the plan": facts["plan_hash"],
+        "the weights of model.model_name_or_path": facts["base_weights"],
+        **package_versions(),
+    }
+
+
+def _sealed_as(checkpoint: str | None) -> str | None:
+    """Says when a checkpoint was sealed, as this rank reads it; None where it starts afresh."""
+    if checkpoint is None:
+        return None
+    try:
+        manifest = read_manifest(Path(checkpoint))
+    except CheckpointError as error:
+        return error.what
+    return f"of step {manifest.get('step')}, sealed at {manifest.get('sealed_at')}"
 
 
 def prepare_model(

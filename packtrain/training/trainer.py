@@ -122,7 +122,7 @@ class PackTrainer(Trainer):
         self.finite = FiniteUpdates(self, on_nonfinite, max_skipped_updates)
         self.checkpoints = Checkpoints(
             self,
-            functools.partial(facts_of, recipe, plan, train_examples),
+            functools.partial(facts_of, recipe, plan, train_examples, self.model.config),
             keep,
             progress=lambda: {"skipped_updates": self.finite.skipped},
         )
