@@ -30,7 +30,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from packtrain.data.examples import AnyExamples
-from packtrain.errors import PacktrainError, refused_by
+from packtrain.errors import PacktrainError, hidden, refused_by
 from packtrain.objectives.causal import CAUSAL_LM
 from packtrain.objectives.objective import Loss
 from packtrain.packing.collator import MicroBatches, PackCollator
@@ -107,6 +107,7 @@ class PackTrainer(Trainer):
         self.meter, self._logged_meter = Meter(), Meter()
         self._sums: dict[str, torch.Tensor] = {}  # of the loss's own figures, since the last log
         keep, args = args.save_total_limit, copy.copy(args)
+        args.run_name = hidden(args.run_name) if args.run_name else None  # written by loggers and in training_args.bin
         args.save_total_limit = None  # Trainer would remove the last good checkpoint before the new one is complete
         with refused_by("transformers", "training", vars(args)):
             super().__init__(
