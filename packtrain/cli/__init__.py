@@ -14,6 +14,7 @@ Heavy libraries are imported by the verb that needs them, so that help and error
 
 from __future__ import annotations
 
+import errno
 import logging
 import warnings
 from collections.abc import Sequence
@@ -38,7 +39,7 @@ from packtrain.cli.report import report
 from packtrain.cli.sample import sample
 from packtrain.cli.show import show
 from packtrain.cli.train import train
-from packtrain.errors import PacktrainError, Stopped
+from packtrain.errors import PacktrainError, Stopped, shorten
 
 
 class Verbs(TyperGroup):
@@ -57,6 +58,11 @@ class Verbs(TyperGroup):
             message.highlight_regex(r"(?m)^\s+fix: ", "bold green")
             Console(stderr=True).print(message, soft_wrap=True)
             raise typer.Exit(error.exit_code) from None
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            Console(stderr=True).print(f"error: a path is too long: {shorten(error.filename)}", soft_wrap=True)
+            raise typer.Exit(PacktrainError.exit_code) from None
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
 

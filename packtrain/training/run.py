@@ -41,7 +41,7 @@ from packtrain.training.loader import worker_failure
 from packtrain.training.meters import peak_memory, reset_peak
 from packtrain.training.output_lock import only_run
 from packtrain.training.progress import RichProgress
-from packtrain.training.ranks import asked_rank, asked_world_size, check_processes, leave
+from packtrain.training.ranks import asked_rank, asked_world_size, check_processes, leave, start_cpu_group
 from packtrain.training.resharding import prepare_resume
 from packtrain.training.sealing import is_sealed, read_manifest
 from packtrain.training.summary import Summary, describe_machine, package_versions
@@ -299,6 +299,7 @@ def training_arguments(recipe: Recipe, plan: Plan, *, evaluate: bool) -> Trainin
         use_cpu=training["use_cpu"],
     )
     with refused_by("transformers", "training", training):
+        start_cpu_group(training)
         args = TrainingArguments(**training)
     if args.fp16 and args.device.type == "cpu" and training["deepspeed"] is None:
         what, fix = "has no effect on a CPU, which would compute in float32", "set bf16: true, or leave it out"

@@ -488,3 +488,11 @@ def test_plan_recommends_a_strategy_with_reasons(capsys):
 def test_launch_names_a_file(capsys):
     assert run("train", str(QUICKSTART), "--launch", "zero9") == 2
     assert "did you mean zero" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["plan", "a" * 5000], ["plan", "quickstart", "--set", f"data.path={'a' * 5000}"]])
+def test_a_path_that_is_too_long_is_named(words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+    assert "a path is too long: 'aaa" in capsys.readouterr().err
