@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import sys
 import warnings
 from collections.abc import Sequence
 from itertools import zip_longest
@@ -117,6 +118,11 @@ for verb in (init, train, plan, show, audit, keys, compare, report, sample, eval
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line; exits with 0, 2 (the user can fix it), 75 (stopped, resumable) or 130 (interrupted)."""
+    if sys.flags.optimize > 1:
+        print(
+            "error: PYTHONOPTIMIZE=2 (-OO) removes docstrings, without which transformers can't be imported: unset it"
+        )
+        raise SystemExit(PacktrainError.exit_code)
     quiet_libraries()
     app(args=args, prog_name="packtrain")
 

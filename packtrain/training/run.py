@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 Say = Callable[[str], None]
+RECORDS = ("summary.json", STATE_FILE, UPDATES_FILE, "recipe.yaml")  # of a run, in its output_dir
 PLACES = ("training.output_dir", "training.logging_dir", "training.run_name")  # which hosts may have apart
 
 
@@ -377,10 +378,18 @@ def _output_dir(recipe: Recipe) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
-            return path
+            pass
     except OSError as error:
         what, fix = f"is not a writable directory: {error.strerror}", "choose a directory on a drive with free space"
         raise PacktrainError(what, key="training.output_dir", value=str(path), fix=fix) from None
+    for name in ("model", *RECORDS):
+        if (path / name).is_symlink():
+            what, fix = (
+                "is a link, through which the run would write",
+                "remove it, or choose another training.output_dir",
+            )
+            raise PacktrainError(what, where=str(path / name), key="training.output_dir", fix=fix)
+    return path
 
 
 def _refuse_to_replace(output_dir: Path) -> None:
@@ -394,7 +403,7 @@ def _refuse_to_replace(output_dir: Path) -> None:
 
 def _clear(output_dir: Path, *, overwrite: bool) -> None:
     """Removes the records of an earlier run and, to overwrite it, its checkpoints and model; nothing else."""
-    for name in ("summary.json", STATE_FILE, UPDATES_FILE, "recipe.yaml"):
+    for name in RECORDS:
         (output_dir / name).unlink(missing_ok=True)
     for directory in (*filter(is_sealed, output_dir.glob("checkpoint-*")), output_dir / "model") if overwrite else ():
         shutil.rmtree(directory, ignore_errors=True)

@@ -496,3 +496,11 @@ def test_a_path_that_is_too_long_is_named(words, capsys):
         main(words)
     assert ended.value.code == 2
     assert "a path is too long: 'aaa" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("level, code", [("2", 2), ("1", 0)])
+def test_python_without_docstrings_is_refused(level, code):
+    environment = os.environ | {"PYTHONOPTIMIZE": level}
+    command = [sys.executable, "-m", "packtrain", "--version"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == code and ("PYTHONOPTIMIZE" in done.stdout) == (code == 2)

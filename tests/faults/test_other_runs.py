@@ -72,3 +72,14 @@ def test_an_adapter_resumes_on_its_own_base_only(tmp_path, base, lora):
         model.model.layers[0].mlp.up_proj.weight.div_(2)
     model.save_pretrained(mine)
     assert run(recipe, "--resume", "--allow-changes") == 0, log_of(recipe)  # the control
+
+
+@pytest.mark.parametrize("name", ["model", "recipe.yaml", "summary.json"])
+def test_nothing_is_written_through_a_link(tmp_path, name):
+    recipe, theirs = write_recipe(tmp_path), tmp_path / "theirs"
+    theirs.mkdir() if name == "model" else theirs.write_text("theirs")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to(theirs)
+    for words in ((), ("--overwrite",), ("--resume",)):
+        assert run(recipe, *words) == 2 and "is a link, through which the run would write" in log_of(recipe)
+    assert list(theirs.iterdir()) == [] if name == "model" else theirs.read_text() == "theirs"
