@@ -16,7 +16,9 @@ _SECRETS = re.compile(
     r"""(?P<scheme>\b\w{2,}:/{1,2})[^/@\s]+(?=@)   # https://user:secret@host, also as a path
     |\b(hf_|gh[opsur]_)[A-Za-z0-9]{30,}           # tokens of the Hub and of GitHub
     |\b(sk-(\w+-)?|github_pat_|glpat-)\w{20,}     # of OpenAI and others, GitHub, GitLab
-    |\bA(KI|SI)A[A-Z0-9]{16}\b                    # key ids of AWS""",
+    |\bA(KI|SI)A[A-Z0-9]{16}\b                    # key ids of AWS
+    |(?P<parameter>(?i:[?&;](\w+[-_.])*(token|signature|sig|secret|password|passwd|pwd|api[-_]?key|access[-_]?key|credential)=))
+     [^&;\s"']+                                   # of signed and private URLs""",
     re.VERBOSE,
 )
 UNSET = object()  # "no value to show", as None is itself a value a user may have written
@@ -130,7 +132,7 @@ def require(*packages: str, extra: str) -> None:
 
 def hidden(text: str) -> str:
     """`text` without what looks like a secret: credentials in URLs, and tokens by their issuers' prefixes."""
-    return _SECRETS.sub(lambda found: (found["scheme"] or "") + HIDDEN, text)
+    return _SECRETS.sub(lambda found: (found["scheme"] or found["parameter"] or "") + HIDDEN, text)
 
 
 def shorten(value: object, limit: int = 120) -> str:

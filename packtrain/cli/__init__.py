@@ -14,7 +14,9 @@ Heavy libraries are imported by the verb that needs them, so that help and error
 
 from __future__ import annotations
 
+import errno
 import logging
+import sys
 import warnings
 from collections.abc import Sequence
 from itertools import zip_longest
@@ -38,7 +40,7 @@ from packtrain.cli.report import report
 from packtrain.cli.sample import sample
 from packtrain.cli.show import show
 from packtrain.cli.train import train
-from packtrain.errors import PacktrainError, Stopped
+from packtrain.errors import PacktrainError, Stopped, shorten
 
 
 class Verbs(TyperGroup):
@@ -57,6 +59,11 @@ class Verbs(TyperGroup):
             message.highlight_regex(r"(?m)^\s+fix: ", "bold green")
             Console(stderr=True).print(message, soft_wrap=True)
             raise typer.Exit(error.exit_code) from None
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            Console(stderr=True).print(f"error: a path is too long: {shorten(error.filename)}", soft_wrap=True)
+            raise typer.Exit(PacktrainError.exit_code) from None
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
 
@@ -111,6 +118,11 @@ for verb in (init, train, plan, show, audit, keys, compare, report, sample, eval
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line; exits with 0, 2 (the user can fix it), 75 (stopped, resumable) or 130 (interrupted)."""
+    if sys.flags.optimize > 1:
+        print(
+            "error: PYTHONOPTIMIZE=2 (-OO) removes docstrings, without which transformers can't be imported: unset it"
+        )
+        raise SystemExit(PacktrainError.exit_code)
     quiet_libraries()
     app(args=args, prog_name="packtrain")
 

@@ -11,7 +11,7 @@ import typer
 if TYPE_CHECKING:
     from packtrain.recipe.recipe import Recipe
 
-RANK = int(os.environ.get("RANK", "0"))
+RANK = int(os.environ.get("RANK", "0")) if os.environ.get("RANK", "0").isdecimal() else 0  # training says what is wrong
 LAST = "last"  # the value of a bare --resume
 
 RecipePath = Annotated[

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
 from packtrain.cli.options import LAST, RANK, Overrides, RecipePath, load_checked
+from packtrain.cli.output import LastingOutput
 from packtrain.errors import hidden
 
 
@@ -47,7 +49,7 @@ def train(
         more = [*(["--resume", resume] if resume else []), *(["--allow-changes"] if allow_changes else [])]
         more += ["--overwrite"] if overwrite else []
         relaunch(launch, ["train", str(recipe), *sets, *more], use_cpu=bool(loaded.training.get("use_cpu")))
-    console = Console(quiet=RANK != 0)
+    console = Console(quiet=RANK != 0, file=cast(Any, LastingOutput(sys.stdout)))
     batching = loaded.batching
     first = f"{Path(recipe).stem}: {hidden(loaded.data.shown)}, {batching.strategy}; loading torch and transformers"
     console.print(first, style="dim", markup=False)

@@ -85,6 +85,8 @@ def select(
     whole[long] = whole[[row for row, _ in problems]] = False
     if len(problems) + len(long) and not whole.any() and not len(pieces.rows):
         raise DataError(f"none of {count:,} rows is left to train on", key="data.path")
+    if 2 * len(documents.problems) > count:
+        raise _mostly_bad(documents, where)
 
     changed = np.setdiff1d(long, hopeless)
     report = DataReport(
@@ -127,6 +129,20 @@ def _merge(documents: Documents, whole: np.ndarray, pieces: View) -> View:
         lengths=np.concatenate([documents.lengths[whole], pieces.lengths]),
         supervised=np.concatenate([documents.supervised[whole], pieces.supervised]),
     )[np.argsort(rows, kind="stable")]
+
+
+def _mostly_bad(documents: Documents, where: Callable[[int], str]) -> DataError:
+    """Makes the error for rows that are rather of another format, or broken throughout, than bad by exception."""
+    problems = documents.problems
+    return bad_rows_error(
+        [(where(row), reason) for row, reason in problems[:SHOWN]],
+        len(problems),
+        what=f"{len(problems):,} of {len(documents.lengths):,} rows, more than half, cannot be trained on as the format "
+        f"`{documents.format}`",
+        key="data.on_bad_row",
+        fix="set `data.format` to the format of most rows, keep rows of other formats in files of their own "
+        "(`data.mixture` joins them), or remove the broken ones",
+    )
 
 
 def _check(max_length: int | None, overflow: str, on_bad_row: str) -> None:

@@ -9,7 +9,8 @@
 A fingerprint covers the contents of the rows and of the tokenizer, the chat template, the options and the
 versions of what tokenises. A request is looked up without reading rows or loading a tokenizer: that is how a
 plan is made in a fraction of a second. Stores are written aside and renamed, so a reader, or a second process
-tokenising the same, never sees half of one.
+tokenising the same, never sees half of one. `store.json` holds a hash of every file, and whoever opens a store hashes
+its files again, at the speed of reading them: a damaged store is tokenised anew, with a line in the log.
 """
 
 from __future__ import annotations
@@ -17,17 +18,20 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import xxhash
 from filelock import FileLock
 from platformdirs import user_cache_path
 
@@ -38,9 +42,12 @@ from packtrain.recipe.sections import ModelSection
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-STORE_VERSION = 3  # raise it when the same rows and options would give other tokens
+logger = logging.getLogger(__name__)
+
+STORE_VERSION = 4  # raise it when the same rows and options would give other tokens
 _ABANDONED_AFTER = 24 * 3600  # seconds after which a staging directory is a dead process's
 SET_CACHE = "set the environment variable PACKTRAIN_CACHE to a directory that can be written to"
+_READ_AT_ONCE = 1 << 22  # bytes
 _TOKENIZER_FILES = ("tokenizer*", "*.model", "*.jinja", "vocab*", "merges*", "special_tokens_map*", "added_tokens*")
 
 
@@ -64,21 +71,44 @@ def hash_of(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+# Attributes of a tokenizer that say where it came from, or how it pads and truncates, which is done elsewhere.
+_WITHOUT_EFFECT = {
+    "_tokenizer", "chat_template", "name_or_path", "init_inputs", "init_kwargs", "files_loaded", "_processor_class",
+    "verbose", "model_max_length", "padding_side", "truncation_side", "deprecation_warnings",
+    "_in_target_context_manager", "_should_update_post_processor",
+}  # fmt: skip
+
+
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hashes everything that decides a tokenizer's output, whatever it is called and wherever it lies."""
+    """Hashes everything that decides a tokenizer's output, whatever it is called and wherever it lies: its backend, chat
+    template and special tokens, and every attribute that may (`split_special_tokens`, `add_bos_token`, ...)."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
+    contents: Any = tokenizer.get_vocab()
     if backend is not None:
-        contents = json.loads(backend.to_str())
-        contents |= {"truncation": None, "padding": None}  # left behind by earlier calls
-    else:
-        contents = tokenizer.get_vocab()
+        contents = json.loads(backend.to_str()) | {"truncation": None, "padding": None}  # left behind by earlier calls
+    attributes = {name: value for name, value in vars(tokenizer).items() if name not in _WITHOUT_EFFECT}
     return hash_of(
         type(tokenizer).__name__,
         contents,
         tokenizer.chat_template,
         {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        {name: _plain(value) for name, value in attributes.items()},
         {package: version(package) for package in ("transformers", "tokenizers", "jinja2")},
     )
+
+
+def _plain(value: Any) -> Any:
+    """Returns plain data that is the same for equal values, also in another process."""
+    if isinstance(value, dict):
+        return {str(name): _plain(part) for name, part in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(map(str, value))
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    if hasattr(value, "serialized_model_proto"):  # SentencePiece, of tokenizers that run in Python
+        return hashlib.sha256(value.serialized_model_proto()).hexdigest()
+    plain = value is None or isinstance(value, str | int | float)
+    return value if plain else str(value) if type(value).__str__ is not object.__str__ else type(value).__name__
 
 
 def tokenizer_key(model: ModelSection) -> str:
@@ -99,16 +129,20 @@ def stat_files(paths: list[Path]) -> dict[str, list[int]]:
 
 
 def find_store(fingerprint: str, cache_dir: str | Path | None = None) -> Documents | None:
-    """Returns the documents of that fingerprint, if their files are there in the sizes they were written with."""
+    """Returns the documents of that fingerprint, if their files are there as they were written."""
     return read_store(cache_root(cache_dir) / "tokens" / fingerprint)
 
 
-def read_store(directory: Path) -> Documents | None:
-    """Opens the documents of one store, memory-mapped; None if it is not there or not whole."""
+def read_store(directory: Path, *, verify: bool = True) -> Documents | None:
+    """Opens the documents of one store, memory-mapped; None if it is not there, not whole, or not as it was written.
+
+    Args:
+        verify: whether to hash its files; a data-loading worker maps what its parent has verified.
+    """
     try:
         facts = json.loads((directory / "store.json").read_text())
         files = facts.pop("files")
-        if files != {name: (directory / name).stat().st_size for name in files}:
+        if verify and files != _hashes(directory / name for name in files):
             return None
         return Documents(
             **facts,
@@ -118,23 +152,57 @@ def read_store(directory: Path) -> Documents | None:
             directory=directory,
             reopen=partial(_reopen, directory),
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
 def _reopen(directory: Path) -> Documents:
-    documents = read_store(directory)
+    documents = read_store(directory, verify=False)
     if documents is None:
         raise DataError("the tokenised rows were removed, or are damaged", where=str(directory))
     return documents
 
 
-def one_builder(fingerprint: str, cache_dir: str | Path | None = None) -> FileLock:
-    """Locks a store for one process; other ranks, also on other hosts of a shared disk, wait and then read."""
+def _hashes(paths: Iterable[Path]) -> dict[str, list[int | str]]:
+    """Returns name -> [size in bytes, XXH3 of the contents], several files at a time."""
+
+    def hashed(path: Path) -> tuple[str, list[int | str]]:
+        digest, size = xxhash.xxh3_128(), 0
+        with path.open("rb") as file:
+            while block := file.read(_READ_AT_ONCE):
+                digest.update(block)
+                size += len(block)
+        return path.name, [size, digest.hexdigest()]
+
+    with ThreadPoolExecutor() as threads:
+        return dict(threads.map(hashed, paths))
+
+
+@contextlib.contextmanager
+def one_builder(fingerprint: str, cache_dir: str | Path | None = None) -> Iterator[None]:
+    """Lets one process at a time make a store; other ranks, also on other hosts of a shared disk, wait and then read.
+
+    Raises:
+        DataError: the cache cannot be written to.
+    """
     root = cache_root(cache_dir) / "locks"
-    with contextlib.suppress(OSError):  # `staging` says what is wrong with the directory
+    try:
         root.mkdir(parents=True, exist_ok=True)
-    return FileLock(root / f"{fingerprint}.lock")
+        lock = FileLock(root / f"{fingerprint}.lock", mode=0o666 & ~_umask())
+        lock.acquire()
+    except OSError as error:
+        raise DataError(f"cannot write to the cache: {error.strerror}", where=str(root), fix=SET_CACHE) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _umask() -> int:
+    """Returns the permissions that new files of this process don't get; there is no way to read but to set them."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 @contextlib.contextmanager
@@ -166,16 +234,39 @@ def publish(directory: Path, facts: dict[str, object], cache_dir: str | Path | N
         directory: holds `tokens*.arrow`, `lengths.npy`, `supervised.npy`.
         facts: `fingerprint`, `format`, `problems`, `notes` of the documents.
     """
-    sizes = {path.name: path.stat().st_size for path in sorted(directory.iterdir())}
-    (directory / "store.json").write_text(json.dumps(facts | {"files": sizes}))
+    files = _hashes(path for path in sorted(directory.iterdir()) if path.is_file())
+    (directory / "store.json").write_text(json.dumps(facts | {"files": files}))
+    for path in (*directory.iterdir(), directory):  # before it gets its name, also on a machine that loses power
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())  # `mkdtemp` makes what one user alone can read
+        _flush(path)
     target = cache_root(cache_dir) / "tokens" / str(facts["fingerprint"])
     try:
         os.rename(directory, target)
     except OSError:  # there is one already
-        if read_store(target) is None:  # a damaged one
-            shutil.rmtree(target, ignore_errors=True)
-            os.rename(directory, target)
+        if read_store(target) is None:
+            _replace(target, directory)
+    _flush(target.parent)
     return _reopen(target)
+
+
+def _replace(damaged: Path, directory: Path) -> None:
+    shutil.rmtree(damaged, ignore_errors=True)
+    try:
+        os.rename(directory, damaged)
+    except OSError as error:
+        what, fix = f"is damaged, and cannot be replaced: {error.strerror}", f"remove it, or {SET_CACHE}"
+        raise DataError(what, where=str(damaged), fix=fix) from None
+    logger.warning("the tokenised rows in %s were damaged, and have been tokenised again", damaged)
+
+
+def _flush(path: Path) -> None:
+    """Writes a file or the entries of a directory to the drive."""
+    with contextlib.suppress(OSError):  # not every file system can
+        number = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
 
 
 def remember(
@@ -187,10 +278,12 @@ def remember(
 ) -> None:
     """Notes that a request gave a fingerprint, from files of these sizes and times, with so many rows each (`counts`)."""
     path = _request_path(request, cache_dir)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(f".{os.getpid()}")
-    aside.write_text(json.dumps({"fingerprint": fingerprint, "files": files, "counts": counts, "request": request}))
-    os.replace(aside, path)
+    noted = {"fingerprint": fingerprint, "files": files, "counts": counts, "request": request}
+    with contextlib.suppress(OSError):  # of a cache that can only be read; the rows are then found by their contents
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_suffix(f".{os.getpid()}")
+        aside.write_text(json.dumps(noted))
+        os.replace(aside, path)
 
 
 def recall(
@@ -203,16 +296,21 @@ def recall(
     """
     try:
         noted = json.loads(_request_path(request, cache_dir).read_text())
-    except (OSError, ValueError):
+        before, fingerprint = noted["files"], str(noted["fingerprint"])
+        counts = tuple((str(file), int(rows)) for file, rows in noted["counts"])
+        changed = _difference(before, files)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # not there, or damaged
         return "these rows have not been tokenised with these options yet"
-    if changed := _difference(noted["files"], files):
-        return changed
-    if "counts" not in noted:
-        return "these rows were tokenised by an earlier release"
-    documents = find_store(noted["fingerprint"], cache_dir)
-    if documents is not None:
-        return documents, tuple((file, rows) for file, rows in noted["counts"])
-    return "the tokenised rows were removed from the cache, or are damaged"
+    return changed or _documents_of(fingerprint, cache_dir, counts)
+
+
+def _documents_of(
+    fingerprint: str, cache_dir: str | Path | None, counts: tuple[tuple[str, int], ...]
+) -> tuple[Documents, tuple[tuple[str, int], ...]] | str:
+    documents = find_store(fingerprint, cache_dir)
+    return (
+        "the tokenised rows were removed from the cache, or are damaged" if documents is None else (documents, counts)
+    )
 
 
 def _difference(before: dict[str, list[int]], now: dict[str, list[int]]) -> str | None:

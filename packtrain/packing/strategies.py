@@ -23,6 +23,7 @@ result is checked), or the name of a `Strategy`, which says its scope and layout
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -238,7 +239,23 @@ def resolve_strategy(name: str) -> Strategy:
         return found
     if not callable(found):
         raise PlanError("is not a function", key="batching.strategy", value=name)
+    if not _takes_lengths(found):  # `os:system`, say, which would be called
+        what = "is not a function of (lengths, capacity, key)"
+        fix = "name a function with these three arguments, which returns lists of indices, or a Strategy"
+        raise PlanError(what, key="batching.strategy", value=name, fix=fix)
     return Strategy(function=checked(found, name), by_order=True)
+
+
+def _takes_lengths(function: Callable) -> bool:
+    """Returns whether a function takes three arguments in their order, and can't do with fewer."""
+    try:
+        signature = inspect.signature(function)
+        signature.bind(None, None, None)
+    except (TypeError, ValueError):  # other arguments; or written in C, and silent about them
+        return False
+    needed = [one for one in signature.parameters.values() if one.default is one.empty and one.kind <= 1]
+    takes_any = any(one.kind is inspect.Parameter.VAR_POSITIONAL for one in signature.parameters.values())
+    return len(needed) == 3 or (takes_any and not inspect.isbuiltin(function))
 
 
 def _import(module: str) -> ModuleType:

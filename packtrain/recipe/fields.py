@@ -53,7 +53,7 @@ Columns = Annotated[dict[Text, Text | None], "a mapping of names to names"]
 Roles = Annotated[
     dict[Text, Literal["system", "developer", "user", "assistant", "tool"]], "a mapping of names to roles"
 ]
-Positive = Annotated[Whole, Field(gt=0), "a whole number above 0"]
+Positive = Annotated[Whole, Field(gt=0, le=2**40), "a whole number above 0"]
 Weight = Annotated[Number, Field(gt=0), "a number above 0"]
 Paths = Text | Annotated[list[Text], Field(min_length=1)]
 Amount = Annotated[
@@ -102,6 +102,8 @@ def check(expected: Any, value: object) -> tuple[object, str | None, str | None]
         first = error.errors()[0]
     if first["type"] in ("string_too_short", "string_pattern_mismatch"):
         return None, "must not be empty", None
+    if first["type"] == "less_than_equal":
+        return None, f"must be at most {first['ctx']['le']:,}", None
     return None, f"must be {describe(expected)}", _fix(expected, value)
 
 

@@ -27,9 +27,10 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedConfig, Trainer, TrainerCallback
 
 from packtrain.errors import HIDDEN, CheckpointError, PacktrainError, hidden, shorten
+from packtrain.modeling.stored_weights import base_weights
 from packtrain.packing.plan import Plan
 from packtrain.recipe.recipe import DEFAULTS, Recipe
 from packtrain.training.resharding import added_later, optimizer_steps
@@ -43,14 +44,18 @@ PREVIOUS = ".previous"  # of a checkpoint that is being written anew, until that
 Say = Callable[[str], None]
 
 
-def facts_of(recipe: Recipe | None, plan: Plan, examples: Any) -> dict[str, Any]:
+def facts_of(
+    recipe: Recipe | None, plan: Plan, examples: Any, config: PreTrainedConfig | None = None
+) -> dict[str, Any]:
     """Returns what identifies a run: written into manifests, and compared when one is resumed.
 
     Args:
         recipe: the settings of the run; None for one put together in Python.
         examples: those that it trains on; only their `fingerprint` is read.
+        config: that of the model, to identify the weights that the recipe names.
     """
     return {
+        "base_weights": base_weights(recipe.model, config) if recipe and config else None,
         "recipe_hash": recipe and recipe.hash,
         "recipe": recipe and redacted(recipe.to_dict()),
         "plan_hash": plan.hash,
@@ -331,6 +336,8 @@ def changes(manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> list[Chang
         "data_fingerprint": "the tokenised examples (by the changes above, or in the files)",
         "plan_hash": "the plan (which examples share a step)",
     }
+    if manifest.get("base_weights") and (facts.get("recipe") or {}).get("lora"):  # else a checkpoint has all weights
+        words["base_weights"] = "the weights of model.model_name_or_path, on which the adapter was trained"
     for name, what in words.items():
         if manifest.get(name) != facts.get(name):
             then, now = (str(source.get(name))[:12] for source in (manifest, facts))

@@ -67,6 +67,7 @@ def deepspeed_config(
     if config is None:
         return None
     _check_keys(config, TOP_LEVEL_KEYS, where)
+    _refuse_optimizer(config, where)
     _check_zero_section(config.setdefault("zero_optimization", {}), where)
     _fill(config, training, world_size, gradient_accumulation_steps, where)
     _check_tools(config, use_cpu, where)
@@ -115,6 +116,18 @@ def _check_keys(section: Mapping[str, Any], known: frozenset[str], where: str, p
             near = did_you_mean(key, known)
             fix = f"did you mean `{prefix}{near}`?" if near else "leave it out: DeepSpeed would not read it"
             raise LaunchError("is not a key of DeepSpeed's config", where=where, key=prefix + key, fix=fix)
+
+
+def _refuse_optimizer(config: Mapping[str, Any], where: str) -> None:
+    """Refuses sections that replace the recipe's optimizer and schedule without a word, whatever it says of them."""
+    settings = {
+        "optimizer": "`training.optim`, `learning_rate`, `weight_decay` and the betas",
+        "scheduler": "`training.lr_scheduler_type`, `warmup_steps` and `learning_rate`",
+    }
+    for key, decided in settings.items():
+        if (section := config.get(key)) is not None:
+            fix = f"leave it out: {decided} of the recipe decide"
+            raise LaunchError("would override the recipe", where=where, key=key, value=section, fix=fix)
 
 
 def _check_zero_section(section: object, where: str) -> None:

@@ -15,9 +15,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 from accelerate import Accelerator
+from transformers import TrainingArguments
 
 from packtrain.errors import LaunchError
 
@@ -39,12 +42,22 @@ def asked_world_size(env: Mapping[str, str] | None = None) -> int:
             fix="on CPU use `torchrun --nproc_per_node 2 -m packtrain train RECIPE` or "
             "`accelerate launch --config_file launch/cpu.yaml -m packtrain train RECIPE --set use_cpu=true`",
         )
-    return int(world_size or 1)
+    return _whole(world_size, "WORLD_SIZE", 1)
 
 
 def asked_rank(env: Mapping[str, str] | None = None) -> int:
     """Returns which rank the launcher made this process (`RANK`, 0 without a launcher)."""
-    return int((os.environ if env is None else env).get("RANK", 0))
+    return _whole((os.environ if env is None else env).get("RANK"), "RANK", 0)
+
+
+def _whole(text: str | None, name: str, default: int) -> int:
+    """Reads the number that a launcher has set, or raises LaunchError."""
+    if not text:
+        return default
+    if not (text.isascii() and text.isdigit() and int(text[:9]) >= default):
+        fix = "start the run with torchrun or accelerate launch, which set it, or unset it"
+        raise LaunchError("is not a number of ranks", key=name, value=text, fix=fix)
+    return int(text[:9])
 
 
 def check_processes(*, world_size: int, n_gpu: int, env: Mapping[str, str] | None = None) -> None:
@@ -74,6 +87,15 @@ def check_processes(*, world_size: int, n_gpu: int, env: Mapping[str, str] | Non
 
 def _under_mpi(env: Mapping[str, str]) -> bool:
     return any(name in env for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"))
+
+
+def start_cpu_group(training: Mapping[str, Any], env: Mapping[str, str] | None = None) -> None:
+    """Starts the process group of ranks on CPUs with `ddp_timeout`, which transformers passes on for devices only."""
+    ranks = asked_world_size(env)
+    if ranks == 1 or not training.get("use_cpu") or dist.is_initialized() or _under_mpi(os.environ):
+        return
+    timeout = timedelta(seconds=training.get("ddp_timeout", TrainingArguments.ddp_timeout))
+    dist.init_process_group(training.get("ddp_backend") or "gloo", timeout=timeout)
 
 
 def leave(accelerator: Accelerator) -> None:

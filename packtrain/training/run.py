@@ -8,7 +8,8 @@ from __future__ import annotations
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,8 @@ import yaml
 from rich.console import Console
 from transformers import PreTrainedConfig, PreTrainedModel, PrinterCallback, TrainingArguments, set_seed
 
-from packtrain.errors import PacktrainError, refused_by
+from packtrain.data.store import tokenizer_fingerprint
+from packtrain.errors import CheckpointError, PacktrainError, refused_by
 from packtrain.modeling.attention.varlen import choose_implementation
 from packtrain.modeling.isolation import check_isolation, compute_dtype
 from packtrain.modeling.loading import add_lora, count_parameters, load_config, load_model, weights_dtype
@@ -28,6 +30,7 @@ from packtrain.packing.cost import Cost
 from packtrain.packing.plan import Plan, plan_evaluation
 from packtrain.packing.strategies import resolve_strategy
 from packtrain.recipe.recipe import Recipe
+from packtrain.training.agreement import check_agreement, weights_hash
 from packtrain.training.checkpoints import choose_checkpoint, facts_of, redacted
 from packtrain.training.deepspeed_config import deepspeed_config
 from packtrain.training.engine import STATE_FILE, EngineReport, asked_engine
@@ -36,8 +39,9 @@ from packtrain.training.guards.out_of_memory import checkpoints_activations, is_
 from packtrain.training.guards.stops import StopOnSignal
 from packtrain.training.loader import worker_failure
 from packtrain.training.meters import peak_memory, reset_peak
+from packtrain.training.output_lock import only_run
 from packtrain.training.progress import RichProgress
-from packtrain.training.ranks import asked_rank, asked_world_size, check_processes, leave
+from packtrain.training.ranks import asked_rank, asked_world_size, check_processes, leave, start_cpu_group
 from packtrain.training.resharding import prepare_resume
 from packtrain.training.sealing import is_sealed, read_manifest
 from packtrain.training.summary import Summary, describe_machine, package_versions
@@ -47,6 +51,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 Say = Callable[[str], None]
+RECORDS = ("summary.json", STATE_FILE, UPDATES_FILE, "recipe.yaml")  # of a run, in its output_dir
+PLACES = ("training.output_dir", "training.logging_dir", "training.run_name")  # which hosts may have apart
 
 
 def train(
@@ -73,8 +79,21 @@ def train(
     """
     console = console or Console()
     output_dir = _output_dir(recipe)
-    if resume is False and not overwrite and asked_rank() == 0:
-        _refuse_to_replace(output_dir)
+    with only_run(output_dir) if asked_rank() == 0 else nullcontext():
+        if resume is False and not overwrite and asked_rank() == 0:
+            _refuse_to_replace(output_dir)
+        return _train_in(output_dir, recipe, resume, allow_changes, overwrite, console, trainer_class)
+
+
+def _train_in(
+    output_dir: Path,
+    recipe: Recipe,
+    resume: str | bool,
+    allow_changes: bool,
+    overwrite: bool,
+    console: Console,
+    trainer_class: type[PackTrainer],
+) -> Summary:
     trainer = build(recipe, console=console, resume=resume, allow_changes=allow_changes, trainer_class=trainer_class)
     checkpoint = trainer.checkpoints.chosen
     if trainer.is_world_process_zero():
@@ -118,17 +137,46 @@ def build(
     plan = plan_recipe(recipe, task.train.lengths, world_size=ranks, cost=Cost.of_config(config))
     args = training_arguments(recipe, plan, evaluate=task.held_out is not None)
     check_processes(world_size=args.world_size, n_gpu=args.n_gpu)
+    facts = facts_of(recipe, plan, task.train, config)
+    check_agreement(_shared(recipe, task, facts) | {"--resume": resume, "--allow-changes": allow_changes})
     checkpoint = choose_checkpoint(
         resume,
         output_dir=Path(str(args.output_dir)),
-        facts=lambda: facts_of(recipe, plan, task.train),
+        facts=lambda: facts,
         allow_changes=allow_changes,
         say=_sayer(console or Console(quiet=True)),
     )
     model = prepare_model(recipe, task, config, args, layout=plan.layout, console=console)
+    check_agreement({"the model's weights": weights_hash(model), "the checkpoint": _sealed_as(checkpoint)})
     trainer = make_trainer(recipe, task, plan, args, model, console=console, checkpoint=checkpoint, kind=trainer_class)
     check_documents(recipe, trainer, console=console)
     return trainer
+
+
+def _shared(recipe: Recipe, task: Task, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what must be the same on all ranks, by the names that users know."""
+    sections = facts["recipe"]
+    settings = {f"{name}.{key}": value for name, part in sections.items() for key, value in (part or {}).items()}
+    held_out = task.held_out and task.held_out.fingerprint
+    return {name: value for name, value in settings.items() if name not in PLACES} | {
+        "the training examples": facts["data_fingerprint"],
+        "the held-out examples": held_out,
+        "the tokenizer": tokenizer_fingerprint(task.tokenizer),
+        "the plan": facts["plan_hash"],
+        "the weights of model.model_name_or_path": facts["base_weights"],
+        **package_versions(),
+    }
+
+
+def _sealed_as(checkpoint: str | None) -> str | None:
+    """Says when a checkpoint was sealed, as this rank reads it; None where it starts afresh."""
+    if checkpoint is None:
+        return None
+    try:
+        manifest = read_manifest(Path(checkpoint))
+    except CheckpointError as error:
+        return error.what
+    return f"of step {manifest.get('step')}, sealed at {manifest.get('sealed_at')}"
 
 
 def prepare_model(
@@ -252,6 +300,7 @@ def training_arguments(recipe: Recipe, plan: Plan, *, evaluate: bool) -> Trainin
         use_cpu=training["use_cpu"],
     )
     with refused_by("transformers", "training", training):
+        start_cpu_group(training)
         args = TrainingArguments(**training)
     if args.fp16 and args.device.type == "cpu" and training["deepspeed"] is None:
         what, fix = "has no effect on a CPU, which would compute in float32", "set bf16: true, or leave it out"
@@ -329,10 +378,18 @@ def _output_dir(recipe: Recipe) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
-            return path
+            pass
     except OSError as error:
         what, fix = f"is not a writable directory: {error.strerror}", "choose a directory on a drive with free space"
         raise PacktrainError(what, key="training.output_dir", value=str(path), fix=fix) from None
+    for name in ("model", *RECORDS):
+        if (path / name).is_symlink():
+            what, fix = (
+                "is a link, through which the run would write",
+                "remove it, or choose another training.output_dir",
+            )
+            raise PacktrainError(what, where=str(path / name), key="training.output_dir", fix=fix)
+    return path
 
 
 def _refuse_to_replace(output_dir: Path) -> None:
@@ -346,7 +403,7 @@ def _refuse_to_replace(output_dir: Path) -> None:
 
 def _clear(output_dir: Path, *, overwrite: bool) -> None:
     """Removes the records of an earlier run and, to overwrite it, its checkpoints and model; nothing else."""
-    for name in ("summary.json", STATE_FILE, UPDATES_FILE, "recipe.yaml"):
+    for name in RECORDS:
         (output_dir / name).unlink(missing_ok=True)
     for directory in (*filter(is_sealed, output_dir.glob("checkpoint-*")), output_dir / "model") if overwrite else ():
         shutil.rmtree(directory, ignore_errors=True)

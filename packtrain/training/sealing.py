@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +26,7 @@ MANIFEST = "packtrain_manifest.json"
 UNFINISHED = ".packtrain_unfinished"  # marks a directory of ours that is being written or removed
 _OF_OURS = {MANIFEST, f"{MANIFEST}.new", UNFINISHED}
 _FORMAT = 1
+_LONGEST_NAME = 4096  # characters
 _THREADS = 8  # hashing leaves Python's lock alone
 
 
@@ -69,8 +71,10 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         told = manifest.pop("sha256")
-        if not isinstance(manifest["files"], dict) or told != _self_hash(manifest):
-            raise ValueError("the hash does not match")
+        if told != _self_hash(manifest) or not all(_is_told(*item) for item in manifest["files"].items()):
+            raise ValueError("the hash does not match, or is of something else")
+        if not all(type(manifest[name]) is int for name in ("step", "sealed_at")):
+            raise TypeError("not the numbers of a checkpoint")
     except FileNotFoundError:
         if not directory.is_dir():
             raise CheckpointError("there is no such directory", where=str(directory)) from None
@@ -82,7 +86,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         )
         fix = "start from its weights instead (model.model_name_or_path); engines' files may run code when they are loaded"
         raise CheckpointError(what, where=str(directory), key=MANIFEST, fix=None if ours else fix) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # damaged, or written by others
         raise CheckpointError("has a damaged manifest", where=str(directory), key=MANIFEST) from None
     if manifest.get("format") != _FORMAT:
         what = "has a format that this release of packtrain does not know"
@@ -117,12 +121,21 @@ def is_sealed(directory: Path) -> bool:
         return False
 
 
+def _is_told(name: str, told: Mapping[str, Any]) -> bool:
+    """Returns whether an entry of `files` is of a file that can be: a name to be printed, a size and a hash."""
+    named = name.isprintable() and 0 < len(name) < _LONGEST_NAME
+    return named and type(told["size"]) is int and isinstance(told["sha256"], str)
+
+
 def _fault(directory: Path, name: str, told: Mapping[str, Any]) -> str | None:
     path = directory / name
     if Path(name).is_absolute() or ".." in Path(name).parts or path.is_symlink():
         return f"{name} points outside of it"
     try:
-        size = path.stat().st_size
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            return f"{name} is no file"
+        size = status.st_size
         if size != told["size"]:
             return f"{name} has {size:,} bytes instead of {told['size']:,}"
         if _hash(path) != told["sha256"]:
@@ -143,6 +156,8 @@ def _files(directory: Path, *, links: bool = False) -> Iterator[Path]:
                 continue
             if path.is_symlink() and not links:
                 raise CheckpointError("is a link, which cannot be verified", where=str(path))
+            if not links and not path.is_file():
+                raise CheckpointError("is no file, and cannot be verified", where=str(path))
             yield path
 
 

@@ -30,7 +30,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from packtrain.data.examples import AnyExamples
-from packtrain.errors import PacktrainError, refused_by
+from packtrain.errors import PacktrainError, hidden, refused_by
 from packtrain.objectives.causal import CAUSAL_LM
 from packtrain.objectives.objective import Loss
 from packtrain.packing.collator import MicroBatches, PackCollator
@@ -43,6 +43,7 @@ from packtrain.training.guards.out_of_memory import ProbeMemory, explaining_out_
 from packtrain.training.loader import PlanLoader, loader_options, values_of_plan
 from packtrain.training.meters import Meter, add_sums, evaluation_sums, means_of
 from packtrain.training.restricted import restricted_unpickling, runs_code
+from packtrain.training.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -107,6 +108,7 @@ class PackTrainer(Trainer):
         self.meter, self._logged_meter = Meter(), Meter()
         self._sums: dict[str, torch.Tensor] = {}  # of the loss's own figures, since the last log
         keep, args = args.save_total_limit, copy.copy(args)
+        args.run_name = hidden(args.run_name) if args.run_name else None  # written by loggers and in training_args.bin
         args.save_total_limit = None  # Trainer would remove the last good checkpoint before the new one is complete
         with refused_by("transformers", "training", vars(args)):
             super().__init__(
@@ -122,14 +124,15 @@ class PackTrainer(Trainer):
         self.finite = FiniteUpdates(self, on_nonfinite, max_skipped_updates)
         self.checkpoints = Checkpoints(
             self,
-            functools.partial(facts_of, recipe, plan, train_examples),
+            functools.partial(facts_of, recipe, plan, train_examples, self.model.config),
             keep,
             progress=lambda: {"skipped_updates": self.finite.skipped},
         )
         self.probe: ProbeMemory | None = None
         if ProbeMemory.wanted(self, probe_memory):
             self.probe = ProbeMemory(self, plan, MicroBatches(train_examples, collator), self.rehearse)
-        for callback in (StepEnd(plan, self.meter), self.checkpoints, self.probe):
+        self.watchdog = Watchdog()
+        for callback in (StepEnd(plan, self.meter), self.checkpoints, self.probe, self.watchdog):
             if callback is not None:
                 self.add_callback(callback)
 
@@ -164,12 +167,15 @@ class PackTrainer(Trainer):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, torch.Tensor | None]:
         """Returns this rank's micro-batches of the step, and the loss's denominator (float64, summed over all ranks)."""
+        step = self.state.global_step
+        self.watchdog.begins((step, 0), f"reading the examples of update {step}")
         self.meter.start_step()
         batches = list(islice(epoch_iterator, num_batches))
         if not batches:  # the resumed epoch is over
             return [], None
         self.meter.fetched(batches)
         self._computed = 0  # micro-batches of this update
+        self.watchdog.begins((step, 1), f"with the examples of update {step}")
         none = torch.zeros((), dtype=torch.float64)
         total = sum((self.loss.denominator(batch) for batch in batches), none)
         return batches, self.accelerator.reduce(total.to(device), reduction="sum")
@@ -192,7 +198,9 @@ class PackTrainer(Trainer):
         return loss
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        where = f"update {self.state.global_step} (rank {self.args.process_index}, micro-batch {self._computed})"
+        step, number = self.state.global_step, self._computed
+        where = f"update {step} (rank {self.args.process_index}, micro-batch {number})"
+        self.watchdog.begins((step, 2 + number), f"in micro-batch {number} of update {step}")
         with self._explained(inputs, where):
             loss = super().training_step(model, inputs, *args, **kwargs)
         self._computed += 1

@@ -488,3 +488,19 @@ def test_plan_recommends_a_strategy_with_reasons(capsys):
 def test_launch_names_a_file(capsys):
     assert run("train", str(QUICKSTART), "--launch", "zero9") == 2
     assert "did you mean zero" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["plan", "a" * 5000], ["plan", "quickstart", "--set", f"data.path={'a' * 5000}"]])
+def test_a_path_that_is_too_long_is_named(words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+    assert "a path is too long: 'aaa" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("level, code", [("2", 2), ("1", 0)])
+def test_python_without_docstrings_is_refused(level, code):
+    environment = os.environ | {"PYTHONOPTIMIZE": level}
+    command = [sys.executable, "-m", "packtrain", "--version"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == code and ("PYTHONOPTIMIZE" in done.stdout) == (code == 2)

@@ -185,10 +185,22 @@ def test_error_lists_ten_and_counts_all(build, tokenizer):
 
 
 def test_report_lists_all_that_were_skipped(build, tokenizer):
-    examples = build([{"text": "one"}, *({"text": i} for i in range(25))], tokenizer, on_bad_row="skip")
+    examples = build([*[{"text": "one"}] * 25, *({"text": i} for i in range(25))], tokenizer, on_bad_row="skip")
     assert len(examples.report.skipped) == 25 == len(examples.report.to_dict()["skipped"])
     assert "bad rows, skipped: 25" in examples.report.lines()
     assert examples.report.lines()[-1] == "  ... and 15 more"
+
+
+def test_more_bad_rows_than_good_ones_are_no_exception(build, chat_tokenizer, tokenizer):
+    """One row of another format decides for all, say: 21 of 22 rows were skipped with a line among others."""
+    messages = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+    rows = [{"messages": messages}, *[{"prompt": "one", "completion": "two"}] * 21]
+    with pytest.raises(DataError) as error:
+        build(rows, chat_tokenizer, on_bad_row="skip")
+    message = str(error.value)
+    assert "21 of 22 rows, more than half, cannot be trained on as the format `messages`" in message
+    assert "set `data.format` to the format of most rows" in message and "line 2: " in message
+    assert len(build([{"text": "one"}, {"text": 2}], tokenizer, on_bad_row="skip")) == 1  # control: half
 
 
 def test_nothing_left(build, tokenizer):

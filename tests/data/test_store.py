@@ -9,8 +9,12 @@ import pwd
 import shutil
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
+import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 from packtrain.data import store
 from packtrain.data.encoding import tokenize
@@ -21,6 +25,7 @@ from packtrain.errors import DataError
 from packtrain.recipe.sections import DataSection, ModelSection
 from tests.data.helpers import CHAT_TEMPLATE, make_tokenizer
 
+ROOT = Path(__file__).parents[2]
 ROW = {"question": "one", "answer": "two"}
 
 
@@ -95,6 +100,114 @@ def test_damaged_store_is_made_again(damage, write_rows, tokenizer, cache_dir):
     else:
         (directory / "lengths.npy").write_bytes(b"?" * (directory / "lengths.npy").stat().st_size)
     assert build_examples(rows, tokenizer)[0]["input_ids"].tolist() == before
+
+
+@pytest.mark.parametrize("damage", ["flip a token", "zero the header", "zero the middle", "flip a length"])
+def test_damage_that_keeps_the_size_is_seen(damage, write_rows, tokenizer, cache_dir, caplog):
+    """Other tokens would be trained on without a word, and what pyarrow says of a file without a header helps nobody."""
+    path = write_rows(*[{"question": f"one {n}", "answer": "two"} for n in range(50)])
+    before = build_examples(open_rows(path), tokenizer, tokenizer_key="tiny")
+    ids = [row["input_ids"].tolist() for row in before]  # now: the file is mapped
+    (directory,) = (cache_dir / "tokens").iterdir()
+    file = directory / ("lengths.npy" if damage == "flip a length" else "tokens.arrow")
+    contents = bytearray(file.read_bytes())
+    if damage == "flip a token":
+        contents[contents.index(np.int32(ids[7]).tobytes())] ^= 1
+    elif damage == "zero the header":
+        contents[:64] = bytes(64)
+    elif damage == "zero the middle":
+        contents[len(contents) // 2 : len(contents) // 2 + 256] = bytes(256)
+    else:
+        contents[-4] ^= 1
+    file.write_bytes(contents)
+    assert "are damaged" in find(path)[1]
+    again = build_examples(open_rows(path), tokenizer, tokenizer_key="tiny")
+    assert [row["input_ids"].tolist() for row in again] == ids
+    assert again.fingerprint == before.fingerprint and find(path)[1] == ""
+    assert caplog.messages == [f"the tokenised rows in {directory} were damaged, and have been tokenised again"]
+
+
+@pytest.mark.parametrize("damage", ["[]", "{}", "null", '{"files": [], "fingerprint": 1, "counts": []}', "\0"])
+def test_a_damaged_request_counts_as_none(damage, write_rows, tokenizer, cache_dir):
+    path = write_rows(ROW)
+    build_examples(open_rows(path), tokenizer, tokenizer_key="tiny")
+    (request,) = (cache_dir / "requests").iterdir()
+    request.write_text(damage)
+    assert find(path) == (None, "these rows have not been tokenised with these options yet")
+    build_examples(open_rows(path), tokenizer, tokenizer_key="tiny")
+    assert find(path)[1] == ""
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can become another user")
+def test_another_user_reads_the_cache(tokenizer):
+    """Also one who may write nothing there."""
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are for one user
+        os.chmod(folder, 0o755)
+        rows = Path(folder, "rows.jsonl")
+        rows.write_text(json.dumps(ROW) + "\n")
+        tokenizer.save_pretrained(Path(folder, "tokenizer"))
+        Path(folder, "others.jsonl").write_text(json.dumps(ROW | {"answer": "six"}) + "\n")
+        program = """if True:
+            import os
+            from transformers import AutoTokenizer
+            from packtrain.data.examples import build_examples
+            from packtrain.data.sources import open_rows
+
+            def build(path):
+                return build_examples(open_rows(path), tokenizer, tokenizer_key="tiny")[0]["input_ids"].tolist()
+
+            tokenizer = AutoTokenizer.from_pretrained("tokenizer")
+            first = build("rows.jsonl")
+            os.setgid(65534)
+            os.setuid(65534)
+            print(build("rows.jsonl") == first)
+            build("others.jsonl")
+            """
+        environment = os.environ | {"PACKTRAIN_CACHE": f"{folder}/cache", "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        assert done.stdout == "True\n", done.stderr
+        assert "cannot write to the cache: Permission denied" in done.stderr and "PACKTRAIN_CACHE" in done.stderr
+
+
+def tokenizer_with(name: str, value: object):
+    tokenizer = make_tokenizer(chat_template=CHAT_TEMPLATE)
+    setattr(tokenizer, name, value)
+    return tokenizer
+
+
+SWITCHES = {name: value for name, value in vars(make_tokenizer()).items() if isinstance(value, bool)}
+
+
+@pytest.mark.parametrize("name", sorted(SWITCHES))
+def test_tokenizers_that_give_other_tokens_have_other_fingerprints(name):
+    """Whatever switch of a tokenizer is turned: other tokens, other fingerprint."""
+    plain, turned = make_tokenizer(chat_template=CHAT_TEMPLATE), tokenizer_with(name, not SWITCHES[name])
+    messages = [{"role": "user", "content": "one </s> two"}, {"role": "assistant", "content": " three."}]
+    for text in ("one </s> two<|user|> three ", plain.apply_chat_template(messages, tokenize=False)):
+        if plain(text)["input_ids"] != turned(text)["input_ids"]:
+            assert store.tokenizer_fingerprint(plain) != store.tokenizer_fingerprint(turned)
+
+
+def test_a_tokenizer_that_splits_special_tokens_has_a_store_of_its_own(write_rows):
+    rows = open_rows(write_rows({"text": "one </s> two"}))
+    kept = build_examples(rows, make_tokenizer())
+    split = build_examples(rows, tokenizer_with("split_special_tokens", True))
+    assert kept.fingerprint != split.fingerprint
+    assert kept[0]["input_ids"].tolist() != split[0]["input_ids"].tolist()
+
+
+def test_fingerprints_of_equal_tokenizers_are_equal(tmp_path):
+    """Wherever they come from, and whatever has been done with them."""
+    tokenizer = make_tokenizer(chat_template=CHAT_TEMPLATE)
+    expected = store.tokenizer_fingerprint(tokenizer)
+    tokenizer.padding_side = "left"
+    assert store.tokenizer_fingerprint(tokenizer) == expected
+    for name in ("here", "there"):
+        tokenizer.save_pretrained(tmp_path / name)
+    here, there = (AutoTokenizer.from_pretrained(tmp_path / name) for name in ("here", "there"))
+    assert store.tokenizer_fingerprint(here) == store.tokenizer_fingerprint(there)
+    assert store.tokenizer_fingerprint(pickle.loads(pickle.dumps(here))) == store.tokenizer_fingerprint(here)
 
 
 def test_nothing_half_made_is_left(write_rows, tokenizer, cache_dir):

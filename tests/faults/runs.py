@@ -15,10 +15,11 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -100,15 +101,31 @@ def start_ranks(
     resume: bool,
     overrides: Sequence[str] = (),
     trainer_class: type[PackTrainer] | None = None,
+    of_rank: Mapping[int, Mapping[str, Any]] | None = None,
 ) -> list[ForkServerProcess]:
-    """One process for each rank, as a launcher starts them; with `Reading` unless said otherwise."""
+    """One process for each rank, as a launcher starts them; with `Reading` unless said otherwise.
+
+    Args:
+        of_rank: what one rank is started with instead: `resume`, more `overrides`, the `folder` that it runs in.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     attempt = time.monotonic_ns()
     processes = [
         CONTEXT.Process(
-            target=_rank, args=(recipe, rank, ranks, port, resume, tuple(overrides), attempt, trainer_class)
+            target=_rank,
+            args=(
+                recipe,
+                rank,
+                ranks,
+                port,
+                resume,
+                tuple(overrides),
+                attempt,
+                trainer_class,
+                (of_rank or {}).get(rank),
+            ),
         )
         for rank in range(ranks)
     ]
@@ -137,8 +154,11 @@ def let_go(recipe: Path) -> None:
     recipe.with_name("let_go").touch()
 
 
-def _rank(recipe, rank: int, ranks: int, port: int, resume: bool, overrides, attempt: int, trainer_class) -> None:
+def _rank(recipe, rank: int, ranks: int, port: int, resume, overrides, attempt: int, trainer_class, own) -> None:
     _say_into(recipe)
+    own = own or {}
+    os.chdir(own.get("folder", "."))
+    resume, overrides = own.get("resume", resume), (*overrides, *own.get("overrides", ()))
     os.environ["ATTEMPT"] = str(attempt)
     if ranks > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}

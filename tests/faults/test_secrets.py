@@ -23,6 +23,7 @@ from tests.training.helpers import make_trainer
 
 TOKEN = "hf_" + "Ab3" * 12
 ADDRESS = "https://me:dear-secret@host/rows.jsonl"
+SIGNED = "https://host/rows.jsonl?X-Amz-Date=20260101&X-Amz-Signature=0123abcd&part=1"
 
 
 def everything_under(directory: Path) -> bytes:
@@ -46,6 +47,15 @@ def test_a_token_is_in_no_file_of_a_run(tmp_path):
 
 @pytest.mark.ci
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    ["token", "access_token", "X-Amz-Signature", "X-Goog-Signature", "X-Amz-Credential", "sig", "api_key", "apikey"],
+)
+def test_parameters_of_signed_addresses_are_not_shown(name):
+    assert hidden(f"https://host/a?b=1&{name}=0123abcd&c=2 there") == f"https://host/a?b=1&{name}={HIDDEN}&c=2 there"
+    assert hidden(f"https://host/a?{name}=0123abcd") == f"https://host/a?{name}={HIDDEN}"
+
+
 def test_what_looks_like_a_secret_is_not_shown():
     for secret in (TOKEN, "sk-proj-" + "x1" * 20, "ghp_" + "Z9" * 18, "github_pat_" + "a_1" * 9, "AKIA" + "Q7" * 8):
         assert hidden(f"at {secret}, there") == f"at {HIDDEN}, there"
@@ -59,6 +69,7 @@ def test_what_looks_like_a_secret_is_not_shown():
         "0a" * 20,
         "ghp_short",
         "mail me@host",
+        "https://host/a?page=2&tokens=3&design=4",
     ):
         assert hidden(plain) == plain  # control
 
@@ -67,7 +78,7 @@ def test_what_looks_like_a_secret_is_not_shown():
 @pytest.mark.slow
 def test_a_secret_in_a_recipe_reaches_no_message_and_no_record(tmp_path):
     recipe = write_recipe(tmp_path)
-    for where in (TOKEN, ADDRESS):
+    for where in (TOKEN, SIGNED, ADDRESS):
         assert run(recipe, "--set", f"data.path={where}") == 2
         words = ("--set", f"training.run_name={where}", "--set", "max_steps=2", "--overwrite")
         assert run(recipe, *words) == 0, log_of(recipe)
@@ -76,10 +87,9 @@ def test_a_secret_in_a_recipe_reaches_no_message_and_no_record(tmp_path):
     manifest = json.loads((tmp_path / "run/checkpoint-2/packtrain_manifest.json").read_text())
     assert HIDDEN in manifest["recipe"]["training"]["run_name"]
     for path in [recipe.with_name("log.txt"), *(tmp_path / "run").rglob("*.*")]:
-        if (
-            path.is_file() and path.name != "training_args.bin"
-        ):  # which has what transformers was given, run_name included
+        if path.is_file():
             assert TOKEN.encode() not in path.read_bytes() and b"dear-secret" not in path.read_bytes(), path
+            assert b"0123abcd" not in path.read_bytes(), path
     kept = portable(load_recipe(recipe, [f"training.run_name={ADDRESS}"]))
     assert kept["training"]["run_name"] == f"https://{HIDDEN}@host/rows.jsonl"  # the reports of comparisons
 

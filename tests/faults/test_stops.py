@@ -49,7 +49,7 @@ def checkpoints(recipe: Path) -> list[Path]:
 
 @pytest.mark.ci
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
 def test_a_signal_saves_once_and_the_run_goes_on_bitwise(tmp_path, unbroken, name):
     recipe = write_recipe(tmp_path)
     process = hold(recipe, NO_SAVES[1])
@@ -193,3 +193,13 @@ def test_it_is_enough_that_one_rank_hears_it(tmp_path):
         assert "SIGTERM after step 3" in (tmp_path / f"rank{rank}.txt").read_text()
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
     assert is_sealed(tmp_path / "checkpoint-3")
+
+
+def test_nohup_is_respected(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopOnSignal(make_trainer(tmp_path, strategy="balanced")).listening():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL  # control
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -40,3 +40,23 @@ def test_an_import_that_fails_within_the_file_is_what_is_said(folder):
     (folder / "my_broken_strategy.py").write_text("import no_such_library\n")
     with pytest.raises(PlanError, match="no_such_library"):
         resolve_strategy("my_broken_strategy:pairs")
+
+
+@pytest.mark.parametrize("name", ["os:system", "shutil:rmtree", "subprocess:Popen", "builtins:print", "math:pi"])
+def test_what_is_no_strategy_is_refused_before_it_is_called(name):
+    with pytest.raises(PlanError, match=r"is not a function( of \(lengths, capacity, key\))?"):
+        resolve_strategy(name)
+
+
+def test_functions_of_three_arguments_are_taken(folder):
+    (folder / "three.py").write_text(
+        "from functools import partial\n"
+        "def pack(lengths, capacity, key): return [[i] for i in range(len(lengths))]\n"
+        "def optional(lengths, capacity, key, power=2): return pack(lengths, capacity, key)\n"
+        "def any(*given): return pack(*given)\n"
+        "bound = partial(optional, power=3)\n"
+        "class Packer:\n    def __call__(self, lengths, capacity, key): return pack(lengths, capacity, key)\n"
+        "packer = Packer()\n"
+    )
+    for name in ("pack", "optional", "any", "bound", "packer"):
+        assert resolve_strategy(f"three:{name}").scope == "epoch"

@@ -584,3 +584,10 @@ def test_a_mixture_is_read_and_comes_back(tmp_path):
     assert other.hash != recipe.hash and len(other.data.mixture) == 1
     listed = load_recipe(write(tmp_path, GOOD), ["data.path=[a.jsonl, 'b/*.parquet']", "data.eval_path=[c]"])
     assert listed.data.path == ["a.jsonl", "b/*.parquet"] and listed.data.eval_path == ["c"]
+
+
+@pytest.mark.parametrize("value", ["1e30", "9" * 40])
+def test_numbers_that_nothing_can_count_are_refused(tmp_path, value):
+    error = problems(write(tmp_path, GOOD), [f"data.num_rows={value}", f"batching.max_tokens={value}"])
+    assert [problem.key for problem in error.problems] == ["data.num_rows", "batching.max_tokens"]
+    assert "data.num_rows: must be at most 1,099,511,627,776" in str(error)

@@ -102,6 +102,21 @@ def test_the_launchers_config_is_read_from_its_file(tmp_path):
     assert deepspeed_config({}, **PLAN | {"env": launched}) is None
 
 
+@needs_deepspeed
+@pytest.mark.parametrize(
+    "key, section",
+    [
+        ("optimizer", {"type": "SGD", "params": {"lr": "auto"}}),
+        ("scheduler", {"type": "WarmupLR", "params": {"warmup_max_lr": 0.01}}),
+    ],
+)
+def test_deepspeeds_own_optimizer_and_schedule_are_refused(key, section):
+    """`cosine` would become WarmupLR, and `sgd` AdamW, with nothing said."""
+    with pytest.raises(LaunchError, match=f"{key}: would override the recipe(.|\n)*leave it out"):
+        checked({"zero_optimization": {"stage": 2}, key: section})
+    assert checked({"zero_optimization": {"stage": 2}, key: None})  # control
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from packtrain.errors import LaunchError
-from packtrain.training.ranks import PAUSE, asked_world_size, check_processes
+from packtrain.training.ranks import PAUSE, asked_rank, asked_world_size, check_processes
 
 ROOT = Path(__file__).parents[2]
 
@@ -71,3 +71,12 @@ def test_it_would_without_the_pause():
     done = end_with_a_late_thread(5.0, 0.0)
     assert done.returncode != 0
     assert "exitcode: -6" in done.stderr
+
+
+@pytest.mark.parametrize("text", ["abc", "-1", "1.5", "0x2", "٣", "9" * 6000 + "x"])
+def test_variables_of_a_launcher_that_are_no_numbers_are_named(text):
+    with pytest.raises(LaunchError, match="WORLD_SIZE: is not a number of ranks"):
+        asked_world_size({"WORLD_SIZE": text})
+    with pytest.raises(LaunchError, match="RANK: is not a number of ranks"):
+        asked_rank({"RANK": text})
+    assert (asked_rank({"RANK": "3"}), asked_rank({})) == (3, 0)  # control

@@ -1,9 +1,10 @@
 """A run that is told to stop finishes its update, saves once, and exits with 75 (EX_TEMPFAIL: try again).
 
-SIGTERM (a preempted job, `#SBATCH --signal=TERM@120`), SIGINT (Ctrl-C) and SIGUSR1 all mean the same, and it is enough
-that one rank hears it. A second signal exits at once, with 128 + its number: 130 for Ctrl-C. It counts as a second
-one after `PAUSE` seconds: Ctrl-C and schedulers signal a whole process group, and the launcher in it forwards its own to
-the ranks, which have it already. Outside of training the signals do what they always do.
+SIGTERM (a preempted job, `#SBATCH --signal=TERM@120`), SIGINT (Ctrl-C), SIGHUP (a terminal that closes, unless `nohup`
+has it ignored) and SIGUSR1 all mean the same, and it is enough that one rank hears it. A second signal exits at once, with
+128 + its number: 130 for Ctrl-C. It counts as a second one after `PAUSE` seconds: Ctrl-C and schedulers signal a whole
+process group, and the launcher in it forwards its own to the ranks, which have it already. Outside of training the signals
+do what they always do.
 
 torchrun and accelerate turn the 75 of their ranks into a 1. Signalled themselves, they give their ranks 30 seconds and
 then kill them, so update and save have to be done by then (`TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300` allows five minutes
@@ -17,7 +18,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from transformers import Trainer, TrainerCallback
 
 from packtrain.errors import Stopped
 
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
 PAUSE = 5.0  # seconds; a launcher forwards a signal within one, and whoever means it a second time waits that long
 
 
@@ -48,7 +49,9 @@ class StopOnSignal(TrainerCallback):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._hear) for number in SIGNALS}
+        nohup = hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        heard = [number for number in SIGNALS if not (nohup and number == signal.SIGHUP)]
+        before = {number: signal.signal(number, self._hear) for number in heard}
         try:
             yield
         finally:
@@ -63,7 +66,8 @@ class StopOnSignal(TrainerCallback):
         self.heard, self._heard_at = number, time.monotonic()
         name = signal.Signals(number).name
         once_more = f"another signal after {PAUSE:.0f} seconds stops it at once"
-        os.write(2, f"{name}: the run stops after this update, with a checkpoint; {once_more}\n".encode())
+        with suppress(OSError):  # the terminal may be gone
+            os.write(2, f"{name}: the run stops after this update, with a checkpoint; {once_more}\n".encode())
 
     def on_step_end(self, args, state, control, **kwargs):
         heard = torch.tensor([self.heard], device=args.device)

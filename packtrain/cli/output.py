@@ -1,0 +1,48 @@
+"""Standard output of a run that takes longer than whoever reads it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+from collections.abc import Callable
+from typing import TextIO
+
+logger = logging.getLogger(__name__)
+
+
+class LastingOutput(io.TextIOBase):
+    """Standard output as long as someone reads it.
+
+    A reader that has gone (`| head -1`), a terminal that was closed or a full device costs what would be printed, and not
+    the run.
+    """
+
+    def __init__(self, output: TextIO):
+        self._output = output
+
+    def write(self, text: str) -> int:
+        self._attempt(lambda: self._output.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt(lambda: self._output.flush())
+
+    def isatty(self) -> bool:
+        return self._output.isatty()
+
+    def fileno(self) -> int:
+        return self._output.fileno()
+
+    @property
+    def encoding(self) -> str:  # ty: ignore[incompatible-property-override] (nobody assigns it)
+        return self._output.encoding
+
+    def _attempt(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except OSError as error:
+            with contextlib.suppress(OSError):  # what is left in its buffer goes nowhere, too
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._output.fileno())
+            logger.warning("standard output is gone (%s); the run goes on without it", error.strerror)

@@ -1,0 +1,43 @@
+"""A run outlives whoever reads its output."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PRINT = """if True:
+    import sys, time
+    from rich.console import Console
+    from packtrain.cli.output import LastingOutput
+    output = LastingOutput(sys.stdout) if sys.argv[1] == "lasting" else sys.stdout
+    console = Console(file=output)
+    for number in range(2000):
+        console.print(f"line {number}", "x" * 200)
+    sys.stderr.write("done")
+    """
+
+
+def run(command: str, kind: str) -> tuple[int, str]:
+    script = f"set -o pipefail; {sys.executable} -c '{PRINT}' {kind} {command}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("command", ["| head -1 > /dev/null", "> /dev/full"])
+def test_a_reader_that_goes_costs_the_output_only(command):
+    if "/dev/full" in command and not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    code, said = run(command, "plain")
+    assert code and "done" not in said  # the control
+    code, said = run(command, "lasting")
+    assert code == 0 and said.endswith("done")
+    assert said.count("standard output is gone") == 1 and "Traceback" not in said
+
+
+def test_output_that_is_read_is_whole():
+    done = subprocess.run([sys.executable, "-c", PRINT, "lasting"], capture_output=True, text=True)
+    assert [line for line in done.stdout.splitlines() if line.startswith("line")][-1].startswith("line 1999")
+    assert done.stderr == "done"
