@@ -38,6 +38,7 @@ from packtrain.modeling.attention.kernels import HALF
 from packtrain.modeling.attention.varlen import NAME, check_implementation, choose_implementation
 from packtrain.modeling.audit import probe
 from packtrain.modeling.audit.causes import advice, cause
+from packtrain.modeling.audit.kinds import kind_of, shortest_prefix
 from packtrain.modeling.audit.models import tiny_model
 from packtrain.modeling.audit.report import (
     ISOLATED,
@@ -206,16 +207,14 @@ def _gradient_difference(subject: Subject, laid: probe.Laid) -> float:
 @contextmanager
 def _first_layers(model: nn.Module) -> Iterator[str | None]:
     """Leaves the model only its first layers while open: the shortest prefix with every kind, and at least two."""
-    config = base(model).config.get_text_config()
-    total, types = config.num_hidden_layers, getattr(config, "layer_types", None)
+    total = base(model).config.get_text_config().num_hidden_layers
     stacks = [
         (parent, name, stack)
         for parent in model.modules()
         for name, stack in parent.named_children()
         if isinstance(stack, nn.ModuleList) and len(stack) == total
     ]
-    kinds = [(type(layer), types[i] if types else None) for i, layer in enumerate(stacks[0][2])] if stacks else []
-    kept = max([2, *(kinds.index(kind) + 1 for kind in set(kinds))])
+    kept = max(2, shortest_prefix([kind_of(layer) for layer in stacks[0][2]]) if stacks else 0)
     if not stacks or kept >= total:
         yield None
         return
