@@ -41,6 +41,7 @@ def check_isolation(
     *,
     dtype: torch.dtype | None = None,
     allow_contamination: bool = False,
+    longest: int | None = None,
 ) -> str:
     """Runs `quick_check` and says what it finds, or why it could not run: "not checked: ...".
 
@@ -50,6 +51,7 @@ def check_isolation(
         device: where it will train; until then DeepSpeed and FSDP leave it on the CPU.
         dtype: what it will compute in there, see `compute_dtype`; None for that of its weights.
         allow_contamination: warn instead of refusing.
+        longest: tokens of the longest row there will be; None if that is not known.
 
     Raises:
         ModelError: attention leaks between documents, or the model can't run at all.
@@ -58,7 +60,7 @@ def check_isolation(
         return f"{NOT_CHECKED}{reason}"
     weights = list(model.parameters())
     try:
-        finding = quick_check(model, layout, compute_dtype=dtype)
+        finding = quick_check(model, layout, compute_dtype=dtype, longest=longest)
     except ModelError as error:
         if weights[0].device.type == device.type:
             raise

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import numpy as np
@@ -26,6 +26,7 @@ from packtrain.errors import DataError, PacktrainError
 from packtrain.modeling.attention.varlen import choose_implementation
 from packtrain.modeling.audit.settings import base
 from packtrain.modeling.isolation import NOT_CHECKED, check_isolation, compute_dtype
+from packtrain.modeling.per_document import compute_per_document
 from packtrain.modeling.positions import position_start
 from packtrain.objectives.logits import NOT_MODEL_INPUTS
 from packtrain.packing.collator import MicroBatches, PackCollator
@@ -129,10 +130,15 @@ def _attach_flat(
     )
     batches = _ModelInputs(MicroBatches(examples, collator))
     changes = [f"{strategy} lays out the training batches"]
-    with _as_it_was_if_refused(trainer), untouched(trainer):
+    with _as_it_was_if_refused(trainer) as undo, untouched(trainer):
         changes += _without_cache(trainer)
+        per_document = undo.enter_context(compute_per_document(trainer.accelerator.unwrap_model(trainer.model)))
+        if per_document.what and examples.lengths.max() > (per_document.threshold or 0):
+            changes.append(f"{' and '.join(per_document.what)}: of the longest row -> of each document")
         proof = Proof(trainer, order.loader, plan, max_tokens)
-        changes += _prepare_model(trainer, plan.layout, attn_implementation, allow_contamination)
+        changes += _prepare_model(
+            trainer, plan.layout, attn_implementation, allow_contamination, int(examples.lengths.max())
+        )
         changes.append(proof.of(batches, allow_differences=allow_differences or allow_contamination))
         if rule.scope == "step" and not (allow_differences or allow_contamination):
             refuse_unproved(trainer, proof)
@@ -188,16 +194,19 @@ def _take_todays_order(order: TrainersOrder, plan: Plan, max_tokens: int | None)
 
 
 @contextmanager
-def _as_it_was_if_refused(trainer: Trainer) -> Iterator[None]:
+def _as_it_was_if_refused(trainer: Trainer) -> Iterator[ExitStack]:
+    """Undoes what was changed, and what the stack it yields holds, where the trainer is refused."""
     inner = base(trainer.accelerator.unwrap_model(trainer.model))
     implementation, use_cache = inner.config._attn_implementation, inner.config.use_cache
-    try:
-        yield
-    except PacktrainError:
-        inner.config.use_cache = use_cache
-        if inner.config._attn_implementation != implementation:
-            inner.set_attn_implementation(implementation)
-        raise
+    with ExitStack() as undo:
+        try:
+            yield undo
+        except PacktrainError:
+            inner.config.use_cache = use_cache
+            if inner.config._attn_implementation != implementation:
+                inner.set_attn_implementation(implementation)
+            raise
+        undo.pop_all()
 
 
 def _without_cache(trainer: Trainer) -> list[str]:
@@ -206,7 +215,9 @@ def _without_cache(trainer: Trainer) -> list[str]:
     return ["use_cache True -> False"] if changed else []
 
 
-def _prepare_model(trainer: Trainer, layout: str, attn_implementation: str, allow_contamination: bool) -> list[str]:
+def _prepare_model(
+    trainer: Trainer, layout: str, attn_implementation: str, allow_contamination: bool, longest: int
+) -> list[str]:
     """Sets the model's attention for this layout, checks that documents are isolated, and says what was changed."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     inner, changes = base(model), []
@@ -216,7 +227,9 @@ def _prepare_model(trainer: Trainer, layout: str, attn_implementation: str, allo
     if chosen is not None and chosen != before:
         inner.set_attn_implementation(chosen)
         changes.append(f"attn_implementation {before} -> {chosen}")
-    found = check_isolation(model, layout, args.device, dtype=dtype, allow_contamination=allow_contamination)
+    found = check_isolation(
+        model, layout, args.device, dtype=dtype, allow_contamination=allow_contamination, longest=longest
+    )
     return (
         [*changes, f"whether attention leaks between documents was {found}"]
         if found.startswith(NOT_CHECKED)

@@ -21,6 +21,7 @@ from packtrain.errors import PacktrainError, refused_by
 from packtrain.modeling.attention.varlen import choose_implementation
 from packtrain.modeling.isolation import check_isolation, compute_dtype
 from packtrain.modeling.loading import add_lora, count_parameters, load_config, load_model, weights_dtype
+from packtrain.modeling.per_document import compute_per_document
 from packtrain.modeling.positions import check_positions, position_start
 from packtrain.objectives.objective import Task
 from packtrain.objectives.task import load_task, plan_recipe
@@ -166,6 +167,7 @@ def prepare_model(
         say(f"new tokens   {prepared.note}{trained}")
     if far := check_positions(model, task.longest()):
         say(f"warning      {far}")
+    compute_per_document(model)
     return model
 
 
@@ -229,9 +231,18 @@ def check_documents(recipe: Recipe, trainer: PackTrainer, *, console: Console | 
         trainer.args.device,
         dtype=compute_dtype(trainer.args, model.dtype),
         allow_contamination=recipe.batching.allow_contamination,
+        longest=_longest_row(recipe, trainer),
     )
     if console and trainer.is_world_process_zero():
         _sayer(console)(f"documents of a {layout} batch: {found}")
+
+
+def _longest_row(recipe: Recipe, trainer: PackTrainer) -> int:
+    """Returns the most tokens of a document, or of a padded row: what arithmetic that depends on a length can meet."""
+    if resolve_strategy(trainer.plan.strategy).padded_to == "max_length":
+        return recipe.data.max_length
+    parts = (trainer.train_dataset, trainer.eval_dataset)
+    return max(int(part.lengths.max()) for part in parts if part is not None)
 
 
 def training_arguments(recipe: Recipe, plan: Plan, *, evaluate: bool) -> TrainingArguments:
