@@ -13,6 +13,8 @@ from transformers import TrainingArguments
 
 from packtrain.errors import ModelError
 from packtrain.modeling.audit.audit import quick_check
+from packtrain.modeling.audit.report import REFUSED
+from packtrain.modeling.audit.settings import base
 
 NOT_CHECKED = "not checked: "
 
@@ -65,5 +67,14 @@ def check_isolation(
         if weights[0].device.type == device.type:
             raise
         return f"{NOT_CHECKED}{error.what}, on the {weights[0].device.type} where weights are until training"
+    here = weights[0].device.type == device.type
+    if finding.verdict == REFUSED and here and not allow_contamination:  # the first micro-batch would end in the same
+        what = f"cannot run a {layout} batch with {finding.implementation}: {finding.error}"
+        fix = (
+            "choose a padded strategy (pad_longest)"
+            if layout == "flat"
+            else "see `packtrain audit` for what it can run"
+        )
+        raise ModelError(what, key="model", value=type(base(model)).__name__, fix=fix)
     finding.refuse(allow_contamination=allow_contamination)
     return finding.what()

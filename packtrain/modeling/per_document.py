@@ -337,4 +337,6 @@ def _set(owner: Any, name: str, value: int) -> None:
 
 def depends_on_length(threshold: int) -> str:
     """Says why documents of different lengths are not what they are alone."""
-    return f"above {threshold:,} tokens its arithmetic depends on the longest row of a micro-batch or on places in a row"
+    return (
+        f"above {threshold:,} tokens its arithmetic depends on the longest row of a micro-batch or on places in a row"
+    )

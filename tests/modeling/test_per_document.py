@@ -249,4 +249,6 @@ def test_attach_says_that_frequencies_are_those_of_each_document(tmp_path, caplo
     ours = attach(trainer())
     assert "rotary frequencies (longrope): of the longest row -> of each document" in caplog.text
     assert losses(ours) == pytest.approx(losses(by_hand), rel=1e-4)
-    assert losses(trainer()) != pytest.approx(ours.state.log_history[0]["loss"], rel=1e-4)  # control: by the longest row
+    assert losses(trainer()) != pytest.approx(
+        ours.state.log_history[0]["loss"], rel=1e-4
+    )  # control: by the longest row
