@@ -24,7 +24,6 @@ from typing import Any
 
 from packtrain.data.store import cache_root
 from packtrain.errors import PacktrainError, PlanError
-from packtrain.modeling.audit.kinds import kind_of
 from packtrain.packing.cost import Cost, config_at_hand
 from packtrain.recipe.sections import ModelSection
 
@@ -35,7 +34,7 @@ PLAIN = frozenset(
     "gemma gemma2 gemma3_text gpt2 llama mistral mixtral olmo olmo2 opt phi3 qwen2 qwen2_moe qwen3 qwen3_moe smollm3".split()
 )
 _ATTENTION = "packtrain_flops"
-_LENGTH = 64  # tokens of the shorter pass, and at least as many as one chunk of a chunked scan
+_LENGTH = 32  # tokens of the shorter pass, and at least as many as one chunk of a chunked scan
 _CHUNKS = ("chunk_size", "mamba_chunk_size")
 
 
@@ -117,16 +116,22 @@ def count_cost(config: Any) -> Cost:
     Raises:
         Exception: whatever the model raises on tensors without values.
     """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():  # tensors without memory, which models take for tracing and don't read
+        return _counted(config, _build(config))
+
+
+def _counted(config: Any, model: Any) -> Cost:
     import torch
 
-    model = _build(config)
     chunks = [size for name in _CHUNKS if isinstance(size := getattr(config, name, None), int)]
     shorter = max([_LENGTH, *chunks])
     given = inspect.signature(model.forward).parameters
     with _one_of_each(model) as layers:
         passes = []
         for length in (shorter, 2 * shorter):
-            ids = torch.zeros(2, length, dtype=torch.long, device="meta")
+            ids = torch.zeros(2, length, dtype=torch.long)
             mask = (
                 {"attention_mask": torch.ones_like(ids)} if "attention_mask" in given else {}
             )  # else positions are read
@@ -137,8 +142,7 @@ def count_cost(config: Any) -> Cost:
 
 
 def _build(config: Any) -> Any:
-    """Builds the layers of a config without memory, with the attention that counts itself where the model takes it."""
-    import torch
+    """Builds the layers of a config, with the attention that counts itself where the model takes it."""
     from transformers import AttentionInterface, AttentionMaskInterface, AutoModel
 
     AttentionInterface.register(_ATTENTION, _attention)
@@ -147,13 +151,12 @@ def _build(config: Any) -> Any:
         {"attn_implementation": _ATTENTION, "experts_implementation": "batched_mm"},
         {"attn_implementation": _ATTENTION},
     )
-    with torch.device("meta"):
-        for settings in tries:
-            try:
-                return AutoModel.from_config(copy.deepcopy(config), **settings).eval()
-            except Exception as error:  # its own attention or experts only
-                logger.debug("%s: %s", config.model_type, error)
-        return AutoModel.from_config(copy.deepcopy(config)).eval()
+    for settings in tries:
+        try:
+            return AutoModel.from_config(copy.deepcopy(config), **settings).eval()
+        except Exception as error:  # its own attention or experts only
+            logger.debug("%s: %s", config.model_type, error)
+    return AutoModel.from_config(copy.deepcopy(config)).eval()
 
 
 _calls: list[tuple[float, int | None]] = []  # of the attention that counts: FLOPs of a pair of tokens, and the window
@@ -168,6 +171,8 @@ def _attention(module: Any, query: Any, key: Any, value: Any, attention_mask: An
 @contextmanager
 def _one_of_each(model: Any) -> Iterator[dict[Any, int]]:
     """Leaves a model one layer of every kind while open; yields how often each counts."""
+    from packtrain.modeling.audit.kinds import kind_of
+
     total = model.config.num_hidden_layers
     stacks = [
         (parent, name, stack)

@@ -20,19 +20,22 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 import numpy as np
 from torch.utils.data import Dataset
 from transformers import Trainer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from packtrain.data.examples import Examples
 from packtrain.errors import DataError, PacktrainError
 from packtrain.modeling.attention.varlen import choose_implementation
+from packtrain.modeling.audit.causality import check_causal
 from packtrain.modeling.audit.settings import base
 from packtrain.modeling.isolation import NOT_CHECKED, check_isolation, compute_dtype
 from packtrain.modeling.per_document import compute_per_document
 from packtrain.modeling.positions import position_start
+from packtrain.modeling.unpad import predicts_next_token
 from packtrain.objectives.logits import NOT_MODEL_INPUTS
 from packtrain.packing.collator import MicroBatches, PackCollator
 from packtrain.packing.plan import MicroBatch, Plan
 from packtrain.packing.strategies import resolve_strategy
-from packtrain.plugin.asking import named, untouched
+from packtrain.plugin.asking import named, not_askable, untouched
 from packtrain.plugin.checks import (
     agreed_settings,
     refuse_changes,
@@ -45,7 +48,7 @@ from packtrain.plugin.checks import (
 )
 from packtrain.plugin.order import TrainersOrder, examples_per_step, fits_max_tokens, plan_attached
 from packtrain.plugin.proof import Proof
-from packtrain.plugin.unpadded import unpad_trainer
+from packtrain.plugin.unpadded import has_own_loss, unpad_trainer
 from packtrain.training.loader import PlanLoader, loader_options, values_of_plan
 from packtrain.training.meters import Meter
 from packtrain.training.trainer import StepEnd
@@ -97,6 +100,7 @@ def attach(
             the trainer is left as it was.
     """
     refuse_misuse(trainer, strategy, max_tokens, layout)
+    _refuse_seen_answers(trainer)
     if layout == "unpad":
         return unpad_trainer(trainer)
     rule = resolve_strategy(strategy)
@@ -107,6 +111,16 @@ def attach(
             return unpad_trainer(trainer, instead_of=error)
         error.where = ": ".join(part for part in (named(trainer), error.where) if part)
         raise
+
+
+def _refuse_seen_answers(trainer: Trainer) -> None:
+    """Refuses a causal language model by its class that is none by its config, as BERT without `is_decoder`."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    causal = type(base(model)).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() and predicts_next_token(
+        base(model)
+    )
+    if causal and not has_own_loss(trainer) and not_askable(trainer) is None:
+        check_causal(model)
 
 
 def _attach_flat(
