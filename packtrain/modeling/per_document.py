@@ -216,7 +216,7 @@ def compute_per_document(model: nn.Module, *, rotary: bool = True) -> PerDocumen
         if rotary and (kind := rope_kinds(module)) and not _has(module, RotaryPerDocument):
             handles.append(module.register_forward_hook(RotaryPerDocument(), with_kwargs=True))
             what.append(f"rotary frequencies ({kind})")
-        attention = getattr(module, "self_attn", None)
+        attention: Any = getattr(module, "self_attn", None)
         if scales_by_place(attention) and not _has(attention.q_proj, ScaleByPosition):
             places = _Places()
             scale = ScaleByPosition(places, _Attribute(attention, "floor_scale"), attention.attn_scale)

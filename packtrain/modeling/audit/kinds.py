@@ -45,7 +45,8 @@ def kinds_in(config: PreTrainedConfig) -> list[tuple]:
     layers = count_layers(config)
     columns: list[Sequence[Any]] = []
     properties = {name: getattr(config, name, None) for name in _COMPUTED if name not in vars(config)}
-    for name, value in (vars(config) | properties).items():
+    fields: dict[str, Any] = vars(config) | properties
+    for name, value in fields.items():
         if is_per_layer(name, value, layers):
             columns.append(list(map(str, value)))
         elif is_of_indices(name, value, layers):
