@@ -1,4 +1,4 @@
-"""The audit is not fooled: by a head of zeros, adapters that begin at zero, tiny vocabularies, or the way a model is named."""
+"""The audit is not fooled: by heads and adapters of zeros, tiny vocabularies, or the way a model is named."""
 
 from __future__ import annotations
 
