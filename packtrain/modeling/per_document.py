@@ -96,7 +96,7 @@ def _each(function: Callable[..., Tensor], *values: Any) -> Any:
 
 @dataclass(frozen=True)
 class PositionsOfTokens:
-    """The hook before a model: numbers the real tokens of padded rows that come without `position_ids`.
+    """The hook before a model: numbers the real tokens of padded rows, and no padding.
 
     Positions then say how long a row is without its padding.
     """
@@ -106,11 +106,16 @@ class PositionsOfTokens:
         given |= given.pop("kwargs", {})
         mask, cache = given.get("attention_mask"), given.get("past_key_values")
         tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
-        if given.get("position_ids") is not None or cache is not None or not torch.is_tensor(mask) or tokens is None:
+        if cache is not None or not torch.is_tensor(mask) or tokens is None:
             return None
         if mask.dim() != 2 or mask.shape != tokens.shape[:2]:
             return None
-        return (), given | {"position_ids": (mask.long().cumsum(1) - 1).clamp(min=0)}
+        positions = given.get("position_ids")
+        if positions is None:
+            positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+        elif positions.shape != mask.shape:
+            return None
+        return (), given | {"position_ids": positions * (mask != 0)}  # at padding they would run on
 
 
 @dataclass(frozen=True)

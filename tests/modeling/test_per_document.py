@@ -204,8 +204,8 @@ def test_unpadded_rows_have_the_scale_of_padded_ones():
 RECIPE = """
 model:
   config: {model_type: phi3, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 4,
-    num_key_value_heads: 2, pad_token_id: 0, original_max_position_embeddings: 24, max_position_embeddings: 512,
-    resid_pdrop: 0.0, rope_parameters: {rope_type: longrope, rope_theta: 10000.0, original_max_position_embeddings: 24,
+    num_key_value_heads: 2, pad_token_id: 0, original_max_position_embeddings: 100, max_position_embeddings: 512,
+    resid_pdrop: 0.0, initializer_range: 0.1, rope_parameters: {rope_type: longrope, rope_theta: 10000.0, original_max_position_embeddings: 100,
       short_factor: [1.0, 1.2, 1.5, 2.0], long_factor: [1.5, 3.0, 6.0, 9.0]}}
   tokenizer_vocab_size: 300
 data: {path: "packtrain:arithmetic", num_rows: 120, eval_size: 20, max_length: 512, overflow: truncate}
@@ -221,7 +221,7 @@ def test_recipes_take_the_same_steps_in_every_layout(tmp_path):
         path.write_text(RECIPE.replace("OUT", str(tmp_path / strategy)).replace("STRATEGY", strategy))
         trainer = build(load_recipe(path))
         lengths = trainer.train_dataset.lengths
-        assert lengths.min() < 24 < lengths.max()
+        assert lengths.min() < 100 < lengths.max()
         trainer.train()
         return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
