@@ -205,7 +205,8 @@ RECIPE = """
 model:
   config: {model_type: phi3, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 4,
     num_key_value_heads: 2, pad_token_id: 0, original_max_position_embeddings: 100, max_position_embeddings: 512,
-    resid_pdrop: 0.0, initializer_range: 0.1, rope_parameters: {rope_type: longrope, rope_theta: 10000.0, original_max_position_embeddings: 100,
+    resid_pdrop: 0.0, initializer_range: 0.1,
+    rope_parameters: {rope_type: longrope, rope_theta: 10000.0, original_max_position_embeddings: 100,
       short_factor: [1.0, 1.2, 1.5, 2.0], long_factor: [1.5, 3.0, 6.0, 9.0]}}
   tokenizer_vocab_size: 300
 data: {path: "packtrain:arithmetic", num_rows: 120, eval_size: 20, max_length: 512, overflow: truncate}
