@@ -27,11 +27,11 @@ from rich.table import Table
 from rich.text import Text
 
 from packtrain.errors import PacktrainError
+from packtrain.modeling.cost import cost_of
 from packtrain.modeling.loading import load_config
 from packtrain.objectives.objective import Task
 from packtrain.objectives.task import load_task, plan_recipe
 from packtrain.packing.collator import IGNORED, MicroBatches
-from packtrain.packing.cost import Cost
 from packtrain.packing.plan import MicroBatch, Plan
 from packtrain.packing.strategies import resolve_strategy
 from packtrain.recipe.recipe import Recipe
@@ -175,7 +175,7 @@ def show_batch(
         chosen = MicroBatch(example_ids=ids, starts=np.zeros_like(ids), stops=lengths)
         head = f"{len(ids)} example{'s' if len(ids) > 1 else ''}"
     else:
-        cost = Cost.of_config(config)
+        cost = cost_of(config)
         plan = plan_recipe(recipe, task.train.lengths, world_size=world_size, cost=cost)
         chosen, head = _micro_batch(plan, step, rank, micro_batch)
         epoch, _ = plan.locate(step)

@@ -14,8 +14,8 @@ from rich.text import Text
 from packtrain.cli.memory_table import AskedMemory, show_memory
 from packtrain.data.report import DataReport
 from packtrain.errors import PlanError
+from packtrain.modeling.cost import find_cost
 from packtrain.objectives.task import find_training_examples, load_task, plan_recipe
-from packtrain.packing.cost import find_cost
 from packtrain.packing.lengths import histogram, load_lengths
 from packtrain.packing.plan import Plan, make_plan
 from packtrain.packing.recommend import recommend as choose

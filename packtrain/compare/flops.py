@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from packtrain.packing.cost import Cost
+from packtrain.modeling.cost import cost_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -55,7 +55,7 @@ def training_flops(config: PreTrainedConfig, *, frozen: bool) -> Callable[[np.nd
         frozen: whether the layers' weights are frozen (LoRA).
     """
     text = config.get_text_config()
-    cost, head = Cost.of_config(text), 2 * text.hidden_size * text.vocab_size
+    cost, head = cost_of(text), 2 * text.hidden_size * text.vocab_size
     linear_passes = 2 if frozen else 3
 
     def flops(lengths: np.ndarray, supervised: int) -> float:

@@ -286,13 +286,19 @@ def same_frequencies(model: nn.Module) -> Iterator[None]:
             module._buffers.update(buffers)
 
 
+def _adapters(model: nn.Module) -> set[str]:
+    """Returns what the names of adapters' weights have in them: LoRA's, and those of peft's other tuners."""
+    prefix = getattr(getattr(model, "base_model", None), "prefix", None)
+    return {"lora_", "adapter"} | ({prefix} if isinstance(prefix, str) and prefix else set())
+
+
 @contextmanager
 def nonzero_adapters(model: nn.Module) -> Iterator[None]:
     """Draws the zero matrices of adapters at random: a difference that goes through an adapter shows only then."""
     generator = torch.Generator().manual_seed(1)
     zeros = [
         weight for name, weight in model.named_parameters()
-        if ("lora_" in name or "adapter" in name) and not weight.detach().any()
+        if any(part in name for part in _adapters(model)) and not weight.detach().any()
     ]  # fmt: skip
     with torch.no_grad():
         for weight in zeros:

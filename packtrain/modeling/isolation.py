@@ -13,6 +13,8 @@ from transformers import TrainingArguments
 
 from packtrain.errors import ModelError
 from packtrain.modeling.audit.audit import quick_check
+from packtrain.modeling.audit.report import REFUSED
+from packtrain.modeling.audit.settings import base
 
 NOT_CHECKED = "not checked: "
 
@@ -41,6 +43,7 @@ def check_isolation(
     *,
     dtype: torch.dtype | None = None,
     allow_contamination: bool = False,
+    longest: int | None = None,
 ) -> str:
     """Runs `quick_check` and says what it finds, or why it could not run: "not checked: ...".
 
@@ -50,6 +53,7 @@ def check_isolation(
         device: where it will train; until then DeepSpeed and FSDP leave it on the CPU.
         dtype: what it will compute in there, see `compute_dtype`; None for that of its weights.
         allow_contamination: warn instead of refusing.
+        longest: tokens of the longest row there will be; None if that is not known.
 
     Raises:
         ModelError: attention leaks between documents, or the model can't run at all.
@@ -58,10 +62,19 @@ def check_isolation(
         return f"{NOT_CHECKED}{reason}"
     weights = list(model.parameters())
     try:
-        finding = quick_check(model, layout, compute_dtype=dtype)
+        finding = quick_check(model, layout, compute_dtype=dtype, longest=longest)
     except ModelError as error:
         if weights[0].device.type == device.type:
             raise
         return f"{NOT_CHECKED}{error.what}, on the {weights[0].device.type} where weights are until training"
+    here = weights[0].device.type == device.type
+    if finding.verdict == REFUSED and here and not allow_contamination:  # the first micro-batch would end in the same
+        what = f"cannot run a {layout} batch with {finding.implementation}: {finding.error}"
+        fix = (
+            "choose a padded strategy (pad_longest)"
+            if layout == "flat"
+            else "see `packtrain audit` for what it can run"
+        )
+        raise ModelError(what, key="model", value=type(base(model)).__name__, fix=fix)
     finding.refuse(allow_contamination=allow_contamination)
     return finding.what()

@@ -40,6 +40,7 @@ from packtrain.modeling.equality import (
     short_windows,
 )
 from packtrain.modeling.flatten import Flatten, RefuseLabels, Scatter, use_attention
+from packtrain.modeling.per_document import compute_per_document, small_thresholds
 
 
 class Unpadding:
@@ -54,6 +55,7 @@ class Unpadding:
         self._before = [(border, border.config._attn_implementation) for border in borders.values()]
         self._handles: list[RemovableHandle] = []
         self._top, self._borders = base(model), borders
+        self._places = compute_per_document(model, rotary=False)
 
     def _install(self, hooks: dict[str, Flatten]) -> None:
         """Installs these hooks, in the place of those that are there."""
@@ -75,6 +77,7 @@ class Unpadding:
     def remove(self) -> None:
         """Removes the hooks, and gives the model its own attention back."""
         self._remove_hooks()
+        self._places.remove()
         for border, implementation in self._before:
             use_attention(border, implementation)
 
@@ -117,6 +120,7 @@ def unpad(model: nn.Module, *, module: nn.Module | str | None = None, ask_whole:
             nonzero_adapters(model),
             short_windows(borders.values()),
             same_frequencies(model),
+            small_thresholds(model, rotary=False),
         ):
             whole = None if top in borders.values() or not ask_whole else outputs_of(top, borders.values())
             hooks = {name: find_hook(name, border) for name, border in borders.items()}

@@ -27,6 +27,7 @@ class CausalLM(Objective):
     """Predicts the next token."""
 
     weighs_tokens: ClassVar[bool] = True
+    predicts_next: ClassVar[bool] = True
 
     name: Literal["causal_lm"] = "causal_lm"
     loss_weighting: Literal["token", "example"] = "token"

@@ -38,6 +38,7 @@ class Objective(Section):
         keeps_examples: its examples are those of `packtrain.data`, so that their lengths are known without a tokenizer.
         brings_attention: its model gets the objective's own attention, made for its batches alone.
         weighs_tokens: its loss takes factors of tokens (a fractional `weight` of a message).
+        predicts_next: it predicts every token from those before it, so that its model must be causal.
         answers: its models answer `packtrain sample` and `packtrain evaluate`.
         rules: what its keys contradict in other sections and in a strategy.
     """
@@ -50,6 +51,7 @@ class Objective(Section):
     keeps_examples: ClassVar[bool] = True
     brings_attention: ClassVar[bool] = False
     weighs_tokens: ClassVar[bool] = False
+    predicts_next: ClassVar[bool] = False
     answers: ClassVar[bool] = False
     rules: ClassVar[tuple[Rule, ...]] = ()
 

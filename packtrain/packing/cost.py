@@ -82,7 +82,7 @@ class Cost:
         return cls(linear=float(linear), quadratic=float((layers - windowed) * pairs))
 
 
-def _mlp_weights(first, hidden: int) -> int:
+def _mlp_weights(first, hidden: int) -> float:
     """Counts the weights of one layer's MLP that a single token meets."""
     gated = first("model_type") not in {
         "gpt2",
@@ -98,6 +98,8 @@ def _mlp_weights(first, hidden: int) -> int:
     }
     matrices = 3 if gated else 2
     wide = first("intermediate_size", "n_inner", "ffn_dim", default=4 * hidden)
+    if isinstance(wide, (list, tuple)):  # Gemma 3n's, one for every layer
+        wide = sum(wide) / len(wide)
     experts = first("num_experts_per_tok", "num_experts_per_token", default=0)
     if not experts:
         return matrices * hidden * wide
@@ -115,15 +117,7 @@ def _windowed_layers(first, layers: int) -> int:
     return layers if use and first("sliding_window") else 0
 
 
-def find_cost(section: ModelSection) -> Cost | None:
-    """Returns the cost model of a recipe's architecture, or None (tokens count) where its config isn't at hand."""
-    try:
-        return Cost.of_config(_config_at_hand(section))
-    except PlanError:
-        return None
-
-
-def _config_at_hand(section: ModelSection) -> dict[str, Any]:
+def config_at_hand(section: ModelSection) -> dict[str, Any]:
     """Returns the fields of the config as far as they are known without the Hub and without importing transformers."""
     if section.config is not None:
         return section.config

@@ -14,24 +14,28 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import numpy as np
 from torch.utils.data import Dataset
 from transformers import Trainer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from packtrain.data.examples import Examples
 from packtrain.errors import DataError, PacktrainError
 from packtrain.modeling.attention.varlen import choose_implementation
+from packtrain.modeling.audit.causality import check_causal
 from packtrain.modeling.audit.settings import base
 from packtrain.modeling.isolation import NOT_CHECKED, check_isolation, compute_dtype
+from packtrain.modeling.per_document import compute_per_document
 from packtrain.modeling.positions import position_start
+from packtrain.modeling.unpad import predicts_next_token
 from packtrain.objectives.logits import NOT_MODEL_INPUTS
 from packtrain.packing.collator import MicroBatches, PackCollator
 from packtrain.packing.plan import MicroBatch, Plan
 from packtrain.packing.strategies import resolve_strategy
-from packtrain.plugin.asking import named, untouched
+from packtrain.plugin.asking import named, not_askable, untouched
 from packtrain.plugin.checks import (
     agreed_settings,
     refuse_changes,
@@ -44,7 +48,7 @@ from packtrain.plugin.checks import (
 )
 from packtrain.plugin.order import TrainersOrder, examples_per_step, fits_max_tokens, plan_attached
 from packtrain.plugin.proof import Proof
-from packtrain.plugin.unpadded import unpad_trainer
+from packtrain.plugin.unpadded import has_own_loss, unpad_trainer
 from packtrain.training.loader import PlanLoader, loader_options, values_of_plan
 from packtrain.training.meters import Meter
 from packtrain.training.trainer import StepEnd
@@ -96,6 +100,7 @@ def attach(
             the trainer is left as it was.
     """
     refuse_misuse(trainer, strategy, max_tokens, layout)
+    _refuse_seen_answers(trainer)
     if layout == "unpad":
         return unpad_trainer(trainer)
     rule = resolve_strategy(strategy)
@@ -106,6 +111,16 @@ def attach(
             return unpad_trainer(trainer, instead_of=error)
         error.where = ": ".join(part for part in (named(trainer), error.where) if part)
         raise
+
+
+def _refuse_seen_answers(trainer: Trainer) -> None:
+    """Refuses a causal language model by its class that is none by its config, as BERT without `is_decoder`."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    causal = type(base(model)).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() and predicts_next_token(
+        base(model)
+    )
+    if causal and not has_own_loss(trainer) and not_askable(trainer) is None:
+        check_causal(model)
 
 
 def _attach_flat(
@@ -129,10 +144,15 @@ def _attach_flat(
     )
     batches = _ModelInputs(MicroBatches(examples, collator))
     changes = [f"{strategy} lays out the training batches"]
-    with _as_it_was_if_refused(trainer), untouched(trainer):
+    with _as_it_was_if_refused(trainer) as undo, untouched(trainer):
         changes += _without_cache(trainer)
+        per_document = undo.enter_context(compute_per_document(trainer.accelerator.unwrap_model(trainer.model)))
+        if per_document.what and examples.lengths.max() > (per_document.threshold or 0):
+            changes.append(f"{' and '.join(per_document.what)}: of the longest row -> of each document")
         proof = Proof(trainer, order.loader, plan, max_tokens)
-        changes += _prepare_model(trainer, plan.layout, attn_implementation, allow_contamination)
+        changes += _prepare_model(
+            trainer, plan.layout, attn_implementation, allow_contamination, int(examples.lengths.max())
+        )
         changes.append(proof.of(batches, allow_differences=allow_differences or allow_contamination))
         if rule.scope == "step" and not (allow_differences or allow_contamination):
             refuse_unproved(trainer, proof)
@@ -188,16 +208,19 @@ def _take_todays_order(order: TrainersOrder, plan: Plan, max_tokens: int | None)
 
 
 @contextmanager
-def _as_it_was_if_refused(trainer: Trainer) -> Iterator[None]:
+def _as_it_was_if_refused(trainer: Trainer) -> Iterator[ExitStack]:
+    """Undoes what was changed, and what the stack it yields holds, where the trainer is refused."""
     inner = base(trainer.accelerator.unwrap_model(trainer.model))
     implementation, use_cache = inner.config._attn_implementation, inner.config.use_cache
-    try:
-        yield
-    except PacktrainError:
-        inner.config.use_cache = use_cache
-        if inner.config._attn_implementation != implementation:
-            inner.set_attn_implementation(implementation)
-        raise
+    with ExitStack() as undo:
+        try:
+            yield undo
+        except PacktrainError:
+            inner.config.use_cache = use_cache
+            if inner.config._attn_implementation != implementation:
+                inner.set_attn_implementation(implementation)
+            raise
+        undo.pop_all()
 
 
 def _without_cache(trainer: Trainer) -> list[str]:
@@ -206,7 +229,9 @@ def _without_cache(trainer: Trainer) -> list[str]:
     return ["use_cache True -> False"] if changed else []
 
 
-def _prepare_model(trainer: Trainer, layout: str, attn_implementation: str, allow_contamination: bool) -> list[str]:
+def _prepare_model(
+    trainer: Trainer, layout: str, attn_implementation: str, allow_contamination: bool, longest: int
+) -> list[str]:
     """Sets the model's attention for this layout, checks that documents are isolated, and says what was changed."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     inner, changes = base(model), []
@@ -216,7 +241,9 @@ def _prepare_model(trainer: Trainer, layout: str, attn_implementation: str, allo
     if chosen is not None and chosen != before:
         inner.set_attn_implementation(chosen)
         changes.append(f"attn_implementation {before} -> {chosen}")
-    found = check_isolation(model, layout, args.device, dtype=dtype, allow_contamination=allow_contamination)
+    found = check_isolation(
+        model, layout, args.device, dtype=dtype, allow_contamination=allow_contamination, longest=longest
+    )
     return (
         [*changes, f"whether attention leaks between documents was {found}"]
         if found.startswith(NOT_CHECKED)

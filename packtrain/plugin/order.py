@@ -11,7 +11,8 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer
 
 from packtrain.data.examples import Examples
-from packtrain.errors import PacktrainError, PlanError
+from packtrain.errors import PacktrainError
+from packtrain.modeling.cost import cost_of
 from packtrain.packing.cost import Cost
 from packtrain.packing.plan import MicroBatch, Plan, make_plan
 from packtrain.packing.scopes import StepScope
@@ -118,7 +119,4 @@ def examples_per_step(trainer: Trainer) -> int:
 
 def _cost(trainer: Trainer) -> Cost:
     """Returns the cost of the model, or of its tokens alone if the config says nothing about attention."""
-    try:
-        return Cost.of_config(trainer.accelerator.unwrap_model(trainer.model).config)
-    except PlanError:
-        return Cost(linear=1.0, quadratic=0.0)
+    return cost_of(trainer.accelerator.unwrap_model(trainer.model).config)

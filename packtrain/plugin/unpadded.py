@@ -56,7 +56,7 @@ def unpad_trainer(trainer: TrainerT, *, instead_of: PacktrainError | None = None
             batches = [] if not_asked else _own_batches(trainer)
             before = _answers(trainer, batches)
             for name, model in models_of(trainer).items():
-                unpadding = undo.enter_context(_unpad(model, ask_whole=not _has_own_loss(trainer)))
+                unpadding = undo.enter_context(_unpad(model, ask_whole=not has_own_loss(trainer)))
                 modules += [f"{name}.{inner}" if inner else name for inner in unpadding.modules]
             said = _agree(trainer, before, _answers(trainer, batches))
         except PacktrainError as error:
@@ -106,7 +106,7 @@ def reason(error: PacktrainError) -> str:
     return what or " ".join(part for part in ("it" if error.key == "trainer" else error.key, error.what) if part)
 
 
-def _has_own_loss(trainer: Trainer) -> bool:
+def has_own_loss(trainer: Trainer) -> bool:
     """Whether the user wrote the loss, so that the model's own, and what it reads, does not matter."""
     owner = next(cls for cls in type(trainer).__mro__ if "compute_loss" in vars(cls))
     return trainer.compute_loss_func is not None or not owner.__module__.startswith(LIBRARIES)

@@ -21,12 +21,14 @@ from transformers import PreTrainedConfig, PreTrainedModel, PrinterCallback, Tra
 from packtrain.data.store import tokenizer_fingerprint
 from packtrain.errors import CheckpointError, PacktrainError, refused_by
 from packtrain.modeling.attention.varlen import choose_implementation
-from packtrain.modeling.isolation import check_isolation, compute_dtype
+from packtrain.modeling.audit.causality import check_causal
+from packtrain.modeling.cost import cost_of
+from packtrain.modeling.isolation import cannot_ask, check_isolation, compute_dtype
 from packtrain.modeling.loading import add_lora, count_parameters, load_config, load_model, weights_dtype
+from packtrain.modeling.per_document import compute_per_document
 from packtrain.modeling.positions import check_positions, position_start
 from packtrain.objectives.objective import Task
 from packtrain.objectives.task import load_task, plan_recipe
-from packtrain.packing.cost import Cost
 from packtrain.packing.plan import Plan, plan_evaluation
 from packtrain.packing.strategies import resolve_strategy
 from packtrain.recipe.recipe import Recipe
@@ -134,7 +136,7 @@ def build(
     if console and asked_rank() == 0:
         _say_data(task, _sayer(console))
     config = load_config(recipe.model, tokenizer=task.tokenizer, new_tokens=task.new_tokens, fields=task.config_fields)
-    plan = plan_recipe(recipe, task.train.lengths, world_size=ranks, cost=Cost.of_config(config))
+    plan = plan_recipe(recipe, task.train.lengths, world_size=ranks, cost=cost_of(config))
     args = training_arguments(recipe, plan, evaluate=task.held_out is not None)
     check_processes(world_size=args.world_size, n_gpu=args.n_gpu)
     facts = facts_of(recipe, plan, task.train, config)
@@ -214,6 +216,7 @@ def prepare_model(
         say(f"new tokens   {prepared.note}{trained}")
     if far := check_positions(model, task.longest()):
         say(f"warning      {far}")
+    compute_per_document(model)
     return model
 
 
@@ -266,20 +269,31 @@ def check_documents(recipe: Recipe, trainer: PackTrainer, *, console: Console | 
     """Asks the model, where it will train, whether attention leaks between the documents of a batch.
 
     Raises:
-        ModelError: it does, and the recipe doesn't allow it.
+        ModelError: it does, and the recipe doesn't allow it; or it sees the tokens that it is to predict.
     """
     if recipe.objective.brings_attention:  # made for its own batches; it takes no other
         return
     layout, model = trainer.plan.layout, trainer.accelerator.unwrap_model(trainer.model)
+    if recipe.objective.predicts_next and cannot_ask(model) is None:
+        check_causal(model)
     found = check_isolation(
         model,
         layout,
         trainer.args.device,
         dtype=compute_dtype(trainer.args, model.dtype),
         allow_contamination=recipe.batching.allow_contamination,
+        longest=_longest_row(recipe, trainer),
     )
     if console and trainer.is_world_process_zero():
         _sayer(console)(f"documents of a {layout} batch: {found}")
+
+
+def _longest_row(recipe: Recipe, trainer: PackTrainer) -> int:
+    """Returns the most tokens of a document, or of a padded row: what arithmetic that depends on a length can meet."""
+    if resolve_strategy(trainer.plan.strategy).padded_to == "max_length":
+        return recipe.data.max_length
+    parts = (trainer.train_dataset, trainer.eval_dataset)
+    return max(int(part.lengths.max()) for part in parts if part is not None)
 
 
 def training_arguments(recipe: Recipe, plan: Plan, *, evaluate: bool) -> TrainingArguments:

@@ -32,7 +32,7 @@ def audit(target: object, implementations: str = "sdpa", layouts: str = "flat") 
 def test_an_encoder_directory_is_loaded_with_the_head_it_is_trained_with(tmp_path):
     tiny_model("distilbert").save_pretrained(tmp_path)
     safe, text = audit(tmp_path, f"sdpa,{NAME}")
-    assert safe  # no recipe, nothing to fail
+    assert not safe and audit(tmp_path, NAME)[0]  # sdpa was named, too
     assert "bidirectional" in text and f"flat batches are safe with {NAME}" in text
 
 

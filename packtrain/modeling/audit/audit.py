@@ -38,6 +38,7 @@ from packtrain.modeling.attention.kernels import HALF
 from packtrain.modeling.attention.varlen import NAME, check_implementation, choose_implementation
 from packtrain.modeling.audit import probe
 from packtrain.modeling.audit.causes import advice, cause
+from packtrain.modeling.audit.kinds import kind_of, shortest_prefix
 from packtrain.modeling.audit.models import tiny_model
 from packtrain.modeling.audit.report import (
     ISOLATED,
@@ -51,6 +52,8 @@ from packtrain.modeling.audit.report import (
 )
 from packtrain.modeling.audit.settings import COUNTED, base, countable, in_mode, quietly, register_counted, using
 from packtrain.modeling.audit.subject import Subject, short
+from packtrain.modeling.equality import nonzero_adapters
+from packtrain.modeling.per_document import compute_per_document, depends_on_length, small_thresholds
 
 __all__ = ["AuditReport", "Finding", "audit_model", "quick_check", "tiny_model"]
 
@@ -91,6 +94,33 @@ def audit_model(
     register_counted()
     for implementation in implementations or ():
         check_implementation(implementation)
+    with nonzero_adapters(model), small_thresholds(model) as threshold:
+        without = _differs_in_company(model) if threshold is not None else 0.0
+        with compute_per_document(model) as computed:
+            report = _audit(model, layouts, implementations, modes, padding)
+    if threshold is None or not computed.what:
+        return report
+    note = (
+        f"above {threshold:,} tokens {' and '.join(computed.what)} are those of each document here, as in recipes and "
+        f"`attach`; elsewhere outputs differ by up to {without:.2g}"
+    )
+    return replace(report, notes=[*report.notes, note])
+
+
+def _differs_in_company(model: PreTrainedModel) -> float:
+    """Measures how far documents on both sides of a model's thresholds are in one batch from those alone, as it is."""
+    with quietly():
+        subject = Subject.of(model)
+        return max(_examine(subject, subject.own, layout, "eval").off for layout in ("flat", "padded"))
+
+
+def _audit(
+    model: PreTrainedModel,
+    layouts: Sequence[str],
+    implementations: Sequence[str] | None,
+    modes: Sequence[str],
+    padding: bool,
+) -> AuditReport:
     subject = Subject.of(model)
     implementations = list(dict.fromkeys(implementations or [NAME, subject.own, *OTHERS]))
     if sum(weight.numel() for weight in model.parameters()) > LARGE:
@@ -129,6 +159,7 @@ def quick_check(
     attn_implementation: str | None = None,
     *,
     compute_dtype: torch.dtype | None = None,
+    longest: int | None = None,
 ) -> Finding:
     """Checks a model as training does before its first step: the real one, one layout, the implementation in force.
 
@@ -140,16 +171,24 @@ def quick_check(
         attn_implementation: to check another than the one in force.
         compute_dtype: what training computes in; where that is half precision and the weights are not, the check runs
             under autocast as training does, and so by the same kernels. None for the weights' own.
+        longest: tokens of the longest row there will be; None if that is not known. Arithmetic that changes above a length
+            (`packtrain.modeling.per_document`) is checked on both sides of it, where rows get that long.
     """
     register_counted()
     weight = next(model.parameters())
     half = compute_dtype if compute_dtype in HALF and compute_dtype != weight.dtype else None
     large = sum(weight.numel() for weight in model.parameters()) > LARGE
     autocast = nullcontext() if half is None else torch.autocast(weight.device.type, half)
-    with quietly(), autocast, _first_layers(model) if large else nullcontext() as checked:
-        subject = Subject.of(model, half)
-        implementation = attn_implementation or subject.own
-        finding = _examine(subject, implementation, layout, "eval")
+    adapters = nonzero_adapters(model)
+    with quietly(), autocast, adapters, _first_layers(model) if large else nullcontext() as checked:
+        implementation = attn_implementation or base(model).config._attn_implementation
+        with small_thresholds(model, longest=longest) as threshold:
+            finding = _examine(Subject.of(model, half), implementation, layout, "eval")
+        if threshold is not None and finding.verdict in (LEAKS, WRONG):
+            shorter = _examine(Subject.of(model, half), implementation, layout, "eval")
+            if shorter.safe:
+                return replace(finding, cause=depends_on_length(threshold), threshold=threshold, checked=checked)
+            finding = shorter
         return replace(finding, cause=cause(finding, [finding], base(model)), checked=checked)
 
 
@@ -206,16 +245,14 @@ def _gradient_difference(subject: Subject, laid: probe.Laid) -> float:
 @contextmanager
 def _first_layers(model: nn.Module) -> Iterator[str | None]:
     """Leaves the model only its first layers while open: the shortest prefix with every kind, and at least two."""
-    config = base(model).config.get_text_config()
-    total, types = config.num_hidden_layers, getattr(config, "layer_types", None)
+    total = base(model).config.get_text_config().num_hidden_layers
     stacks = [
         (parent, name, stack)
         for parent in model.modules()
         for name, stack in parent.named_children()
         if isinstance(stack, nn.ModuleList) and len(stack) == total
     ]
-    kinds = [(type(layer), types[i] if types else None) for i, layer in enumerate(stacks[0][2])] if stacks else []
-    kept = max([2, *(kinds.index(kind) + 1 for kind in set(kinds))])
+    kept = max(2, shortest_prefix([kind_of(layer) for layer in stacks[0][2]]) if stacks else 0)
     if not stacks or kept >= total:
         yield None
         return

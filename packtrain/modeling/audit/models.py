@@ -25,9 +25,18 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING as CAUSAL
 from transformers import MODEL_FOR_MASKED_LM_MAPPING as MASKED
 
 from packtrain.errors import ModelError
+from packtrain.modeling.audit.kinds import (
+    LAYER_COUNTS,
+    count_layers,
+    is_of_indices,
+    is_per_layer,
+    kinds_in,
+    shortest_prefix,
+)
 from packtrain.recipe.fields import did_you_mean
 
 LAYERS = 2  # more only where the architecture has more kinds of layers
+MORE_LAYERS = {"inkling2_text": 7, "modernbert": 4, "modernbert-decoder": 4}  # whose config does not list every kind
 MOST_LAYERS = 8
 WEIGHT_STD = 0.12
 VOCABULARY = 128
@@ -65,34 +74,73 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("bos_token_id", "decoder_start_token_id", "cls_token_id"), 1),
     **dict.fromkeys(("eos_token_id", "sep_token_id"), 2),
     **dict.fromkeys(("mamba_expand", "expand"), 2),
+    **dict.fromkeys(("index_topk", "index_block_size"), 4),  # fewer than tokens: sparse attention then selects
+    **dict.fromkeys(("index_topk_blocks",), 2),
+    **dict.fromkeys(("index_n_heads",), 4),
+    **dict.fromkeys(("index_head_dim",), 8),
     **dict.fromkeys(("type_vocab_size",), 2),
 }
-LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers")
-PER_LAYER = ("layer_types", "layers_block_type", "block_types", "mlp_layer_types", "attention_types")
 DROPOUT = re.compile(r"drop|jitter")  # names of rates; two forward passes must be comparable
 
-# What no rule over names can know: fields that default to None or depend on each other.
+# What no rule over names can know: fields that default to None or depend on each other, kinds of layers that the default
+# configuration does not have, and (`...`) fields that cannot be set.
 EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 16}
+SHARED_KEYS = {  # layers that use the keys and values of an earlier one of their kind
+    "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "num_kv_shared_layers": 2,
+}
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
+    "deberta-v2": {"conv_kernel_size": 3},
     "deepseek_v2": EXPERTS,
+    "doge": {"is_moe": True},
     "dots1": EXPERTS,
-    "esm": {"vocab_size": VOCABULARY, "pad_token_id": 0, "mask_token_id": 3},
+    "dots3_note_vision_encoder": {"adapter_in_dim": 32},
+    "dots3_note_audio_encoder": {"adapter_input_size": 32},
+    "esm": {"vocab_size": VOCABULARY, "pad_token_id": 0, "mask_token_id": 3, "position_embedding_type": "rotary"},
+    "esmc": {"num_key_value_heads": 4},
     "falcon_h1": {"mamba_d_ssm": 64},
-    "gemma3n_text": {"num_kv_shared_layers": 0, "intermediate_size": 48, "activation_sparsity_pattern": [0.0] * 5},
-    "gemma4_text": {"head_dim": 8, "sliding_window": 6},
+    "funnel": {"num_hidden_layers": ..., "block_sizes": [1, 1, 1]},
+    "gemma3n_text": {
+        **SHARED_KEYS,
+        "intermediate_size": 48,
+        "activation_sparsity_pattern": [0.9, *[0.0] * 5],
+    },
+    "gemma4_text": {
+        **SHARED_KEYS,
+        "head_dim": 8,
+        "sliding_window": 6,
+        "enable_moe_block": True,
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 16,
+    },
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"], "position_embedding_type": "rope"},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "luke": {"entity_vocab_size": 16, "entity_emb_size": 32},
     "mamba2": {"head_dim": 16},
+    "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"]},
     "ministral": {"head_dim": 8},
+    "neomme": {"head_dim": 16},
     "nemotron": {"num_key_value_heads": 2},
     "perceiver": {"num_latents": 16, "d_latents": 32, "num_self_attends_per_block": 2, "num_self_attention_heads": 4},
+    "prophetnet": {"num_hidden_layers": ..., "num_encoder_layers": 2, "num_decoder_layers": 2},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"], "lru_width": 32},
     "rwkv": {"attention_hidden_size": 32},
+    "xlnet": {"max_position_embeddings": ...},
+    "zamba": {
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "num_hidden_layers": 4,
+        "layers_block_type": ["mamba", "hybrid"] * 2,
+    },
+    "zamba2": {"use_mem_rope": True},
+    "zaya": {"num_experts_per_tok": 1},
 }
 
 
@@ -140,7 +188,11 @@ def shrunk(default: PreTrainedConfig) -> dict[str, Any]:
     fields = {name: size for name, size in SIZES.items() if isinstance(read(default, name), int)}
     fields |= {name: 0.0 for name, value in vars(default).items() if DROPOUT.search(name) and value}
     fields |= {name: layers for name in LAYER_COUNTS if read(default, name) is not None}
-    fields |= {name: kinds[:layers] for name in PER_LAYER if isinstance(kinds := read(default, name), list)}
+    for name, value in vars(default).items():
+        if is_per_layer(name, value, count_layers(default)):
+            fields[name] = value[:layers]
+        elif is_of_indices(name, value, count_layers(default)):
+            fields[name] = [number for number in value if number < layers]
     if read(default, "kv_lora_rank") is not None and "num_key_value_heads" in fields:
         fields["num_key_value_heads"] = fields["num_attention_heads"]  # latent attention has as many as heads
     fields = {name: value for name, value in fields.items() if name not in default.attribute_map}  # no aliases
@@ -148,7 +200,7 @@ def shrunk(default: PreTrainedConfig) -> dict[str, Any]:
         if isinstance(nested, PreTrainedConfig):
             fields[name] = type(nested)(**shrunk(nested))
     fields |= EXCEPTIONS.get(default.model_type, {})
-    return {name: value for name, value in fields.items() if settable(default, name)}
+    return {name: value for name, value in fields.items() if value is not ... and settable(default, name)}
 
 
 def read(config: PreTrainedConfig, name: str) -> Any:
@@ -164,11 +216,7 @@ def settable(config: PreTrainedConfig, name: str) -> bool:
 
 def enough_layers(config: PreTrainedConfig) -> int:
     """Returns the length of the shortest prefix that has every kind of layer, at least `LAYERS`."""
-    needed = LAYERS
-    for name in PER_LAYER:
-        kinds = read(config, name)
-        if isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds):
-            needed = max(needed, *(kinds.index(kind) + 1 for kind in set(kinds)))
+    needed = max(LAYERS, MORE_LAYERS.get(config.model_type, 0), shortest_prefix(kinds_in(config)))
     return min(needed, MOST_LAYERS)
 
 

@@ -25,6 +25,7 @@ from packtrain.modeling.audit.settings import base
 
 LENGTHS = (9, 5, 3, 11)  # two rows of 14; the longest are longer than the windows of tiny models
 PRECISION = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 4e-2}
+FEWEST = 4  # ordinary tokens, for documents in which every token can be another
 Place = tuple[int, int, int]  # row, start, stop of a document
 
 
@@ -46,7 +47,10 @@ def sample_documents(model: nn.Module, lengths: tuple[int, ...] = LENGTHS, seed:
     ids = (value for name, value in vars(config).items() if name.endswith("_token_id"))
     special = {value for value in ids if isinstance(value, int)} | set(range(4))
     rows = getattr(embedding, "num_embeddings", None) or config.vocab_size
-    ordinary = torch.tensor([token for token in range(min(rows, 4096)) if token not in special])
+    tokens = range(min(rows, 4096))
+    ordinary = torch.tensor([token for token in tokens if token not in special])
+    if len(ordinary) < FEWEST:  # a vocabulary that is hardly more than its special tokens
+        ordinary = torch.tensor([*tokens])
     generator = torch.Generator().manual_seed(seed)
     picked = (torch.randint(len(ordinary), (length,), generator=generator) for length in lengths)
     return [ordinary[choice].to(next(model.parameters()).device) for choice in picked]
@@ -134,11 +138,16 @@ def outputs(model: nn.Module, laid: Laid, use_cache: bool = False) -> Tensor:
         batch["use_cache"] = use_cache
     result = model(**batch)
     found = result.logits if getattr(result, "logits", None) is not None else result[0]
-    if found.dim() != 3:  # a classifier's, one per row: its tokens show in the hidden states below the head
+    if found.dim() != 3 or _says_nothing(found):  # a classifier's, one per row; or a head of zeros
         inner = base(model)
-        found = getattr(inner, inner.base_model_prefix)(**batch)[0]
+        found = getattr(inner, inner.base_model_prefix)(**batch)[0]  # its tokens show in the hidden states below
     found = found[:, -laid.batch["input_ids"].shape[1] :]  # virtual tokens of an adapter stand in front
     return found.to(torch.promote_types(found.dtype, torch.float32))
+
+
+def _says_nothing(found: Tensor) -> bool:
+    """Returns whether a head gives the same whatever it is given, as one that begins at 0 does."""
+    return found.shape[1] > 1 and bool((found == found[:1, :1]).all())
 
 
 def each(found: Tensor, places: list[Place]) -> list[Tensor]:

@@ -28,6 +28,7 @@ class Finding:
         scale: largest |logit|, to compare with.
         cause, error: why, where it can be known; the refusal.
         checked: what was run, where it was not all of the model.
+        threshold: the most tokens of a row with which the verdict would be "isolated", where its length is the reason.
     """
 
     implementation: str
@@ -43,6 +44,7 @@ class Finding:
     cause: str | None = None
     error: str | None = None
     checked: str | None = None
+    threshold: int | None = None
 
     @property
     def safe(self) -> bool:
@@ -99,6 +101,9 @@ class Finding:
             "run `packtrain audit` to find a safe attn_implementation, or choose a padded strategy (pad_longest), which "
             "is mostly safe; allow_contamination: true trains anyway"
         )
+        if self.threshold is not None:
+            fix = f"keep rows at {self.threshold:,} tokens or fewer; allow_contamination: true trains anyway"
+            raise ModelError(what, key="data.max_length", fix=fix)
         raise ModelError(what, key="model.attn_implementation", value=self.implementation, fix=fix)
 
 
