@@ -15,7 +15,7 @@ The algorithm is that of ByteTransformer (Zhai et al., 2022), for models as tran
 where there is nothing to gain or something that needs the padded view: no padding, one row, a cache, a mask that is not
 2-D, padding between the tokens of a row, attention weights as outputs. What depends on padding itself is refused: a head
 whose loss reads it (question answering: a softmax over all columns), and labels that are predicted from it. `torch.compile`
-runs the hooks between two graphs, so `fullgraph=True` is not for such a model.
+runs the hooks between its graphs, and refuses `fullgraph=True` with that reason.
 """
 
 from __future__ import annotations
