@@ -88,8 +88,11 @@ def refuse_contradictions(trainer: Trainer) -> None:
         what, fix = "must be False: all batches are planned once", "leave it out; max_tokens limits a micro-batch"
         raise PacktrainError(what, key="auto_find_batch_size", value=True, fix=fix)
     if args.train_sampling_strategy not in ("random", "sequential"):
-        what = "cannot be set: packtrain deals the examples of an update itself"
-        fix = 'use attach(layout="unpad"), which keeps its order'
+        what = (
+            f"does not go with flat batches: transformers' {args.train_sampling_strategy} chooses which examples share a "
+            "batch, and packtrain would deal them anew"
+        )
+        fix = 'use attach(layout="unpad"), which keeps its batches'
         if args.train_sampling_strategy == "group_by_length":
             fix = 'use attach(strategy="group_by_length") instead'
         raise PacktrainError(what, key="train_sampling_strategy", value=args.train_sampling_strategy, fix=fix)
