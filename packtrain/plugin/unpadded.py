@@ -185,6 +185,8 @@ def _agree(trainer: Trainer, before: list[Answer], after: list[Answer]) -> str:
             raise PacktrainError(what, key="trainer", fix=_MASK_IT)
     if not after:
         return "it has no batch to compare"
+    if not any(answer.gradient.any() for answer in before):
+        return "its first losses have no gradients, so its models were compared, and not what it makes of them"
     return f"the loss of its first micro-batch is {after[0].loss:.4f}, as before, and so are the gradients"
 
 
