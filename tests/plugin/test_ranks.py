@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.launch.helpers import launcher, needs_deepspeed
 from tests.programs.two_ranks_attach import EXAMPLES
 
 ROOT = Path(__file__).parents[2]
@@ -22,6 +23,20 @@ CAUSES = (  # why rank 1 refuses, in the order of `one_rank_refuses.HOW`
     "its loss of a batch is .* with padding and .* without",
     "its own batch raised KeyError: 'image'",
 )
+
+
+def sharded(output_dir: Path, config: str, *words: str) -> list[dict]:
+    """Trains on two ranks with a file of launch/, and returns what each wrote."""
+    done = subprocess.run(
+        [*launcher(config, 2), "-m", "tests.programs.unpadded_shards", str(output_dir), *words],
+        cwd=ROOT,
+        env=ENV,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((output_dir / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
 def run(output_dir: Path, *, ranks: int, what: str) -> list[dict]:
@@ -61,6 +76,22 @@ def test_two_ranks_without_padding_take_the_steps_of_two_with_it(tmp_path):
         for name in ("losses", "norms", "weights"):
             np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-5)
     assert unpadded[0]["weights"] == unpadded[1]["weights"]
+
+
+@needs_deepspeed
+@pytest.mark.ci
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # the first one compiles an extension of DeepSpeed
+@pytest.mark.parametrize("trained", ["full", "lora"])
+@pytest.mark.parametrize(("config", "made"), [("zero2", "before"), ("zero3", "before"), ("zero3", "after")])
+def test_shards_without_padding_take_the_steps_of_those_with_it(tmp_path, config, made, trained):
+    """Also where ZeRO-3 makes the model in shards, which no rank can run before its engine does."""
+    padded, unpadded = (sharded(tmp_path / how, config, how, trained, made) for how in ("padded", "unpadded"))
+    assert len(padded[0]["losses"]) == 4
+    for ours, theirs in zip(unpadded, padded, strict=True):
+        for name in ("losses", "norms"):
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4)
+    assert padded[0]["losses"][0] != padded[0]["losses"][-1]
 
 
 @pytest.mark.ci

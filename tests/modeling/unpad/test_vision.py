@@ -10,6 +10,7 @@ from packtrain.modeling.unpad import unpad
 from results.unpad.vision import BEGIN, END, IMAGE, PATCH, Pictures, llava, qwen2_5_vl, qwen3_vl
 from tests.modeling.unpad.helpers import EXACT, Leak, apart, difference, flat_calls, given
 
+
 @pytest.fixture(params=[qwen2_5_vl, qwen3_vl], ids=["qwen2.5-vl", "qwen3-vl"])
 def model(request):
     with torch.random.fork_rng(devices=[]):
