@@ -7,6 +7,7 @@ from numbers import Integral
 from typing import Any
 
 from transformers import PreTrainedModel, Trainer
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from packtrain.errors import PacktrainError
 from packtrain.modeling.audit.settings import base
@@ -129,8 +130,10 @@ def refuse_unproved(trainer: Trainer, proof: Proof) -> None:
     if proof.fails:
         fix = "correct it, so that it trains with padding; allow_differences=True attaches without a comparison"
         raise PacktrainError(f"cannot be compared: {proof.not_asked}", key="trainer", fix=fix)
-    if _is_own(trainer, "compute_loss") or trainer.compute_loss_func is not None:
-        what = f"has its own loss, which could not be computed before training: {proof.not_asked}"
+    own = _is_own(trainer, "compute_loss") or trainer.compute_loss_func is not None
+    if own or getattr(base(model_of(trainer)), "loss_function", None) is not ForCausalLMLoss:
+        whose = "its own loss" if own else "a loss that is not that of a causal language model"
+        what = f"has {whose}, which could not be computed before training: {proof.not_asked}"
         fix = 'use attach(layout="unpad"), which keeps its batches, or allow_differences=True'
         raise PacktrainError(what, key="trainer", value=type(trainer).__name__, fix=fix)
 
