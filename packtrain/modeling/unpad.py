@@ -22,6 +22,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -29,6 +31,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
+from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from packtrain.errors import ModelError
@@ -151,7 +154,7 @@ def _hooks_of_small(top: Any, borders: dict[str, PreTrainedModel], ask_whole: bo
         config = copy.deepcopy(top.config)
         for name, value in shrunk(config).items():
             setattr(config, name, value)
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), _made_whole():
             torch.manual_seed(0)
             small = type(top)(config).float()
             enlarge(small)
@@ -167,6 +170,19 @@ def _hooks_of_small(top: Any, borders: dict[str, PreTrainedModel], ask_whole: bo
         own = border.config._attn_implementation
         hooks[name] = replace(hook, attention=own, stretches_at=stretches_at(border))
     return hooks
+
+
+@contextmanager
+def _made_whole() -> Iterator[None]:
+    """Lets transformers make models whole for as long as it is open, also where ZeRO-3 is on."""
+    held = getattr(hf_deepspeed, "_hf_deepspeed_config_weak_ref", None)
+    config = None if held is None else held()
+    hf_deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:
+            hf_deepspeed.set_hf_deepspeed_config(config)
 
 
 def predicts_next_token(model: nn.Module) -> bool:
