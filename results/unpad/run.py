@@ -92,6 +92,7 @@ def equality_lines(found: list[dict]) -> list[str]:
     lines += [
         "",
         "Margins and accuracies are those that preference trainers log, and differ in their own unit; all else relatively.",
+        "Losses of trainers that sample are around 0, and relative to the largest of 20.",
     ]
     pictured = [one for one in held if one["vision"] is not None]
     if pictured:
