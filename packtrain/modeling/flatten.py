@@ -25,6 +25,10 @@ Rule = Literal["columns", "real tokens", "tokens behind padding_idx"]
 RULES: tuple[Rule, ...] = ("columns", "real tokens", "tokens behind padding_idx")
 FLAT = "cu_seq_lens_q"  # the argument by which a call is known to be flat
 _WITHOUT_CACHE = {"use_cache": False, "cache_position": None}
+_between_graphs = torch.compiler.disable(
+    reason="packtrain.unpad keeps the real tokens of a batch, whose number depends on its attention_mask, so its hooks run "
+    "between compiled graphs: compile with fullgraph=False, or remove them first (`.remove()`)"
+)
 
 register()  # a model that was saved with its hooks names the attention, and is loaded where nobody has registered it
 
@@ -85,6 +89,7 @@ class Flatten:
     attention: str = "sdpa"
     stretches_at: int | None = None
 
+    @_between_graphs
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         signature = inspect.signature(module.forward)
         given = signature.bind_partial(*args, **kwargs).arguments
@@ -134,6 +139,7 @@ class Scatter:
         ModelError: the module pools in its own `forward`, where the rows are one.
     """
 
+    @_between_graphs
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         use_attention(module, NAME)
         rows = getattr(kwargs.get(FLAT), "_packtrain_rows", None)
@@ -163,6 +169,7 @@ class RefuseLabels:
 
     ahead: int
 
+    @_between_graphs
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         mask, labels = kwargs.get("attention_mask"), kwargs.get("labels")
         if not (torch.is_tensor(mask) and torch.is_tensor(labels)) or mask.shape != labels.shape or mask.dim() != 2:

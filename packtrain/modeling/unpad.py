@@ -15,21 +15,28 @@ The algorithm is that of ByteTransformer (Zhai et al., 2022), for models as tran
 where there is nothing to gain or something that needs the padded view: no padding, one row, a cache, a mask that is not
 2-D, padding between the tokens of a row, attention weights as outputs. What depends on padding itself is refused: a head
 whose loss reads it (question answering: a softmax over all columns), and labels that are predicted from it. `torch.compile`
-runs the hooks between two graphs, so `fullgraph=True` is not for such a model.
+runs the hooks between its graphs, and refuses `fullgraph=True` with that reason.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
+from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from packtrain.errors import ModelError
 from packtrain.modeling.attention.varlen import NAME
+from packtrain.modeling.audit.models import enlarge, shrunk
 from packtrain.modeling.audit.settings import base, in_mode, quietly
 from packtrain.modeling.equality import (
     check_whole,
@@ -38,8 +45,10 @@ from packtrain.modeling.equality import (
     outputs_of,
     same_frequencies,
     short_windows,
+    stretches_at,
 )
 from packtrain.modeling.flatten import Flatten, RefuseLabels, Scatter, use_attention
+from packtrain.modeling.isolation import cannot_ask
 from packtrain.modeling.per_document import compute_per_document, small_thresholds
 
 
@@ -94,7 +103,8 @@ def unpad(model: nn.Module, *, module: nn.Module | str | None = None, ask_whole:
     The proof asks the module for four ragged rows, padded on the right and on the left, before and after: its outputs, and
     the gradients of all weights that are trained (of the embeddings alone above 50 million), must agree at every real
     token, to 1e-5 of the largest in float32 and 4e-2 in bfloat16. Then it asks the whole model, where that takes token
-    ids and a mask and nothing else. Left-padded batches stay padded where they alone do not agree.
+    ids and a mask and nothing else. Left-padded batches stay padded where they alone do not agree. Where an engine has the
+    weights already (ZeRO-3, FSDP), a small model of the same class and configuration takes the place of this one.
 
     Args:
         model: a transformers model, or a module with such models inside, with or without a PEFT adapter; on its device,
@@ -114,6 +124,10 @@ def unpad(model: nn.Module, *, module: nn.Module | str | None = None, ask_whole:
     borders, top = find_borders(model, module), base(model)
     unpadding = Unpadding(model, borders)
     try:
+        if cannot_ask(model):
+            with quietly():
+                unpadding._install(_hooks_of_small(top, borders, ask_whole))
+            return unpadding
         with (
             quietly(),
             in_mode(model, train=False),
@@ -131,6 +145,48 @@ def unpad(model: nn.Module, *, module: nn.Module | str | None = None, ask_whole:
         unpadding.remove()
         raise
     return unpadding
+
+
+def _hooks_of_small(top: Any, borders: dict[str, PreTrainedModel], ask_whole: bool) -> dict[str, Flatten]:
+    """Finds the hooks for a model whose weights are not here, with a small model of its class and configuration.
+
+    Raises:
+        ModelError: there is no such model, or it does not give the same without padding.
+    """
+    inside = {inner: name for name, inner in top.named_modules()}
+    try:
+        config = copy.deepcopy(top.config)
+        for name, value in shrunk(config).items():
+            setattr(config, name, value)
+        with torch.random.fork_rng(devices=[]), _made_whole():
+            torch.manual_seed(0)
+            small = type(top)(config).float()
+            enlarge(small)
+        modules = {name: small.get_submodule(inside[border]) for name, border in borders.items()}
+    except Exception as error:  # whatever a class may raise for another configuration
+        what = f"{type(top).__name__} has its weights elsewhere, and a small one cannot be built: {error}"
+        raise ModelError(what, key="model", fix="call unpad before the weights are sharded") from error
+    hooks = {}
+    for name, module in modules.items():
+        with unpad(small, module=module, ask_whole=ask_whole):
+            hook = next(hook for hook in module._forward_pre_hooks.values() if isinstance(hook, Flatten))
+        border: Any = borders[name]
+        own = border.config._attn_implementation
+        hooks[name] = replace(hook, attention=own, stretches_at=stretches_at(border))
+    return hooks
+
+
+@contextmanager
+def _made_whole() -> Iterator[None]:
+    """Lets transformers make models whole for as long as it is open, also where ZeRO-3 is on."""
+    held = getattr(hf_deepspeed, "_hf_deepspeed_config_weak_ref", None)
+    config = None if held is None else held()
+    hf_deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:
+            hf_deepspeed.set_hf_deepspeed_config(config)
 
 
 def predicts_next_token(model: nn.Module) -> bool:

@@ -19,6 +19,7 @@ from transformers import Trainer
 from packtrain.modeling.audit.settings import base, quietly
 from packtrain.modeling.isolation import cannot_ask, compute_dtype
 from packtrain.modeling.unpad import nonzero_adapters
+from packtrain.plugin.verdicts import Verdicts
 
 LIBRARIES = ("transformers.", "trl.")  # modules whose trainers treat a batch as a whole
 
@@ -89,13 +90,19 @@ def gradients_apart(one: Answer, other: Answer) -> float:
     return float((one.gradient - other.gradient).norm()) / length
 
 
-def ask(trainer: Trainer, batch: Any, *, prepare: bool = False) -> Answer:
+def ask(trainer: Trainer, batch: Any, verdicts: Verdicts, *, prepare: bool = False) -> Answer:
     """Computes the trainer's loss of a batch and its gradients, in evaluation mode and as training does.
 
     Args:
         batch: of the trainer's own data loader, or laid out by packtrain.
+        verdicts: by which the other ranks, which compute theirs, hear of an error.
         prepare: call the trainer's `_prepare_inputs`, too.
     """
+    with verdicts.shared():
+        return _answer(trainer, batch, prepare)
+
+
+def _answer(trainer: Trainer, batch: Any, prepare: bool) -> Answer:
     weight = next(model_of(trainer).parameters())
     keys = frozenset(batch) if isinstance(batch, Mapping) else frozenset()
     tokens = None
@@ -118,11 +125,11 @@ def ask(trainer: Trainer, batch: Any, *, prepare: bool = False) -> Answer:
     )
 
 
-def ask_loss(trainer: Trainer, batch: Any, items: int | None) -> float:
+def ask_loss(trainer: Trainer, batch: Any, items: int | None, verdicts: Verdicts) -> float:
     """Computes the trainer's loss of a micro-batch of an update that has `items` labels on this rank."""
     weight = next(model_of(trainer).parameters())
     counted = None if items is None else torch.tensor(items * _ranks_counted(trainer), device=weight.device)
-    with torch.no_grad():
+    with verdicts.shared(), torch.no_grad():
         return float(_loss(trainer, send_to_device(copy.copy(batch), weight.device), counted))
 
 

@@ -49,6 +49,7 @@ from packtrain.plugin.checks import (
 from packtrain.plugin.order import TrainersOrder, examples_per_step, fits_max_tokens, plan_attached
 from packtrain.plugin.proof import Proof
 from packtrain.plugin.unpadded import has_own_loss, unpad_trainer
+from packtrain.plugin.verdicts import RankFailed, Verdicts
 from packtrain.training.loader import PlanLoader, loader_options, values_of_plan
 from packtrain.training.meters import Meter
 from packtrain.training.trainer import StepEnd
@@ -96,21 +97,25 @@ def attach(
 
     Raises:
         PacktrainError: a setting of the trainer contradicts the layout, attention leaks between the documents of a batch
-            (checked on the model itself), or their loss changes (checked on the trainer itself). It says what to change;
-            the trainer is left as it was.
+            (checked on the model itself), or their loss changes (checked on the trainer itself); on every rank where one
+            refuses. It says what to change; the trainer is left as it was.
     """
     refuse_misuse(trainer, strategy, max_tokens, layout)
-    _refuse_seen_answers(trainer)
-    if layout == "unpad":
-        return unpad_trainer(trainer)
     rule = resolve_strategy(strategy)
-    try:
-        return _attach_flat(trainer, strategy, max_tokens, attn_implementation, allow_contamination, allow_differences)
-    except PacktrainError as error:
-        if layout == "auto" and rule.scope == "step" and rule.layout == "flat" and max_tokens is None:
-            return unpad_trainer(trainer, instead_of=error)
-        error.where = ": ".join(part for part in (named(trainer), error.where) if part)
-        raise
+    allowed = dict(allow_contamination=allow_contamination, allow_differences=allow_differences)
+    with Verdicts(trainer.args.world_size) as verdicts:
+        with verdicts.shared():
+            _refuse_seen_answers(trainer)
+        if layout == "unpad":
+            return unpad_trainer(trainer, verdicts)
+        try:
+            return _attach_flat(trainer, verdicts, strategy, max_tokens, attn_implementation, **allowed)
+        except PacktrainError as error:
+            either = layout == "auto" and not isinstance(error, RankFailed)
+            if either and rule.scope == "step" and rule.layout == "flat" and max_tokens is None:
+                return unpad_trainer(trainer, verdicts, instead_of=error)
+            error.where = ": ".join(part for part in (named(trainer), error.where) if part)
+            raise
 
 
 def _refuse_seen_answers(trainer: Trainer) -> None:
@@ -125,16 +130,19 @@ def _refuse_seen_answers(trainer: Trainer) -> None:
 
 def _attach_flat(
     trainer: AnyTrainer,
+    verdicts: Verdicts,
     strategy: str,
     max_tokens: int | None,
     attn_implementation: str,
+    *,
     allow_contamination: bool,
     allow_differences: bool,
 ) -> AnyTrainer:
-    refuse_contradictions(trainer)
-    rule, examples = resolve_strategy(strategy), _examples(trainer)
-    order = TrainersOrder(trainer)
-    plan = plan_attached(trainer, examples, strategy, max_tokens, order)
+    with verdicts.shared():
+        refuse_contradictions(trainer)
+        rule, examples = resolve_strategy(strategy), _examples(trainer)
+        order = TrainersOrder(trainer)
+        plan = plan_attached(trainer, examples, strategy, max_tokens, order)
     collator = PackCollator(
         layout=plan.layout,
         pad_token_id=_pad_token_id(trainer),
@@ -144,12 +152,12 @@ def _attach_flat(
     )
     batches = _ModelInputs(MicroBatches(examples, collator))
     changes = [f"{strategy} lays out the training batches"]
-    with _as_it_was_if_refused(trainer) as undo, untouched(trainer):
+    with _as_it_was_if_refused(trainer) as undo, untouched(trainer), verdicts.shared():
         changes += _without_cache(trainer)
         per_document = undo.enter_context(compute_per_document(trainer.accelerator.unwrap_model(trainer.model)))
         if per_document.what and examples.lengths.max() > (per_document.threshold or 0):
             changes.append(f"{' and '.join(per_document.what)}: of the longest row -> of each document")
-        proof = Proof(trainer, order.loader, plan, max_tokens)
+        proof = Proof(trainer, order.loader, plan, max_tokens, verdicts)
         changes += _prepare_model(
             trainer, plan.layout, attn_implementation, allow_contamination, int(examples.lengths.max())
         )

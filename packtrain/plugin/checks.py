@@ -7,6 +7,7 @@ from numbers import Integral
 from typing import Any
 
 from transformers import PreTrainedModel, Trainer
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from packtrain.errors import PacktrainError
 from packtrain.modeling.audit.settings import base
@@ -88,8 +89,11 @@ def refuse_contradictions(trainer: Trainer) -> None:
         what, fix = "must be False: all batches are planned once", "leave it out; max_tokens limits a micro-batch"
         raise PacktrainError(what, key="auto_find_batch_size", value=True, fix=fix)
     if args.train_sampling_strategy not in ("random", "sequential"):
-        what = "cannot be set: packtrain deals the examples of an update itself"
-        fix = 'use attach(layout="unpad"), which keeps its order'
+        what = (
+            f"does not go with flat batches: transformers' {args.train_sampling_strategy} chooses which examples share a "
+            "batch, and packtrain would deal them anew"
+        )
+        fix = 'use attach(layout="unpad"), which keeps its batches'
         if args.train_sampling_strategy == "group_by_length":
             fix = 'use attach(strategy="group_by_length") instead'
         raise PacktrainError(what, key="train_sampling_strategy", value=args.train_sampling_strategy, fix=fix)
@@ -126,8 +130,10 @@ def refuse_unproved(trainer: Trainer, proof: Proof) -> None:
     if proof.fails:
         fix = "correct it, so that it trains with padding; allow_differences=True attaches without a comparison"
         raise PacktrainError(f"cannot be compared: {proof.not_asked}", key="trainer", fix=fix)
-    if _is_own(trainer, "compute_loss") or trainer.compute_loss_func is not None:
-        what = f"has its own loss, which could not be computed before training: {proof.not_asked}"
+    own = _is_own(trainer, "compute_loss") or trainer.compute_loss_func is not None
+    if own or getattr(base(model_of(trainer)), "loss_function", None) is not ForCausalLMLoss:
+        whose = "its own loss" if own else "a loss that is not that of a causal language model"
+        what = f"has {whose}, which could not be computed before training: {proof.not_asked}"
         fix = 'use attach(layout="unpad"), which keeps its batches, or allow_differences=True'
         raise PacktrainError(what, key="trainer", value=type(trainer).__name__, fix=fix)
 

@@ -26,7 +26,7 @@ from packtrain.modeling.audit.settings import base
 from packtrain.modeling.loading import has_router_loss
 from packtrain.packing.plan import MicroBatch, Plan
 from packtrain.plugin.asking import Answer, ask, ask_loss, close, gradients_apart, model_of, not_askable, tolerance
-from packtrain.training.guards.out_of_memory import is_out_of_memory
+from packtrain.plugin.verdicts import RankFailed, Verdicts, ran_out_of_memory
 
 AT_MOST = 8  # documents
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "position_ids", "seq_idx", "shift_labels")
@@ -108,6 +108,7 @@ class Proof:
     Args:
         loader: the trainer's own data loader.
         max_tokens: most tokens of a micro-batch.
+        verdicts: of the other ranks, which compare the same documents.
 
     Attributes:
         is_sum: whether the loss of an update is a sum over its micro-batches, however examples are dealt; what
@@ -117,23 +118,28 @@ class Proof:
         fails: whether that is an error of the trainer itself.
     """
 
-    def __init__(self, trainer: Trainer, loader: DataLoader, plan: Plan, max_tokens: int | None):
-        self.trainer = trainer
+    def __init__(self, trainer: Trainer, loader: DataLoader, plan: Plan, max_tokens: int | None, verdicts: Verdicts):
+        self.trainer, self.verdicts = trainer, verdicts
         self.is_sum = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
         self.takes_empty, self.fails = True, False
         rows = trainer.args.per_device_train_batch_size
         asked = documents_to_ask(plan.lengths, plan.examples(0), rows=rows, max_tokens=max_tokens)
         self.documents = [asked, *rare_documents(trainer.train_dataset, plan.lengths)]
         self.before: list[Answer] = []
-        self.not_asked = not_askable(trainer)
+        self.not_asked = next(filter(None, verdicts.gathered(not_askable(trainer))), None)
         if self.not_asked is None and has_router_loss(base(model_of(trainer)).config):
             self.not_asked = "the router loss depends on the layout"
         if self.not_asked is None:
             try:
-                self.before = [ask(trainer, its_own_batch(loader, documents)) for documents in self.documents]
+                self.before = [self._ask_own(loader, documents) for documents in self.documents]
             except Exception as error:  # whatever a user's collator and loss may raise
-                self.fails = not is_out_of_memory(error)
-                self.not_asked = f"the trainer's own batch raised {type(error).__name__}: {error}"
+                self.fails = not ran_out_of_memory(error)
+                self.not_asked = f"the trainer's own batch raised {_said(error)}"
+
+    def _ask_own(self, loader: DataLoader, documents: MicroBatch) -> Answer:
+        with self.verdicts.shared():
+            batch = its_own_batch(loader, documents)
+        return ask(self.trainer, batch, self.verdicts)
 
     def of(self, batches: Dataset, *, allow_differences: bool) -> str:
         """Compares losses and gradients, and returns the result in words.
@@ -147,29 +153,33 @@ class Proof:
         if self.not_asked is not None:
             return f"whether the loss stays the same was not checked: {self.not_asked}"
         try:
-            after = [ask(self.trainer, batches[documents]) for documents in self.documents]
+            after = [ask(self.trainer, batches[documents], self.verdicts) for documents in self.documents]
             self._add_up(batches, after[0])
             said = [
                 agree(*answers, documents, tolerance(self.trainer))
                 for *answers, documents in zip(self.before, after, self.documents, strict=True)
             ]
             return said[0]
-        except PacktrainError as error:
-            if not allow_differences:
-                raise
-            return error.what
         except Exception as error:
-            if is_out_of_memory(error):
+            if ran_out_of_memory(error):
                 self.not_asked = "out of memory"
                 return "whether the loss stays the same was not checked: out of memory"
-            what = f"training would fail on packtrain's batches: {type(error).__name__}: {error}"
+            if isinstance(error, PacktrainError) and not isinstance(error, RankFailed):
+                if not allow_differences:
+                    raise
+                return error.what
+            what = f"training would fail on packtrain's batches: {_said(error)}"
             fix = "try a padded strategy (pad_longest); packtrain lays out input_ids and labels, one label per token"
             raise PacktrainError(what, key="trainer", fix=fix) from error
 
     def _add_up(self, batches: Dataset, whole: Answer) -> None:
         """Finds out whether the losses of parts add up to that of the whole, with one denominator."""
-        *parts, nothing = [ask_loss(self.trainer, batches[part], whole.items) for part in _parts(self.documents[0])]
-        halved = None if whole.items is None else ask_loss(self.trainer, batches[self.documents[0]], 2 * whole.items)
+
+        def loss(documents: MicroBatch, items: int | None) -> float:
+            return ask_loss(self.trainer, batches[documents], items, self.verdicts)
+
+        *parts, nothing = [loss(part, whole.items) for part in _parts(self.documents[0])]
+        halved = None if whole.items is None else loss(self.documents[0], 2 * whole.items)
         allowed = tolerance(self.trainer)
         self.takes_empty = bool(np.isfinite(nothing))
         self.is_sum = (
@@ -178,6 +188,10 @@ class Proof:
             and close(whole.loss, sum(parts), allowed)
             and abs(nothing) <= allowed * abs(whole.loss)
         )
+
+
+def _said(error: Exception) -> str:
+    return f"an error: {error.what}" if isinstance(error, RankFailed) else f"{type(error).__name__}: {error}"
 
 
 def agree(before: Answer, after: Answer, documents: MicroBatch, tolerance: float) -> str:

@@ -29,6 +29,7 @@ from packtrain.plugin.asking import (
     untouched,
 )
 from packtrain.plugin.proof import LossDiffers
+from packtrain.plugin.verdicts import Verdicts
 from packtrain.training.guards.out_of_memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -39,10 +40,11 @@ _MASK_IT = "leave padding out of the loss by the batch's attention_mask, in the 
 TrainerT = TypeVar("TrainerT", bound=Trainer)
 
 
-def unpad_trainer(trainer: TrainerT, *, instead_of: PacktrainError | None = None) -> TrainerT:
+def unpad_trainer(trainer: TrainerT, verdicts: Verdicts, *, instead_of: PacktrainError | None = None) -> TrainerT:
     """Lets the models of a trainer run without padding, and returns it.
 
     Args:
+        verdicts: of the other ranks, which compare batches of their own.
         instead_of: why its batches cannot be flat.
 
     Raises:
@@ -50,15 +52,20 @@ def unpad_trainer(trainer: TrainerT, *, instead_of: PacktrainError | None = None
             it was.
     """
     modules: list[str] = []
-    not_asked = not_askable(trainer)
+    not_asked = next(filter(None, verdicts.gathered(not_askable(trainer))), None)
     with ExitStack() as undo:
         try:
-            batches = [] if not_asked else _own_batches(trainer)
-            before = _answers(trainer, batches)
-            for name, model in models_of(trainer).items():
-                unpadding = undo.enter_context(_unpad(model, ask_whole=not has_own_loss(trainer)))
-                modules += [f"{name}.{inner}" if inner else name for inner in unpadding.modules]
-            said = _agree(trainer, before, _answers(trainer, batches))
+            with verdicts.shared():
+                batches = [] if not_asked else _own_batches(trainer)
+            batches = batches[: min(verdicts.gathered(len(batches)))]
+            before = _answers(trainer, batches, verdicts)
+            with verdicts.shared():
+                for name, model in models_of(trainer).items():
+                    unpadding = undo.enter_context(_unpad(model, ask_whole=not has_own_loss(trainer)))
+                    modules += [f"{name}.{inner}" if inner else name for inner in unpadding.modules]
+            after = _answers(trainer, batches, verdicts)
+            with verdicts.shared():
+                said = _agree(trainer, before, after)
         except PacktrainError as error:
             raise _refusal(trainer, error, instead_of) from error
         undo.pop_all()
@@ -150,10 +157,10 @@ def _own_batches(trainer: Trainer) -> list[Any]:
     return batches
 
 
-def _answers(trainer: Trainer, batches: list[Any]) -> list[Answer]:
+def _answers(trainer: Trainer, batches: list[Any], verdicts: Verdicts) -> list[Answer]:
     try:
         with untouched(trainer):
-            return [ask(trainer, batch, prepare=True) for batch in batches]
+            return [ask(trainer, batch, verdicts, prepare=True) for batch in batches]
     except PacktrainError:
         raise
     except Exception as error:  # whatever a loss may raise
@@ -178,6 +185,8 @@ def _agree(trainer: Trainer, before: list[Answer], after: list[Answer]) -> str:
             raise PacktrainError(what, key="trainer", fix=_MASK_IT)
     if not after:
         return "it has no batch to compare"
+    if not any(answer.gradient.any() for answer in before):
+        return "its first losses have no gradients, so its models were compared, and not what it makes of them"
     return f"the loss of its first micro-batch is {after[0].loss:.4f}, as before, and so are the gradients"
 
 

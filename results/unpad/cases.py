@@ -30,11 +30,23 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    RLOOConfig,
+    RLOOTrainer,
+)
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from packtrain.modeling.audit.models import tiny_model
+from results.unpad.vision import pictured
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<mask>", "<unk>"]
 COMMON: dict[str, Any] = dict(
@@ -225,6 +237,27 @@ def kto(load: Load, words: Words, settings: Mapping[str, Any]) -> Trainer:
     return KTOTrainer(model=saved(load, settings), args=arguments, **trained)
 
 
+def high(completions: list[str], **_: Any) -> list[float]:
+    """Rewards words of high numbers."""
+    return [sum(int(word[1:]) for word in text.split() if word[1:].isdigit()) / 1000 for text in completions]
+
+
+def _sampling(trainer: type[Trainer], config: type[TrainingArguments]):
+    """Returns a builder of a trainer of TRL that samples completions, two for each prompt."""
+
+    def build(load: Load, words: Words, settings: Mapping[str, Any]) -> Trainer:
+        sampled = dict(num_generations=2, max_completion_length=8, beta=0.04, num_iterations=2)
+        arguments = config(**COMMON | dict(settings) | sampled)
+        rows = words.table(lambda _: {"prompt": words.text()})
+        given = dict(train_dataset=rows, processing_class=words.tokenizer, reward_funcs=high)
+        return trainer(model=saved(load, settings), args=arguments, **given)
+
+    return build
+
+
+grpo, rloo = _sampling(GRPOTrainer, GRPOConfig), _sampling(RLOOTrainer, RLOOConfig)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """A trainer with a task, and the architectures it is tried on."""
@@ -234,7 +267,14 @@ class Case:
     families: tuple[str, ...]
     options: tuple[tuple[str, Any], ...] = ()
 
+    @property
+    def samples(self) -> bool:
+        """Whether the trainer samples what it learns from."""
+        return self.build in (grpo, rloo)
+
     def __call__(self, family: str, words: Words, settings: Mapping[str, Any]) -> Trainer:
+        if self.build is pictured:
+            return pictured(family, words, COMMON | dict(settings))
         return self.build(tiny(family, words._vocabulary), words, settings, **dict(self.options))
 
 
@@ -260,4 +300,7 @@ CASES = (
     Case(trainer="KTOTrainer", build=kto, families=("llama", "qwen3")),
     Case(trainer="CPOTrainer", build=cpo, families=("llama",)),
     Case(trainer="ORPOTrainer", build=orpo, families=("llama",)),
+    Case(trainer="GRPOTrainer", build=grpo, families=("llama", "qwen3")),
+    Case(trainer="RLOOTrainer", build=rloo, families=("llama",)),
+    Case(trainer="Trainer, images in every other row", build=pictured, families=("qwen2_5_vl", "qwen3_vl", "llava")),
 )

@@ -1,10 +1,12 @@
 """Shows that `attach` changes nothing but the time of trainers and tasks beyond supervised fine-tuning.
 
-    python results/unpad/run.py                        # all three parts, about fifteen minutes on two cores
+    python results/unpad/run.py                        # all three parts, about twenty minutes on two cores
     python results/unpad/run.py --only equality        # or speed, ranks; the others stay as they are stored
+    python results/unpad/run.py --only equality --resume   # the rows that are not stored yet
 
 - equality: trainers of transformers and TRL with tiny models of many architectures, as they are and attached: the loss and
-  all gradients of the first update, and the losses of 20. A control attends across the documents of a flat row.
+  all gradients of the first update, and the losses of 20; of vision-language models the cosine of the vision tower's
+  gradient, too. A control attends across the documents of a flat row.
 - speed: the same for larger models, timed in interleaved rounds on ragged texts, with peak memory.
 - ranks: two processes over gloo, transformers' own samplers against `attach`, over the same examples.
 
@@ -40,6 +42,9 @@ NAMES = {
     "roberta": "RoBERTa",
     "modernbert": "ModernBERT",
     "distilbert": "DistilBERT",
+    "qwen2_5_vl": "Qwen2.5-VL",
+    "qwen3_vl": "Qwen3-VL",
+    "llava": "LLaVA",
 }
 
 
@@ -53,10 +58,10 @@ def markdown(result: dict[str, Any]) -> str:
             "do they become?",
             *(line for part, lines in parts.items() if part in result for line in lines(result[part])),
             *limits(
-                "Random weights and random texts, small models, one distribution of lengths each, and a CPU; the more even "
+                "Random weights, texts and pixels, small models, one distribution of lengths each, and a CPU; the more even "
                 "the lengths, the smaller the gain. Dropout is off: its random numbers fall on other tokens once padding is "
-                "gone. The heads of question answering take a softmax over padding, too, so their loss depends on it; "
-                "vision-language models are in the tests alone."
+                "gone. The heads of question answering take a softmax over padding, too, so their loss depends on it, and "
+                "they are refused."
             ),
             *origin_lines(result, "torch", "transformers", "trl"),
         ]
@@ -77,15 +82,24 @@ def equality_lines(found: list[dict]) -> list[str]:
         f"losses of {equality.UPDATES} updates by {most['curve']:.0e}, relative to the trainer untouched. With attention",
         f"that does not tell documents apart, the control, gradients differ by at least {least:.0e}.",
         "",
-        "| trainer and task | architecture | way | first loss | gradients | losses of 20 | margins | control |",
-        "|---|---|---|---|---|---|---|---|",
+        "| trainer and task | architecture | way | first loss | gradients | losses of 20 | margins | accuracies | control |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for one in held:
-        margins = "" if one["margins"] is None else f"{one['margins']:.0e}"
-        figures = [f"{one[name]:.0e}" for name in ("loss", "gradient", "curve")]
-        cells = [one["trainer"], NAMES[one["family"]], one["way"], *figures, margins, f"{one['leaking']:.0e}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "Margins are those that preference trainers log, and differ in their own unit; all else relatively."]
+        figures = [one[name] for name in ("loss", "gradient", "curve", "margins", "accuracies", "leaking")]
+        shown = ["" if figure is None else f"{figure:.0e}" for figure in figures]
+        lines.append(f"| {' | '.join([one['trainer'], NAMES[one['family']], one['way'], *shown])} |")
+    lines += [
+        "",
+        "Margins and accuracies are those that preference trainers log, and differ in their own unit; all else relatively.",
+        "Losses of trainers that sample are around 0, and relative to the largest of 20.",
+    ]
+    pictured = [one for one in held if one["vision"] is not None]
+    if pictured:
+        cosines = ", ".join(
+            f"{NAMES[one['family']]} {one['vision']:.9f} ({one['leaking_vision']:.3f})" for one in pictured
+        )
+        lines += ["", f"Cosine of the vision tower's gradient in the first update (and of the control): {cosines}."]
     for trainer in dict.fromkeys(one["trainer"] for one in refused):
         names = [NAMES[one["family"]] for one in refused if one["trainer"] == trainer]
         why = next(one["refused"] for one in refused if one["trainer"] == trainer).rpartition("either (")[2]
@@ -145,6 +159,7 @@ def main() -> None:
     parser.add_argument("--only", choices=PARTS, help="one part (default: all)")
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds of speed and ranks (default 5)")
     parser.add_argument("--trainer", choices=speed.CASES, help="one row of speed; the others stay as they are stored")
+    parser.add_argument("--resume", action="store_true", help="keep the rows of equality that are stored")
     parser.add_argument("--out", type=Path, default=RESULTS / "unpad", help="default results/unpad")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -165,7 +180,8 @@ def main() -> None:
             done[name] = speed.compare(name, arguments.rounds) | {"peak": speed.peaks(name)}
             keep("speed", list(done.values()))
     if arguments.only in (None, "equality"):
-        equality.examine_all(lambda found: keep("equality", found))
+        done = result.get("equality", []) if arguments.resume else []
+        equality.examine_all(lambda found: keep("equality", found), done)
     print(markdown(result))
 
 

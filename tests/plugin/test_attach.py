@@ -306,7 +306,11 @@ class Epochs(TrainerCallback):
     [
         ({"dataloader_drop_last": True}, {}, "drops no example"),
         ({"auto_find_batch_size": True}, {}, "auto_find_batch_size: must be False"),
-        ({"train_sampling_strategy": "group_by_length"}, {}, "deals the examples .* itself"),
+        (
+            {"train_sampling_strategy": "group_by_length"},
+            {},
+            "transformers' group_by_length chooses which examples share",
+        ),
         ({"train_sampling_strategy": "batch_rebalance"}, {}, "layout=.unpad"),
         ({}, {"strategy": "bfd"}, "max_tokens: must be set"),
         ({}, {"strategy": "balancd"}, "did you mean 'balanced'"),
@@ -324,7 +328,7 @@ def test_contradictions_are_refused(tmp_path, documents, changes, options, messa
     [
         ({"dataloader_drop_last": True}, "packtrain drops no example"),
         pytest.param({"auto_find_batch_size": True}, "all batches are planned once", marks=LONG),
-        ({"train_sampling_strategy": "group_by_length"}, "packtrain deals the examples of an update itself"),
+        ({"train_sampling_strategy": "batch_rebalance"}, "transformers' batch_rebalance chooses which examples share"),
         pytest.param({"accelerator_config": {"use_seedable_sampler": False}}, "is not seeded per epoch", marks=LONG),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,31 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.launch.helpers import launcher, needs_deepspeed
 from tests.programs.two_ranks_attach import EXAMPLES
 
 ROOT = Path(__file__).parents[2]
+ENV = os.environ | {"OMP_NUM_THREADS": "1"}
+CAUSES = (  # why rank 1 refuses, in the order of `one_rank_refuses.HOW`
+    "OutOfMemoryError: CUDA out of memory",
+    "(its loss raised )?KeyError: 'image'",
+    "its loss of a batch is .* with padding and .* without",
+    "its own batch raised KeyError: 'image'",
+)
+
+
+def sharded(output_dir: Path, config: str, *words: str) -> list[dict]:
+    """Trains on two ranks with a file of launch/, and returns what each wrote."""
+    done = subprocess.run(
+        [*launcher(config, 2), "-m", "tests.programs.unpadded_shards", str(output_dir), *words],
+        cwd=ROOT,
+        env=ENV,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((output_dir / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
 def run(output_dir: Path, *, ranks: int, what: str) -> list[dict]:
@@ -21,7 +44,7 @@ def run(output_dir: Path, *, ranks: int, what: str) -> list[dict]:
     done = subprocess.run(
         [sys.executable, *launcher, "-m", "tests.programs.two_ranks_attach", str(output_dir), what],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=ENV,
         capture_output=True,
         text=True,
         timeout=240,
@@ -53,3 +76,35 @@ def test_two_ranks_without_padding_take_the_steps_of_two_with_it(tmp_path):
         for name in ("losses", "norms", "weights"):
             np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-5)
     assert unpadded[0]["weights"] == unpadded[1]["weights"]
+
+
+@needs_deepspeed
+@pytest.mark.ci
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # the first one compiles an extension of DeepSpeed
+@pytest.mark.parametrize("trained", ["full", "lora"])
+@pytest.mark.parametrize(("config", "made"), [("zero2", "before"), ("zero3", "before"), ("zero3", "after")])
+def test_shards_without_padding_take_the_steps_of_those_with_it(tmp_path, config, made, trained):
+    """Also where ZeRO-3 makes the model in shards, which no rank can run before its engine does."""
+    padded, unpadded = (sharded(tmp_path / how, config, how, trained, made) for how in ("padded", "unpadded"))
+    assert len(padded[0]["losses"]) == 4
+    for ours, theirs in zip(unpadded, padded, strict=True):
+        for name in ("losses", "norms"):
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4)
+    assert padded[0]["losses"][0] != padded[0]["losses"][-1]
+
+
+@pytest.mark.ci
+@pytest.mark.slow
+def test_where_one_rank_refuses_the_other_one_does_too(tmp_path):
+    """Rank 1 alone cannot collate, runs out of memory, fails or reads padding; control: nothing is wrong."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [sys.executable, *launcher, "-m", "tests.programs.one_rank_refuses", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for layout in ("auto", "unpad"):
+        hears, refuses = ((tmp_path / f"{layout}{rank}.txt").read_text().split("\n") for rank in range(2))
+        assert hears[0] == refuses[0] == "nobody: attached"
+        for cause, heard, own in zip(CAUSES, hears[1:], refuses[1:], strict=True):
+            assert re.search(f"PacktrainError.*cannot run without padding.*rank 1 has stopped: {cause}", heard)
+            assert re.search(cause, own) and "rank 1 has stopped" not in own

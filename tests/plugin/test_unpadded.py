@@ -117,6 +117,23 @@ def test_a_loss_that_reads_padding_is_refused(tmp_path):
         packtrain.attach(answering(tmp_path, Trainer))
 
 
+def test_a_classifier_in_shards_keeps_its_rows(tmp_path, caplog):
+    """ZeRO-3 marks weights like this; its loss cannot be computed before training, and is none of a flat batch."""
+
+    def sharded() -> Trainer:
+        trainer = classification(tmp_path)
+        next(trainer.model.parameters()).ds_id = 0
+        return trainer
+
+    before, _ = trained(classification(tmp_path))
+    attached = packtrain.attach(sharded())
+    assert "the layers of model.bert run without padding" in caplog.text
+    assert "not checked: weights are sharded already" in caplog.text
+    assert apart(before, trained(attached)[0]) < 2e-5
+    with pytest.raises(PacktrainError, match="a loss that is not that of a causal language model"):
+        packtrain.attach(sharded(), layout="flat")
+
+
 def test_a_refusal_names_trainer_and_task(tmp_path):
     for make in (classification, preference):
         with pytest.raises(PacktrainError) as refused:

@@ -80,8 +80,9 @@ def stock(output_dir: Path, model: nn.Module, data: datasets.Dataset, collator: 
     return cls(model, args, train_dataset=data, eval_dataset=data.select(range(9)), data_collator=collator)
 
 
-def classification(output_dir: Path, family: str = "bert", **changes) -> Trainer:
+def classification(output_dir: Path, family: str = "bert", adapter: Any = None, **changes) -> Trainer:
     model = tiny(family, AutoModelForSequenceClassification, num_labels=3)
+    model = model if adapter is None else adapter(model)
     data = rows(input_ids=ids(), label=[i % 3 for i in range(EXAMPLES)])
     return stock(output_dir, model, data, DataCollatorWithPadding(TOKENIZER), **changes)
 

@@ -9,6 +9,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from packtrain.errors import ModelError
 from packtrain.modeling.audit.models import tiny_model
 from packtrain.modeling.equality import short_windows, stretches_at
+from packtrain.modeling.flatten import Flatten
 from packtrain.modeling.unpad import find_borders, unpad
 from tests.modeling.unpad.helpers import EXACT, apart, flat_calls, given, headed, ragged
 from tests.modeling.unpad.test_hooks import hooks_of, implementations
@@ -156,3 +157,43 @@ def test_the_proof_reads_heads_that_read_padding(maker):
     model.__class__ = Means
     with pytest.raises(ModelError, match="mean"):
         unpad(model)
+
+
+# ------------------------------------------------------------------------------------- weights that are elsewhere
+
+
+@pytest.mark.parametrize(
+    ("architecture", "head"), [("llama", "causal"), ("roberta", "token"), ("bert", "sequence"), ("qwen3_moe", "causal")]
+)
+def test_a_small_model_stands_for_one_in_shards(architecture, head):
+    """ZeRO-3 marks its weights like this, and leaves them empty until the engine runs."""
+    model, batch = headed(architecture, head), ragged(head)
+    padded = given(model, batch)
+    found = [hook for hook in _hooks(architecture, head) if type(hook) is Flatten]
+    next(model.parameters()).ds_id = 0
+    empty = {name: weight.data for name, weight in model.named_parameters()}
+    for weight in model.parameters():
+        weight.data = torch.empty(0)
+    unpad(model)
+    for name, weight in model.named_parameters():
+        weight.data = empty[name]
+    assert [hook for hook in hooks_of(model) if type(hook) is Flatten] == found
+    assert apart(padded, given(model, batch)) <= EXACT
+
+
+def _hooks(architecture, head):
+    model = headed(architecture, head)
+    unpad(model)
+    return hooks_of(model)
+
+
+def test_a_small_model_is_refused_for_the_same_cause():
+    for model, cause in (
+        (headed("bert", "answers"), "reads padding: its `loss`"),
+        (tiny_model("mamba"), CAUSES["mamba"]),
+        (tiny_model("bloom"), CAUSES["bloom"]),
+    ):
+        next(model.parameters()).ds_id = 0
+        with pytest.raises(ModelError, match=cause):
+            unpad(model)
+        assert not hooks_of(model)

@@ -4,58 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-import transformers
 
 from packtrain.modeling.audit.models import enlarge
 from packtrain.modeling.unpad import unpad
+from results.unpad.vision import BEGIN, END, IMAGE, PATCH, Pictures, llava, qwen2_5_vl, qwen3_vl
 from tests.modeling.unpad.helpers import EXACT, Leak, apart, difference, flat_calls, given
-
-IMAGE, BEGIN, END, PATCH = 120, 122, 123, 3 * 2 * 4 * 4  # token ids, and numbers of a patch: colours, frames, pixels
-TEXT = {
-    "vocab_size": 128,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-VISION = {
-    "depth": 2,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_heads": 2,
-    "out_hidden_size": 32,
-    "patch_size": 4,
-    "spatial_merge_size": 2,
-    "temporal_patch_size": 2,
-}
-TOKENS = {
-    "image_token_id": IMAGE,
-    "video_token_id": 121,
-    "vision_start_token_id": BEGIN,
-    "vision_end_token_id": END,
-}
-
-
-def rope(*sections):
-    return {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": list(sections)}}
-
-
-def qwen2_5_vl():
-    vision = VISION | {"window_size": 16, "fullatt_block_indexes": [1]}
-    config = transformers.Qwen2_5_VLConfig(text_config=TEXT | rope(1, 1, 2), vision_config=vision, **TOKENS)
-    return transformers.Qwen2_5_VLForConditionalGeneration(config)
-
-
-def qwen3_vl():
-    vision = VISION | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}
-    text = TEXT | rope(2, 1, 1) | {"head_dim": 8}
-    config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision, **TOKENS)
-    return transformers.Qwen3VLForConditionalGeneration(config)
 
 
 @pytest.fixture(params=[qwen2_5_vl, qwen3_vl], ids=["qwen2.5-vl", "qwen3-vl"])
@@ -111,6 +64,30 @@ def test_images_in_some_rows(model, left):
         leak.remove()
     assert apart(padded, leaking) > 1e-2
     assert torch.cosine_similarity(tower(padded), tower(leaking), dim=0) < 0.999
+
+
+def test_images_of_another_tower():
+    """LLaVA's, whose vision tower is a model of transformers itself."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = llava().eval()
+        enlarge(model)
+    rows = [[1, 7, 8, 9, 2], [1, BEGIN, *[IMAGE] * 16, END, 30, 2], [5, BEGIN, *[IMAGE] * 16, END, *range(20, 40)]]
+    batch = Pictures("llava")([{"input_ids": ids, "image": number - 1} for number, ids in enumerate(rows)])
+    batch["labels"][:, 0] = -100
+    padded = given(model, batch)
+    with unpad(model) as unpadding:
+        assert unpadding.modules == ["model.language_model"]
+        assert flat_calls(model, "model.language_model", batch) == 1
+        flat = given(model, batch)
+        assert apart(padded, flat) <= EXACT
+        one, other = (
+            torch.cat([part.flatten() for name, part in found.items() if "gradient model.vision_tower" in name])
+            for found in (padded, flat)
+        )
+        assert abs(torch.cosine_similarity(one.double(), other.double(), dim=0) - 1) <= 1e-6
+        model.model.language_model.register_forward_pre_hook(Leak(), with_kwargs=True)
+        assert apart(padded, given(model, batch)) > 1e-2
 
 
 def test_text_without_images(model):

@@ -131,6 +131,22 @@ def test_torch_compile(architecture, head):
         assert apart(before, found) <= EXACT
 
 
+@pytest.mark.slow
+@pytest.mark.ci
+def test_one_graph_is_refused_with_the_reason():
+    """Control: without the hooks there is one graph."""
+    model, batch = headed("llama", "causal"), ragged()
+    unpadding = unpad(model)
+    with pytest.raises(Exception, match="packtrain.unpad keeps the real tokens .*compile with fullgraph=False"):
+        torch.compile(model, backend="eager", fullgraph=True)(**batch)
+    torch.compiler.reset()
+    whole = torch.compile(model, backend="eager")(**batch).loss
+    torch.testing.assert_close(whole, model(**batch).loss, rtol=1e-6, atol=0)
+    unpadding.remove()
+    torch.compiler.reset()
+    torch.compile(model, backend="eager", fullgraph=True)(**batch)
+
+
 def test_dropout_in_training_is_drawn_anew():
     """Nothing compares padded and flat dropout; both are finite, and the mode is the caller's."""
     model, batch = (
