@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -215,6 +215,8 @@ def describe_model(recipe: Recipe) -> ModelMemory:
     with _countable(config), torch.device("meta"):
         built = _build(recipe, config)
         parameters, head = parameters_of(built), _trained_head(built)
+        if section.quantization is not None:
+            parameters = quantised_parameters(built, parameters, section.quantization)
     text = config.get_text_config()
 
     def activations(dtype: str | None, autocast: str | None, itemsize: int) -> Activations:
@@ -289,6 +291,31 @@ def parameters_of(model: PreTrainedModel | PeftModel) -> Parameters:
         outside=sum(map(_elements, (*trained, *frozen))) - config.num_hidden_layers * layer,
         hidden_size=config.hidden_size,
     )
+
+
+def quantised_parameters(model: nn.Module, parameters: Parameters, quantization: Mapping[str, Any]) -> Parameters:
+    """Returns `parameters` with the weights that bitsandbytes quantises: of linear layers, but for the head.
+
+    Four bits come with a float32 scale for 64 weights, or, quantised twice, with one byte for 64 and a float32 for 256
+    of these; eight bits with a float32 for a row, which is next to nothing. What is not quantised is float32.
+
+    Args:
+        model: built without quantisation, with its adapter.
+        quantization: the recipe's `model.quantization`.
+    """
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    skipped = quantization.get("llm_int8_skip_modules") or ()
+    head = cast(Any, model).get_output_embeddings()
+    elements = 0
+    for name, module in model.named_modules():
+        kept = module is head or "lora_" in name or any(part in name for part in skipped)
+        if isinstance(module, nn.Linear | Conv1D) and not kept and not module.weight.requires_grad:
+            elements += module.weight.numel()
+    twice = quantization.get("bnb_4bit_use_double_quant")
+    item = 1.0 if quantization.get("load_in_8bit") else 0.5 + ((1 + 4 / 256) / 64 if twice else 4 / 64)
+    return replace(parameters, frozen_itemsize=4, quantised=elements, quantised_itemsize=item)
 
 
 def _elements(parameter: nn.Parameter) -> int:
