@@ -19,12 +19,14 @@ from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoModel,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.initialization import no_init_weights
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils import is_bitsandbytes_available
 
 from packtrain.errors import ModelError, refused_by
 from packtrain.modeling.attention.varlen import register
@@ -126,6 +128,7 @@ def load_model(
     dtype: str | None = None,
     auto_class: str = "AutoModelForCausalLM",
     new_weights: tuple[str, ...] = (),
+    device: torch.device | None = None,
 ) -> PreTrainedModel:
     """Returns the model of `config`, pretrained or with new weights, which torch's global generator draws.
 
@@ -136,6 +139,7 @@ def load_model(
             float16.
         auto_class: of transformers, by name.
         new_weights: what the names of weights begin with that a checkpoint may lack; they are drawn.
+        device: where quantised weights are put, which are made there; others stay on the CPU.
 
     Raises:
         ModelError: an architecture without such a head, weights missing from the checkpoint, an attention it doesn't
@@ -169,12 +173,34 @@ def load_model(
             attn_implementation=attn_implementation,
             ignore_mismatched_sizes=True,  # reported below, with the missing ones
             output_loading_info=True,
+            **quantised(section, device),
         )
         lacking = found["missing_keys"] | {name for name, *_ in found["mismatched_keys"]}
         if lacking := sorted(weight for weight in lacking if not weight.startswith(new_weights or ("\0",))):
             what = f"the checkpoint lacks {len(lacking)} weights of the model, such as {lacking[0]}"
             raise ModelError(what, key=key, value=name, fix="name a complete causal language model")
         return model
+
+
+def quantised(section: ModelSection, device: torch.device | None) -> dict[str, Any]:
+    """Returns the arguments of `from_pretrained` that quantise the weights as they are loaded; {} where none are to be.
+
+    Raises:
+        ModelError: bitsandbytes is not installed or refuses the fields, or ZeRO-3 is to shard the weights.
+    """
+    if section.quantization is None:
+        return {}
+    key = "model.quantization"
+    if not is_bitsandbytes_available():
+        what, fix = "needs the package bitsandbytes, which is not installed", "pip install 'packtrain[qlora]'"
+        raise ModelError(what, key=key, fix=fix)
+    if is_deepspeed_zero3_enabled():
+        what = "does not go with ZeRO-3, which shards weights in their own dtype"
+        raise ModelError(what, key=key, fix="launch with ZeRO-2 or DDP, or leave `model.quantization` out")
+    fields: Any = section.quantization
+    with refused_by("transformers", key, fields):
+        config = BitsAndBytesConfig(**fields)
+    return {"quantization_config": config, "device_map": {"": str(device or "cpu")}}
 
 
 def has_class(config: PreTrainedConfig, auto_class: str = "AutoModelForCausalLM") -> bool:
@@ -184,7 +210,9 @@ def has_class(config: PreTrainedConfig, auto_class: str = "AutoModelForCausalLM"
 
 
 def weights_dtype(section: ModelSection, config: PreTrainedConfig) -> torch.dtype:
-    """Returns the dtype that `load_model` gives the weights."""
+    """Returns the dtype that `load_model` and `add_lora` give the weights; of a quantised model, those that are not."""
+    if section.quantization is not None:
+        return torch.float32
     named = config.dtype if section.dtype == "auto" else section.dtype
     return getattr(torch, named) if isinstance(named, str) else named or torch.float32
 
@@ -216,9 +244,15 @@ def add_lora(model: PreTrainedModel, lora: dict[str, Any], *, gradient_checkpoin
     Raises:
         ModelError: peft refuses the settings, or the model has no module of that name.
     """
-    from peft import LoraConfig, get_peft_model  # slow to import, and not every run has an adapter
+    from peft import (  # slow to import, and not every run has an adapter
+        LoraConfig,
+        get_peft_model,
+        prepare_model_for_kbit_training,
+    )
 
     settings: dict[str, Any] = {"task_type": "CAUSAL_LM", **lora}
+    if getattr(model, "is_quantized", False):  # freezes it; norms, embeddings and head in float32
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     try:
         adapted = get_peft_model(model, LoraConfig(**settings))
     except Exception as error:  # also of regular expressions and indices that peft does not check

@@ -59,19 +59,12 @@ def causal_lm_losses(
     Raises:
         ModelError: the model has no output embeddings, or does not call them in its forward.
     """
-    from torch.nn.functional import cross_entropy
+    from packtrain.objectives.logits import token_losses
 
-    from packtrain.objectives.logits import logits_at
-
-    labels, weights = batch["labels"], batch["loss_weights"]
+    labels = batch["labels"]
     row, column = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)  # [N]; position column predicts column + 1
     index = row * labels.shape[1] + column + 1  # [N], of the targets
-    logits = logits_at(model, batch, index - 1, head=head)  # [N, V]
-    return TokenLosses(
-        nll=cross_entropy(logits.float(), labels.flatten()[index], reduction="none"),
-        weights=weights.flatten()[index],
-        index=index,
-    )
+    return token_losses(model, batch, index, shift=1, head=head)
 
 
 def sum_of_weights(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Logits where they are needed, and nowhere else.
+"""Logits where they are needed, and nowhere else; and losses without logits.
 
 The LM head runs only where a token is predicted. With the usual `[B, T]` of prompts and padding most rows of
 the `[B*T, vocabulary]` logits are thrown away by `ignore_index`; here they are never computed. The choice is made
@@ -6,20 +6,33 @@ by a forward pre-hook on the head (`get_output_embeddings()`), so whatever a mod
 the head (softcapping, scaling) still happens, in every layout and for every architecture that calls its head:
 
     hidden [B, T, D]  ->  hidden at index [1, N, D]  ->  head  ->  logits [1, N, V]
+
+For a loss (`token_losses`) even these are too many where N is large. A forward hook then gives, in the place of logits,
+what `chunks.ChunkedLoss` has computed from the hidden states while the head was being called: only there does ZeRO-3
+have its weights. Once per model a forward pass without gradients shows whether that is the same loss: what the model
+does to logits after the head must be a scale or a softcap, and gradients of the head must agree. Where it isn't, or
+where one chunk is enough, logits are whole.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from packtrain.errors import ModelError
+from packtrain.objectives import chunks
+from packtrain.objectives.objective import TokenLosses
 
+logger = logging.getLogger(__name__)
 NOT_MODEL_INPUTS = ("labels", "loss_weights", "example_ids")
 
 
@@ -48,6 +61,133 @@ def logits_at(
         )
     assert logits.shape[:-1] == (1, len(index)), f"logits {tuple(logits.shape)} for {len(index)} positions"
     return logits[0]
+
+
+def token_losses(
+    model: nn.Module,
+    batch: Mapping[str, torch.Tensor],
+    index: torch.Tensor,
+    *,
+    shift: int,
+    head: nn.Module | None = None,
+) -> TokenLosses:
+    """Scores the tokens at `index`, each by the logits `shift` positions before it, from one forward pass.
+
+    Args:
+        model, head: see `logits_at`.
+        batch: `labels` int64 `[B, T]`, `loss_weights` float32 `[B, T]`, and the model's inputs.
+        index: int64 `[N]`, flat positions of the targets (row-major over `[B, T]`).
+        shift: 1 where a position predicts the next token, 0 where it predicts its own.
+
+    Raises:
+        ModelError: the model has no output embeddings, or does not call them in its forward.
+    """
+    head = head or output_head(model)
+    targets, weights = batch["labels"].flatten()[index], batch["loss_weights"].flatten()[index]
+    way = _way_of(model, batch, head, len(index))
+    if way is None or way.transform is None or len(index) <= chunks.rows_of_chunk(way.vocabulary):
+        nll = cross_entropy(logits_at(model, batch, index - shift, head=head).float(), targets, reduction="none")
+        return TokenLosses(nll=nll, weights=weights, index=index)
+    nll, total = _losses_in_chunks(model, batch, index - shift, targets, weights, head, way)
+    return TokenLosses(nll=nll, weights=weights, index=index, total=total)
+
+
+class Way(NamedTuple):
+    """How losses of a head are computed: with this transform after it, or (None) from whole logits."""
+
+    transform: chunks.Transform | None
+    vocabulary: int = 0
+
+
+_ways: WeakKeyDictionary[nn.Module, Way] = WeakKeyDictionary()
+
+
+def computes_in_chunks(head: nn.Module) -> bool | None:
+    """Returns whether losses of many tokens are computed in chunks; None before anything had to know."""
+    way = _ways.get(head)
+    return None if way is None else way.transform is not None
+
+
+SAMPLED = 8  # positions whose logits and gradients are compared
+
+
+def _way_of(model: nn.Module, batch: Mapping[str, Any], head: nn.Module, count: int) -> Way | None:
+    """Returns how losses of `head` are computed, or None where `count` positions are too few to have to know it.
+
+    Several ranks find it out together in their first forward pass, whose collective calls must be the same on all.
+    """
+    if (known := _ways.get(head)) is not None:
+        return known
+    vocabulary = getattr(head, "out_features", None)
+    alone = not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1
+    if alone and isinstance(vocabulary, int) and count <= chunks.rows_of_chunk(vocabulary):
+        return None
+    way = _ways[head] = _find_way(model, batch, head)
+    return way
+
+
+def _find_way(model: nn.Module, batch: Mapping[str, Any], head: nn.Module) -> Way:
+    """Compares the loss in chunks with that of whole logits, in a forward pass without gradients; logs where they differ.
+
+    The first positions of the batch are looked at, whether they are supervised or not.
+    """
+    device = batch["labels"].device
+    index = torch.arange(min(SAMPLED, batch["labels"].numel()), device=device)
+    sent: list[Tensor] = []
+    refused: list[str] = []
+
+    def whole_logits(hidden: Tensor) -> Tensor:  # [K, D] -> [1, K + 1, V]
+        try:
+            if why := chunks.cannot_be_chunked(head):
+                refused.append(why)
+            elif differing := chunks.check_gradients(head, hidden):
+                refused.append(f"{differing} of the head differ in chunks")
+        except RuntimeError as error:
+            refused.append(f"{type(error).__name__}: {error}".splitlines()[0])
+        logits = head.forward(hidden).float()
+        sent.append(torch.cat([logits, chunks.known_logits(logits.shape[-1], logits.device).unsqueeze(0)]))
+        return sent[-1].unsqueeze(0).clone()  # a model may change its logits in place
+
+    devices = [] if device.type == "cpu" else [device]
+    kind = "cuda" if device.type == "cpu" else device.type
+    with torch.no_grad(), torch.random.fork_rng(devices, device_type=kind):
+        with _head_gives(head, index, whole_logits) as seen:
+            found = model(**_model_inputs(model, batch)).logits
+    torch.clear_autocast_cache()  # weights that were cast without a gradient
+    if len(seen) != 1:
+        return Way(None)  # `logits_at` says why none, and adds up several
+    (known,), found = sent, found[0]
+    transform = chunks.fit_transform(known[-1], found[-1].float()) if found.shape == known.shape else None
+    if transform is None or not chunks.same(transform(known), found, 1e-5):
+        refused.append("what the model does to its logits after the head is neither a scale nor a softcap")
+    if refused:
+        logger.warning("losses are computed from whole logits, which takes more memory: %s", refused[0])
+        return Way(None)
+    return Way(transform, known.shape[-1])
+
+
+def _losses_in_chunks(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    index: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    head: nn.Module,
+    way: Way,
+) -> tuple[Tensor, Tensor]:
+    """Returns nll `[N]`, without gradient, and the scalar `sum(weights * nll)`, with it."""
+    scored: list[tuple[Tensor, Tensor]] = []
+
+    def losses(hidden: Tensor) -> Tensor:  # [N, D] -> [1, N, 1]
+        given = (hidden, targets, weights, head, way.transform, chunks.rows_of_chunk(way.vocabulary))
+        total, nll, carrier = chunks.ChunkedLoss.apply(*given, *chunks.trained_parameters(head))
+        scored.append((nll, total))
+        return carrier
+
+    with _head_gives(head, index, losses):
+        output = model(**_model_inputs(model, batch)).logits  # [1, N, 1]
+    ((nll, total),) = scored
+    return nll, chunks.Through.apply(total, output)
 
 
 def head_outputs_at(
@@ -94,6 +234,36 @@ def _head_sees_only(head: nn.Module, index: torch.Tensor) -> Iterator[list[bool]
         yield seen
     finally:
         handle.remove()
+
+
+@contextmanager
+def _head_gives(head: nn.Module, index: Tensor, compute: Callable[[Tensor], Tensor]) -> Iterator[list[bool]]:
+    """Makes the output of `head` `compute(hidden at index [N, D])` while open; yields a list with an entry for every call.
+
+    The head itself runs on one position. The hooks run in the head's call, after an engine has gathered its weights and
+    before they are released.
+    """
+    seen: list[bool] = []
+    held: list[Tensor] = []
+
+    def keep_one(_module: nn.Module, args: tuple) -> tuple:
+        hidden, *rest = args  # [B, T, D]
+        seen.append(True)
+        held.append(hidden.flatten(0, 1).index_select(0, index))
+        return (held[-1][:1].detach().unsqueeze(0), *rest)
+
+    def replace(_module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        return compute(held.pop())
+
+    handles = [
+        head.register_forward_pre_hook(torch.compiler.disable(keep_one)),
+        head.register_forward_hook(torch.compiler.disable(replace), prepend=True),
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _model_inputs(model: nn.Module, batch: Mapping[str, object]) -> dict[str, object]:

@@ -101,16 +101,18 @@ class TokenLosses:
     weights: float32 `[N]`, what each counts.
     index: int64 `[N]`, flat position of the target in `labels` (row-major over `[B, T]`).
     correct: bool `[N]`, whether the likeliest class is the target; None where nobody counts it.
+    total: the sum of `weights * nll` where it alone has a gradient (see `chunks`); None where `nll` has.
     """
 
     nll: torch.Tensor
     weights: torch.Tensor
     index: torch.Tensor
     correct: torch.Tensor | None = None
+    total: torch.Tensor | None = None
 
     def weighted_sum(self) -> torch.Tensor:
         """Returns the sum of `weights * nll`, a float32 scalar that carries gradients also when N is 0."""
-        return (self.nll * self.weights).sum()
+        return (self.nll * self.weights).sum() if self.total is None else self.total
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -62,6 +62,19 @@ Amount = Annotated[
     "a whole number of rows or a share below 1",
 ]
 
+_FLOATS = Literal["float32", "bfloat16", "float16"]
+QUANTIZATION: dict[str, Any] = {  # of BitsAndBytesConfig, whose arguments have no annotations that could be read off
+    "load_in_4bit": Flag,
+    "load_in_8bit": Flag,
+    "bnb_4bit_quant_type": Literal["nf4", "fp4"],
+    "bnb_4bit_use_double_quant": Flag,
+    "bnb_4bit_compute_dtype": _FLOATS,
+    "bnb_4bit_quant_storage": Literal["uint8", "int8", "float32", "bfloat16", "float16"],
+    "llm_int8_threshold": Number,
+    "llm_int8_skip_modules": list[Text],
+    "llm_int8_has_fp16_weight": Flag,
+    "llm_int8_enable_fp32_cpu_offload": Flag,
+}
 
 # The 256 bytes and the special tokens come first.
 VocabSize = Annotated[Whole, Field(ge=264), "a whole number from 264 on"]

@@ -226,8 +226,12 @@ class _Checked:
         return {key.removeprefix(prefix): v for key, v in self.given.items() if key.startswith(prefix)}
 
     def settings(self) -> dict[str, Any]:
-        """Returns every value given and our defaults, but none in doubt: nothing can be concluded from those."""
-        return {key: value for key, value in (DEFAULTS | self.given).items() if not self._in_doubt(key)}
+        """Returns every value given, our defaults, and as `lora` whether there is such a section.
+
+        None is in doubt: nothing can be concluded from those.
+        """
+        known = DEFAULTS | self.given | {"lora": "lora" in self.source.tree}
+        return {key: value for key, value in known.items() if not self._in_doubt(key)}
 
     def report(self, key: str, what: str, fix: str | None, value: object = UNSET) -> None:
         """Adds a problem, with the place of its key and the value given."""

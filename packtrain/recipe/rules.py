@@ -14,6 +14,7 @@ from packtrain.objectives import OBJECTIVES
 from packtrain.packing import strategies
 from packtrain.packing.lengths import LONGEST, MOST_EPOCHS
 from packtrain.packing.strategies import Strategy
+from packtrain.recipe.fields import QUANTIZATION, check, did_you_mean
 from packtrain.recipe.sections import Settings, Verdicts
 
 SECRETS = ("training.hub_token",)  # never shown
@@ -98,6 +99,27 @@ def _config_names_architecture(settings: Settings, strategy: Strategy | None) ->
     config = settings["model.config"]
     if config is not None and not isinstance(config.get("model_type"), str):
         yield "model.config", "lacks `model_type`", "name the architecture, for example `model_type: llama`"
+
+
+def _quantization_fits(settings: Settings, strategy: Strategy | None) -> Verdicts:
+    given, key = settings["model.quantization"], "model.quantization"
+    if given is None:
+        return
+    for name, value in given.items():
+        if name not in QUANTIZATION:
+            near = did_you_mean(name, QUANTIZATION)
+            yield f"{key}.{name}", "is not a field of BitsAndBytesConfig", f"did you mean {near}?" if near else ""
+            continue
+        _, what, fix = check(QUANTIZATION[name], value)
+        if what is not None:
+            yield f"{key}.{name}", what, fix or ""
+    if bool(given.get("load_in_4bit")) == bool(given.get("load_in_8bit")):
+        yield key, "must say to how many bits", "set one of load_in_4bit: true and load_in_8bit: true"
+    if not settings["lora"]:
+        what = "needs an adapter: quantised weights cannot be trained"
+        yield key, what, "add a section `lora:`, for example `lora: {target_modules: all-linear}`"
+    if settings["model.config"] is not None:
+        yield key, "needs a pretrained model", "set `model.model_name_or_path`, or leave `quantization` out"
 
 
 def _one_tokenizer(settings: Settings, strategy: Strategy | None) -> Verdicts:
@@ -197,6 +219,7 @@ RULES = (
     _some_training,
     _one_model,
     _config_names_architecture,
+    _quantization_fits,
     _one_tokenizer,
     _revision_is_of_a_model,
     _remote_code_is_pinned,

@@ -47,6 +47,8 @@ class ModelSection(Section):
     """Runs code that comes with the model; needs a pinned revision."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the weights; auto is as stored, and float32 from scratch."""
+    quantization: fields.Mapping | None = None
+    """QLoRA: fields of transformers.BitsAndBytesConfig, for example {load_in_4bit: true, bnb_4bit_quant_type: nf4}."""
     attn_implementation: Text = "auto"
     """auto, packtrain_varlen, sdpa, eager, flex_attention, flash_attention_2, ..."""
     tokenizer_name_or_path: Text | None = None

@@ -205,6 +205,7 @@ def prepare_model(
         attn_implementation=attention,
         auto_class=objective.auto_class,
         new_weights=objective.new_weights,
+        device=args.device,
     )
     prepared = task.prepare(model)
     if recipe.lora is not None:

@@ -74,6 +74,32 @@ def test_every_engine_trains_the_same(tmp_path, alone, config, trained):
     assert difference(weights(tmp_path), expected_weights) < 1e-4
 
 
+HEADS = {
+    "tied": (),
+    "full": ("model.config.tie_word_embeddings=false",),
+    "lora": (LORA, "training.gradient_checkpointing=true"),
+    "lora, scaled": (LORA, "model.config.model_type=granite", "model.config.logits_scaling=0.3"),
+    "adapter on the head": ("lora={r: 4, target_modules: [q_proj, lm_head], init_lora_weights: false}",),
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("config", [*WITH_ZERO, engine("zero3_offload_cpu")])
+def test_every_engine_computes_losses_in_chunks(tmp_path, config, head):
+    """Chunks of 16 positions against one process with whole logits; an adapter on the head makes ZeRO-3 keep them whole."""
+    options = HEADS[head]
+    (expected,) = run(tmp_path / "alone", None, 1, *options)
+    assert expected["in_chunks"] is None
+    found = run(tmp_path / "run", config, 2, *options, f"chunk={4 * 320 * 16}")
+    whole = head == "adapter on the head" and config.startswith("zero3")
+    assert [one["in_chunks"] for one in found] == [not whole] * 2
+    relative = [abs(loss / expected["losses"][step] - 1) for step, loss in found[0]["losses"].items()]
+    say(f"{config}, {head}: losses differ from whole logits' by at most {max(relative):.1e}")
+    for figure in ("losses", "norms"):
+        np.testing.assert_allclose(list(found[0][figure].values()), list(expected[figure].values()), rtol=1e-4)
+    assert difference(weights(tmp_path / "run"), weights(tmp_path / "alone")) < 1e-4
+
+
 @pytest.mark.parametrize("config", [engine(config) for config in IN_CI])
 def test_a_killed_rank_ends_the_job_and_the_run_resumes(tmp_path, config):
     saving = ("training.save_strategy=steps", "training.save_steps=3", "training.max_steps=8")

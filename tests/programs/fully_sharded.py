@@ -1,4 +1,5 @@
-"""Run under torchrun by launch/test_runs.py: three updates of a fully sharded model against the same model whole."""
+"""Run under torchrun by launch/test_runs.py: three updates of a fully sharded model, in chunks, against the
+same model whole, with whole logits."""
 
 from __future__ import annotations
 
@@ -7,11 +8,12 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
 from packtrain.modeling.attention.varlen import register
+from packtrain.objectives import chunks
 from packtrain.objectives.causal import causal_lm_losses
-from packtrain.objectives.logits import output_head
+from packtrain.objectives.logits import computes_in_chunks, output_head
 from packtrain.packing.collator import PackCollator
 from packtrain.training.ranks import settle
-from tests.tiny import random_documents, tiny_model
+from tests.tiny import VOCABULARY, random_documents, tiny_model
 
 STEPS = 3
 
@@ -42,7 +44,9 @@ def main() -> None:
         fully_shard(layer)
     fully_shard(model)
     assert all(parameter.to_local().numel() < parameter.numel() for parameter in model.parameters())
+    chunks.CHUNK_BYTES = 4 * VOCABULARY * 7  # seven positions of 24 at once
     found = train(model, batches)
+    assert computes_in_chunks(output_head(model))
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-5, atol=0)
     assert expected[-1] < expected[0]
     if dist.get_rank() == 0:

@@ -2,8 +2,8 @@
 
     accelerate launch --config_file launch/zero2.yaml -m tests.programs.worker RECIPE OUT [key=value ...]
 
-`resume=PATH` goes on from a checkpoint, `stop=N` leaves after update N with the schedule of the whole run, and
-`die=RANK:N` kills a rank when it begins update N.
+`resume=PATH` goes on from a checkpoint, `stop=N` leaves after update N with the schedule of the whole run,
+`die=RANK:N` kills a rank when it begins update N, and `chunk=BYTES` is what the losses' chunks may take.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
+from packtrain.objectives import chunks
+from packtrain.objectives.logits import computes_in_chunks, output_head
 from packtrain.recipe.reader import load_recipe
 from packtrain.training.ranks import leave
 from packtrain.training.run import build, fit
@@ -41,7 +43,9 @@ class Leave(TrainerCallback):
 def main(recipe: str, out: str, *words: str) -> None:
     torch.set_num_threads(1)
     options = dict(word.split("=", 1) for word in words)
-    resume, stop, die = (options.pop(name, None) for name in ("resume", "stop", "die"))
+    resume, stop, die, chunk = (options.pop(name, None) for name in ("resume", "stop", "die", "chunk"))
+    if chunk:
+        chunks.CHUNK_BYTES = int(chunk)
     trainer = build(load_recipe(recipe, [f"{key}={value}" for key, value in options.items()]))
     rank, at = (int(part) for part in die.split(":")) if die else (None, None)
     trainer.add_callback(Leave(int(stop) if stop else None, (rank, at) if die else None, Path(out)))
@@ -64,6 +68,7 @@ def main(recipe: str, out: str, *words: str) -> None:
         "epochs": {step: trainer.plan.locate(step)[0] for step in read},
         "examples": len(trainer.train_dataset),
         "total_steps": trainer.plan.total_steps,
+        "in_chunks": computes_in_chunks(output_head(trainer.accelerator.unwrap_model(trainer.model))),
         "attention": trainer.model.config._attn_implementation,
     }
     Path(out, f"rank{trainer.args.process_index}.json").write_text(json.dumps(result))

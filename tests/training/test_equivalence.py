@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from transformers import PrinterCallback
 
+from packtrain.objectives import chunks
+from packtrain.objectives.logits import computes_in_chunks, output_head
 from packtrain.packing.collator import PackCollator
-from tests.tiny import CONFIGS
+from tests.tiny import CONFIGS, VOCABULARY
 from tests.training.helpers import Curve, curve, make_trainer
 
 REFERENCE = "pad_max"
@@ -44,6 +46,19 @@ def test_layouts_do_not_change_the_updates(tmp_path, family, loss_weighting, lor
     for strategy in LAID_OUT_OTHERWISE:
         difference = run(tmp_path, strategy=strategy, **settings).difference(reference)
         assert difference < 1e-4, f"{strategy}: {difference:.2e}"
+
+
+@pytest.mark.parametrize(("family", "loss_weighting", "lora", "checkpointing"), SETTINGS)
+def test_chunks_do_not_change_the_updates(tmp_path, monkeypatch, family, loss_weighting, lora, checkpointing):
+    """Chunks of ten positions; micro-batches have up to 140 of them."""
+    settings = dict(family=family, loss_weighting=loss_weighting, lora=lora, gradient_checkpointing=checkpointing)
+    reference = run(tmp_path, strategy=REFERENCE, **settings)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 10 * 4 * VOCABULARY)
+    for strategy in ("balanced", "pad_longest"):
+        trainer = make_trainer(tmp_path, strategy=strategy, **settings)
+        trainer.remove_callback(PrinterCallback)
+        assert curve(trainer).difference(reference) < 1e-4
+        assert computes_in_chunks(output_head(trainer.model))
 
 
 @pytest.mark.ci

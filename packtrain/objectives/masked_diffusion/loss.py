@@ -23,12 +23,11 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from packtrain.data.formats import IGNORED
 from packtrain.errors import ModelError
-from packtrain.objectives.logits import logits_at, output_head
+from packtrain.objectives.logits import output_head, token_losses
 from packtrain.objectives.masked_diffusion.generation import generate
 from packtrain.objectives.masked_diffusion.noise import Masking
 from packtrain.objectives.masked_diffusion.sampling import Samples, Sampling
@@ -70,9 +69,7 @@ def masked_losses(
     if "attention_mask" in batch and batch["attention_mask"].all():
         left_out.add("attention_mask")  # no padding: a document to a row needs no mask, and LLaDA and Dream read none
     inputs = {key: value for key, value in batch.items() if key not in left_out}
-    logits = logits_at(model, inputs, index - int(shift), head=head)  # [N, V]
-    nll = F.cross_entropy(logits.float(), batch["labels"].flatten()[index], reduction="none")
-    return TokenLosses(nll=nll, weights=batch["loss_weights"].flatten()[index], index=index)
+    return token_losses(model, inputs, index, shift=int(shift), head=head)
 
 
 def count_documents(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:

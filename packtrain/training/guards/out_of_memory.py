@@ -24,7 +24,7 @@ from packtrain.errors import OutOfMemory, PacktrainError
 from packtrain.packing.collator import MicroBatches
 from packtrain.packing.plan import MicroBatch, Plan
 from packtrain.training.memory.activations import activation_formula
-from packtrain.training.memory.plan import MicroBatchSize, sampled_micro_batches
+from packtrain.training.memory.plan import MicroBatchSize, logit_bytes, sampled_micro_batches
 from packtrain.training.meters import peak_memory
 
 if TYPE_CHECKING:
@@ -184,7 +184,10 @@ def heaviest_micro_batch(
 
     def needs(size: MicroBatchSize) -> int:
         kept = activations.bytes(size.tokens, checkpointing=checkpointing) if activations else size.tokens
-        logits = (8 + item) * config.vocab_size * size.supervised if activations else 0
+        if activations is None:
+            return kept + masked * size.rows * size.width**2
+        how = dict(hidden_size=config.hidden_size, head=0, item=item, item_of_head=item)  # the head is always the same
+        logits = sum(logit_bytes(config.vocab_size, size.supervised, **how))
         return kept + logits + masked * size.rows * size.width**2
 
     return max(sampled_micro_batches(plan, supervised), key=lambda found: needs(found[2]))

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -69,6 +69,7 @@ class ModelMemory:
     vocabulary: int
     heads: int
     layers: int
+    head: int = 0  # elements of the LM head that are trained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,14 +120,21 @@ def plan_memory(
     """
     item = 2 if half else 4
     activations = model.activations_deepspeed if engine.startswith("zero") else model.activations
-    logits = model.vocabulary * micro_batch.supervised
+    of_weights = item if engine.startswith("zero") else model.parameters.trained_itemsize
+    logits, at_work = logit_bytes(
+        model.vocabulary,
+        micro_batch.supervised,
+        hidden_size=model.parameters.hidden_size,
+        head=model.head,
+        item=item,
+        item_of_head=of_weights,
+    )
     kept = activations.bytes(micro_batch.tokens, checkpointing=checkpointing)
     lines = [
         *model_states(model.parameters, engine, ranks, half=half, accumulates=accumulates),
         Line(what=ACTIVATIONS, bytes=kept, basis=activations.basis),
-        Line(what=LOGITS, bytes=4 * logits),  # float32 log-probabilities
-        # forward: as the head gives them, and in float32; backward: the gradients of both
-        Line(what=LOGITS_AT_WORK, bytes=(4 + item if half else 4) * logits, basis="estimated"),
+        Line(what=LOGITS, bytes=logits),
+        Line(what=LOGITS_AT_WORK, bytes=at_work, basis="estimated"),
     ]
     pairs = micro_batch.rows * micro_batch.width**2
     if eager:
@@ -136,6 +144,27 @@ def plan_memory(
     elif masked:
         lines.append(Line(what=MASK, bytes=pairs, basis=EXACT))  # bool, one for all heads and layers
     return MemoryPlan(engine=engine, ranks=ranks, lines=tuple(lines))
+
+
+def logit_bytes(
+    vocabulary: int, supervised: int, *, hidden_size: int, head: int, item: int, item_of_head: int
+) -> tuple[int, int]:
+    """Returns what a micro-batch's loss keeps for the backward pass, and what it takes for a moment, in bytes.
+
+    Args:
+        supervised: positions that have logits.
+        head: elements of the head that are trained.
+        item: bytes of an element of hidden states.
+        item_of_head: bytes of an element of the head's gradient.
+    """
+    from packtrain.objectives.chunks import rows_of_chunk
+
+    rows = rows_of_chunk(vocabulary)
+    each = 4 + item if item < 4 else 4  # as the head gives them, and in float32
+    if supervised <= rows:  # whole logits: log-probabilities in float32; then the gradients of both
+        return 4 * vocabulary * supervised, each * vocabulary * supervised
+    sums = 4 * head if item_of_head < 4 else 0  # the gradient of the head, before it is rounded
+    return item * supervised * hidden_size + item_of_head * head, each * vocabulary * rows + sums
 
 
 def largest_sizes(plan: Plan, supervised: np.ndarray) -> MicroBatchSize:
@@ -184,7 +213,10 @@ def describe_model(recipe: Recipe) -> ModelMemory:
     half = "bfloat16" if recipe.training.get("bf16") else "float16" if recipe.training.get("fp16") else None
     register_counting_attention()
     with _countable(config), torch.device("meta"):
-        parameters = parameters_of(_build(recipe, config))
+        built = _build(recipe, config)
+        parameters, head = parameters_of(built), _trained_head(built)
+        if section.quantization is not None:
+            parameters = quantised_parameters(built, parameters, section.quantization)
     text = config.get_text_config()
 
     def activations(dtype: str | None, autocast: str | None, itemsize: int) -> Activations:
@@ -203,7 +235,14 @@ def describe_model(recipe: Recipe) -> ModelMemory:
         vocabulary=recipe.objective.logits(config),
         heads=getattr(text, "num_attention_heads", 0),  # Mamba has none
         layers=text.num_hidden_layers,
+        head=head,
     )
+
+
+def _trained_head(model: Any) -> int:
+    """Counts the elements of the LM head that are trained; 0 for a model without one."""
+    head = model.get_output_embeddings()
+    return 0 if head is None else sum(_elements(weight) for weight in head.parameters() if weight.requires_grad)
 
 
 @contextmanager
@@ -252,6 +291,31 @@ def parameters_of(model: PreTrainedModel | PeftModel) -> Parameters:
         outside=sum(map(_elements, (*trained, *frozen))) - config.num_hidden_layers * layer,
         hidden_size=config.hidden_size,
     )
+
+
+def quantised_parameters(model: nn.Module, parameters: Parameters, quantization: Mapping[str, Any]) -> Parameters:
+    """Returns `parameters` with the weights that bitsandbytes quantises: of linear layers, but for the head.
+
+    Four bits come with a float32 scale for 64 weights, or, quantised twice, with one byte for 64 and a float32 for 256
+    of these; eight bits with a float32 for a row, which is next to nothing. What is not quantised is float32.
+
+    Args:
+        model: built without quantisation, with its adapter.
+        quantization: the recipe's `model.quantization`.
+    """
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    skipped = quantization.get("llm_int8_skip_modules") or ()
+    head = cast(Any, model).get_output_embeddings()
+    elements = 0
+    for name, module in model.named_modules():
+        kept = module is head or "lora_" in name or any(part in name for part in skipped)
+        if isinstance(module, nn.Linear | Conv1D) and not kept and not module.weight.requires_grad:
+            elements += module.weight.numel()
+    twice = quantization.get("bnb_4bit_use_double_quant")
+    item = 1.0 if quantization.get("load_in_8bit") else 0.5 + ((1 + 4 / 256) / 64 if twice else 4 / 64)
+    return replace(parameters, frozen_itemsize=4, quantised=elements, quantised_itemsize=item)
 
 
 def _elements(parameter: nn.Parameter) -> int:

@@ -11,6 +11,7 @@ optimizer states have their dtype, and autocast (`bf16: true` on float32 weights
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -37,6 +38,7 @@ class Parameters:
     """Elements of every parameter of a model, and bytes of an element as it is loaded.
 
     `layer` and `outside` are elements of one decoder layer, and of everything that is in no layer (embeddings, head).
+    `quantised` of the frozen ones take `quantised_itemsize` bytes each, with the scales of their blocks.
     """
 
     trained: Sequence[int]
@@ -46,6 +48,15 @@ class Parameters:
     layer: int
     outside: int
     hidden_size: int
+    quantised: int = 0
+    quantised_itemsize: float = 0.0
+
+    def frozen_bytes(self, item: int, shards: int = 1) -> int:
+        """Returns the bytes of the frozen parameters on a rank, whose elements have `item` bytes unless quantised."""
+        if not self.quantised:
+            return item * _sharded(self.frozen, shards)
+        others = item * (sum(self.frozen) - self.quantised)
+        return -(-(others + math.ceil(self.quantised_itemsize * self.quantised)) // shards)
 
 
 def model_states(
@@ -68,7 +79,7 @@ def model_states(
 def _torch(p: Parameters, shards: int, ranks: int, half: bool) -> list[Line]:
     """Lists DDP (`shards` 1) and FSDP2: weights, gradients and both moments in the dtype of the weights."""
     trained = _sharded(p.trained, shards) * p.trained_itemsize
-    frozen = _sharded(p.frozen, shards) * p.frozen_itemsize
+    frozen = p.frozen_bytes(p.frozen_itemsize, shards)
     lines = [
         Line(what="parameters", bytes=trained + frozen),
         Line(what="gradients", bytes=trained),
@@ -79,7 +90,7 @@ def _torch(p: Parameters, shards: int, ranks: int, half: bool) -> list[Line]:
         lines.append(Line(what="gathered layers", bytes=computed * (p.outside + 2 * p.layer), basis=ESTIMATED))
         return lines
     if half:
-        cast = sum(p.trained) * (p.trained_itemsize > 2) + sum(p.frozen) * (p.frozen_itemsize > 2)
+        cast = sum(p.trained) * (p.trained_itemsize > 2) + (sum(p.frozen) - p.quantised) * (p.frozen_itemsize > 2)
         lines.append(Line(what="autocast's copies", bytes=2 * cast, basis=ESTIMATED))
     if ranks > 1:
         lines.append(Line(what="DDP's buckets", bytes=trained, basis=ESTIMATED))
@@ -94,11 +105,11 @@ def _deepspeed(p: Parameters, engine: str, n: int, half: bool, accumulates: bool
     adapter = p.trained_itemsize if stage == 3 and p.frozen else item  # ZeRO-3 doesn't cast adapters
     if stage == 3:
         shard = _sharded(p.trained, n)
-        held = adapter * shard + item * _sharded(p.frozen, n)
+        held = adapter * shard + p.frozen_bytes(item, n)
     else:
         flat = -(-sum(p.trained) // (2 * n)) * 2 * n  # one buffer, padded so that every shard begins at 4 bytes
         shard = flat // n
-        held = item * (flat + sum(p.frozen))
+        held = item * flat + p.frozen_bytes(item)
     whole_gradients = stage == 1 and accumulates  # ZeRO-1 shards them only after the last micro-batch
     gradients = item * (sum(p.trained) if whole_gradients else shard)
     basis = ESTIMATED if where == NVME else EXACT  # what is below 1 MiB on a rank stays in memory

@@ -10,7 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from packtrain.errors import ModelError
 from packtrain.modeling.attention.varlen import register
 from packtrain.modeling.loading import load_config, load_model
+from packtrain.objectives import chunks
 from packtrain.objectives.causal import causal_lm_losses
+from packtrain.objectives.logits import computes_in_chunks
 from packtrain.packing.collator import PackCollator
 from packtrain.packing.plan import make_plan
 from packtrain.recipe.reader import load_recipe
@@ -21,6 +23,7 @@ from packtrain.training.memory.plan import (
     ModelMemory,
     describe_model,
     largest_sizes,
+    logit_bytes,
     parameters_of,
     plan_memory,
 )
@@ -108,8 +111,10 @@ def test_a_model_without_attention_has_a_plan():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
-def test_the_plan_is_near_the_peak_that_torch_tracks(dtype, checkpointing):
-    """Forward and backward of one real micro-batch: parameters, gradients, activations and logits, within 12%."""
+@pytest.mark.parametrize("positions", [4096, 40], ids=["whole logits", "chunks"])
+def test_the_plan_is_near_the_peak_that_torch_tracks(monkeypatch, dtype, checkpointing, positions):
+    """Forward and backward of real micro-batches: parameters, gradients, activations and logits, within 12%; of
+    chunks and recomputed layers, which come one after the other, up to 30% more."""
     tools = pytest.importorskip("torch.distributed._tools.mem_tracker")
     register()
     vocabulary = 8000
@@ -123,6 +128,10 @@ def test_the_plan_is_near_the_peak_that_torch_tracks(dtype, checkpointing):
     documents = [torch.randint(3, vocabulary, (length,)).tolist() for length in (300, 200, 124, 400)]
     rows = [{"input_ids": ids, "labels": [-100] * (len(ids) // 2) + ids[len(ids) // 2 :]} for ids in documents]
     batch = PackCollator(layout="flat", pad_token_id=0)(rows)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 4 * vocabulary * positions)
+    if positions < 512:  # the peak is in the forward pass, where an update's later micro-batches have gradients already
+        causal_lm_losses(model, batch).weighted_sum().backward()
+        assert computes_in_chunks(model.lm_head)
     tracker = tools.MemTracker()
     tracker.track_external(model)
     with tracker:
@@ -137,6 +146,7 @@ def test_the_plan_is_near_the_peak_that_torch_tracks(dtype, checkpointing):
         vocabulary=vocabulary,
         heads=4,
         layers=4,
+        head=model.lm_head.weight.numel(),
     )
     supervised = int((batch["labels"] != -100).sum())
     size = MicroBatchSize(tokens=1024, supervised=supervised, rows=1, width=1024)
@@ -144,7 +154,15 @@ def test_the_plan_is_near_the_peak_that_torch_tracks(dtype, checkpointing):
     plan = plan_memory(memory, size, engine="zero1", ranks=1, half=half, checkpointing=checkpointing)
     kinds = ("parameters", "gradients", "activations", "logits, kept", "logits, at work")
     planned = sum(one.bytes for one in plan.lines if one.what in kinds)
-    assert planned == pytest.approx(peak, rel=0.12)
+    assert planned == pytest.approx(peak, rel=0.12) or peak <= planned <= 1.3 * peak and positions < 512
+
+
+def test_logits_in_chunks_do_not_grow_with_the_vocabulary_times_tokens():
+    sizes = dict(hidden_size=256, head=128_256 * 256, item=4, item_of_head=4)
+    small, few, many = (sum(logit_bytes(128_256, count, **sizes)) for count in (261, 4096, 16_384))
+    assert small == 8 * 128_256 * 261
+    assert few < 8 * 128_256 * 4096 / 10  # whole logits
+    assert many - few == 4 * 256 * (16_384 - 4096)
 
 
 def test_masks_and_eager_attention_are_counted():
