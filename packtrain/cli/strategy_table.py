@@ -117,10 +117,13 @@ def _lengths(recipe: Recipe, console: Console, file: Path | None) -> tuple[np.nd
 
 
 def _plan(recipe: Recipe, strategy: str, lengths: np.ndarray, world_size: int) -> Plan:
-    """Plans the recipe with another strategy; `tokens_per_step` is kept where it has a meaning."""
-    changed = {"strategy": strategy}
-    if strategy != recipe.batching.strategy and resolve_strategy(strategy).scope == "step":
+    """Plans the recipe with another strategy; `tokens_per_step` and `shapes` are kept where they have a meaning."""
+    changed: dict[str, str | None] = {"strategy": strategy}
+    rule = resolve_strategy(strategy)
+    if strategy != recipe.batching.strategy and rule.scope == "step":
         changed["tokens_per_step"] = None
+    if strategy != recipe.batching.strategy and rule.layout != "flat":
+        changed["shapes"] = None
     other = recipe.model_copy(update={"batching": recipe.batching.model_copy(update=changed)})
     return plan_recipe(other, lengths, world_size=world_size, cost=find_cost(recipe.model))
 

@@ -53,7 +53,8 @@ def causal_lm_losses(
 
     Args:
         model, head: see `logits_at`.
-        batch: `labels` int64 `[B, T]` unshifted, -100 ignored; `loss_weights` float32 `[B, T]`; and the model's inputs.
+        batch: `labels` int64 `[B, T]` unshifted, -100 ignored; `loss_weights` float32 `[B, T]`; the model's inputs; and
+            `supervised_index` int64 `[N]`, see `supervised_index`.
 
     Raises:
         ModelError: the model has no output embeddings, or does not call them in its forward.
@@ -63,14 +64,23 @@ def causal_lm_losses(
     from packtrain.objectives.logits import logits_at
 
     labels, weights = batch["labels"], batch["loss_weights"]
-    row, column = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)  # [N]; position column predicts column + 1
-    index = row * labels.shape[1] + column + 1  # [N], of the targets
-    logits = logits_at(model, batch, index - 1, head=head)  # [N, V]
+    index = supervised_index(batch)  # [N], of the targets
+    logits = logits_at(model, batch, index - 1, head=head)  # [N, V]; position column predicts column + 1
     return TokenLosses(
         nll=cross_entropy(logits.float(), labels.flatten()[index], reduction="none"),
         weights=weights.flatten()[index],
         index=index,
     )
+
+
+def supervised_index(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Returns the flat positions of the targets, int64 `[N]`: the collator's, else found in the labels, which waits for the
+    device. The first token of a row has none before it, and is never one."""
+    if "supervised_index" in batch:
+        return batch["supervised_index"]
+    labels = batch["labels"]
+    row, column = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+    return row * labels.shape[1] + column + 1
 
 
 def sum_of_weights(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -20,7 +20,7 @@ from torch import nn
 
 from packtrain.errors import ModelError
 
-NOT_MODEL_INPUTS = ("labels", "loss_weights", "example_ids")
+NOT_MODEL_INPUTS = ("labels", "loss_weights", "example_ids", "supervised_index")
 
 
 def logits_at(

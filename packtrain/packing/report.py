@@ -87,6 +87,8 @@ def describe(plan: Plan, *, sampled_steps: int = SAMPLED_STEPS) -> PlanReport:
         split += sum(_first_pieces(part, plan.lengths) for part in micro_batches)
         lengths = [part.lengths for part in micro_batches]
         tokens = [micro_batch_tokens(own, strategy, width) for own in lengths]
+        if plan.shapes is not None:
+            tokens = [plan.shapes.round_up(size or EMPTY_TOKENS) for size in tokens]
         real.append(sum(int(own.sum()) for own in lengths))
         computed += sum(size or empty for size in tokens)
         largest = max(largest, *tokens)
@@ -124,6 +126,9 @@ def _first_pieces(part: MicroBatch, lengths: np.ndarray) -> int:
 
 
 def _notes(plan: Plan, spread: float) -> Iterator[str]:
+    if (shapes := plan.shapes) is not None:
+        sizes = ", ".join(f"{size:,}" for size in shapes.tokens)
+        yield f"micro-batches are padded to {sizes} tokens: {shapes.padding_share:.1%} padding"
     if plan.scope.strategy.pack_order == "cost":
         yield (
             "ranks are balanced, but their updates are not mixed as by a shuffle: "
