@@ -200,7 +200,8 @@ def strategy_table(
     table.add_column("\nstrategy", no_wrap=True)
     for column in ("\nupdates", "micro-\nbatches", "examples per update\nmin   mean   max"):
         table.add_column(column, justify="right", no_wrap=True)
-    for column in ("pad-\nding", "largest\nbatch", "tokens\nlost"):
+    last = ["pad-\nding", "largest\nbatch", "tokens\nlost"]
+    for column in last if world_size == 1 else [*last, "\nABR"]:
         table.add_column(column, justify="right", no_wrap=True)
 
     notes = {}
@@ -233,6 +234,10 @@ def strategy_table(
             f"{report.padding_share:.1%}",
             f"{report.largest_micro_batch:,}",
             f"{report.tokens_dropped + data_lost:,}",
+            *([] if world_size == 1 else [f"{report.attention_imbalance:.2f}"]),
             style=style,
         )
+    if world_size > 1:
+        what = "attention balance ratio (arXiv:2503.07680), the share of attention that devices idle for the busiest"
+        notes[f"ABR: {what}; 0 is even. The communication ratio is 0: no document is spread over devices"] = None
     return Group(Text(), table, Text("\n".join(["", *notes]), "dim"))
