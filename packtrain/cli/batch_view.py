@@ -72,12 +72,14 @@ def documents_of(batch: Mapping[str, Any]) -> list[Document]:
     width = batch["input_ids"].shape[1]
     if "cu_seq_lens_q" in batch:
         bounds = batch["cu_seq_lens_q"].tolist()
-        places = [(0, slice(start, stop), 0) for start, stop in pairwise(bounds)]
+        places = [(0, slice(start, stop), 0) for start, stop in pairwise(bounds)]  # of static shapes, some empty
     else:
         masks = batch["attention_mask"].bool()  # [B, T]
         places = [(row, mask, width - int(mask.sum())) for row, mask in enumerate(masks)]
     documents = []
     for example_id, (row, place, padding) in zip(batch["example_ids"].tolist(), places, strict=True):
+        if isinstance(place, slice) and place.start == place.stop:
+            continue
         ids, labels, positions, weights = (
             batch[name][row][place].tolist() for name in ("input_ids", "labels", "position_ids", "loss_weights")
         )
@@ -167,7 +169,7 @@ def show_batch(
     Raises:
         PacktrainError: bad data, or no such step, rank, micro-batch or example.
     """
-    task, epoch = load_task(recipe), 0
+    task, epoch, shapes = load_task(recipe), 0, None
     config = load_config(recipe.model, tokenizer=task.tokenizer, new_tokens=task.new_tokens, fields=task.config_fields)
     if examples is not None:
         ids = _example_ids(examples, len(task.train))
@@ -178,11 +180,11 @@ def show_batch(
         cost = cost_of(config)
         plan = plan_recipe(recipe, task.train.lengths, world_size=world_size, cost=cost)
         chosen, head = _micro_batch(plan, step, rank, micro_batch)
-        epoch, _ = plan.locate(step)
+        (epoch, _), shapes = plan.locate(step), plan.shapes
     strategy = resolve_strategy(recipe.batching.strategy)
     start = _position_start(recipe, config)
     collator = task.collator(strategy, max_length=recipe.data.max_length, position_start=start)
-    batch = MicroBatches(task.train, collator).at_epoch(epoch)[chosen]
+    batch = MicroBatches(task.train, collator, shapes).at_epoch(epoch)[chosen]
     console.print("\n".join(task.train.report.lines()), soft_wrap=True, highlight=False, markup=False)
     print_batch(batch, task, console, head=head, texts=documents)
 

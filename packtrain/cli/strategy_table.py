@@ -117,10 +117,13 @@ def _lengths(recipe: Recipe, console: Console, file: Path | None) -> tuple[np.nd
 
 
 def _plan(recipe: Recipe, strategy: str, lengths: np.ndarray, world_size: int) -> Plan:
-    """Plans the recipe with another strategy; `tokens_per_step` is kept where it has a meaning."""
-    changed = {"strategy": strategy}
-    if strategy != recipe.batching.strategy and resolve_strategy(strategy).scope == "step":
+    """Plans the recipe with another strategy; `tokens_per_step` and `shapes` are kept where they have a meaning."""
+    changed: dict[str, str | None] = {"strategy": strategy}
+    rule = resolve_strategy(strategy)
+    if strategy != recipe.batching.strategy and rule.scope == "step":
         changed["tokens_per_step"] = None
+    if strategy != recipe.batching.strategy and rule.layout != "flat":
+        changed["shapes"] = None
     other = recipe.model_copy(update={"batching": recipe.batching.model_copy(update=changed)})
     return plan_recipe(other, lengths, world_size=world_size, cost=find_cost(recipe.model))
 
@@ -197,7 +200,8 @@ def strategy_table(
     table.add_column("\nstrategy", no_wrap=True)
     for column in ("\nupdates", "micro-\nbatches", "examples per update\nmin   mean   max"):
         table.add_column(column, justify="right", no_wrap=True)
-    for column in ("pad-\nding", "largest\nbatch", "tokens\nlost"):
+    last = ["pad-\nding", "largest\nbatch", "tokens\nlost"]
+    for column in last if world_size == 1 else [*last, "\nABR"]:
         table.add_column(column, justify="right", no_wrap=True)
 
     notes = {}
@@ -230,6 +234,10 @@ def strategy_table(
             f"{report.padding_share:.1%}",
             f"{report.largest_micro_batch:,}",
             f"{report.tokens_dropped + data_lost:,}",
+            *([] if world_size == 1 else [f"{report.attention_imbalance:.2f}"]),
             style=style,
         )
+    if world_size > 1:
+        what = "attention balance ratio (arXiv:2503.07680), the share of attention that devices idle for the busiest"
+        notes[f"ABR: {what}; 0 is even. The communication ratio is 0: no document is spread over devices"] = None
     return Group(Text(), table, Text("\n".join(["", *notes]), "dim"))

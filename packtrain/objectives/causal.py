@@ -54,17 +54,26 @@ def causal_lm_losses(
 
     Args:
         model, head: see `logits_at`.
-        batch: `labels` int64 `[B, T]` unshifted, -100 ignored; `loss_weights` float32 `[B, T]`; and the model's inputs.
+        batch: `labels` int64 `[B, T]` unshifted, -100 ignored; `loss_weights` float32 `[B, T]`; the model's inputs; and
+            `supervised_index` int64 `[N]`, see `supervised_index`.
 
     Raises:
         ModelError: the model has no output embeddings, or does not call them in its forward.
     """
     from packtrain.objectives.logits import token_losses
 
+    # [N], of the targets; position column predicts column + 1
+    return token_losses(model, batch, supervised_index(batch), shift=1, head=head)
+
+
+def supervised_index(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Returns the flat positions of the targets, int64 `[N]`: the collator's, else found in the labels, which waits for the
+    device. The first token of a row has none before it, and is never one."""
+    if "supervised_index" in batch:
+        return batch["supervised_index"]
     labels = batch["labels"]
-    row, column = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)  # [N]; position column predicts column + 1
-    index = row * labels.shape[1] + column + 1  # [N], of the targets
-    return token_losses(model, batch, index, shift=1, head=head)
+    row, column = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+    return row * labels.shape[1] + column + 1
 
 
 def sum_of_weights(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -33,7 +33,7 @@ from packtrain.objectives import chunks
 from packtrain.objectives.objective import TokenLosses
 
 logger = logging.getLogger(__name__)
-NOT_MODEL_INPUTS = ("labels", "loss_weights", "example_ids")
+NOT_MODEL_INPUTS = ("labels", "loss_weights", "example_ids", "supervised_index")
 
 
 def logits_at(

@@ -20,7 +20,7 @@ import numpy as np
 from packtrain.data.formats import IGNORED
 from packtrain.data.report import DataReport
 from packtrain.errors import DataError, ModelError
-from packtrain.objectives.causal import sum_of_weights
+from packtrain.objectives.causal import sum_of_weights, supervised_index
 from packtrain.objectives.examples import DerivedExamples
 from packtrain.objectives.objective import Loss, Objective, Prepared, Task, TokenLosses, keeps_documents_whole
 from packtrain.recipe.fields import Positive, Text
@@ -203,7 +203,7 @@ def classification_losses(
     from packtrain.objectives.logits import head_outputs_at
 
     labels = batch["labels"].flatten()
-    index = (labels != IGNORED).nonzero().flatten()  # [N]
+    index = supervised_index(batch)  # [N]
     logits = head_outputs_at(model, batch, index, head=head or classification_head(model))  # [N, classes]
     return TokenLosses(
         nll=cross_entropy(logits.float(), labels[index], reduction="none"),

@@ -10,7 +10,8 @@ Two documents of 3 and 2 tokens, prompt masked in the first, in the two layouts:
              labels        [[-, -,  7,  -,  9]]                labels         [[ -, -, 7], [ -, 9,  -]]     (- is -100)
              position_ids  [[ 0,  1,  2,  0,  1]]              attention_mask [[ 1, 1, 1], [ 1, 1,  0]]
              cu_seq_lens_q [0, 3, 5]                           position_ids   [[ 0, 1, 2], [ 0, 1,  2]]
-             seq_idx       [[ 0,  0,  0,  1,  1]]
+             seq_idx       [[ 0,  0,  0,  1,  1]]                supervised_index [2, 4]
+             supervised_index [2, 4]
 
 A flat batch has no `attention_mask`: with one, transformers lets attention leak between documents.
 """
@@ -30,9 +31,12 @@ from packtrain.data.examples import AnyExamples
 from packtrain.data.formats import IGNORED
 from packtrain.data.tokenised import read_row
 from packtrain.errors import DataError, PlanError
+from packtrain.packing.bounds import KEY as BOUNDS
+from packtrain.packing.bounds import Bounds
 from packtrain.packing.packs import offsets_of
 from packtrain.packing.plan import MicroBatch
 from packtrain.packing.scopes import EMPTY_TOKENS
+from packtrain.packing.shapes import Shapes
 
 Batch = dict[str, Any]
 
@@ -63,7 +67,8 @@ def collate_flat(
         position_start: the model's first position (2 for RoBERTa).
 
     Returns:
-        A flat batch: everything `[1, T]` but `cu_seq_lens_*` int32 `[S + 1]`, `max_length_*` (Python int) and
+        A flat batch: everything `[1, T]` but `cu_seq_lens_*` int32 `[S + 1]`, `max_length_*` (Python int),
+        `document_bounds` (`Bounds`), `supervised_index` int64 `[N]`, the positions whose label is not -100, and
         `example_ids` int64 `[S]`. `loss_weights` is 0 where the label is -100.
     """
     offsets = offsets_of(lengths)  # [S + 1]
@@ -81,8 +86,10 @@ def collate_flat(
         "cu_seq_lens_k": cu_seq_lens,
         "max_length_q": longest,
         "max_length_k": longest,
+        BOUNDS: Bounds(cu_seq_lens),
         "seq_idx": torch.from_numpy(document.astype(np.int32))[None],
         "loss_weights": torch.from_numpy(weights)[None],
+        "supervised_index": torch.from_numpy(np.flatnonzero(labels != IGNORED)),
         "example_ids": torch.from_numpy(np.asarray(example_ids, dtype=np.int64)),
     }
 
@@ -108,7 +115,7 @@ def collate_padded(
 
     Returns:
         `input_ids`, `labels`, `attention_mask`, `position_ids` int64 `[B, width]`, `loss_weights` float32 `[B, width]`,
-        `example_ids` int64 `[B]`.
+        `supervised_index` int64 `[N]` (row-major over `[B, width]`), `example_ids` int64 `[B]`.
     """
     document = np.repeat(np.arange(len(lengths)), lengths)
     labels = without_first_labels(labels, lengths)
@@ -129,12 +136,14 @@ def collate_padded(
         padded[real] = values
         return torch.from_numpy(padded)
 
+    targets = rows(labels, IGNORED)
     return {
         "input_ids": rows(input_ids, pad_token_id),
-        "labels": rows(labels, IGNORED),
+        "labels": targets,
         "attention_mask": torch.from_numpy(real.astype(np.int64)),
         "position_ids": torch.from_numpy(np.maximum(columns - start[:, None], 0) + position_start),
         "loss_weights": rows(weights, 0.0),
+        "supervised_index": (targets.flatten() != IGNORED).nonzero().flatten(),
         "example_ids": torch.from_numpy(np.asarray(example_ids, dtype=np.int64)),
     }
 
@@ -262,17 +271,19 @@ class MicroBatches(Dataset):
     """The examples as micro-batches: indexed by a `MicroBatch` of the plan, gives its finished batch.
 
     `examples` has `gather(example_ids, starts, stops) -> (input_ids [T], labels [T])`, `factors` of the same arguments
-    (float32 `[T]`, or None) and `supervised`, int32 `[n]`.
+    (float32 `[T]`, or None) and `supervised`, int32 `[n]`. With `shapes` flat batches are padded to one of a few shapes.
     """
 
-    def __init__(self, examples: AnyExamples, collator: PackCollator):
-        self.examples, self.collator = examples, collator
+    def __init__(self, examples: AnyExamples, collator: PackCollator, shapes: Shapes | None = None):
+        self.examples, self.collator, self.shapes = examples, collator, shapes
 
     def at_epoch(self, epoch: int) -> MicroBatches:
         """Returns the same examples, collated as in that epoch (diffusion draws its masks from seed, epoch and example)."""
-        return MicroBatches(self.examples, self.collator.at_epoch(epoch))
+        return MicroBatches(self.examples, self.collator.at_epoch(epoch), self.shapes)
 
     def __getitem__(self, micro_batch: MicroBatch) -> Batch:
+        if self.shapes is not None:
+            return self._shaped(micro_batch, self.shapes)
         if not len(micro_batch):
             return self.collator.empty()
         ids = micro_batch.example_ids
@@ -281,6 +292,42 @@ class MicroBatches(Dataset):
         factors = self.examples.factors(ids, micro_batch.starts, micro_batch.stops)
         options = {} if factors is None else {"factors": factors}  # not every objective knows factors
         return self.collator.collate(input_ids, labels, micro_batch.lengths, ids, supervised, **options)
+
+    def _shaped(self, micro_batch: MicroBatch, shapes: Shapes) -> Batch:
+        """Makes a flat batch of one of the shapes: documents of padding behind the others, which nothing supervises."""
+        ids, lengths = micro_batch.example_ids, micro_batch.lengths
+        pads = shapes.padding(int(lengths.sum()))
+        padding, more = np.full(int(pads.sum()), self.collator.pad_token_id, dtype=np.int64), len(pads)
+        input_ids, labels, supervised, options = padding, np.full_like(padding, IGNORED), np.zeros(more, np.int64), {}
+        if len(micro_batch):
+            real_ids, real_labels = self.examples.gather(ids, micro_batch.starts, micro_batch.stops)
+            input_ids, labels = np.concatenate([real_ids, input_ids]), np.concatenate([real_labels, labels])
+            supervised = np.append(np.asarray(self.examples.supervised[ids], dtype=np.int64), supervised)
+            factors = self.examples.factors(ids, micro_batch.starts, micro_batch.stops)
+            if factors is not None:
+                options = {"factors": np.append(factors, np.ones(len(padding), np.float32))}
+        lengths, ids = np.append(lengths, pads), np.append(ids, np.full(more, -1))
+        batch = self.collator.collate(input_ids, labels, lengths, ids, supervised, **options)
+        return with_empty_documents(batch, shapes.documents, longest=shapes.longest)
+
+
+def with_empty_documents(batch: Batch, documents: int, *, longest: int) -> Batch:
+    """Returns a flat batch with empty documents up to a number of them, so that its offsets have the shape of others.
+
+    Args:
+        longest: the `max_length_q` of all; no document exceeds it.
+    """
+    ids, offsets = batch["example_ids"], batch["cu_seq_lens_q"]
+    empty = max(0, documents - len(ids))
+    offsets = torch.cat([offsets, offsets[-1:].expand(empty)])
+    return batch | {
+        "example_ids": torch.cat([ids, ids.new_full((empty,), -1)]),
+        "cu_seq_lens_q": offsets,
+        "cu_seq_lens_k": offsets,
+        "max_length_q": longest,
+        "max_length_k": longest,
+        BOUNDS: Bounds(offsets),
+    }
 
 
 def without_first_labels(labels: np.ndarray, lengths: np.ndarray) -> np.ndarray:

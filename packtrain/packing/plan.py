@@ -26,11 +26,13 @@ from packtrain.packing.accumulation import first_misfit, smallest_accumulation
 from packtrain.packing.cost import Cost
 from packtrain.packing.lengths import MOST_EPOCHS, check_lengths, chunks
 from packtrain.packing.scopes import EpochScope, MicroBatch, StepScope
+from packtrain.packing.shapes import Shapes
 from packtrain.packing.strategies import resolve_strategy
 from packtrain.recipe.sections import EXAMPLES_PER_STEP, MAX_TOKENS, BatchingSection, Schedule
 
 __all__ = ["MicroBatch", "Plan", "make_plan", "plan_evaluation", "plan_run"]
 
+SHAPED_STEPS = 4096  # updates that shapes are found from; of a longer run, so many of them evenly spaced
 EVALUATION = {"flat": "balanced", "padded": "group_by_length"}  # layout -> strategy that lays held-out examples out
 
 
@@ -46,6 +48,7 @@ class Plan:
         total_steps: updates of the whole run.
         num_epochs: epochs begun by the run.
         scope: which examples a step sees and how they are laid out.
+        most_shapes: numbers of tokens that a flat micro-batch may have; None for any.
     """
 
     strategy: str
@@ -55,6 +58,20 @@ class Plan:
     total_steps: int
     epoch_starts: tuple[int, ...]
     scope: StepScope | EpochScope
+    most_shapes: int | None = None
+
+    @cached_property
+    def shapes(self) -> Shapes | None:
+        """The shapes that micro-batches are padded to, found when they are first asked for; None where there are none."""
+        if self.most_shapes is None:
+            return None
+        steps = np.linspace(0, self.total_steps - 1, min(SHAPED_STEPS, self.total_steps)).round().astype(np.int64)
+        parts = [part.lengths for step in np.unique(steps).tolist() for part in self.layout_of(step)]
+        capacity = self.scope.max_tokens
+        if len(steps) == self.total_steps:
+            return Shapes.of(parts, self.most_shapes)
+        longest = min(int(self.lengths.max()), capacity)
+        return Shapes.of(parts, self.most_shapes, largest=capacity, longest=longest)
 
     @property
     def num_epochs(self) -> int:
@@ -117,6 +134,7 @@ def make_plan(
     max_steps: int = -1,
     cost: Cost | None = None,
     equal_lengths: bool = False,
+    shapes: int | None = None,
 ) -> Plan:
     """Plans a run.
 
@@ -138,6 +156,7 @@ def make_plan(
         cost: what a document costs, for the balance; None counts tokens.
         equal_lengths: every document of an update is planned as long as the update's longest; whoever gathers it
             pads it (the tails of diffusion models). Step scope only.
+        shapes: flat layouts only: pads every micro-batch up to one of so many numbers of tokens (see `Shapes`).
 
     Raises:
         PlanError: what can't be planned, with the key and the fix.
@@ -145,7 +164,9 @@ def make_plan(
     lengths = check_lengths(lengths)
     rule = resolve_strategy(strategy)
     positive = {"examples_per_step": examples_per_step, "max_tokens": max_tokens, "world_size": world_size}
-    optional = {"max_length": max_length, "tokens_per_step": tokens_per_step, "max_documents": max_documents}
+    optional = {
+        "max_length": max_length, "tokens_per_step": tokens_per_step, "max_documents": max_documents, "shapes": shapes,
+    }  # fmt: skip
     if gradient_accumulation_steps != "auto":
         positive["gradient_accumulation_steps"] = gradient_accumulation_steps
     for key, value in positive.items() | {item for item in optional.items() if item[1] is not None}:
@@ -164,6 +185,9 @@ def make_plan(
         raise PlanError(
             f"cannot be set for {strategy!r}, which has no limit on documents", key="max_documents", value=max_documents
         )
+    if shapes is not None and rule.layout != "flat":
+        what = f"cannot be set for {strategy!r}, whose micro-batches have rows; it is for flat layouts"
+        raise PlanError(what, key="batching.shapes", value=shapes, fix="leave it out, or choose a flat strategy")
     if rule.scope == "epoch" and equal_lengths:
         raise PlanError(
             f"{strategy!r} packs the whole epoch, so an update has no longest document to pad to",
@@ -230,6 +254,7 @@ def make_plan(
         total_steps=total_steps,
         epoch_starts=epoch_starts,
         scope=scope,
+        most_shapes=shapes,
     )
 
 
@@ -250,6 +275,7 @@ def plan_run(
         examples_per_step=batching.examples_per_step,
         max_tokens=batching.max_tokens,
         tokens_per_step=batching.tokens_per_step,
+        shapes=batching.shapes,
         max_length=max_length,
         world_size=world_size,
         cost=cost,
@@ -280,6 +306,7 @@ def plan_evaluation(
         max_length=max_length,
         world_size=world_size,
         equal_lengths=equal_lengths,
+        shapes=batching.shapes if layout == "flat" else None,
     )
 
 

@@ -45,6 +45,10 @@ class PlanReport:
             1 is perfect. Costs by the plan's cost model.
         rank_balance: the same when ranks meet once per update (DDP), not in every micro-step (FSDP, ZeRO-3).
         token_balance: as `balance`, with tokens as the cost.
+        attention_imbalance: the attention balance ratio (ABR) of Hierarchical Balance Packing (arXiv:2503.07680): the share
+            of their attention, counted as squared lengths, that ranks idle for the one with the most of it, a mean over
+            micro-steps; 0 is even. Its communication ratio (CR), the share of tokens exchanged for sequence parallelism, is
+            0 here, where no document is spread over ranks.
         notes: what a user should know before choosing this plan.
     """
 
@@ -66,6 +70,7 @@ class PlanReport:
     balance: float
     rank_balance: float
     token_balance: float
+    attention_imbalance: float
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict:
@@ -80,19 +85,23 @@ def describe(plan: Plan, *, sampled_steps: int = SAMPLED_STEPS) -> PlanReport:
     empty = width if strategy.padded_to == "max_length" else EMPTY_TOKENS
     examples, real = [], []  # of each update
     computed = split = largest = 0
-    balance, token_balance = _Balance(), _Balance()
+    balance, token_balance, idle = _Balance(), _Balance(), []
     for step in steps.tolist():
         micro_batches = plan.layout_of(step)
         examples.append(len(plan.examples(step)))
         split += sum(_first_pieces(part, plan.lengths) for part in micro_batches)
         lengths = [part.lengths for part in micro_batches]
         tokens = [micro_batch_tokens(own, strategy, width) for own in lengths]
+        if plan.shapes is not None:
+            tokens = [plan.shapes.round_up(size or EMPTY_TOKENS) for size in tokens]
         real.append(sum(int(own.sum()) for own in lengths))
         computed += sum(size or empty for size in tokens)
         largest = max(largest, *tokens)
         costs = [_micro_batch_cost(own, size, plan) for own, size in zip(lengths, tokens, strict=True)]
         balance.add(np.array(costs).reshape(-1, plan.world_size))
         token_balance.add(np.array(tokens, dtype=np.float64).reshape(-1, plan.world_size))
+        attention = [_attention(own, size, plan) for own, size in zip(lengths, tokens, strict=True)]
+        idle += _idle(np.array(attention).reshape(-1, plan.world_size))
     packs = plan.scope.packs(0) if isinstance(plan.scope, EpochScope) else []
     spread = _mean_length_spread(np.array(real), np.array(examples), plan.lengths)
     return PlanReport(
@@ -114,6 +123,7 @@ def describe(plan: Plan, *, sampled_steps: int = SAMPLED_STEPS) -> PlanReport:
         balance=balance.busy / balance.waited,
         rank_balance=balance.busy / balance.waited_once,
         token_balance=token_balance.busy / token_balance.waited,
+        attention_imbalance=float(np.mean(idle)) if idle else 0.0,
         notes=tuple(_notes(plan, spread)),
     )
 
@@ -124,6 +134,9 @@ def _first_pieces(part: MicroBatch, lengths: np.ndarray) -> int:
 
 
 def _notes(plan: Plan, spread: float) -> Iterator[str]:
+    if (shapes := plan.shapes) is not None:
+        sizes = ", ".join(f"{size:,}" for size in shapes.tokens)
+        yield f"micro-batches are padded to {sizes} tokens: {shapes.padding_share:.1%} padding"
     if plan.scope.strategy.pack_order == "cost":
         yield (
             "ranks are balanced, but their updates are not mixed as by a shuffle: "
@@ -155,6 +168,23 @@ def _micro_batch_cost(lengths: np.ndarray, tokens: int, plan: Plan) -> float:
     if plan.layout == "flat" or not len(lengths):
         return float(plan.scope.cost(lengths).sum())
     return float(len(lengths) * plan.scope.cost(tokens // len(lengths)))
+
+
+def _attention(lengths: np.ndarray, tokens: int, plan: Plan) -> float:
+    """Returns the sum of squared lengths that a micro-batch attends over; padded rows at full width."""
+    if plan.layout == "flat" or not len(lengths):
+        return float((lengths.astype(np.float64) ** 2).sum())
+    return len(lengths) * float(tokens // len(lengths)) ** 2
+
+
+def _idle(table: np.ndarray) -> list[float]:
+    """Returns the share of each micro-step that its mean rank idles; `table` is work, `[micro-steps, ranks]`.
+
+    >>> _idle(np.array([[4.0, 4.0], [4.0, 2.0], [0.0, 0.0]]))
+    [0.0, 0.25]
+    """
+    most = table.max(axis=1)
+    return (1 - table.mean(axis=1)[most > 0] / most[most > 0]).tolist()
 
 
 def _mean_length_spread(tokens: np.ndarray, examples: np.ndarray, lengths: np.ndarray) -> float:

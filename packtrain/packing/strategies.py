@@ -316,4 +316,11 @@ def _noise_goes_by_rows(settings: Settings, strategy: Strategy) -> Verdicts:
         yield "training.neftune_noise_alpha", what, fix
 
 
-RULES = (_longest_example_fits, _noise_goes_by_rows)
+def _shapes_are_flat(settings: Settings, strategy: Strategy) -> Verdicts:
+    if settings["batching.shapes"] is not None and strategy.layout != "flat":
+        flat = ", ".join(name for name, known in STRATEGIES.items() if known.layout == "flat")
+        what = "pads flat micro-batches to a few numbers of tokens, and those of this strategy have rows"
+        yield "batching.shapes", what, f"leave it out, or choose a flat strategy: {flat}"
+
+
+RULES = (_longest_example_fits, _noise_goes_by_rows, _shapes_are_flat)

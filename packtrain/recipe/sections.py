@@ -155,6 +155,8 @@ class BatchingSection(Section):
     """Most tokens in one micro-batch: the knob for memory."""
     tokens_per_step: Positive | None = None
     """Tokens per update, for strategies that pack the whole epoch."""
+    shapes: Positive | None = None
+    """Pads micro-batches to at most so many numbers of tokens, for torch_compile. Default: no padding."""
     probe_memory: Flag | None = None
     """Tries the largest micro-batch before the first update. Default: on a GPU."""
     allow_contamination: Flag = False

@@ -25,6 +25,7 @@ from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
+from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
@@ -38,6 +39,7 @@ from packtrain.packing.plan import Plan
 from packtrain.recipe.recipe import Recipe
 from packtrain.recipe.sections import MAX_SKIPPED_UPDATES, WORKER_TIMEOUT
 from packtrain.training.checkpoints import Checkpoints, facts_of
+from packtrain.training.compiling import CompileLayers
 from packtrain.training.guards.nonfinite import FiniteUpdates
 from packtrain.training.guards.out_of_memory import ProbeMemory, explaining_out_of_memory, without_a_trace
 from packtrain.training.loader import PlanLoader, loader_options, values_of_plan
@@ -111,6 +113,7 @@ class PackTrainer(Trainer):
         args.run_name = hidden(args.run_name) if args.run_name else None  # written by loggers and in training_args.bin
         args.save_total_limit = None  # Trainer would remove the last good checkpoint before the new one is complete
         with refused_by("transformers", "training", vars(args)):
+            self.compilation = CompileLayers.asked(args, plan)
             super().__init__(
                 model,
                 args,
@@ -119,6 +122,9 @@ class PackTrainer(Trainer):
                 data_collator=collator,
                 **trainer_kwargs,
             )
+        if self.compilation is not None:
+            self.compilation.restore(self.args)
+            self.add_callback(self.compilation)
         self.model_accepts_loss_kwargs = True  # releases before `loss_is_scaled_for_ga` read this instead
         self._head = loss.head(self.accelerator.unwrap_model(self.model))
         self.finite = FiniteUpdates(self, on_nonfinite, max_skipped_updates)
@@ -130,7 +136,7 @@ class PackTrainer(Trainer):
         )
         self.probe: ProbeMemory | None = None
         if ProbeMemory.wanted(self, probe_memory):
-            self.probe = ProbeMemory(self, plan, MicroBatches(train_examples, collator), self.rehearse)
+            self.probe = ProbeMemory(self, plan, MicroBatches(train_examples, collator, plan.shapes), self.rehearse)
         self.watchdog = Watchdog()
         for callback in (StepEnd(plan, self.meter), self.checkpoints, self.probe, self.watchdog):
             if callback is not None:
@@ -151,7 +157,7 @@ class PackTrainer(Trainer):
     def _loader(self, plan: Plan, examples: AnyExamples, global_step: Callable[[], int]) -> PlanLoader:
         return PlanLoader(
             plan=plan,
-            dataset=MicroBatches(examples, self.collator),
+            dataset=MicroBatches(examples, self.collator, plan.shapes),
             rank=self.args.process_index,
             global_step=global_step,
             dataloader_kwargs=loader_options(self.args, self.worker_timeout),
@@ -178,7 +184,9 @@ class PackTrainer(Trainer):
         self.watchdog.begins((step, 1), f"with the examples of update {step}")
         none = torch.zeros((), dtype=torch.float64)
         total = sum((self.loss.denominator(batch) for batch in batches), none)
-        return batches, self.accelerator.reduce(total.to(device), reduction="sum")
+        # pinned batches travel while the device still computes; Trainer would wait for every tensor of every micro-batch
+        batches = [send_to_device(batch, device, non_blocking=True) for batch in batches]
+        return batches, self.accelerator.reduce(total.to(device, non_blocking=True), reduction="sum")
 
     def compute_loss(
         self,

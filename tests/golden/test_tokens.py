@@ -16,6 +16,7 @@ from packtrain.data.examples import Examples, build_examples
 from packtrain.data.sources import open_rows
 from packtrain.errors import PacktrainError
 from packtrain.modeling.tokenizer import train_bpe
+from packtrain.packing.bounds import Bounds
 from tests.golden.store import facts, load, plain, save
 
 CORPUS = [
@@ -176,6 +177,8 @@ def of_views(directory: Path) -> dict:
 def _value(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return {"dtype": str(value.dtype), "shape": list(value.shape), "values": value.tolist()}
+    if isinstance(value, Bounds):
+        return list(value.documents)
     return value
 
 

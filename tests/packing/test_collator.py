@@ -37,6 +37,8 @@ def as_lists(batch: dict) -> dict:
 
 def test_flat_batch():
     batch = PackCollator(layout="flat", pad_token_id=0)(TWO)
+    bounds = batch.pop("document_bounds")
+    assert bounds.documents == (0, 3, 5)
     assert as_lists(batch) == {
         "input_ids": [[5, 6, 7, 8, 9]],
         "labels": [[-100, -100, 7, -100, 9]],
@@ -47,6 +49,7 @@ def test_flat_batch():
         "max_length_k": 3,
         "seq_idx": [[0, 0, 0, 1, 1]],
         "loss_weights": [[0.0, 0.0, 1.0, 0.0, 1.0]],
+        "supervised_index": [2, 4],
         "example_ids": [4, 2],
     }
     assert {key: value.dtype for key, value in batch.items() if torch.is_tensor(value)} == {
@@ -57,6 +60,7 @@ def test_flat_batch():
         "cu_seq_lens_k": torch.int32,
         "seq_idx": torch.int32,
         "loss_weights": torch.float32,
+        "supervised_index": torch.int64,
         "example_ids": torch.int64,
     }
     assert type(batch["max_length_q"]) is int
@@ -70,6 +74,7 @@ def test_padded_batch():
         "attention_mask": [[1, 1, 1], [1, 1, 0]],
         "position_ids": [[0, 1, 2], [0, 1, 2]],
         "loss_weights": [[0.0, 0.0, 1.0], [0.0, 1.0, 0.0]],
+        "supervised_index": [2, 4],
         "example_ids": [4, 2],
     }
 

@@ -74,6 +74,7 @@ def make_trainer(
     collator: PackCollator | None = None,
     world_size: int = 1,
     num_epochs: float = 2.0,
+    shapes: int | None = None,
     model_changes: dict | None = None,
     use_cpu: bool = True,
     probe_memory: bool | None = None,
@@ -87,6 +88,7 @@ def make_trainer(
     plan = make_plan(
         examples.lengths,
         strategy=strategy,
+        shapes=shapes,
         seed=0,
         examples_per_step=examples_per_step,
         max_tokens=max_tokens,

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from itertools import pairwise
 from typing import Any
@@ -36,10 +36,12 @@ class Documents:
     Attributes:
         bounds: `S + 1` increasing token offsets, from 0 to T; no document is empty.
         device: where the row is.
+        offsets: `bounds` on the device, int32 `[S + 1]`, maybe with empty documents; None to copy them there.
     """
 
     bounds: tuple[int, ...]
     device: torch.device
+    offsets: Tensor | None = field(default=None, repr=False, compare=False)
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -52,6 +54,8 @@ class Documents:
     @cached_property
     def cu_seq_lens(self) -> Tensor:
         """`bounds` on the device, int32 `[S + 1]`."""
+        if self.offsets is not None:
+            return self.offsets
         return torch.tensor(self.bounds, dtype=torch.int32, device=self.device)
 
 
@@ -208,25 +212,44 @@ def fused_kernel(query: Tensor, value: Tensor, pattern: Pattern) -> Callable[...
         return None
     if pattern.mask is not None or pattern.bias is not None or pattern.sinks is not None:
         return None
-    if torch.version.hip is None and torch.cuda.get_device_capability(query.device) < (8, 0):
-        return None  # FlashAttention needs Ampere
-    if flash_attn_varlen() is not None:
+    if not runs_flash_attention(query.device):
+        return None
+    if has_flash_attn():
         return attend_flash_attn
-    parameters = torch_varlen_parameters()
-    if parameters and not pattern.dropout and pattern.softcap is None:
-        if pattern.window is None or "window_size" in parameters:
+    if torch_varlen_takes("query") and not pattern.dropout and pattern.softcap is None:
+        if pattern.window is None or torch_varlen_takes("window_size"):
             return attend_torch_varlen
     return None
 
 
+# What is installed does not change in a run. `torch.compile` is told so, or it would trace into the imports.
+
+
+@torch.compiler.assume_constant_result
+def runs_flash_attention(device: torch.device) -> bool:
+    """Returns whether a CUDA device has FlashAttention, which needs Ampere."""
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@torch.compiler.assume_constant_result
+def has_flash_attn() -> bool:
+    """Returns whether flash-attn is installed."""
+    return _has_flash_attn()
+
+
 @cache
-def flash_attn_varlen() -> Callable[..., Tensor] | None:
-    """Returns `flash_attn.flash_attn_varlen_func`, or None where flash-attn is not installed."""
+def _has_flash_attn() -> bool:
     try:
-        from flash_attn import flash_attn_varlen_func
+        import flash_attn
     except ImportError:
-        return None
-    return flash_attn_varlen_func
+        return False
+    return hasattr(flash_attn, "flash_attn_varlen_func")
+
+
+@torch.compiler.assume_constant_result
+def torch_varlen_takes(parameter: str) -> bool:
+    """Returns whether torch's `varlen_attn` has a parameter of this name; False where torch has no such function."""
+    return parameter in torch_varlen_parameters()
 
 
 @cache
@@ -242,10 +265,10 @@ def torch_varlen_parameters() -> frozenset[str]:
 
 def attend_flash_attn(query: Tensor, key: Tensor, value: Tensor, documents: Documents, pattern: Pattern) -> Tensor:
     """Calls flash-attn's varlen kernel; arguments and result as `attend`."""
+    from flash_attn import flash_attn_varlen_func
+
     query, key, value, dim = rows_first(query, key, value)
-    attend_varlen = flash_attn_varlen()
-    assert attend_varlen is not None, "chosen only where flash-attn is installed"
-    output = attend_varlen(
+    output = flash_attn_varlen_func(
         query,
         key,
         value,
@@ -266,18 +289,17 @@ def attend_torch_varlen(query: Tensor, key: Tensor, value: Tensor, documents: Do
     """Calls torch's varlen kernel; arguments and result as `attend`."""
     from torch.nn.attention.varlen import varlen_attn
 
-    parameters = torch_varlen_parameters()
     options: dict[str, Any] = {}
-    if "enable_gqa" in parameters:
+    if torch_varlen_takes("enable_gqa"):
         options["enable_gqa"] = query.shape[1] != key.shape[1]
     else:
         key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
     query, key, value, dim = rows_first(query, key, value)
-    if "scale" in parameters:
+    if torch_varlen_takes("scale"):
         options["scale"] = pattern.scaling
     else:  # 2.10 divides by the root of the (padded) head size; undo that on the query
         query = query * (pattern.scaling * query.shape[-1] ** 0.5)
-    if "window_size" in parameters:
+    if torch_varlen_takes("window_size"):
         options["window_size"] = window_size(pattern, right_if_causal=0)
     else:
         options["is_causal"] = pattern.causal

@@ -12,6 +12,10 @@ Two functions are registered through transformers' public interfaces, nothing is
   refused with a `ModelError`. A batch that is not packed gets transformers' own sdpa attention.
 - `varlen_mask` builds no mask where the attention function can do without one, and otherwise returns sdpa's.
 
+Bounds of documents are read on the host, where packtrain's batches bring them (`document_bounds`); offsets of other
+collators are read back from the device once per batch. Under `torch.compile` nothing is read while a graph is made: see
+`packtrain.modeling.attention.traced`.
+
 | batch | the mask function returns | the attention function does |
 |---|---|---|
 | flat, causal, with or without a window | None | documents, window from `sliding_window` |
@@ -27,23 +31,30 @@ The name has no "flash" in it: transformers takes such names for flash-attn itse
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from packtrain.errors import ModelError
+from packtrain.modeling.attention.documents import (
+    NAME,
+    bounds_from_positions,
+    check_fit,
+    check_keys,
+    documents_in,
+    documents_of,
+    refusal,
+)
 from packtrain.modeling.attention.kernels import HALF, Documents, Pattern, attend, attend_dense, causal_mask
 from packtrain.modeling.attention.mask import varlen_mask
+from packtrain.modeling.attention.traced import attend_traced
+from packtrain.packing.bounds import KEY as BOUNDS
 from packtrain.recipe.fields import did_you_mean
-
-NAME = "packtrain_varlen"
 
 
 def register() -> str:
@@ -115,8 +126,8 @@ def varlen_attention_forward(
         query: `[B, H, T, D]`; key: `[B, Hkv, K, D]`; value: `[B, Hkv, K, Dv]`; K is T where documents are packed.
         attention_mask: `[B, 1 or H, T, K]`, bool or additive, or None.
         s_aux: `[H]`, the logit of each head's attention sink.
-        kwargs: of these it reads `cu_seq_lens_q`, `cu_seq_lens_k` (int32 `[S + 1]`), `position_ids` and
-            `sliding_window`.
+        kwargs: of these it reads `cu_seq_lens_q`, `cu_seq_lens_k` (int32 `[S + 1]`), `document_bounds` (`Bounds`),
+            `max_length_q`, `position_ids` and `sliding_window`.
 
     Returns:
         `[B, T, H, Dv]`, and None for the attention weights, which are never formed.
@@ -137,11 +148,19 @@ def varlen_attention_forward(
         sinks=s_aux,
         dropout=dropout,
     )
-    documents = find_documents(module, query, key, attention_mask, kwargs)
-    if documents is not None:
+    source = documents = None
+    if torch.compiler.is_compiling():
+        source = find_source(module, query, key, attention_mask, kwargs)
+    else:
+        documents = find_documents(module, query, key, attention_mask, kwargs)
+    if source is not None or documents is not None:
         pattern = packed_pattern(module, query, documents, pattern, kwargs)
-        rows = (end_to_end(states) for states in (query, key, value))
-        output = attend(*rows, documents, pattern)  # [1, B * T, H, Dv]
+        rows = [end_to_end(states) for states in (query, key, value)]
+        if source is not None:
+            output = attend_traced(rows[0], rows[1], rows[2], source, kwargs, pattern)
+        else:
+            assert documents is not None
+            output = attend(rows[0], rows[1], rows[2], documents, pattern)  # [1, B * T, H, Dv]
         return output.view(query.shape[0], query.shape[2], *output.shape[2:]), None
     if softcap is None and s_aux is None:
         options: dict[str, Any] = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
@@ -166,7 +185,7 @@ def attend_unpacked(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern)
 
 
 def packed_pattern(
-    module: nn.Module, query: Tensor, documents: Documents, pattern: Pattern, kwargs: Mapping
+    module: nn.Module, query: Tensor, documents: Documents | None, pattern: Pattern, kwargs: Mapping
 ) -> Pattern:
     """Returns `pattern` with the layer's window; refuses what a packed layer may ask for and would not get."""
     if pattern.mask is not None:
@@ -183,7 +202,11 @@ def packed_pattern(
     if "sliding_window" in kwargs:
         return replace(pattern, window=kwargs["sliding_window"])
     window = unsaid_window(module)
-    if window is not None and documents.longest > window:
+    if window is None:
+        return pattern
+    # in a graph, a number that is looked at must stay what it is, so it is looked at here only
+    longest = kwargs.get("max_length_q", query.shape[2]) if documents is None else documents.longest
+    if longest > window:
         what = f"the window of {window} that {type(module).__name__} does not pass to its attention"
         raise refusal(what, f"keep documents within {window} tokens, or use sdpa")
     return pattern
@@ -209,18 +232,16 @@ def find_documents(
     A plain row without mask is one document: that is sdpa's own reading, and keeps a window in force.
     """
     rows, length = query.shape[0], query.shape[2]
-    row_to_itself = key.shape[2] == length and not getattr(module, "is_cross_attention", False)
-    cu_seq_lens = kwargs.get("cu_seq_lens_q")
-    if cu_seq_lens is not None:
-        documents = documents_of(cu_seq_lens, bounds_from_cu_seq_lens)
-        if rows > 1 or not row_to_itself:
+    documents = documents_in(kwargs)
+    if documents is not None:
+        if rows > 1 or not attends_itself(module, query, key):
             if len(documents.bounds) == 2:
                 return None
-            shapes = f"queries {tuple(query.shape)} and keys {tuple(key.shape)}"
-            raise refusal(f"attention from documents to something else, as in {type(module).__name__}: {shapes}")
-        check_fit(documents, length, kwargs.get("cu_seq_lens_k"))
+            raise refuse_others(module, query, key)
+        check_fit(documents.bounds, length)
+        check_keys(documents, kwargs)
         return documents
-    if not row_to_itself or mask is not None:
+    if not attends_itself(module, query, key) or mask is not None:
         return None
     positions, plain = kwargs.get("position_ids"), Documents(bounds=(0, length), device=query.device)
     if not torch.is_tensor(positions) or positions.shape != (rows, length):
@@ -229,42 +250,33 @@ def find_documents(
     return documents if rows == 1 or len(documents.bounds) > rows + 1 else None
 
 
-def check_fit(documents: Documents, length: int, cu_seq_lens_k: Tensor | None) -> None:
-    """Refuses offsets that don't fit the row: the kernels read whatever memory they point at."""
-    bounds = documents.bounds
-    if bounds[0] != 0 or bounds[-1] != length or any(a >= b for a, b in pairwise(bounds)):
-        shown = f"documents end at {bounds[-1]} of {length} tokens"
-        fix = "use a padded layout for virtual tokens (prompt tuning)"
-        raise refusal(f"cu_seq_lens that do not fit the row ({shown})", fix)
-    if cu_seq_lens_k is not None and documents_of(cu_seq_lens_k, bounds_from_cu_seq_lens).bounds != bounds:
-        raise refusal("cu_seq_lens_k that differs from cu_seq_lens_q")
+def find_source(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, kwargs: Mapping) -> Tensor | None:
+    """Finds the tensor that tells of the documents of a row, without reading it: `find_documents` for a graph.
 
-
-def documents_of(source: Tensor, read: Callable[[Tensor], tuple[int, ...]]) -> Documents:
-    """Returns the documents that `source` tells of, read to the host once per batch rather than once per layer.
-
-    All layers get the same tensor object, so what was read stays on it, for as long as nobody writes to it.
+    Returns:
+        int32 `[S + 1]` offsets, on the host where the batch has them there; or `[B, T]` positions; or None.
     """
-    version = None if source.is_inference() else source._version
-    known = getattr(source, "_packtrain_documents", None)
-    if known is None or known[0] != version or version is None:
-        known = (version, Documents(bounds=read(source), device=source.device))
-        setattr(source, "_packtrain_documents", known)  # noqa: B010 (no attribute of tensors)
-    return known[1]
+    rows, length = query.shape[0], query.shape[2]
+    offsets = kwargs.get("cu_seq_lens_q")
+    if offsets is not None:
+        bounds = kwargs.get(BOUNDS)
+        if rows > 1 or not attends_itself(module, query, key):
+            if offsets.shape[0] == 2:
+                return None
+            raise refuse_others(module, query, key)
+        return offsets if bounds is None else bounds.offsets
+    if not attends_itself(module, query, key) or mask is not None:
+        return None
+    positions = kwargs.get("position_ids")
+    if not torch.is_tensor(positions) or positions.shape != (rows, length):
+        return torch.arange(0, length + 1, length, dtype=torch.int32) if rows == 1 else None
+    return positions
 
 
-def bounds_from_cu_seq_lens(cu_seq_lens: Tensor) -> tuple[int, ...]:
-    """Turns `[0, 3, 3, 5]` into `(0, 3, 5)`: an empty document has no tokens to attend with."""
-    return tuple(dict.fromkeys(cu_seq_lens.tolist()))
+def attends_itself(module: nn.Module, query: Tensor, key: Tensor) -> bool:
+    return key.shape[2] == query.shape[2] and not getattr(module, "is_cross_attention", False)
 
 
-def bounds_from_positions(position_ids: Tensor) -> tuple[int, ...]:
-    """Turns `[[0, 1, 2, 0, 1]]` into `(0, 3, 5)`: a document begins with a row and wherever positions don't go up
-    by one, which is the rule of transformers' `find_packed_sequence_indices`."""
-    rows, length = position_ids.shape
-    begins = F.pad(position_ids.diff(dim=1) != 1, (1, 0), value=True)  # [B, T]
-    return (*begins.flatten().nonzero().flatten().tolist(), rows * length)
-
-
-def refusal(what: str, fix: str = "use sdpa or eager, and check it with `packtrain audit`") -> ModelError:
-    return ModelError(f"{NAME} does not support {what}", key="model.attn_implementation", fix=fix)
+def refuse_others(module: nn.Module, query: Tensor, key: Tensor) -> ModelError:
+    shapes = f"queries {tuple(query.shape)} and keys {tuple(key.shape)}"
+    return refusal(f"attention from documents to something else, as in {type(module).__name__}: {shapes}")

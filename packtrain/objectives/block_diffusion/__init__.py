@@ -7,12 +7,23 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from packtrain.objectives.objective import Objective, Prepared, Task, keeps_documents_whole
 from packtrain.recipe.fields import Positive, Text
+from packtrain.recipe.sections import Settings, Verdicts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from packtrain.data.examples import Examples
     from packtrain.packing.collator import PackCollator
+    from packtrain.packing.strategies import Strategy
+
+
+def _whole_blocks(settings: Settings, strategy: Strategy) -> Verdicts:
+    if settings["batching.shapes"] is not None:
+        yield (
+            "batching.shapes",
+            "pads with documents of any length, and `block_diffusion` needs whole blocks",
+            "leave it out",
+        )
 
 
 class BlockDiffusion(Objective):
@@ -21,7 +32,7 @@ class BlockDiffusion(Objective):
     completions_only: ClassVar[bool] = True
     keeps_examples: ClassVar[bool] = False
     brings_attention: ClassVar[bool] = True
-    rules = (keeps_documents_whole,)
+    rules = (keeps_documents_whole, _whole_blocks)
 
     name: Literal["block_diffusion"] = "block_diffusion"
     mask_token: Text | None = None

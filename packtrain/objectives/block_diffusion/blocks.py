@@ -38,8 +38,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from packtrain.data.examples import Examples
 from packtrain.data.report import DataReport
 from packtrain.errors import ModelError, PlanError
+from packtrain.modeling.attention.documents import documents_in
 from packtrain.modeling.attention.kernels import Pattern, attend_one
-from packtrain.modeling.attention.varlen import bounds_from_cu_seq_lens, documents_of
 from packtrain.objectives.causal import CAUSAL_LM
 from packtrain.objectives.examples import DerivedExamples
 from packtrain.packing.collator import IGNORED, Batch, PackCollator, collate_flat
@@ -265,10 +265,10 @@ def block_attention(
     Raises:
         ModelError: another batch, or a sliding window that the documents exceed.
     """
-    if kwargs.get("cu_seq_lens_q") is None or attention_mask is not None:
+    documents = documents_in(kwargs)
+    if documents is None or attention_mask is not None:
         fix = "set another attention for other batches, for example sdpa"
         raise ModelError("block attention works only on batches of a BlockCollator", key="objective.name", fix=fix)
-    documents = documents_of(kwargs["cu_seq_lens_q"], bounds_from_cu_seq_lens)
     window = kwargs.get("sliding_window")
     if window is not None and documents.longest > COPIES * window:
         what = f"the model has a window of {window}, which block attention does not apply"

@@ -64,9 +64,9 @@ def masked_losses(
         batch: of a `NoisingCollator`, padded or flat.
         shift: read a token's prediction one position before it.
     """
-    index = batch["loss_weights"].flatten().nonzero().flatten()  # [N]
-    left_out = {"parts"}
-    if "attention_mask" in batch and batch["attention_mask"].all():
+    index = batch["supervised_index"]  # [N]
+    left_out = {"parts", "has_padding"}
+    if not batch["has_padding"]:
         left_out.add("attention_mask")  # no padding: a document to a row needs no mask, and LLaDA and Dream read none
     inputs = {key: value for key, value in batch.items() if key not in left_out}
     return token_losses(model, inputs, index, shift=int(shift), head=head)

@@ -73,7 +73,8 @@ class NoisingCollator(PackCollator):
 
     The keys of a plain batch, of which `input_ids` are noised, `labels` keep the clean canvas, `loss_weights` are
     what each token counts (0 where it is not masked), and `parts`, int8, shaped like `labels`: prompt, content,
-    eos or tail (see `packtrain.objectives.masked_diffusion.tails`).
+    eos or tail (see `packtrain.objectives.masked_diffusion.tails`). `supervised_index` are the masked tokens, and
+    `has_padding` (bool) says whether there is any.
 
     Args:
         masking: how to mask and weigh.
@@ -110,6 +111,8 @@ class NoisingCollator(PackCollator):
             per_document = per_document / np.maximum(np.bincount(document, canvas, len(lengths)), 1)
         weights = np.where(masked, per_document[document], 0.0).astype(np.float32)
         batch["loss_weights"] = lay_out(weights, batch)
+        batch["supervised_index"] = batch["loss_weights"].flatten().nonzero().flatten()
+        batch["has_padding"] = batch["labels"].numel() > len(labels)
         batch["parts"] = lay_out(parts_of(input_ids, labels, lengths, self.tail), batch)
         return batch
 

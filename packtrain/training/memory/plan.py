@@ -187,6 +187,8 @@ def sampled_micro_batches(plan: Plan, supervised: np.ndarray) -> Iterator[tuple[
             if not len(micro_batch):
                 continue
             tokens = micro_batch_tokens(micro_batch.lengths, plan.scope.strategy, getattr(plan.scope, "width", 0))
+            if plan.shapes is not None:
+                tokens = plan.shapes.round_up(tokens)
             rows = len(micro_batch) if plan.layout == "padded" else 1
             scored = min(int(np.sum(supervised[micro_batch.example_ids])), int(micro_batch.lengths.sum()))
             yield step, micro_batch, MicroBatchSize(tokens=tokens, supervised=scored, rows=rows, width=tokens // rows)

@@ -183,7 +183,7 @@ def ampere(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
 
 
-@pytest.mark.skipif(kernels.flash_attn_varlen() is not None, reason="flash-attn is preferred where installed")
+@pytest.mark.skipif(kernels.has_flash_attn(), reason="flash-attn is preferred where installed")
 def test_fused_kernels_are_chosen_only_for_what_they_can_do(ampere):
     plain = Pattern(scaling=0.1)
     assert fused_kernel(on_cuda(), on_cuda(), plain) is kernels.attend_torch_varlen

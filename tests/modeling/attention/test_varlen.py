@@ -10,10 +10,10 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, masking_utils
 
 from packtrain.errors import ModelError
+from packtrain.modeling.attention.documents import bounds_from_cu_seq_lens
 from packtrain.modeling.attention.mask import varlen_mask
 from packtrain.modeling.attention.varlen import (
     NAME,
-    bounds_from_cu_seq_lens,
     bounds_from_positions,
     choose_implementation,
     documents_of,

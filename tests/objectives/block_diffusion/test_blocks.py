@@ -85,6 +85,7 @@ def test_stored_examples_and_rows_make_the_same_batch():
     part = MicroBatch(example_ids=ids, starts=np.zeros_like(ids), stops=viewed.lengths)
     gathered, called = MicroBatches(viewed, collator())[part], collator()(documents)
     assert gathered["input_ids"].shape[1] == viewed.lengths.sum() == 3 * (12 + 4 + 16)
+    assert gathered["document_bounds"] == called.pop("document_bounds")
     for key, value in called.items():
         assert torch.equal(torch.as_tensor(gathered[key]), torch.as_tensor(value)), key
     other = MicroBatches(viewed, collator(seed=2))[part]
