@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import numpy as np
@@ -24,8 +24,8 @@ from transformers import Trainer
 from packtrain.data.examples import Examples
 from packtrain.errors import DataError, PacktrainError
 from packtrain.modeling.attention.varlen import choose_implementation
-from packtrain.modeling.audit.settings import base
-from packtrain.modeling.isolation import NOT_CHECKED, check_isolation, compute_dtype
+from packtrain.modeling.audit.settings import base, switchable
+from packtrain.modeling.isolation import check_isolation, compute_dtype
 from packtrain.modeling.positions import position_start
 from packtrain.objectives.logits import NOT_MODEL_INPUTS
 from packtrain.packing.collator import MicroBatches, PackCollator
@@ -129,10 +129,10 @@ def _attach_flat(
     )
     batches = _ModelInputs(MicroBatches(examples, collator))
     changes = [f"{strategy} lays out the training batches"]
-    with _as_it_was_if_refused(trainer), untouched(trainer):
+    with _as_it_was_if_refused(trainer) as undo, untouched(trainer):
         changes += _without_cache(trainer)
         proof = Proof(trainer, order.loader, plan, max_tokens)
-        changes += _prepare_model(trainer, plan.layout, attn_implementation, allow_contamination)
+        changes += _prepare_model(trainer, plan.layout, attn_implementation, allow_contamination, undo)
         changes.append(proof.of(batches, allow_differences=allow_differences or allow_contamination))
         if rule.scope == "step" and not (allow_differences or allow_contamination):
             refuse_unproved(trainer, proof)
@@ -188,12 +188,14 @@ def _take_todays_order(order: TrainersOrder, plan: Plan, max_tokens: int | None)
 
 
 @contextmanager
-def _as_it_was_if_refused(trainer: Trainer) -> Iterator[None]:
+def _as_it_was_if_refused(trainer: Trainer) -> Iterator[ExitStack]:
     inner = base(trainer.accelerator.unwrap_model(trainer.model))
     implementation, use_cache = inner.config._attn_implementation, inner.config.use_cache
+    undo = ExitStack()
     try:
-        yield
+        yield undo
     except PacktrainError:
+        undo.close()
         inner.config.use_cache = use_cache
         if inner.config._attn_implementation != implementation:
             inner.set_attn_implementation(implementation)
@@ -206,22 +208,26 @@ def _without_cache(trainer: Trainer) -> list[str]:
     return ["use_cache True -> False"] if changed else []
 
 
-def _prepare_model(trainer: Trainer, layout: str, attn_implementation: str, allow_contamination: bool) -> list[str]:
+def _prepare_model(
+    trainer: Trainer, layout: str, attn_implementation: str, allow_contamination: bool, undo: ExitStack
+) -> list[str]:
     """Sets the model's attention for this layout, checks that documents are isolated, and says what was changed."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     inner, changes = base(model), []
     before = inner.config._attn_implementation
     args, dtype = trainer.args, compute_dtype(trainer.args, inner.dtype)
     chosen = choose_implementation(attn_implementation, layout, args.device, dtype)
-    if chosen is not None and chosen != before:
+    by_name = attn_implementation != "auto" or chosen is None or switchable(inner, chosen)  # GPT-J has its own only
+    if chosen is not None and chosen != before and by_name:
         inner.set_attn_implementation(chosen)
         changes.append(f"attn_implementation {before} -> {chosen}")
     found = check_isolation(model, layout, args.device, dtype=dtype, allow_contamination=allow_contamination)
-    return (
-        [*changes, f"whether attention leaks between documents was {found}"]
-        if found.startswith(NOT_CHECKED)
-        else changes
-    )
+    if not found.checked:
+        changes.append(f"whether attention leaks between documents was {found.says}")
+    if found.padding is not None:
+        undo.callback(found.padding.remove)
+        changes.append(found.padding.says())
+    return changes
 
 
 # The batch: what the trainer's own loss passes to the model

@@ -231,7 +231,7 @@ def check_documents(recipe: Recipe, trainer: PackTrainer, *, console: Console | 
         allow_contamination=recipe.batching.allow_contamination,
     )
     if console and trainer.is_world_process_zero():
-        _sayer(console)(f"documents of a {layout} batch: {found}")
+        _sayer(console)(f"documents of a {layout} batch: {found.says}")
 
 
 def training_arguments(recipe: Recipe, plan: Plan, *, evaluate: bool) -> TrainingArguments:
