@@ -74,6 +74,7 @@ def make_trainer(
     collator: PackCollator | None = None,
     world_size: int = 1,
     num_epochs: float = 2.0,
+    model: torch.nn.Module | None = None,
     model_changes: dict | None = None,
     use_cpu: bool = True,
     probe_memory: bool | None = None,
@@ -101,7 +102,7 @@ def make_trainer(
     )
     if implementation is None and family == "gemma2":
         implementation = "eager"  # as load_model has it: some versions of transformers pick sdpa, without the softcap
-    model = tiny_model(family, attn_implementation=implementation, **(model_changes or {}))
+    model = model or tiny_model(family, attn_implementation=implementation, **(model_changes or {}))
     if lora:
         model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
     args = TrainingArguments(

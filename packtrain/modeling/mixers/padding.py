@@ -99,19 +99,19 @@ def find_padding(
     prove: Callable[[], Proof],
     holds: Callable[[Proof], bool],
     *,
-    whole: bool = True,
+    costly: bool = True,
 ) -> tuple[Padding, Proof] | None:
     """Pads inside what has to be for documents to be isolated, the smallest modules first.
 
     Args:
         prove, holds: run the model flat, and say whether its documents were isolated.
-        whole: whether the backbone may be padded.
+        costly: whether also to try what computes as much as padding does: the whole backbone, groups of equal lengths.
 
     Returns:
         None where nothing helps; the model is left as it was.
     """
     for padded in attempts(found):
-        if not whole and any(conversion.whole for _, conversion in padded.values()):
+        if not costly and any(one.whole or one.grouping == "equal lengths" for _, one in padded.values()):
             continue
         padding = Padding(model, found, padded)
         try:

@@ -206,9 +206,10 @@ class Conversion:
 
 
 def masked(like: Tensor) -> Tensor:
-    """Returns what hides a key in a mask of this dtype."""
+    """Returns what hides a key in a mask like this: the lowest number where it is added, 0 where it is of zeros and ones."""
     if like.dtype.is_floating_point:
-        return like.new_tensor(torch.finfo(like.dtype).min)
+        lowest = like.new_tensor(torch.finfo(like.dtype).min)
+        return torch.where(like.amax() > 0, torch.zeros_like(lowest), lowest)
     return like.new_zeros(())
 
 
@@ -221,7 +222,7 @@ def flat(outputs: list[Any], views: Views) -> Any:
         return {name: flat([one[name] for one in outputs], views) for name in first}
     if isinstance(first, (tuple, list)):
         return type(first)(flat(list(parts), views) for parts in zip(*outputs, strict=True))
-    if not torch.is_tensor(first) or all(one is first for one in outputs):  # a parameter, which has no rows
+    if not torch.is_tensor(first) or isinstance(first, torch.nn.Parameter):  # the latter has no rows
         return first
     shapes = [(one.shape, group.index.shape) for one, group in zip(outputs, views.groups, strict=True)]
     if all(len(shape) > 2 and shape[:2] == rows for shape, rows in shapes):
