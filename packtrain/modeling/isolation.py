@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 
 from packtrain.errors import ModelError
 from packtrain.modeling.audit.audit import isolate, quick_check
+from packtrain.modeling.audit.settings import is_sharded_by_deepspeed
 from packtrain.modeling.mixers.padding import Padding
 
 NOT_CHECKED = "not checked: "
@@ -68,7 +69,8 @@ def check_isolation(
     Raises:
         ModelError: attention leaks between documents, or the model can't run at all.
     """
-    if (reason := cannot_ask(model)) is not None:
+    sharded = is_sharded_by_deepspeed(model)
+    if (reason := cannot_ask(model)) is not None and not sharded:
         return Isolation(f"{NOT_CHECKED}{reason}")
     weights = list(model.parameters())
     padding = None
@@ -83,5 +85,7 @@ def check_isolation(
         what = f"{error.what}, on the {weights[0].device.type} where weights are until training"
         return Isolation(f"{NOT_CHECKED}{what}")
     finding.refuse(allow_contamination=allow_contamination)
+    if padding is not None and sharded:
+        padding.call_alike_on_all_ranks()
     said = "" if padding is None else f"; {padding.says()}"
     return Isolation(f"{finding.what()}{said}", padding)

@@ -53,6 +53,7 @@ from packtrain.modeling.audit.settings import (
     COUNTED,
     base,
     countable,
+    gathered,
     in_mode,
     quietly,
     register_counted,
@@ -227,9 +228,9 @@ def _as_training(
     register_counted()
     weight = next(model.parameters())
     half = compute_dtype if compute_dtype in HALF and compute_dtype != weight.dtype else None
-    large = sum(weight.numel() for weight in model.parameters()) > LARGE
+    large = sum(getattr(weight, "ds_numel", weight.numel()) for weight in model.parameters()) > LARGE
     autocast = nullcontext() if half is None else torch.autocast(weight.device.type, half)
-    with quietly(), autocast, _first_layers(model) if large else nullcontext() as checked:
+    with quietly(), autocast, _first_layers(model) if large else nullcontext() as checked, gathered(model):
         yield half, checked
 
 

@@ -135,6 +135,7 @@ class Pad:
         if not any(part.shape[:2] == (1, views.total) for part in tensors((args, kwargs))):
             what = f"{type(module).__name__} got no row of {views.total} tokens, as many as the documents have"
             raise ModelError(what, key="model", fix="use a padded layout for virtual tokens (prompt tuning)")
+        args, kwargs = bound(module, args, kwargs, by_name=self.conversion.whole)
         self.pending = (args, kwargs, views)
         return self.conversion.padded(names(module, args), args, kwargs, views, views.groups[0])
 
@@ -158,6 +159,18 @@ class Join:
             these, named = self.pad.conversion.padded(names(module, args), args, kwargs, views, group)
             outputs.append(module.forward(*these, **named))
         return flat(outputs, views)
+
+
+def bound(module: nn.Module, args: tuple, kwargs: dict[str, Any], *, by_name: bool) -> tuple[tuple, dict[str, Any]]:
+    """Returns a module's arguments all by name, or as many by position as can be: hooks on gradients (ZeRO-3's) see no
+    others."""
+    signature = inspect.signature(module.forward)
+    found = signature.bind(*args, **kwargs)
+    if not by_name:
+        return found.args, found.kwargs
+    more = [name for name, one in signature.parameters.items() if one.kind is inspect.Parameter.VAR_KEYWORD]
+    rest = found.arguments.pop(more[0], {}) if more else {}
+    return (), found.arguments | rest
 
 
 def names(module: nn.Module, args: tuple) -> list[str]:

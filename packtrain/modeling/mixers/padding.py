@@ -18,6 +18,7 @@ from typing import TypeVar
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from packtrain.errors import ModelError
 from packtrain.modeling.audit.settings import base
 from packtrain.modeling.mixers.finding import Found, layers
 from packtrain.modeling.mixers.hooks import Current, Forget, Join, Learn, Pad, Remember
@@ -39,6 +40,7 @@ class Padding:
         self.modules = {name: module for name, (module, _) in padded.items()}
         self.whole = any(conversion.whole for _, conversion in padded.values())
         self._padded, self._found = padded, found
+        self._pads: list[Pad] = []
         self._handles: list[RemovableHandle] = []
         inside = [] if found.backbone is None else [found.backbone[1]]
         owners = list(dict.fromkeys([model, base(model), *inside]))
@@ -47,12 +49,34 @@ class Padding:
             self._add(owner.register_forward_pre_hook(Learn(current, outermost=number == 0), with_kwargs=True))
         for module, conversion in padded.values():
             pad = Pad(current, conversion)
+            self._pads.append(pad)
             self._add(module.register_forward_pre_hook(pad, with_kwargs=True))
             self._add(module.register_forward_hook(Join(pad), with_kwargs=True))
         for module in [*_around(model, list(self.modules)), *owners]:
             self._add(module.register_forward_hook(Remember(current)))
         for owner in owners:
             self._add(owner.register_forward_hook(Forget(current)))
+
+    def call_alike_on_all_ranks(self) -> None:
+        """Lets ranks that gather weights together (ZeRO-3) do so equally often, however many groups each of them has.
+
+        The weights of a mixer are gathered once for all of its groups; the backbone computes one group.
+
+        Raises:
+            ModelError: the backbone has to be given groups of equal length.
+        """
+        for pad in self._pads:
+            if not self.whole:
+                continue
+            if pad.conversion.grouping == "equal lengths":
+                what = "is exact for documents of one length at a time only, and ranks differ in how many lengths they have"
+                raise ModelError(what, key="model", fix="choose a padded strategy (pad_longest), or ZeRO-2")
+            pad.conversion = replace(pad.conversion, grouping="one")
+        if not self.whole:
+            from deepspeed.utils import set_z3_leaf_module
+
+            for module in self.modules.values():
+                set_z3_leaf_module(module, True)
 
     def _add(self, handle: RemovableHandle) -> None:
         self._handles.append(handle)
