@@ -14,6 +14,7 @@ from packtrain.modeling.audit.models import tiny_model
 from packtrain.modeling.audit.probe import flat, sample_documents
 from packtrain.modeling.mixers.hooks import Forget, Remember
 
+LONG = (pytest.mark.slow, pytest.mark.ci)
 TOGETHER = ((9, 5, 14), (3, 20, 4, 1))  # two rows of 28 tokens: only the documents differ
 
 
@@ -51,7 +52,9 @@ def gradients(model: nn.Module, *, order: str = "both, then both", alone: bool =
 
 @pytest.mark.parametrize("order", ["both, then both", "last first", "summed"])
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("architecture", ["bamba", "qwen3_next", "rwkv", "gptj"])
+@pytest.mark.parametrize(
+    "architecture", ["rwkv", "gptj", *(pytest.param(one, marks=LONG) for one in ("bamba", "qwen3_next"))]
+)
 def test_the_second_run_of_a_layer_knows_its_documents(architecture: str, reentrant: bool, order: str):
     model = padded_inside(architecture)
     expected = gradients(model, alone=True)
