@@ -34,7 +34,9 @@ def hybrid() -> nn.Module:
 
 def hooks_of(model: nn.Module) -> list:
     return [
-        hook for module in model.modules() for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+        hook
+        for module in model.modules()
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
     ]
 
 
@@ -45,7 +47,10 @@ def apart(model: nn.Module, lengths: tuple[int, ...]) -> float:
     with torch.no_grad():
         together = probe.each(probe.outputs(model, laid), laid.places)
         alone = probe.alone(model, documents)
-    return max(probe.largest(a, b) for a, b in zip(together, alone, strict=True)) / max(x.abs().max() for x in alone).item()
+    return (
+        max(probe.largest(a, b) for a, b in zip(together, alone, strict=True))
+        / max(x.abs().max() for x in alone).item()
+    )
 
 
 # ------------------------------------------------------------------------------------------------- the groups
@@ -80,7 +85,11 @@ def test_a_row_is_the_same_after_both_conversions(lengths):
 
 @pytest.mark.parametrize(
     ("architecture", "mixers", "causal"),
-    [("lfm2_moe", {"Lfm2MoeShortConv"}, True), ("gptj", {"GPTJAttention"}, True), ("fnet", {"FNetFourierTransform"}, False)],
+    [
+        ("lfm2_moe", {"Lfm2MoeShortConv"}, True),
+        ("gptj", {"GPTJAttention"}, True),
+        ("fnet", {"FNetFourierTransform"}, False),
+    ],
 )
 def test_modules_that_mix_positions_are_found_by_trying_them(architecture, mixers, causal):
     model = tiny_model(architecture)

@@ -14,7 +14,7 @@ from tests.modeling.unpad.helpers import EXACT, apart, flat_calls, given, headed
 from tests.modeling.unpad.test_hooks import hooks_of, implementations
 
 CAUSES = {
-    "deberta-v2": "does not look up its attention by name",
+    "convbert": "does not look up its attention by name",
     "t5": "is an encoder with a decoder",
     "clip": "pools its rows itself",
 }
