@@ -185,9 +185,9 @@ def markdown(result: dict[str, Any]) -> str:
             "*tokens/s* counts real tokens of whole updates: loading, forward, backward, optimizer. *faster*: the ratio of",
             f"times within a round, over {result['rounds']} interleaved rounds.",
             *limits(
-                "Small models with random weights on a CPU in float32, with the reference implementations of their layers: on "
-                "a GPU the kernels of flash-linear-attention and mamba-ssm may take documents themselves, and then nothing is "
-                "padded."
+                "Small models with random weights on a CPU in float32, with the reference implementations of their layers: "
+                "on a GPU the kernels of flash-linear-attention and mamba-ssm may take documents themselves, and then "
+                "nothing is padded."
             ),
             *origin_lines(result, "torch", "transformers"),
         ]
