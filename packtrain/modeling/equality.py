@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from packtrain.errors import ModelError
 from packtrain.modeling.attention.varlen import NAME
 from packtrain.modeling.audit.probe import precision
+from packtrain.modeling.audit.settings import COUNTED, register_counted, switchable, using
 from packtrain.modeling.flatten import FLAT, RULES, Flatten, Scatter, use_attention
+from packtrain.modeling.mixers.finding import find_mixers
+from packtrain.modeling.mixers.padding import Padding, find_padding
 
 _LENGTHS = (4, 1, 13, 9)  # of the rows that a model is asked with
 _WINDOW = 6  # what windows are cut to meanwhile, so that rows reach beyond them
@@ -28,24 +31,59 @@ Given = dict[str, Tensor]  # what a module gives for ragged rows, by name
 # ------------------------------------------------------------------------------------------------ a module
 
 
-def find_hook(name: str, border: PreTrainedModel) -> Flatten:
+def find_hook(name: str, border: PreTrainedModel) -> tuple[Flatten, Padding | None]:
     """Finds the hook before a module with which it gives what it gave, by asking it.
 
-    The module is left with `packtrain_varlen`.
+    A module that mixes tokens otherwise than by attention that is looked up by name is padded inside. It is left with
+    `packtrain_varlen`, where it takes that.
+
+    Returns:
+        The hook, and what was padded inside.
 
     Raises:
         ModelError: there is none.
     """
     own, stretches = border.config._attn_implementation, stretches_at(border)
     padded = {left: _ask(border, left) for left in (False, True)}
-    use_attention(border, NAME)
-    if border.config._attn_implementation != NAME:
+    by_name = own == NAME or switchable(border, NAME)
+    plain = Flatten(attention=own, within=NAME if by_name else own, stretches_at=stretches)
+    use_attention(border, plain.within)
+    if by_name:
+        try:
+            return _find_rule(name, border, padded, plain), None
+        except ModelError as error:
+            refusal = error
+    else:
         what = f"{type(border).__name__} does not look up its attention by name, so its rows cannot be kept apart"
-        raise ModelError(what, key=name or "model", fix="leave the model padded")
+        refusal = ModelError(what, key=name or "model", fix="leave the model padded")
+
+    def prove() -> Flatten | None:
+        try:
+            return _find_rule(name, border, padded, plain)
+        except ModelError:
+            return None
+
+    register_counted()
+    ids, mask = _ragged(border.config, left=False)
+    with using(border, COUNTED.name if by_name else None):
+        found = find_mixers(border, [ids[mask.sum(1).argmax()].to(border.device)])
+    inside = find_padding(border, found, prove, lambda hook: hook is not None, costly=False)
+    if inside is None or inside[1] is None:
+        raise refusal
+    return inside[1], inside[0]
+
+
+def _find_rule(name: str, border: PreTrainedModel, padded: dict[bool, Given], plain: Flatten) -> Flatten:
+    """Finds how a module numbers positions, see `find_hook`.
+
+    Args:
+        padded: what it gives padded on the right (False) and on the left (True).
+        plain: the hook but for that.
+    """
     tolerance = precision(next(border.parameters()).dtype)
     worst: list[tuple[float, str, Flatten]] = []
     for rule in RULES:
-        hook = Flatten(rule, attention=own, stretches_at=stretches)
+        hook = replace(plain, positions=rule)
         right, what = _difference(padded[False], _ask_flat(border, hook, False))
         if right <= tolerance:
             left, _ = _difference(padded[True], _ask_flat(border, hook, True))
@@ -54,7 +92,7 @@ def find_hook(name: str, border: PreTrainedModel) -> Flatten:
         worst.append((right, what, hook))
     right, what, hook = min(worst, key=lambda one: one[0])
     if right <= tolerance:
-        return Flatten(hook.positions, left=False, attention=own, stretches_at=stretches)
+        return replace(hook, left=False)
     what = (
         f"{type(border).__name__} does not give the same without padding: its {what} differs by {right:.1e} "
         f"(allowed {tolerance:.0e})"
@@ -80,8 +118,8 @@ def stretches_at(module: nn.Module) -> int | None:
 
 def _ask_flat(border: PreTrainedModel, hook: Flatten, left: bool) -> Given:
     handles = [
-        border.register_forward_pre_hook(hook, with_kwargs=True),
-        border.register_forward_hook(Scatter(), with_kwargs=True),
+        border.register_forward_pre_hook(hook, with_kwargs=True, prepend=True),
+        border.register_forward_hook(Scatter(hook.within), with_kwargs=True),
     ]
     try:
         return _ask(border, left)

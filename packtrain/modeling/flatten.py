@@ -81,12 +81,14 @@ class Flatten:
             of their row, or (RoBERTa) among those behind its padding row.
         left: whether rows padded on the left are flattened.
         attention: the module's own attention, used where attention weights are asked for.
+        within: the attention of flat rows: the module's own where it takes no other and is padded inside.
         stretches_at: the position from which the module's rotary embedding depends on the largest position of a batch.
     """
 
     positions: Rule = "columns"
     left: bool = True
     attention: str = "sdpa"
+    within: str = NAME
     stretches_at: int | None = None
 
     @_between_graphs
@@ -95,7 +97,7 @@ class Flatten:
         given = signature.bind_partial(*args, **kwargs).arguments
         given |= given.pop(_rest(signature), {})
         weights = _asked(module, given, "output_attentions")
-        use_attention(module, self.attention if weights else NAME)
+        use_attention(module, self.attention if weights else self.within)
         mask: Any = given.get("attention_mask")
         if weights or not _is_rows(mask, given):
             return None
@@ -135,13 +137,18 @@ class Flatten:
 class Scatter:
     """The hook behind a module: puts all that has one entry per token back to `[B, T]`, 0 at padding, and pools again.
 
+    Attributes:
+        within: as `Flatten.within`.
+
     Raises:
         ModelError: the module pools in its own `forward`, where the rows are one.
     """
 
+    within: str = NAME
+
     @_between_graphs
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        use_attention(module, NAME)
+        use_attention(module, self.within)
         rows = getattr(kwargs.get(FLAT), "_packtrain_rows", None)
         if rows is None:
             return None

@@ -6,17 +6,31 @@ were loaded (ZeRO-3, which runs them in its engine only).
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
 from packtrain.errors import ModelError
-from packtrain.modeling.audit.audit import quick_check
+from packtrain.modeling.audit.audit import isolate, quick_check
 from packtrain.modeling.audit.report import REFUSED
-from packtrain.modeling.audit.settings import base
+from packtrain.modeling.audit.settings import base, is_sharded_by_deepspeed
+from packtrain.modeling.mixers.padding import Padding
 
 NOT_CHECKED = "not checked: "
+
+
+class Isolation(NamedTuple):
+    """What was found: in words, and what was padded inside the model for it."""
+
+    says: str
+    padding: Padding | None = None
+
+    @property
+    def checked(self) -> bool:
+        return not self.says.startswith(NOT_CHECKED)
 
 
 def compute_dtype(args: TrainingArguments, weights: torch.dtype) -> torch.dtype:
@@ -44,8 +58,8 @@ def check_isolation(
     dtype: torch.dtype | None = None,
     allow_contamination: bool = False,
     longest: int | None = None,
-) -> str:
-    """Runs `quick_check` and says what it finds, or why it could not run: "not checked: ...".
+) -> Isolation:
+    """Checks whether documents are isolated, and pads inside a model for flat batches what mixes positions otherwise.
 
     Args:
         model: as it was loaded, not wrapped by an engine yet.
@@ -58,15 +72,21 @@ def check_isolation(
     Raises:
         ModelError: attention leaks between documents, or the model can't run at all.
     """
-    if (reason := cannot_ask(model)) is not None:
-        return f"{NOT_CHECKED}{reason}"
+    sharded = is_sharded_by_deepspeed(model)
+    if (reason := cannot_ask(model)) is not None and not sharded:
+        return Isolation(f"{NOT_CHECKED}{reason}")
     weights = list(model.parameters())
+    padding = None
     try:
-        finding = quick_check(model, layout, compute_dtype=dtype, longest=longest)
+        if layout == "flat":
+            finding, padding = isolate(model, compute_dtype=dtype, longest=longest)
+        else:
+            finding = quick_check(model, layout, compute_dtype=dtype, longest=longest)
     except ModelError as error:
         if weights[0].device.type == device.type:
             raise
-        return f"{NOT_CHECKED}{error.what}, on the {weights[0].device.type} where weights are until training"
+        what = f"{error.what}, on the {weights[0].device.type} where weights are until training"
+        return Isolation(f"{NOT_CHECKED}{what}")
     here = weights[0].device.type == device.type
     if finding.verdict == REFUSED and here and not allow_contamination:  # the first micro-batch would end in the same
         what = f"cannot run a {layout} batch with {finding.implementation}: {finding.error}"
@@ -77,4 +97,7 @@ def check_isolation(
         )
         raise ModelError(what, key="model", value=type(base(model)).__name__, fix=fix)
     finding.refuse(allow_contamination=allow_contamination)
-    return finding.what()
+    if padding is not None and sharded:
+        padding.call_alike_on_all_ranks()
+    said = "" if padding is None else f"; {padding.says()}"
+    return Isolation(f"{finding.what()}{said}", padding)

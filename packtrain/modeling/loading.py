@@ -29,7 +29,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_bitsandbytes_available
 
 from packtrain.errors import ModelError, refused_by
-from packtrain.modeling.attention.varlen import register
+from packtrain.modeling.attention.varlen import NAME, register
+from packtrain.modeling.audit.settings import switchable
 from packtrain.modeling.hub import explained, first_line, warn_of_code
 from packtrain.recipe.fields import did_you_mean
 from packtrain.recipe.sections import ModelSection
@@ -134,7 +135,8 @@ def load_model(
 
     Args:
         section: the recipe's `model:`.
-        attn_implementation: what `choose_implementation` has chosen.
+        attn_implementation: what `choose_implementation` has chosen. A model that does not look up its attention by name
+            keeps its own in the place of `packtrain_varlen`.
         dtype: of the weights, in the place of the section's: auto (as stored; float32 from scratch), float32, bfloat16 or
             float16.
         auto_class: of transformers, by name.
@@ -147,6 +149,13 @@ def load_model(
     """
     register()
     refuse_router_loss(config)
+    if attn_implementation == NAME:  # an architecture with a table of its own attentions raises KeyError for another
+        model = load_model(
+            section, config, attn_implementation=None, dtype=dtype, auto_class=auto_class, new_weights=new_weights
+        )
+        if switchable(model, NAME):
+            model.set_attn_implementation(NAME)
+        return model
     name, trust = section.model_name_or_path, section.trust_remote_code
     key = "model.model_name_or_path" if name else "model.config"
     auto = getattr(transformers, auto_class)

@@ -35,7 +35,6 @@ from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from packtrain.errors import ModelError
-from packtrain.modeling.attention.varlen import NAME
 from packtrain.modeling.audit.models import enlarge, shrunk
 from packtrain.modeling.audit.settings import base, in_mode, quietly
 from packtrain.modeling.equality import (
@@ -49,6 +48,7 @@ from packtrain.modeling.equality import (
 )
 from packtrain.modeling.flatten import Flatten, RefuseLabels, Scatter, use_attention
 from packtrain.modeling.isolation import cannot_ask
+from packtrain.modeling.mixers.padding import Padding
 from packtrain.modeling.per_document import compute_per_document, small_thresholds
 
 
@@ -57,11 +57,13 @@ class Unpadding:
 
     Attributes:
         modules: names of the modules whose layers run without padding.
+        inside: what mixes tokens in them otherwise than by attention, and sees every row padded.
     """
 
     def __init__(self, model: nn.Module, borders: dict[str, PreTrainedModel]):
         self.modules = list(borders)
         self._before = [(border, border.config._attn_implementation) for border in borders.values()]
+        self.inside: list[Padding] = []
         self._handles: list[RemovableHandle] = []
         self._top, self._borders = base(model), borders
         self._places = compute_per_document(model, rotary=False)
@@ -71,9 +73,9 @@ class Unpadding:
         self._remove_hooks()
         for name, hook in hooks.items():
             border = self._borders[name]
-            use_attention(border, NAME)
-            self._handles.append(border.register_forward_pre_hook(hook, with_kwargs=True))
-            self._handles.append(border.register_forward_hook(Scatter(), with_kwargs=True))
+            use_attention(border, hook.within)
+            self._handles.append(border.register_forward_pre_hook(hook, with_kwargs=True, prepend=bool(self.inside)))
+            self._handles.append(border.register_forward_hook(Scatter(hook.within), with_kwargs=True))
         if self._top not in self._borders.values():
             refuse = RefuseLabels(ahead=int(predicts_next_token(self._top)))
             self._handles.append(self._top.register_forward_pre_hook(refuse, with_kwargs=True))
@@ -87,6 +89,9 @@ class Unpadding:
         """Removes the hooks, and gives the model its own attention back."""
         self._remove_hooks()
         self._places.remove()
+        for padding in self.inside:
+            padding.remove()
+        self.inside.clear()
         for border, implementation in self._before:
             use_attention(border, implementation)
 
@@ -137,7 +142,10 @@ def unpad(model: nn.Module, *, module: nn.Module | str | None = None, ask_whole:
             small_thresholds(model, rotary=False),
         ):
             whole = None if top in borders.values() or not ask_whole else outputs_of(top, borders.values())
-            hooks = {name: find_hook(name, border) for name, border in borders.items()}
+            hooks = {}
+            for name, border in borders.items():
+                hooks[name], inside = find_hook(name, border)
+                unpadding.inside += [] if inside is None else [inside]
             unpadding._install(hooks)
             if whole is not None and not check_whole(top, borders.values(), whole):
                 unpadding._install({name: replace(hook, left=False) for name, hook in hooks.items()})
@@ -168,7 +176,10 @@ def _hooks_of_small(top: Any, borders: dict[str, PreTrainedModel], ask_whole: bo
         raise ModelError(what, key="model", fix="call unpad before the weights are sharded") from error
     hooks = {}
     for name, module in modules.items():
-        with unpad(small, module=module, ask_whole=ask_whole):
+        with unpad(small, module=module, ask_whole=ask_whole) as found:
+            if found.inside:
+                what = f"{type(top).__name__} has its weights elsewhere, and layers that are to be padded inside"
+                raise ModelError(what, key="model", fix="call unpad before the weights are sharded")
             hook = next(hook for hook in module._forward_pre_hooks.values() if isinstance(hook, Flatten))
         border: Any = borders[name]
         own = border.config._attn_implementation

@@ -26,8 +26,8 @@ from packtrain.data.examples import Examples
 from packtrain.errors import DataError, PacktrainError
 from packtrain.modeling.attention.varlen import choose_implementation
 from packtrain.modeling.audit.causality import check_causal
-from packtrain.modeling.audit.settings import base
-from packtrain.modeling.isolation import NOT_CHECKED, check_isolation, compute_dtype
+from packtrain.modeling.audit.settings import base, switchable
+from packtrain.modeling.isolation import check_isolation, compute_dtype
 from packtrain.modeling.per_document import compute_per_document
 from packtrain.modeling.positions import position_start
 from packtrain.modeling.unpad import predicts_next_token
@@ -155,12 +155,11 @@ def _attach_flat(
     with _as_it_was_if_refused(trainer) as undo, untouched(trainer), verdicts.shared():
         changes += _without_cache(trainer)
         per_document = undo.enter_context(compute_per_document(trainer.accelerator.unwrap_model(trainer.model)))
-        if per_document.what and examples.lengths.max() > (per_document.threshold or 0):
+        longest = int(examples.lengths.max())
+        if per_document.what and longest > (per_document.threshold or 0):
             changes.append(f"{' and '.join(per_document.what)}: of the longest row -> of each document")
         proof = Proof(trainer, order.loader, plan, max_tokens, verdicts)
-        changes += _prepare_model(
-            trainer, plan.layout, attn_implementation, allow_contamination, int(examples.lengths.max())
-        )
+        changes += _prepare_model(trainer, plan.layout, attn_implementation, allow_contamination, longest, undo)
         changes.append(proof.of(batches, allow_differences=allow_differences or allow_contamination))
         if rule.scope == "step" and not (allow_differences or allow_contamination):
             refuse_unproved(trainer, proof)
@@ -238,7 +237,12 @@ def _without_cache(trainer: Trainer) -> list[str]:
 
 
 def _prepare_model(
-    trainer: Trainer, layout: str, attn_implementation: str, allow_contamination: bool, longest: int
+    trainer: Trainer,
+    layout: str,
+    attn_implementation: str,
+    allow_contamination: bool,
+    longest: int,
+    undo: ExitStack,
 ) -> list[str]:
     """Sets the model's attention for this layout, checks that documents are isolated, and says what was changed."""
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -246,17 +250,19 @@ def _prepare_model(
     before = inner.config._attn_implementation
     args, dtype = trainer.args, compute_dtype(trainer.args, inner.dtype)
     chosen = choose_implementation(attn_implementation, layout, args.device, dtype)
-    if chosen is not None and chosen != before:
+    by_name = attn_implementation != "auto" or chosen is None or switchable(inner, chosen)  # GPT-J has its own only
+    if chosen is not None and chosen != before and by_name:
         inner.set_attn_implementation(chosen)
         changes.append(f"attn_implementation {before} -> {chosen}")
     found = check_isolation(
         model, layout, args.device, dtype=dtype, allow_contamination=allow_contamination, longest=longest
     )
-    return (
-        [*changes, f"whether attention leaks between documents was {found}"]
-        if found.startswith(NOT_CHECKED)
-        else changes
-    )
+    if not found.checked:
+        changes.append(f"whether attention leaks between documents was {found.says}")
+    if found.padding is not None:
+        undo.callback(found.padding.remove)
+        changes.append(found.padding.says())
+    return changes
 
 
 # The batch: what the trainer's own loss passes to the model

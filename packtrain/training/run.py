@@ -286,7 +286,7 @@ def check_documents(recipe: Recipe, trainer: PackTrainer, *, console: Console | 
         longest=_longest_row(recipe, trainer),
     )
     if console and trainer.is_world_process_zero():
-        _sayer(console)(f"documents of a {layout} batch: {found}")
+        _sayer(console)(f"documents of a {layout} batch: {found.says}")
 
 
 def _longest_row(recipe: Recipe, trainer: PackTrainer) -> int:

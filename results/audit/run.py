@@ -28,7 +28,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from packtrain.errors import PacktrainError
 from packtrain.modeling.attention.varlen import NAME
-from packtrain.modeling.audit.audit import audit_model, tiny_model
+from packtrain.modeling.audit.audit import PADDED, audit_model, tiny_model
 from packtrain.modeling.audit.causes import recurrent_layers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, as results/ is not installed
@@ -117,6 +117,7 @@ COLUMNS = {  # heading: implementation ("own" is the architecture's default), la
     "flat": ("own", "flat", "eval"),
     f"flat, {NAME}": (NAME, "flat", "eval"),
     "the same, training": (NAME, "flat", "train"),
+    "padded inside, training": (PADDED, "flat", "train"),
     "flat, cache on": ("own", "flat", "cache"),
     "flat, mask of ones": ("own", "masked", "eval"),
     "packed rows": ("own", "rows", "eval"),
@@ -132,7 +133,8 @@ def findings(result: dict) -> list[dict]:
 def cell(result: dict, implementation: str, layout: str, mode: str) -> str:
     wanted = (result["own"] if implementation == "own" else implementation, layout, mode)
     for finding in findings(result):
-        if (finding["implementation"], finding["layout"], finding["mode"]) == wanted:
+        name = PADDED if finding["implementation"].endswith(PADDED) else finding["implementation"]
+        if (name, finding["layout"], finding["mode"]) == wanted:
             amount = finding["leak"] if finding["verdict"] == "leaks" else finding["difference"]
             shown = f" {amount:.2g}" if finding["verdict"] in ("leaks", "wrong") else ""
             return SIGNS[finding["verdict"]] + shown
@@ -157,7 +159,12 @@ def markdown(header: dict, results: dict[str, dict]) -> str:
     ours = {name: cell(result, NAME, "flat", "train") for name, result in ran.items()}
     own = {name: cell(result, "own", "positions", "eval") for name, result in ran.items()}
     repaired = [name for name in ran if ours[name] == "ok" and own[name] != "ok"]
-    lost = [name for name in ran if ours[name] != "ok"]
+    inside = {name: cell(result, PADDED, "flat", "train") for name, result in ran.items()}
+    masked = {name: cell(result, "own", "flat", "train") for name, result in ran.items()}
+    padded = [name for name in ran if ours[name] != "ok" and inside[name] == "ok"]
+    by_mask = [name for name in ran if ours[name] != "ok" and inside[name] != "ok" and masked[name] == "ok"]
+    lost = [name for name in ran if "ok" not in (ours[name], inside[name], masked[name])]
+    flat = len(ran) - len(lost)
     lines = [
         "# Which architectures keep packed documents isolated",
         "",
@@ -167,14 +174,19 @@ def markdown(header: dict, results: dict[str, dict]) -> str:
         f"transformers {header['packages']['transformers']}, torch {header['packages']['torch']}, "
         f"{header['machine']['cpu']}; tiny random models in float32. {len(ran)} architectures ran.",
         "",
+        f"**{flat} of {len(ran)} train flat**, {len(lost)} have to be padded:",
+        "",
         f"- isolated by their own attention, given positions that restart: {sum(v == 'ok' for v in own.values())}",
         f"- isolated by `{NAME}`, in training: {sum(v == 'ok' for v in ours.values())}",
         f"- repaired by `{NAME}` ({len(repaired)}): {', '.join(repaired)}",
-        f"- not isolated by `{NAME}` ({len(lost)}; train them padded): {', '.join(lost)}",
+        f"- isolated padded inside ({len(padded)}): {', '.join(padded)}",
+        f"- isolated by a mask of all documents alone ({len(by_mask)}): {', '.join(by_mask)}",
+        f"- not isolated ({len(lost)}; train them padded): {', '.join(lost)}",
         "",
         "*positions only*: one row with positions that restart, as stock collators give it. *flat*: packtrain's",
         "batch, with `cu_seq_lens` and `seq_idx` as well. *calls*: how often a forward pass called the registered",
-        "attention; `-` where the architecture cannot be told to use it. *padding reaches*: where padding under a mask",
+        "attention; `-` where the architecture cannot be told to use it. *padded inside*: with its mixers, or its backbone,",
+        "given groups of padded documents; `-` where nothing has to be. *padding reaches*: where padding under a mask",
         "(left, right) or an unmasked tail of pad tokens changes the outputs of real tokens. Numbers are the largest",
         "change of a logit; the largest logits are around 2 to 4.",
         "",

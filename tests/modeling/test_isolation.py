@@ -25,20 +25,20 @@ def test_whole_weights_are_asked_wherever_they_will_be_taken():
     for device in (CPU, CUDA):  # DeepSpeed and FSDP move them later
         with pytest.raises(ModelError, match="attention leaks between documents of a flat batch with sdpa: leaks"):
             check_isolation(leaking(), "flat", device)
-    assert "isolated" in check_isolation(tiny_llama("llama"), "flat", CPU, dtype=torch.bfloat16)
-    assert "isolated" in check_isolation(tiny_llama("llama", attn_implementation="sdpa"), "flat", CPU)
-    assert "leaks" in check_isolation(leaking(), "flat", CPU, allow_contamination=True)
+    assert "isolated" in check_isolation(tiny_llama("llama"), "flat", CPU, dtype=torch.bfloat16).says
+    assert "isolated" in check_isolation(tiny_llama("llama", attn_implementation="sdpa"), "flat", CPU).says
+    assert "leaks" in check_isolation(leaking(), "flat", CPU, allow_contamination=True).says
 
 
 def test_sharded_weights_are_not_asked_and_that_is_said():
     of_deepspeed = leaking()
     next(of_deepspeed.parameters()).ds_id = 0
-    assert check_isolation(of_deepspeed, "flat", CPU).startswith("not checked: weights are sharded already")
+    assert check_isolation(of_deepspeed, "flat", CPU).says.startswith("not checked: weights are sharded already")
 
 
 def test_weights_that_are_elsewhere_are_not_asked():
     """FSDP loads them on one rank of a host, and leaves the others' without values."""
-    assert "not checked" in check_isolation(leaking().to("meta"), "flat", CPU)
+    assert "not checked" in check_isolation(leaking().to("meta"), "flat", CPU).says
 
 
 def test_an_attention_that_needs_the_device_is_no_refusal_where_the_weights_are_not_there_yet():
@@ -53,6 +53,6 @@ def test_an_attention_that_needs_the_device_is_no_refusal_where_the_weights_are_
         model.model.decoder.layers[0].self_attn = Elsewhere()
         return model
 
-    assert "not checked: cannot run a single document: RuntimeError" in check_isolation(broken(), "flat", CUDA)
+    assert "not checked: cannot run a single document: RuntimeError" in check_isolation(broken(), "flat", CUDA).says
     with pytest.raises(ModelError, match="cannot run a single document"):  # control: it will never run
         check_isolation(broken(), "flat", CPU)

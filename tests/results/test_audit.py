@@ -27,12 +27,13 @@ def results() -> dict[str, dict]:
 def test_rows(results):
     llama, bert, mamba = (row(name, results[name]) for name in ("llama", "bert", "mamba"))
     assert llama[:7] == ["llama", "decoder", "sdpa", "ok", "ok", "ok", "ok"]
-    assert llama[7].startswith("**leaks** ") and llama[8].startswith("**leaks** ")  # cache, mask of ones
-    assert llama[9:] == ["ok", "ok", "2", "", ""]
+    assert llama[7] == "-"  # nothing is padded inside
+    assert llama[8].startswith("**leaks** ") and llama[9].startswith("**leaks** ")  # cache, mask of ones
+    assert llama[10:] == ["ok", "ok", "2", "", ""]
     assert bert[1] == "encoder" and bert[3].startswith("**leaks** ") and bert[5:7] == ["ok", "ok"]
-    assert bert[7] == "-" and bert[-2] == "tail" and "bidirectional" in bert[-1]
+    assert bert[8] == "-" and bert[-2] == "tail" and "bidirectional" in bert[-1]
     assert mamba[1] == "decoder, recurrent" and mamba[5].startswith("**leaks** ") and "MambaMixer" in mamba[-1]
-    assert mamba[-3] == "0"
+    assert mamba[-3] == "0" and mamba[7] == "ok"
 
 
 def test_findings_are_stored_by_column(results):
@@ -47,7 +48,7 @@ def test_the_table_says_who_is_repaired_and_who_failed(results):
     text = markdown(HEADER, results | {"broken": {"error": "no tiny model"}})
     assert "isolated by their own attention, given positions that restart: 1\n" in text
     assert f"repaired by `{NAME}` (1): bert\n" in text
-    assert f"not isolated by `{NAME}` (1; train them padded): mamba\n" in text
+    assert "**3 of 3 train flat**" in text and "isolated padded inside (1): mamba\n" in text
     assert "- broken: no tiny model" in text and HEADER["command"] in text
 
 

@@ -75,6 +75,7 @@ def make_trainer(
     world_size: int = 1,
     num_epochs: float = 2.0,
     shapes: int | None = None,
+    model: torch.nn.Module | None = None,
     model_changes: dict | None = None,
     use_cpu: bool = True,
     probe_memory: bool | None = None,
@@ -103,7 +104,7 @@ def make_trainer(
     )
     if implementation is None and family == "gemma2":
         implementation = "eager"  # as load_model has it: some versions of transformers pick sdpa, without the softcap
-    model = tiny_model(family, attn_implementation=implementation, **(model_changes or {}))
+    model = model or tiny_model(family, attn_implementation=implementation, **(model_changes or {}))
     if lora:
         model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
     args = TrainingArguments(

@@ -50,16 +50,29 @@ from packtrain.modeling.audit.report import (
     Finding,
     PaddingEffect,
 )
-from packtrain.modeling.audit.settings import COUNTED, base, countable, in_mode, quietly, register_counted, using
+from packtrain.modeling.audit.settings import (
+    COUNTED,
+    base,
+    countable,
+    gathered,
+    in_mode,
+    quietly,
+    register_counted,
+    switchable,
+    using,
+)
 from packtrain.modeling.audit.subject import Subject, short
 from packtrain.modeling.equality import nonzero_adapters
+from packtrain.modeling.mixers.finding import find_mixers
+from packtrain.modeling.mixers.padding import Padding, find_padding
 from packtrain.modeling.per_document import compute_per_document, depends_on_length, small_thresholds
 
-__all__ = ["AuditReport", "Finding", "audit_model", "quick_check", "tiny_model"]
+__all__ = ["AuditReport", "Finding", "audit_model", "isolate", "quick_check", "tiny_model"]
 
 logger = logging.getLogger(__name__)
 
 OTHERS = ("sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+PADDED = ", padded inside"  # behind the name of an implementation
 MODES: dict[str, dict] = {
     "eval": {},
     "train": {"train": True},
@@ -130,17 +143,18 @@ def _audit(
     findings: list[Finding] = []
     with quietly():
         for mode in modes:
-            try:
-                adapted = subject.adapted(MODES[mode].get("adapter"))
-            except Exception as error:  # peft refuses in many ways
-                refused: dict[str, Any] = {"verdict": REFUSED, "error": short(error), "mode": mode}
+            adapted = _adapted(subject, mode)
+            if isinstance(adapted, str):
+                refused: dict[str, Any] = {"verdict": REFUSED, "error": adapted, "mode": mode}
                 findings += [Finding(implementation=i, layout=l, **refused) for i in implementations for l in layouts]
                 continue
             findings += [_examine(adapted, i, layout, mode) for i in implementations for layout in layouts]
+        inside, said = _padded_inside(subject, findings, modes)
         running = [i for i in implementations if any(f.implementation == i and f.verdict != REFUSED for f in findings)]
         effects = [effect for i in running for effect in padding_effects(subject, i)] if padding else []
-        noted = notes(subject) if padding else []
+        noted = said + (notes(subject) if padding else [])
     findings = [replace(finding, cause=cause(finding, findings, model)) for finding in findings]
+    findings += inside
     return AuditReport(
         model=getattr(model.config, "name_or_path", "") or type(model).__name__,
         architecture=model.config.model_type,
@@ -151,6 +165,38 @@ def _audit(
         notes=noted,
         advice=advice(findings),
     )
+
+
+def _adapted(subject: Subject, mode: str) -> Subject | str:
+    """Returns the subject with the adapter of a mode, or why it takes none."""
+    try:
+        return subject.adapted(MODES[mode].get("adapter"))
+    except Exception as error:  # peft refuses in many ways
+        return short(error)
+
+
+def _padded_inside(subject: Subject, findings: list[Finding], modes: Sequence[str]) -> tuple[list[Finding], list[str]]:
+    """Examines a model that is not isolated in flat batches with `packtrain_varlen` with its mixers padded inside; returns
+    also what these are."""
+    ours = [f for f in findings if f.implementation == NAME and f.layout == "flat" and f.mode in ("eval", "train")]
+    if not ours or all(finding.safe or finding.verdict == UNCLEAR for finding in ours):
+        return [], []
+    padded = _pad_inside(subject)
+    if padded is None:
+        return [], []
+    padding, proof = padded
+    found = []
+    try:
+        for mode in modes:
+            adapted = _adapted(subject, mode)
+            if isinstance(adapted, str):
+                place: dict[str, Any] = {"implementation": proof.implementation, "layout": "flat", "mode": mode}
+                found.append(Finding(**place, verdict=REFUSED, error=adapted))
+            else:
+                found.append(_examine(adapted, proof.implementation, "flat", mode))
+    finally:
+        padding.remove()
+    return [replace(one, implementation=one.implementation + PADDED) for one in found], [padding.says()]
 
 
 def quick_check(
@@ -174,22 +220,82 @@ def quick_check(
         longest: tokens of the longest row there will be; None if that is not known. Arithmetic that changes above a length
             (`packtrain.modeling.per_document`) is checked on both sides of it, where rows get that long.
     """
+    with _as_training(model, compute_dtype) as (half, checked), nonzero_adapters(model):
+        implementation = attn_implementation or base(model).config._attn_implementation
+        return replace(_check(model, half, implementation, layout, longest), checked=checked)
+
+
+def _check(
+    model: nn.Module, half: torch.dtype | None, implementation: str, layout: str, longest: int | None
+) -> Finding:
+    """Examines one layout, on both sides of the lengths at which the model's arithmetic changes."""
+    with small_thresholds(model, longest=longest) as threshold:
+        finding = _examine(Subject.of(model, half), implementation, layout, "eval")
+    if threshold is not None and finding.verdict in (LEAKS, WRONG):
+        shorter = _examine(Subject.of(model, half), implementation, layout, "eval")
+        if shorter.safe:
+            return replace(finding, cause=depends_on_length(threshold), threshold=threshold)
+        finding = shorter
+    return replace(finding, cause=cause(finding, [finding], base(model)))
+
+
+def isolate(
+    model: nn.Module, *, compute_dtype: torch.dtype | None = None, longest: int | None = None
+) -> tuple[Finding, Padding | None]:
+    """Checks a model for flat batches as `quick_check` does, and pads inside what mixes positions where it has to be.
+
+    A model that runs with `packtrain_varlen` and is isolated keeps its modules as they are. Otherwise the smallest modules
+    are padded inside with which it is isolated: its outputs, and the gradients of its weights with non-zero adapters. A
+    model that does not look up its attention by name computes a mask of all documents at best, so padding is tried first.
+
+    Returns:
+        The finding, and what was padded inside; None where nothing was, or nothing helps.
+    """
+    with _as_training(model, compute_dtype) as (half, checked), nonzero_adapters(model):
+        own = base(model).config._attn_implementation
+        finding = replace(_check(model, half, own, "flat", longest), checked=checked)
+        ours, by_length = own == NAME, finding.threshold is not None
+        if (finding.safe and ours) or by_length or finding.verdict == UNCLEAR or (not ours and switchable(model, NAME)):
+            return finding, None
+        padded = _pad_inside(Subject.of(model, half))
+    if padded is None:
+        return finding, None
+    padding, proof = padded
+    return replace(proof, checked=checked), padding if checked is None else padding.in_all_layers(model)
+
+
+@contextmanager
+def _as_training(
+    model: nn.Module, compute_dtype: torch.dtype | None
+) -> Iterator[tuple[torch.dtype | None, str | None]]:
+    """Runs a model as training does while open: under its autocast, a large one with its first layers only. Yields the
+    dtype of the autocast and what is checked."""
     register_counted()
     weight = next(model.parameters())
     half = compute_dtype if compute_dtype in HALF and compute_dtype != weight.dtype else None
-    large = sum(weight.numel() for weight in model.parameters()) > LARGE
+    large = sum(getattr(weight, "ds_numel", weight.numel()) for weight in model.parameters()) > LARGE
     autocast = nullcontext() if half is None else torch.autocast(weight.device.type, half)
-    adapters = nonzero_adapters(model)
-    with quietly(), autocast, adapters, _first_layers(model) if large else nullcontext() as checked:
-        implementation = attn_implementation or base(model).config._attn_implementation
-        with small_thresholds(model, longest=longest) as threshold:
-            finding = _examine(Subject.of(model, half), implementation, layout, "eval")
-        if threshold is not None and finding.verdict in (LEAKS, WRONG):
-            shorter = _examine(Subject.of(model, half), implementation, layout, "eval")
-            if shorter.safe:
-                return replace(finding, cause=depends_on_length(threshold), threshold=threshold, checked=checked)
-            finding = shorter
-        return replace(finding, cause=cause(finding, [finding], base(model)), checked=checked)
+    with quietly(), autocast, _first_layers(model) if large else nullcontext() as checked, gathered(model):
+        yield half, checked
+
+
+def _pad_inside(subject: Subject) -> tuple[Padding, Finding] | None:
+    """Finds what has to be padded inside, and leaves it so; None where nothing helps."""
+    model, counted = subject.model, switchable(subject.model, COUNTED.name)
+    implementation = NAME if counted or subject.own == NAME else subject.own
+    try:
+        with using(model, COUNTED.name if counted else None):
+            found = find_mixers(model, subject.documents)
+    except Exception as error:  # a model that its own attention alone can run
+        logger.debug("%s: %s", type(model).__name__, error)
+        return None
+
+    def holds(finding: Finding) -> bool:
+        half = subject.dtype in HALF
+        allowed = probe.precision(subject.dtype) * (5 if half else 1)
+        return finding.safe and (finding.gradient_difference or 0.0) <= allowed
+
+    return find_padding(model, found, lambda: _examine(subject, implementation, "flat", "train"), holds)
 
 
 def _examine(subject: Subject, implementation: str, layout: str, mode: str) -> Finding:

@@ -26,6 +26,7 @@ from packtrain.modeling.audit.settings import base
 LENGTHS = (9, 5, 3, 11)  # two rows of 14; the longest are longer than the windows of tiny models
 PRECISION = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 FEWEST = 4  # ordinary tokens, for documents in which every token can be another
+MANY, SMALL = 50_000_000, 1_000_000  # weights
 Place = tuple[int, int, int]  # row, start, stop of a document
 
 
@@ -134,7 +135,7 @@ def outputs(model: nn.Module, laid: Laid, use_cache: bool = False) -> Tensor:
     takes = inspect.signature(base(model).forward).parameters
     anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
     batch = {name: value for name, value in laid.batch.items() if anything or name in takes}
-    if "use_cache" in takes:
+    if anything or "use_cache" in takes:
         batch["use_cache"] = use_cache
     result = model(**batch)
     found = result.logits if getattr(result, "logits", None) is not None else result[0]
@@ -187,12 +188,17 @@ def largest(a: Tensor, b: Tensor) -> float:
 
 
 def gradients(model: nn.Module, found: list[Tensor]) -> Tensor:
-    """Computes gradients of all trained weights for a fixed random weighting of the outputs of every document, flattened."""
+    """Computes gradients of all trained weights for a fixed random weighting of the outputs of every document, flattened.
+
+    Of a model with more than `MANY` weights only those of its small ones: norms, biases, convolutions, decay rates.
+    """
     total = torch.zeros(())
     for number, output in enumerate(found):
         upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(number)).to(output.device)
         total = total + (output * upstream).sum()
     weights = [weight for weight in model.parameters() if weight.requires_grad]
+    if sum(weight.numel() for weight in weights) > MANY:
+        weights = [weight for weight in weights if weight.numel() < SMALL] or weights[:1]
     grads = torch.autograd.grad(total, weights, allow_unused=True)
     pairs = zip(grads, weights, strict=True)
     return torch.cat([(torch.zeros_like(weight) if grad is None else grad).flatten() for grad, weight in pairs])

@@ -119,6 +119,23 @@ def switch_checkpointing(model: nn.Module, to: str, *options: dict) -> None:
     getattr(inner, name if hasattr(inner, name) else f"gradient_checkpointing_{to}")(*options)
 
 
+def is_sharded_by_deepspeed(model: nn.Module) -> bool:
+    """Returns whether ZeRO-3 has sharded the weights while they were loaded."""
+    return all(hasattr(weight, "ds_status") for weight in model.parameters())
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Gathers weights that ZeRO-3 has sharded, on every rank, while open."""
+    if not is_sharded_by_deepspeed(model):
+        yield
+        return
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters(list(model.parameters())):
+        yield
+
+
 @contextmanager
 def quietly() -> Iterator[None]:
     """Silences the warnings of libraries while open: an audit tries what nobody should do, and reports the result itself."""

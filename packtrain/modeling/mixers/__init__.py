@@ -1,0 +1,1 @@
+"""Flat outside, padded inside: modules that mix positions and know no documents."""
