@@ -113,7 +113,9 @@ def test_a_padding_token_beyond_the_vocabulary_is_our_error():
 
 
 def test_what_is_named_and_leaks_ends_with_1():
-    assert audited("minimax", ["flat"])[0] is False
+    assert (
+        audited("minimax", ["flat"], ["sdpa"])[0] is False and audited("minimax", ["flat"])[0] is True
+    )  # padded inside
     assert audited("minimax", ["padded"])[0] is True
     assert (
         audited("opt", ["flat"], ["sdpa"])[0] is False and audited("opt", ["flat"])[0] is True
@@ -169,12 +171,15 @@ def test_mamba_trains_padded(tmp_path):
 
 
 def test_a_batch_that_a_model_cannot_run_is_refused_before_the_first_step():
-    """LFM2's convolutions raise an error of their own for flat batches without their kernel."""
+    """LFM2's convolutions raise an error of their own for flat batches without their kernel, and are padded inside only
+    where attention tells documents apart."""
     model = tiny_model("lfm2")
     with pytest.raises(ModelError, match="cannot run a flat batch with sdpa: ValueError") as raised:
         check_isolation(model, "flat", CPU)
     assert "pad_longest" in raised.value.fix
-    assert "isolated" in check_isolation(model, "padded", CPU)
+    assert "isolated" in check_isolation(model, "padded", CPU).says
+    model.set_attn_implementation(NAME)
+    assert "padded inside: " in check_isolation(model, "flat", CPU).says
 
 
 def test_attach_refuses_a_model_that_sees_its_answers(tmp_path):

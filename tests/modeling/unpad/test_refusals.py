@@ -184,8 +184,8 @@ def _hooks(architecture, head):
 def test_a_small_model_is_refused_for_the_same_cause():
     for model, cause in (
         (headed("bert", "answers"), "reads padding: its `loss`"),
-        (tiny_model("mamba"), CAUSES["mamba"]),
-        (tiny_model("bloom"), CAUSES["bloom"]),
+        (tiny_model("convbert"), CAUSES["convbert"]),
+        (tiny_model("mamba"), "layers that are to be padded inside"),  # by hooks, of which the small model has its own
     ):
         next(model.parameters()).ds_id = 0
         with pytest.raises(ModelError, match=cause):
