@@ -5,25 +5,19 @@ are counted on the model itself, without its weights, for two lengths. Through t
 quadratic * length**2`. Attention that is looked up by name counts as of a kernel that skips what is masked, within a sliding
 window as linear; everything else counts as transformers computes it without kernels.
 
-A count takes seconds, and is kept in the cache of tokenised data, by config and versions. Imports no torch at its top.
+A count is kept in the cache of tokenised data (`counting`). Imports no torch at its top.
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
-import inspect
 import json
 import logging
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-from packtrain.data.store import cache_root
-from packtrain.errors import PacktrainError, PlanError
+from packtrain.errors import PlanError
+from packtrain.modeling.counting import cache_path, inputs_of, keep_count, one_of_each, whole_chunks
 from packtrain.packing.cost import Cost, config_at_hand
 from packtrain.recipe.sections import ModelSection
 
@@ -34,8 +28,7 @@ PLAIN = frozenset(
     "gemma gemma2 gemma3_text gpt2 llama mistral mixtral olmo olmo2 opt phi3 qwen2 qwen2_moe qwen3 qwen3_moe smollm3".split()
 )
 _ATTENTION = "packtrain_flops"
-_LENGTH = 32  # tokens of the shorter pass, and at least as many as one chunk of a chunked scan
-_CHUNKS = ("chunk_size", "mamba_chunk_size")
+_LENGTH = 32  # tokens of the shorter pass
 
 
 def cost_of(config: Any) -> Cost:
@@ -65,7 +58,7 @@ def find_cost(section: ModelSection) -> Cost | None:
 def _cost(kind: str, fields: Mapping[str, Any], config: Any) -> Cost:
     if kind in PLAIN:
         return _by_formula(fields) or Cost()
-    path = _path(fields)
+    path = cache_path("costs", fields)
     try:
         return Cost(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, PlanError):
@@ -75,7 +68,7 @@ def _cost(kind: str, fields: Mapping[str, Any], config: Any) -> Cost:
     except Exception as error:  # a model may raise anything on tensors without values
         logger.debug("the FLOPs of %s were not counted: %s", kind, error)
         counted = _by_formula(fields) or Cost()
-    _keep(path, counted)
+    keep_count(path, {"linear": counted.linear, "quadratic": counted.quadratic})
     return counted
 
 
@@ -84,28 +77,6 @@ def _by_formula(fields: Mapping[str, Any]) -> Cost | None:
         return Cost.of_config(fields)
     except (PlanError, TypeError):  # fields of another architecture's shape
         return None
-
-
-def _path(fields: Mapping[str, Any]) -> Path:
-    """Returns where the cost of a config is kept."""
-    versions = []
-    for package in ("torch", "transformers", "packtrain"):
-        try:
-            versions.append(version(package))
-        except PackageNotFoundError:
-            versions.append("")
-    told = json.dumps([fields, versions], sort_keys=True, default=str)
-    return cache_root() / "costs" / f"{hashlib.sha256(told.encode()).hexdigest()[:32]}.json"
-
-
-def _keep(path: Path, cost: Cost) -> None:
-    own = path.with_suffix(f".{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        own.write_text(json.dumps({"linear": cost.linear, "quadratic": cost.quadratic}), encoding="utf-8")
-        own.replace(path)
-    except (OSError, PacktrainError):
-        logger.debug("the cost was not kept in %s", path)
 
 
 def count_cost(config: Any) -> Cost:
@@ -123,19 +94,9 @@ def count_cost(config: Any) -> Cost:
 
 
 def _counted(config: Any, model: Any) -> Cost:
-    import torch
-
-    chunks = [size for name in _CHUNKS if isinstance(size := getattr(config, name, None), int)]
-    shorter = max([_LENGTH, *chunks])
-    given = inspect.signature(model.forward).parameters
-    with _one_of_each(model) as layers:
-        passes = []
-        for length in (shorter, 2 * shorter):
-            ids = torch.zeros(2, length, dtype=torch.long)
-            mask = (
-                {"attention_mask": torch.ones_like(ids)} if "attention_mask" in given else {}
-            )  # else positions are read
-            passes.append(_count(model, layers, {"input_ids": ids, **mask, "use_cache": False}))
+    shorter = whole_chunks(config, _LENGTH)
+    with one_of_each(model) as layers:
+        passes = [_count(model, layers, inputs_of(model, 2, length)) for length in (shorter, 2 * shorter)]
     (linear, quadratic, first), (*_, second) = passes
     curved = max(0.0, (second - 2 * first) / (2 * shorter**2))
     return Cost(linear=linear + first / shorter - curved * shorter, quadratic=quadratic + curved)
@@ -166,34 +127,6 @@ def _attention(module: Any, query: Any, key: Any, value: Any, attention_mask: An
     window = kwargs.get("sliding_window") or getattr(module, "sliding_window", None)
     _calls.append((2.0 * query.shape[1] * (query.shape[-1] + value.shape[-1]), window))
     return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
-
-
-@contextmanager
-def _one_of_each(model: Any) -> Iterator[dict[Any, int]]:
-    """Leaves a model one layer of every kind while open; yields how often each counts."""
-    from packtrain.modeling.audit.kinds import kind_of
-
-    total = model.config.num_hidden_layers
-    stacks = [
-        (parent, name, stack)
-        for parent in model.modules()
-        for name, stack in parent.named_children()
-        if type(stack).__name__ == "ModuleList" and len(stack) == total
-    ]
-    if len(stacks) != 1 or getattr(model.config, "num_kv_shared_layers", 0):  # layers that need others
-        yield {}
-        return
-    parent, name, stack = stacks[0]
-    kinds: dict[Any, Any] = {}
-    counts: dict[Any, int] = {}
-    for layer in stack:
-        first = kinds.setdefault(kind_of(layer), layer)
-        counts[first] = counts.get(first, 0) + 1
-    try:
-        setattr(parent, name, type(stack)(counts))
-        yield counts
-    finally:
-        setattr(parent, name, stack)
 
 
 def _count(model: Any, layers: dict[Any, int], inputs: dict[str, Any]) -> tuple[float, float, float]:

@@ -9,17 +9,21 @@ without its memory (`activations.py`), and buffers whose size is the engine's af
 
 from __future__ import annotations
 
+import copy
+import json
+import logging
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from packtrain.errors import ModelError, PlanError
+from packtrain.modeling.counting import cache_path, keep_count, stack_of
 from packtrain.packing.accumulation import micro_batch_tokens
 from packtrain.packing.plan import MicroBatch, Plan
 from packtrain.recipe.recipe import Recipe
@@ -29,6 +33,7 @@ from packtrain.training.memory.activations import (
     Activations,
     activation_formula,
     count_activations,
+    read_activations,
     register_counting_attention,
 )
 from packtrain.training.memory.states import DEVICE, EXACT, Line, Parameters, model_states
@@ -37,6 +42,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from torch import nn
     from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 TIGHT = 0.85  # of the memory; above it the CUDA context and a fragmented allocator decide
 SAMPLED_STEPS = 1000
@@ -51,12 +58,20 @@ NOT_COUNTED = (
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatchSize:
-    """The most that one micro-batch of a plan computes: tokens with padding, supervised tokens, rows, row width."""
+    """The most that one micro-batch of a plan computes.
+
+    Attributes:
+        tokens: with padding.
+        supervised: supervised tokens.
+        rows, width: the layout.
+        pairs: the sum over documents (rows, where it is padded) of their length squared.
+    """
 
     tokens: int
     supervised: int
     rows: int
     width: int
+    pairs: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +144,7 @@ def plan_memory(
         item=item,
         item_of_head=of_weights,
     )
-    kept = activations.bytes(micro_batch.tokens, checkpointing=checkpointing)
+    kept = activations.bytes(micro_batch.tokens, micro_batch.pairs, checkpointing=checkpointing)
     lines = [
         *model_states(model.parameters, engine, ranks, half=half, accumulates=accumulates),
         Line(what=ACTIVATIONS, bytes=kept, basis=activations.basis),
@@ -173,7 +188,7 @@ def largest_sizes(plan: Plan, supervised: np.ndarray) -> MicroBatchSize:
     Args:
         supervised: supervised tokens of each example, int `[n]`.
     """
-    most = {"tokens": 0, "supervised": 0, "rows": 0, "width": 0}
+    most = {"tokens": 0, "supervised": 0, "rows": 0, "width": 0, "pairs": 0}
     for _, _, size in sampled_micro_batches(plan, supervised):
         most = {name: max(figure, getattr(size, name)) for name, figure in most.items()}
     return MicroBatchSize(**most)
@@ -191,7 +206,12 @@ def sampled_micro_batches(plan: Plan, supervised: np.ndarray) -> Iterator[tuple[
                 tokens = plan.shapes.round_up(tokens)
             rows = len(micro_batch) if plan.layout == "padded" else 1
             scored = min(int(np.sum(supervised[micro_batch.example_ids])), int(micro_batch.lengths.sum()))
-            yield step, micro_batch, MicroBatchSize(tokens=tokens, supervised=scored, rows=rows, width=tokens // rows)
+            width = tokens // rows
+            pairs = (
+                rows * width**2 if plan.layout == "padded" else int((micro_batch.lengths.astype(np.int64) ** 2).sum())
+            )
+            size = MicroBatchSize(tokens=tokens, supervised=scored, rows=rows, width=width, pairs=pairs)
+            yield step, micro_batch, size
 
 
 def describe_model(recipe: Recipe) -> ModelMemory:
@@ -222,12 +242,8 @@ def describe_model(recipe: Recipe) -> ModelMemory:
     text = config.get_text_config()
 
     def activations(dtype: str | None, autocast: str | None, itemsize: int) -> Activations:
-        cast = getattr(torch, autocast) if autocast else None
         with _countable(config):
-            try:
-                return count_activations(partial(_build, recipe, dtype=dtype), config, autocast=cast)
-            except RuntimeError:  # shapes that depend on the data, as in a mixture of experts
-                return activation_formula(config, itemsize=itemsize)
+            return find_activations(recipe, config, dtype=dtype, autocast=autocast, itemsize=itemsize)
 
     loaded = parameters.frozen_itemsize if parameters.frozen else parameters.trained_itemsize
     return ModelMemory(
@@ -253,45 +269,90 @@ def _countable(config: Any) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, ModelError) and COUNTING not in str(error):
+        if isinstance(error, ModelError):
             raise
-        own = isinstance(error, ModelError)  # it looks the name up among those it knows
-        why = "it supports only its own attention" if own else f"{type(error).__name__}: {error}".splitlines()[0]
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
         what = f"the activations of {config.model_type} cannot be counted: {why}"
         fix = "leave --memory out; batching.probe_memory: true tries the largest micro-batch before the first update"
         raise ModelError(what, key="--memory", fix=fix) from error
 
 
-def _build(recipe: Recipe, config: Any, dtype: str | None = None) -> PreTrainedModel | PeftModel:
-    """Builds the model with its adapter, in the recipe's dtype or another (adapters are float32 whatever the model is)."""
+def find_activations(
+    recipe: Recipe, config: Any, *, dtype: str | None, autocast: str | None, itemsize: int
+) -> Activations:
+    """Returns the activations of the recipe's model, counted once and kept in the cache of tokenised data.
+
+    Args:
+        config: the recipe's transformers config.
+        dtype: of the weights, None for the recipe's.
+        autocast: dtype of mixed precision by autocast, None without.
+        itemsize: bytes of an element, for the formula, where shapes depend on the data.
+    """
+    import torch
+
+    dtype = _dtype(recipe, config) if dtype is None else dtype
+    model = recipe.model
+    told = [config.to_dict(), dtype, autocast, recipe.lora, recipe.objective.auto_class, model.attn_implementation]
+    path = cache_path("activations", told)
+    try:
+        return read_activations(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, KeyError):
+        pass
+    mixed = getattr(torch, autocast) if autocast else None
+    try:
+        found = count_activations(partial(_build, recipe, config, dtype), autocast=mixed)
+    except Exception as error:  # it uses the mask that the stand-in for attention does without (mpt), or more
+        logger.debug("the activations of %s were not counted: %s", config.model_type, error)
+        try:
+            found = count_activations(partial(_build, recipe, config, dtype, own=True), autocast=mixed)
+        except RuntimeError:  # shapes that depend on the data
+            found = activation_formula(config, itemsize=itemsize)
+    keep_count(path, asdict(found))
+    return found
+
+
+def _build(recipe: Recipe, config: Any, dtype: str | None = None, *, own: bool = False) -> PreTrainedModel | PeftModel:
+    """Builds the model with its adapter, in the recipe's dtype or another (adapters are float32 whatever the model is).
+
+    A model that looks attention up among its own alone, and with `own` any, has its own attention.
+    """
     from packtrain.modeling.loading import add_lora, load_model
 
-    dtype = dtype or recipe.model.dtype
-    if dtype == "auto":
-        dtype = str(config.dtype or "float32").removeprefix("torch.")
     section = ModelSection(trust_remote_code=recipe.model.trust_remote_code)  # its shapes alone: no weights are read
-    model = load_model(
-        section, config, dtype=dtype, attn_implementation=COUNTING, auto_class=recipe.objective.auto_class
-    )
+    named = recipe.model.attn_implementation
+    load = partial(load_model, section, dtype=dtype or _dtype(recipe, config), auto_class=recipe.objective.auto_class)
+    try:
+        model = load(
+            copy.deepcopy(config), attn_implementation=named if own and named == "eager" else None if own else COUNTING
+        )
+    except ModelError as error:
+        if own or COUNTING not in str(error):
+            raise
+        return _build(recipe, config, dtype, own=True)
     return model if recipe.lora is None else add_lora(model, recipe.lora)
+
+
+def _dtype(recipe: Recipe, config: Any) -> str:
+    """Returns the dtype of the recipe's weights by name."""
+    dtype = recipe.model.dtype
+    return str(config.dtype or "float32").removeprefix("torch.") if dtype == "auto" else dtype
 
 
 def parameters_of(model: PreTrainedModel | PeftModel) -> Parameters:
     """Returns the sizes of a model's parameters: on any device, sharded or not."""
     trained = [p for p in model.parameters() if p.requires_grad]
     frozen = [p for p in model.parameters() if not p.requires_grad]
-    config = model.config.get_text_config()
-    named = [module for module in model.modules() if type(module).__name__ == "ModuleList"]
-    lists: list[Any] = [module for module in named if len(cast(Any, module)) == config.num_hidden_layers]
-    layer = max((sum(map(_elements, layers[0].parameters())) for layers in lists), default=0)
+    found = stack_of(model)
+    layers = [] if found is None else list(found[2])
+    in_layers = {parameter for layer in layers for parameter in layer.parameters()}  # Zamba's layers share some
     return Parameters(
         trained=tuple(map(_elements, trained)),
         frozen=tuple(map(_elements, frozen)),
         trained_itemsize=_itemsize(trained),
         frozen_itemsize=_itemsize(frozen),
-        layer=layer,
-        outside=sum(map(_elements, (*trained, *frozen))) - config.num_hidden_layers * layer,
-        hidden_size=config.hidden_size,
+        layer=max((sum(map(_elements, layer.parameters())) for layer in layers), default=0),
+        outside=sum(_elements(parameter) for parameter in (*trained, *frozen) if parameter not in in_layers),
+        hidden_size=model.config.get_text_config().hidden_size,
     )
 
 

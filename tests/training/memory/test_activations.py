@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import logging
 from contextlib import nullcontext
+from dataclasses import asdict, replace
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +19,7 @@ from packtrain.training.memory.activations import (
     COUNTING,
     activation_formula,
     count_activations,
+    read_activations,
     register_counting_attention,
 )
 
@@ -51,7 +56,8 @@ def kept_on_real_tensors(model, tokens, *, autocast=None, checkpointing=False) -
 
     context = torch.autocast("cpu", dtype=autocast) if autocast else nullcontext()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), context:
-        output = backbone(input_ids=ids, position_ids=positions, use_cache=False)
+        given = {"position_ids": positions} if "position_ids" in inspect.signature(backbone.forward).parameters else {}
+        output = backbone(input_ids=ids, **given, use_cache=False)
     for tensor in (*backbone.parameters(), *backbone.buffers(), ids, positions):
         kept.pop(tensor.untyped_storage().data_ptr(), None)
     del output
@@ -76,7 +82,7 @@ def test_the_formula_is_the_published_one_for_llama():
     """(24 + 8f) h bytes per token and layer in bfloat16, and 4 bytes per head for the attention's log-sum-exp."""
     hidden, ffn, heads = SIZES["hidden_size"], SIZES["intermediate_size"], SIZES["num_attention_heads"]
     formula = activation_formula(CONFIGS["llama"])
-    assert formula.layer == 24 * hidden + 8 * ffn + 4 * heads
+    assert formula.kinds[0][1].token == 24 * hidden + 8 * ffn + 4 * heads
     assert formula.residual == 2 * hidden
 
 
@@ -86,34 +92,96 @@ def test_the_formula_is_the_published_one_for_llama():
 def test_the_count_without_memory_is_what_is_kept(family, autocast, lora):
     register_counting_attention()
     config = AutoConfig.for_model(**CONFIGS[family])
-    counted = count_activations(lambda c: build(c, attention=COUNTING, lora=lora), config, autocast=autocast)
+    counted = count_activations(lambda: build(config, attention=COUNTING, lora=lora), autocast=autocast)
     measured = per_token(build(config, lora=lora), autocast=autocast)
     assert counted.basis == "measured"
-    assert counted.bytes(1000, checkpointing=False) == pytest.approx(1000 * measured, rel=0.02)
+    # An adapted model's first layer keeps a norm less than the others, which is a good part of three.
+    assert counted.bytes(1000, checkpointing=False) == pytest.approx(1000 * measured, rel=0.06 if lora else 0.02)
+    assert counted.bytes(1000, checkpointing=False) >= 0.999 * 1000 * measured
 
 
 SLOW = [pytest.mark.slow, pytest.mark.ci]  # token by token
+ARCHITECTURES = {
+    "qwen3_next": (3, 1), "lfm2": (1, 1), "falcon_h1": (2,), "mamba2": (2,), "bamba": (1, 1), "granitemoehybrid": (1, 1),
+    "minimax": (1, 1), "olmo_hybrid": (3, 1), "mixtral": (2,), "bloom": (2,), "gptj": (2,),
+}  # fmt: skip
+EAGER = ("gptj", "bloom", "mamba", "mamba2", "rwkv")  # the others have SDPA
 
 
-@pytest.mark.parametrize(("architecture", "attention"), [pytest.param("mamba", "eager", marks=SLOW), ("bamba", "sdpa")])
-def test_layers_without_attention_are_counted_too(architecture, attention):
-    """Their configs derive the kinds of their layers from the number of layers."""
+def grows(kept) -> float:
+    """Whole chunks: of 64 tokens in delta rules, 256 in MiniMax."""
+    return kept(512) - kept(256)
+
+
+@pytest.mark.parametrize(
+    "architecture", [*ARCHITECTURES, *(pytest.param(name, marks=SLOW) for name in ("mamba", "recurrent_gemma", "rwkv"))]
+)
+def test_one_layer_of_every_kind_is_what_all_layers_keep(architecture):
+    """Of hybrids, state-space models, experts, and attention that keeps its scores, on real tensors."""
     register_counting_attention()
     config = tiny_model(architecture).config
-    counted = count_activations(lambda c: build(c, attention=COUNTING), config, autocast=None)
-    measured = per_token(build(config, attention=attention))
-    assert counted.bytes(1000, checkpointing=False) == pytest.approx(1000 * measured, rel=0.1)
+    if architecture == "gptj":
+        config.n_positions = 512
+    attention = "eager" if architecture == "gptj" else COUNTING  # it looks attention up among its own
+    counted = count_activations(lambda: build(config, attention=attention), autocast=None)
+    real = build(config, attention="eager" if architecture in EAGER else "sdpa")
+    if architecture in ARCHITECTURES:
+        assert tuple(count for count, _ in counted.kinds) == ARCHITECTURES[architecture]
+    measured = grows(lambda tokens: kept_on_real_tensors(real, tokens))
+    assert grows(lambda n: counted.bytes(n, n * n, checkpointing=False)) == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_next", "bamba"])
+def test_the_first_layers_do_not_stand_for_a_hybrid(architecture):
+    """Control: with the first kind of layer alone, as if all were of it, the count is far off."""
+    register_counting_attention()
+    config = tiny_model(architecture).config
+    counted = count_activations(lambda: build(config, attention=COUNTING), autocast=None)
+    first = replace(counted, kinds=((sum(count for count, _ in counted.kinds), counted.kinds[0][1]),))
+    assert first.bytes(1000, checkpointing=False) > 1.2 * counted.bytes(1000, checkpointing=False)
+
+
+def test_attention_that_keeps_its_scores_grows_with_pairs():
+    """bloom keeps its probabilities, `[heads, T, T]`; llama, by a fused kernel, does not."""
+    register_counting_attention()
+    config = tiny_model("bloom").config
+    bloom = count_activations(lambda: build(config, attention=COUNTING), autocast=None)
+    assert [kept.pair for _, kept in bloom.kinds] == [4 * config.n_head]
+    one, many = (bloom.bytes(1024, pairs, checkpointing=False) for pairs in (1024**2, 16 * 64**2))
+    assert one - many == 2 * 4 * config.n_head * (1024**2 - 16 * 64**2)
+    llama = AutoConfig.for_model(**CONFIGS["llama"])
+    (kind,) = count_activations(lambda: build(llama, attention=COUNTING), autocast=None).kinds
+    assert kind[1].pair == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])
+def test_the_count_agrees_with_the_formula_for_llama(dtype):
+    """Within a tenth, in every part, with and without checkpointing."""
+    register_counting_attention()
+    config = AutoConfig.for_model(**CONFIGS["llama"])
+    formula = activation_formula(config, itemsize=dtype.itemsize)
+    counted = count_activations(lambda: build(config, dtype=dtype, attention=COUNTING), autocast=None)
+    assert counted.residual == formula.residual
+    for checkpointing in (False, True):
+        kept = counted.bytes(1000, checkpointing=checkpointing)
+        assert kept == pytest.approx(formula.bytes(1000, checkpointing=checkpointing), rel=0.1)
+    assert read_activations(json.loads(json.dumps(asdict(counted)))) == counted
 
 
 def test_a_count_that_fails_prints_nothing(caplog):
     """Shapes that depend on the data: torch would log a traceback for every one of them."""
     register_counting_attention()
+
+    def depends_on_data():
+        model = build(AutoConfig.for_model(**CONFIGS["llama"]), attention=COUNTING)
+        model.model.layers[0].register_forward_hook(lambda layer, args, output: output[output.nonzero()[0, 0]])
+        return model
+
     log = logging.getLogger("torch._subclasses.fake_tensor")
     log.addHandler(caplog.handler)
     try:
         with pytest.raises(RuntimeError):
-            config = tiny_model("mixtral").config
-            count_activations(lambda c: build(c, attention=COUNTING), config, autocast=None)
+            count_activations(depends_on_data, autocast=None)
         assert not caplog.records
         log.error("as before")
         assert caplog.records
@@ -126,9 +194,10 @@ def test_checkpointed_layers_keep_their_input():
     config = AutoConfig.for_model(**CONFIGS["llama"])
     kept = per_token(build(config), checkpointing=True)
     counted = activation_formula(config, itemsize=4)
-    between = counted.layers * counted.residual + counted.outside
+    ((layers, layer),) = counted.kinds
+    between = layers * counted.residual + counted.outside.token
     assert kept == pytest.approx(between, rel=0.1)
-    assert counted.bytes(1, checkpointing=True) == pytest.approx(between + counted.layer, abs=1)
+    assert counted.bytes(1, checkpointing=True) == pytest.approx(between + layer.token, abs=1)
     assert counted.bytes(1, checkpointing=False) > 2 * between  # control: without, much more is kept
 
 
@@ -137,10 +206,9 @@ def test_a_wider_network_keeps_more():
     register_counting_attention()
     narrow, wide = (
         count_activations(
-            lambda c: build(c, attention=COUNTING),
-            AutoConfig.for_model(**CONFIGS["llama"] | {"intermediate_size": size}),
+            partial(build, AutoConfig.for_model(**CONFIGS["llama"] | {"intermediate_size": size}), attention=COUNTING),
             autocast=None,
         )
         for size in (176, 352)
     )
-    assert wide.layer - narrow.layer == 4 * 4 * 176
+    assert wide.kinds[0][1].token - narrow.kinds[0][1].token == 4 * 4 * 176
