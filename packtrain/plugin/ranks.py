@@ -23,6 +23,7 @@ from transformers import Trainer
 from packtrain.packing.plan import Plan
 from packtrain.plugin.unpadded import models_of
 from packtrain.training.agreement import check_agreement, find_differences, weights_hash
+from packtrain.training.ranks import settle_at_exit
 from packtrain.training.summary import package_versions
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ def check_ranks(trainer: Trainer, asked: Mapping[str, Any]) -> None:
     """
     if trainer.args.world_size == 1:
         return
+    settle_at_exit()
     check_agreement({**_plain(asked), **_settings(trainer), **_data(trainer), **_models(trainer), **package_versions()})
     if trainer.is_fsdp_enabled:
         return  # see _models
@@ -132,7 +134,7 @@ def _models(trainer: Trainer) -> dict[str, Any]:
     for name, model in models_of(trainer).items():
         if name != "model":
             facts[f"weights of {name}"] = weights_hash(model)
-    fsdp = trainer.accelerator.state.fsdp_plugin
+    fsdp = getattr(trainer.accelerator.state, "fsdp_plugin", None)  # not there without FSDP
     if fsdp is not None and not fsdp.cpu_ram_efficient_loading:
         facts["weights of the model"] = weights_hash(_trained(trainer))  # each rank keeps shards of its own ones
     return facts
