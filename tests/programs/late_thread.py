@@ -55,4 +55,6 @@ if __name__ == "__main__":
         attach()
     reduce_and_forget(GROUP, seconds)
     if sys.argv[3] == "leave":
-        ranks.leave(accelerator)  # else it ends as a user's script does
+        ranks.leave(accelerator)
+    else:  # as a user's script ends
+        accelerator.wait_for_everyone()
