@@ -23,7 +23,7 @@ nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
@@ -32,16 +32,19 @@ import numpy as np
 
 from packtrain.data.chat_template import ChatTemplate, Rendered, describe_lost
 from packtrain.data.formats import FORMATS, IGNORED, Ids, Reading, Row, Text, read_row
+from packtrain.data.limits import Endless, Limits, check_room
 from packtrain.data.messages import SWITCHES, Chat
 from packtrain.data.offsets import OffsetTokenizer, Span, factors_of, intersect, outside
 from packtrain.data.report import BadRow
-from packtrain.errors import DataError
+from packtrain.errors import DataError, shorten
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from transformers import PreTrainedTokenizerBase
 
 
+_AT_ONCE = 1 << 24  # characters that are tokenised in one call
+_BYTES_PER_CHARACTER = 200  # that a fast tokenizer takes meanwhile
 MERGED, UNLIKE, NO_EOS = 1, 2, 4  # flags of a row, in the column `flags`
 _PLURALS = {
     "content": "what messages say",
@@ -113,16 +116,24 @@ class Encoder:
         """Whether every label but the first of each example is its token, whatever the rows say."""
         return not (self.completion_only or self.assistant_only or self.format in ("input_ids", *_CONVERSATIONS))
 
-    def __call__(self, rows: Sequence[Row | BadRow]) -> pa.Table:
+    def __call__(self, rows: Sequence[Row | BadRow], where: Callable[[int], str] = "row {}".format) -> pa.Table:
         """Tokenises a batch: a table with one row for each row.
 
         Columns: `input_ids` list<int32>; `labels` list<int32> or `learnt` list<uint8> (neither where all is
         learnt); `factors` list<float32>, see `_runs`; `supervised` int32; `blanks` int32, tokens of nothing but white space
         behind an eos at the end (of ChatML, a newline); `flags` uint8; `remarks` string, lines for the report, or null;
         `problem` string, null for good rows; bad rows are empty.
+
+        Args:
+            where: names a row of the batch.
+
+        Raises:
+            DataError: the chat template goes on without end, or a tokenizer cannot do what the options ask for.
         """
-        drafts = [self._draft(row) for row in rows]
-        self._tokenise([draft for draft in drafts if draft.text is not None])
+        with Limits() as limits:
+            drafts = [self._draft(row, limits, partial(where, number)) for number, row in enumerate(rows)]
+        for some in _by_size([draft for draft in drafts if draft.text is not None]):
+            self._tokenise(some)
         return self._table(drafts)
 
     def _check_options(self) -> None:
@@ -137,7 +148,7 @@ class Encoder:
             fix = "use the tokenizer of a chat model, or name a template file in `model.chat_template`"
             raise DataError(what, key="model.chat_template", fix=fix)
 
-    def _draft(self, row: Row | BadRow) -> _Draft:
+    def _draft(self, row: Row | BadRow, limits: Limits, where: Callable[[], str]) -> _Draft:
         try:
             if isinstance(row, BadRow):
                 raise row
@@ -145,14 +156,20 @@ class Encoder:
                 case Text() as sample:
                     draft = self._draft_text(sample)
                 case Chat() as sample:
-                    draft = self._draft_chat(sample)
+                    draft = limits.call(self._draft_chat, sample)
                 case Ids() as sample:
                     draft = self._draft_ids(sample)
             if draft.text is not None:
                 draft.text.encode("utf-8")
+                check_room(len(draft.text) * _BYTES_PER_CHARACTER, f"tokenising its {len(draft.text):,} characters")
             return draft
         except BadRow as bad:
             return _Draft(problem=str(bad))
+        except Endless as over:
+            template = shorten(str(self.tokenizer.chat_template), 60)
+            fix = "correct its loops, or name another template in `model.chat_template`"
+            what = f"the chat template takes {over} for one row, and is not done"
+            raise DataError(what, where=where(), key="model.chat_template", value=template, fix=fix) from None
         except UnicodeEncodeError:
             return _Draft(problem="the text contains a lone surrogate, which is not a valid character")
 
@@ -331,6 +348,14 @@ class Encoder:
                 "problem": pa.array([draft.problem for draft in drafts], pa.string()),
             }
         )
+
+
+def _by_size(drafts: list[_Draft]) -> Iterator[list[_Draft]]:
+    """Yields drafts in groups of `_AT_ONCE` characters or a little more, so that long rows don't add up in memory."""
+    sizes = np.cumsum([len(draft.text or "") for draft in drafts])
+    for some in np.split(np.arange(len(drafts)), np.flatnonzero(np.diff(sizes // _AT_ONCE)) + 1):
+        if len(some):
+            yield drafts[some[0] : some[-1] + 1]
 
 
 def _widened(turn: tuple[int, int], marked: Sequence[Span]) -> tuple[int, int]:

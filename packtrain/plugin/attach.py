@@ -23,7 +23,7 @@ from transformers import Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from packtrain.data.examples import Examples
-from packtrain.errors import DataError, PacktrainError
+from packtrain.errors import DataError, LaunchError, PacktrainError
 from packtrain.modeling.attention.varlen import choose_implementation
 from packtrain.modeling.audit.causality import check_causal
 from packtrain.modeling.audit.settings import base, switchable
@@ -48,6 +48,7 @@ from packtrain.plugin.checks import (
 )
 from packtrain.plugin.order import TrainersOrder, examples_per_step, fits_max_tokens, plan_attached
 from packtrain.plugin.proof import Proof
+from packtrain.plugin.ranks import check_order, check_plan, check_ranks
 from packtrain.plugin.unpadded import has_own_loss, unpad_trainer
 from packtrain.plugin.verdicts import RankFailed, Verdicts
 from packtrain.training.loader import PlanLoader, loader_options, values_of_plan
@@ -99,7 +100,12 @@ def attach(
         PacktrainError: a setting of the trainer contradicts the layout, attention leaks between the documents of a batch
             (checked on the model itself), or their loss changes (checked on the trainer itself); on every rank where one
             refuses. It says what to change; the trainer is left as it was.
+        LaunchError: on every rank, where ranks differ in their arguments, data, models or packages.
     """
+    if isinstance(trainer, Trainer):  # else refused below
+        asked = {"strategy": strategy, "max_tokens": max_tokens, "layout": layout}
+        asked |= {"attn_implementation": attn_implementation, "allow_contamination": allow_contamination}
+        check_ranks(trainer, asked | {"allow_differences": allow_differences})
     refuse_misuse(trainer, strategy, max_tokens, layout)
     rule = resolve_strategy(strategy)
     allowed = dict(allow_contamination=allow_contamination, allow_differences=allow_differences)
@@ -110,6 +116,8 @@ def attach(
             return unpad_trainer(trainer, verdicts)
         try:
             return _attach_flat(trainer, verdicts, strategy, max_tokens, attn_implementation, **allowed)
+        except LaunchError:
+            raise
         except PacktrainError as error:
             either = layout == "auto" and not isinstance(error, RankFailed)
             if either and rule.scope == "step" and rule.layout == "flat" and max_tokens is None:
@@ -143,6 +151,9 @@ def _attach_flat(
         rule, examples = resolve_strategy(strategy), _examples(trainer)
         order = TrainersOrder(trainer)
         plan = plan_attached(trainer, examples, strategy, max_tokens, order)
+    check_plan(plan)
+    if rule.scope == "step":
+        check_order(plan, order(0))
     collator = PackCollator(
         layout=plan.layout,
         pad_token_id=_pad_token_id(trainer),
@@ -188,6 +199,7 @@ def _attach_flat(
         refuse_changes(trainer, agreed)
         if rule.scope == "step":
             _take_todays_order(order, plan, max_tokens)
+            check_order(plan, order(0))
         return loader
 
     ours_instead: Any = trainer  # methods of this one trainer

@@ -36,20 +36,25 @@ def check_agreement(facts: Mapping[str, Any]) -> None:
     Raises:
         LaunchError: on every rank, with what differs and where.
     """
-    ranks = PartialState().num_processes
-    if ranks == 1:
-        return
-    told: list[dict[str, str]] = gather_object([{name: _told(value) for name, value in facts.items()}])
-    names = sorted({name for one in told for name in one})
-    differing = [name for name in names if len({one.get(name, _ABSENT) for one in told}) > 1]
+    differing = find_differences(facts)
     if not differing:
         return
-    lines = [f"\n    {name}: {_by_rank([one.get(name, _ABSENT) for one in told])}" for name in differing[:SHOWN]]
+    lines = [f"\n    {difference}" for difference in differing[:SHOWN]]
     more = f"\n    and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
     raise LaunchError(
-        f"the {ranks} ranks differ, and would not train the same:{''.join(lines)}{more}",
+        f"the {PartialState().num_processes} ranks differ, and would not train the same:{''.join(lines)}{more}",
         fix="start all ranks with the same command, files and packages",
     )
+
+
+def find_differences(facts: Mapping[str, Any]) -> list[str]:
+    """Returns what differs between the ranks, and where, the same on every rank; collective, as `check_agreement`."""
+    if PartialState().num_processes == 1:
+        return []
+    told: list[dict[str, str]] = gather_object([{name: _told(value) for name, value in facts.items()}])
+    names = sorted({name for one in told for name in one})
+    values = {name: [one.get(name, _ABSENT) for one in told] for name in names}
+    return [f"{name}: {_by_rank(of_ranks)}" for name, of_ranks in values.items() if len(set(of_ranks)) > 1]
 
 
 def weights_hash(model: nn.Module) -> str:

@@ -12,6 +12,7 @@ get time.
 
 from __future__ import annotations
 
+import atexit
 import os
 import time
 from collections.abc import Mapping
@@ -109,3 +110,9 @@ def settle() -> None:
     """Gives the threads of the process group, where there is one, the time to drop what they hold."""
     if dist.is_initialized():
         time.sleep(PAUSE)
+
+
+def settle_at_exit() -> None:
+    """Calls `settle` when the process ends, whatever else it does until then."""
+    atexit.unregister(settle)
+    atexit.register(settle)

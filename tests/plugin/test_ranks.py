@@ -108,3 +108,41 @@ def test_where_one_rank_refuses_the_other_one_does_too(tmp_path):
         for cause, heard, own in zip(CAUSES, hears[1:], refuses[1:], strict=True):
             assert re.search(f"PacktrainError.*cannot run without padding.*rank 1 has stopped: {cause}", heard)
             assert re.search(cause, own) and "rank 1 has stopped" not in own
+
+
+DIFFERENT = {  # what is wrong with rank 1 -> what both are told
+    "learning_rate": r"learning_rate: 0\.02 on rank 1, 0\.01 on rank 0",
+    "save_steps": r"save_steps: 3 on rank 1, 4 on rank 0",
+    "max_steps": r"max_steps: 3 on rank 1, 4 on rank 0",
+    "rows": r"rows of train_dataset: 28 on rank 1, 29 on rank 0",
+    "tokens": r"column 'input_ids' of train_dataset: ",
+    "reference": r"weights of ref_model: ",
+    "frozen": r"weights by name: ",
+    "strategy": r"strategy: padding_free on rank 1, balanced on rank 0",
+}
+
+
+@pytest.mark.ci
+@pytest.mark.slow
+def test_ranks_that_differ_are_not_attached(tmp_path):
+    """Each is told what differs, and its trainer is left as it was; controls: what hosts may have apart."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [sys.executable, *launcher, "-m", "tests.programs.ranks_that_differ", str(tmp_path)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    both = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    for layout in ("auto", "unpad"):
+        for told in both:
+            assert told[f"{layout} nothing"].startswith("attached") and "other" not in told[f"{layout} nothing"]
+            assert told[f"{layout} weights"].startswith("attached")
+            for case, said in DIFFERENT.items():
+                told_so = told[f"{layout} {case}"]
+                assert "the 2 ranks differ" in told_so and re.search(said, told_so), told_so
+                assert told_so.count("\n") == 2 or case in ("rows", "tokens"), told_so  # and nothing else
+        assert "the ranks have other weights of the model: " in both[0][f"{layout} weights"]
+    for told in both:
+        assert told["auto nothing"].startswith("attached and trained")
+        assert re.search(r"^the 2 ranks differ.*\s+the order of examples, by torch's seed: ", told["auto seed"])
+        assert re.search(r"^attached the 2 ranks differ.*\s+the order of examples", told["auto later seed"])
+        assert told["unpad seed"].startswith("attached")  # its order is its own

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
+import packtrain
 from packtrain.training import ranks
 
 
@@ -38,9 +41,20 @@ def begin_to_reduce(group: dist.ProcessGroup, seconds: float) -> None:
     dist.all_reduce(tensor, group=group, async_op=True)
 
 
+def attach() -> None:
+    from tests.plugin.trainers import classification
+
+    packtrain.attach(classification(Path(tempfile.mkdtemp())), layout="unpad")
+
+
 if __name__ == "__main__":
     accelerator = Accelerator(cpu=True)
     GROUP = dist.new_group()  # held to the end, as DDP holds its own
     seconds, ranks.PAUSE = float(sys.argv[1]), float(sys.argv[2])
+    if sys.argv[3] == "attach":
+        attach()
     reduce_and_forget(GROUP, seconds)
-    ranks.leave(accelerator)
+    if sys.argv[3] == "leave":
+        ranks.leave(accelerator)
+    else:  # as a user's script ends
+        accelerator.wait_for_everyone()

@@ -45,11 +45,11 @@ def test_what_was_launched_passes():
     check_processes(world_size=2, n_gpu=1, env={"WORLD_SIZE": "2"})
 
 
-def end_with_a_late_thread(seconds: float, pause: float) -> subprocess.CompletedProcess:
+def end_with_a_late_thread(seconds: float, pause: float, how: str = "leave") -> subprocess.CompletedProcess:
     """Two ranks whose threads of gloo drop a tensor `seconds` late, and who leave them `pause` seconds."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     return subprocess.run(
-        [*launcher, "-m", "tests.programs.late_thread", str(seconds), str(pause)],
+        [*launcher, "-m", "tests.programs.late_thread", str(seconds), str(pause), how],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -63,6 +63,20 @@ def end_with_a_late_thread(seconds: float, pause: float) -> subprocess.Completed
 def test_a_late_thread_of_gloo_does_not_abort_the_run():
     done = end_with_a_late_thread(0.1 * PAUSE, 10 * PAUSE)  # a hundred times as long, as the machine may be busy
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.ci
+@pytest.mark.slow
+def test_nor_the_script_of_a_user_whose_trainer_is_attached():
+    done = end_with_a_late_thread(0.1 * PAUSE, 10 * PAUSE, "attach")
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.ci
+@pytest.mark.slow
+def test_it_would_abort_that_of_a_stock_trainer():
+    done = end_with_a_late_thread(5.0, 0.0, "stock")
+    assert "exitcode: -6" in done.stderr
 
 
 @pytest.mark.ci
