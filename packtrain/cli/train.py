@@ -61,18 +61,20 @@ def train(
     console.print("\nTry next:")
     padded = f"{loaded.training['output_dir']}-padded"
     sampled = loaded.objective.answers
-    for comment, command in next_commands(recipe, overrides or [], padded, sampled=sampled):
+    shapes = batching.shapes is not None
+    for comment, command in next_commands(recipe, overrides or [], padded, sampled=sampled, shapes=shapes):
         console.print(Text.assemble((f"  # {comment}\n", "dim"), ("  " + command, "bold")), soft_wrap=True)
 
 
 def next_commands(
-    recipe: Path, overrides: Sequence[str], padded_dir: str, *, sampled: bool = False
+    recipe: Path, overrides: Sequence[str], padded_dir: str, *, sampled: bool = False, shapes: bool = False
 ) -> list[tuple[str, str]]:
     """Returns (purpose, command) pairs; each command can be pasted.
 
     Args:
         padded_dir: directory for a padded run.
         sampled: whether `sample` and `evaluate` work with the model.
+        shapes: whether the recipe has `batching.shapes`, which padded layouts don't take.
     """
 
     def command(verb: str, overrides: Sequence[str], *more: str) -> str:
@@ -80,6 +82,7 @@ def next_commands(
         return hidden(shlex.join(["packtrain", verb, str(recipe), *sets, *more]))
 
     padded = [override for override in overrides if "output_dir" not in override.partition("=")[0]]
+    padded += ["batching.shapes=null"] if shapes else []
     padded += ["batching.strategy=pad_longest", f"training.output_dir={padded_dir}"]
     answers = [("how its answers depend on the allocated length", command("evaluate", overrides))] if sampled else []
     return [

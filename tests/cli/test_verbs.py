@@ -449,6 +449,8 @@ def test_the_next_commands_can_be_pasted():
     ]
     _, first = next_commands(Path("a.yaml"), [], "there", sampled=True)[0]
     assert first == "packtrain evaluate a.yaml", "of a model that can be sampled"
+    *_, (_, last) = next_commands(Path("a.yaml"), [], "there", shapes=True)
+    assert "--set batching.shapes=null --set batching.strategy=pad_longest" in last  # padded layouts have no shapes
 
 
 def test_train_trains_and_says_what_came_of_it(tmp_path, capsys, wide):
