@@ -85,7 +85,7 @@ def select(
     whole[long] = whole[[row for row, _ in problems]] = False
     if len(problems) + len(long) and not whole.any() and not len(pieces.rows):
         raise DataError(f"none of {count:,} rows is left to train on", key="data.path")
-    if 2 * len(documents.problems) > count:
+    if 2 * len(documents.problems) > count and documents.format != "input_ids":  # tokenised rows have no other format
         raise _mostly_bad(documents, where)
 
     changed = np.setdiff1d(long, hopeless)

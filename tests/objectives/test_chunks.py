@@ -132,6 +132,8 @@ def test_masked_tokens_are_scored_in_chunks(monkeypatch, shift):
     batch = batch_of(30, 12)
     batch["loss_weights"] *= torch.rand(batch["labels"].shape, generator=torch.Generator().manual_seed(3)) < 0.6
     batch["example_ids"] = torch.tensor([0, 1])
+    batch["supervised_index"] = batch["loss_weights"].flatten().nonzero().flatten()
+    batch["has_padding"] = True
 
     def losses(model, batch, head):
         return masked_losses(model, batch, head=head, shift=shift)
