@@ -43,6 +43,6 @@ class LastingOutput(io.TextIOBase):
         try:
             action()
         except OSError as error:
-            with contextlib.suppress(OSError):  # what is left in its buffer goes nowhere, too
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self._output.fileno())
+            with contextlib.suppress(OSError), open(os.devnull, "w") as nowhere:  # for what is left in its buffer, too
+                os.dup2(nowhere.fileno(), self._output.fileno())
             logger.warning("standard output is gone (%s); the run goes on without it", error.strerror)
