@@ -23,7 +23,7 @@ nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
@@ -32,11 +32,12 @@ import numpy as np
 
 from packtrain.data.chat_template import ChatTemplate, Rendered, describe_lost
 from packtrain.data.formats import FORMATS, IGNORED, Ids, Reading, Row, Text, read_row
+from packtrain.data.limits import Endless, Limits
 from packtrain.data.messages import SWITCHES, Chat
 from packtrain.data.offsets import OffsetTokenizer, Span, factors_of, intersect, outside
 from packtrain.data.report import BadRow
 from packtrain.data.room import check_room
-from packtrain.errors import DataError
+from packtrain.errors import DataError, shorten
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -116,15 +117,22 @@ class Encoder:
         """Whether every label but the first of each example is its token, whatever the rows say."""
         return not (self.completion_only or self.assistant_only or self.format in ("input_ids", *_CONVERSATIONS))
 
-    def __call__(self, rows: Sequence[Row | BadRow]) -> pa.Table:
+    def __call__(self, rows: Sequence[Row | BadRow], where: Callable[[int], str] = "row {}".format) -> pa.Table:
         """Tokenises a batch: a table with one row for each row.
 
         Columns: `input_ids` list<int32>; `labels` list<int32> or `learnt` list<uint8> (neither where all is
         learnt); `factors` list<float32>, see `_runs`; `supervised` int32; `blanks` int32, tokens of nothing but white space
         behind an eos at the end (of ChatML, a newline); `flags` uint8; `remarks` string, lines for the report, or null;
         `problem` string, null for good rows; bad rows are empty.
+
+        Args:
+            where: names a row of the batch.
+
+        Raises:
+            DataError: the chat template goes on without end, or a tokenizer cannot do what the options ask for.
         """
-        drafts = [self._draft(row) for row in rows]
+        with Limits() as limits:
+            drafts = [self._draft(row, limits, partial(where, number)) for number, row in enumerate(rows)]
         for some in _by_size([draft for draft in drafts if draft.text is not None]):
             self._tokenise(some)
         return self._table(drafts)
@@ -141,7 +149,7 @@ class Encoder:
             fix = "use the tokenizer of a chat model, or name a template file in `model.chat_template`"
             raise DataError(what, key="model.chat_template", fix=fix)
 
-    def _draft(self, row: Row | BadRow) -> _Draft:
+    def _draft(self, row: Row | BadRow, limits: Limits, where: Callable[[], str]) -> _Draft:
         try:
             if isinstance(row, BadRow):
                 raise row
@@ -149,7 +157,7 @@ class Encoder:
                 case Text() as sample:
                     draft = self._draft_text(sample)
                 case Chat() as sample:
-                    draft = self._draft_chat(sample)
+                    draft = limits.call(self._draft_chat, sample)
                 case Ids() as sample:
                     draft = self._draft_ids(sample)
             if draft.text is not None:
@@ -158,6 +166,11 @@ class Encoder:
             return draft
         except BadRow as bad:
             return _Draft(problem=str(bad))
+        except Endless as over:
+            template = shorten(str(self.tokenizer.chat_template), 60)
+            fix = "correct its loops, or name another template in `model.chat_template`"
+            what = f"the chat template takes {over} for one row, and is not done"
+            raise DataError(what, where=where(), key="model.chat_template", value=template, fix=fix) from None
         except UnicodeEncodeError:
             return _Draft(problem="the text contains a lone surrogate, which is not a valid character")
 

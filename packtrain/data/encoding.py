@@ -98,7 +98,8 @@ def tokenize(
 
 def encode_batch(batch: dict[str, list[int]], *, rows: Rows, encoder: Encoder) -> pa.Table:
     """Tokenises rows `batch["row"]`, which follow one another; worker processes run it."""
-    return encoder(rows.read(batch["row"][0], batch["row"][-1] + 1))
+    first, last = batch["row"][0], batch["row"][-1]
+    return encoder(rows.read(first, last + 1), lambda number: rows.where(first + number))
 
 
 def _map(rows: Rows, encoder: Encoder, directory: Path, num_proc: int | None) -> pa.Table:
