@@ -298,7 +298,7 @@ def printed(command: str) -> str:
     with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as ended:
         (words,) = commands(command)
         main(words[1:])
-    assert not ended.value.code, out.getvalue()
+    assert ended.value.code in (None, 0, 1), out.getvalue()  # 1: an audit was asked about what leaks
     return out.getvalue()
 
 
