@@ -16,7 +16,7 @@ What a model does to its logits after the head (Gemma 2's softcapping, Granite's
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -156,7 +156,7 @@ def is_plain(head: nn.Module) -> bool:
 
 
 def score(
-    head: nn.Module,
+    head: Any,
     hidden: Tensor,
     targets: Tensor,
     weights: Tensor,
@@ -172,112 +172,106 @@ def score(
         hidden_gradient: whether to compute that of `hidden`.
         parameters: of the head, whose gradients are computed, summed over chunks in float32.
     """
-    way = _score_plain if is_plain(head) else _score_module
-    return way(head, hidden.detach(), targets, weights, transform, rows, hidden_gradient, parameters)
+    hidden, plain = hidden.detach(), is_plain(head)
+    computing = _computing_dtype(hidden, head.weight) if plain else None
+    nll = hidden.new_empty(len(hidden), dtype=torch.float32)
+    of_hidden = torch.empty_like(hidden, dtype=_sum_dtype(hidden.dtype, computing)) if hidden_gradient else None
+    sums = [torch.zeros_like(one, dtype=torch.float32 if one.element_size() < 4 else one.dtype) for one in parameters]
+    if computing is None:
+        score_chunk = _by_autograd(head, transform, hidden_gradient, parameters, sums)
+    else:
+        factor = _float16_factor(weights) if computing == torch.float16 else None
+        buffer = hidden.new_empty(min(rows, len(hidden)), len(head.weight), dtype=computing)
+        score_chunk = _by_products(head, transform, hidden_gradient, parameters, sums, buffer, factor)
+    for start in range(0, len(hidden), rows):
+        chunk = slice(start, start + rows)
+        nll[chunk], gradient = score_chunk(hidden[chunk], targets[chunk], weights[chunk])
+        if of_hidden is not None and gradient is not None:
+            of_hidden[chunk] = gradient
+    parts: list[Tensor | None] = [
+        total.to(_sum_dtype(one.dtype, computing)) for one, total in zip(parameters, sums, strict=True)
+    ]
+    return Scores(nll, of_hidden, parts)
 
 
-def _chunks(count: int, rows: int) -> Iterator[slice]:
-    return (slice(start, min(start + rows, count)) for start in range(0, count, rows))
+ScoreChunk = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
+"""Takes a chunk of hidden `[C, D]`, targets and weights `[C]`; returns nll `[C]` and the gradient of hidden `[C, D]`."""
 
 
-@torch.no_grad()
-def _score_plain(
+def _by_products(
     head: Any,
-    hidden: Tensor,
-    targets: Tensor,
-    weights: Tensor,
     transform: Transform,
-    rows: int,
     hidden_gradient: bool,
     parameters: Sequence[Tensor],
-) -> Scores:
-    """Scores by matrix products, in buffers that all chunks share."""
-    dtype = _computing_dtype(hidden, head.weight)
-    with torch.autocast(hidden.device.type, enabled=False):
-        weight = head.weight.to(dtype)  # [V, D]
-        bias = None if head.bias is None else head.bias.to(dtype)
-        count, vocabulary = len(hidden), len(weight)
-        rows = min(rows, count)
-        raw = hidden.new_empty(rows, vocabulary, dtype=dtype)
-        exact = raw if dtype.itemsize >= 4 else torch.empty_like(raw, dtype=torch.float32)
-        factor = _float16_factor(weights) if dtype == torch.float16 else None
-        nll = hidden.new_empty(count, dtype=torch.float32)
-        of_hidden = torch.empty_like(hidden, dtype=_sum_dtype(hidden.dtype, dtype)) if hidden_gradient else None
-        sums = [
-            torch.zeros_like(one, dtype=torch.float32 if one.element_size() < 4 else one.dtype) for one in parameters
-        ]
-        of_weight = next((s for s, one in zip(sums, parameters, strict=True) if one is head.weight), None)
-        of_bias = next((s for s, one in zip(sums, parameters, strict=True) if one is head.bias), None)
-        for chunk in _chunks(count, rows):
-            part, target = hidden[chunk].to(dtype), targets[chunk].unsqueeze(1)
-            size = len(part)
+    sums: Sequence[Tensor],
+    buffer: Tensor,
+    factor: Tensor | None,
+) -> ScoreChunk:
+    """Scores by matrix products in `buffer` `[rows, V]`, which all chunks share, and adds gradients to `sums`."""
+    weight = head.weight.detach().to(buffer.dtype)  # [V, D]
+    bias = None if head.bias is None else head.bias.detach().to(buffer.dtype)
+    exact = buffer if buffer.dtype.itemsize >= 4 else torch.empty_like(buffer, dtype=torch.float32)
+    of_weight = next((s for s, one in zip(sums, parameters, strict=True) if one is head.weight), None)
+    of_bias = next((s for s, one in zip(sums, parameters, strict=True) if one is head.bias), None)
+
+    def unscaled(gradient: Tensor) -> Tensor:
+        return gradient if factor is None else gradient.float() / factor
+
+    @torch.no_grad()
+    def score_chunk(hidden: Tensor, target: Tensor, weights: Tensor) -> tuple[Tensor, Tensor | None]:
+        part, target, size = hidden.to(buffer.dtype), target.unsqueeze(1), len(hidden)
+        with torch.autocast(hidden.device.type, enabled=False):
             if bias is None:
-                torch.mm(part, weight.t(), out=raw[:size])
+                torch.mm(part, weight.t(), out=buffer[:size])
             else:
-                torch.addmm(bias, part, weight.t(), out=raw[:size])
-            logits = raw[:size] if exact is raw else exact[:size].copy_(raw[:size])  # [C, V]
+                torch.addmm(bias, part, weight.t(), out=buffer[:size])
+            logits = buffer[:size] if exact is buffer else exact[:size].copy_(buffer[:size])  # [C, V]
             derivative = transform.apply_(logits)
             # softmax and log-softmax, in place
             logits.sub_(logits.amax(dim=1, keepdim=True))
             of_target = logits.gather(1, target)
             total = logits.exp_().sum(dim=1, keepdim=True)
-            nll[chunk] = (total.log() - of_target).squeeze(1)
-            if of_hidden is None and not parameters:
-                continue
-            weighted = weights[chunk].to(logits.dtype).unsqueeze(1)  # [C, 1]
-            if factor is not None:
-                weighted = weighted * factor
+            nll = (total.log() - of_target).squeeze(1)
+            if not (hidden_gradient or parameters):
+                return nll, None
+            weighted = weights.to(logits.dtype).unsqueeze(1) * (1 if factor is None else factor)  # [C, 1]
             logits.mul_(weighted / total)
             logits.scatter_add_(1, target, -weighted)
             if derivative is not None:
                 logits.mul_(derivative)
             elif transform.scale != 1:
                 logits.mul_(transform.scale)
-            gradient = logits if exact is raw else raw[:size].copy_(logits)  # [C, V], of the head's logits
-            if of_hidden is not None:
-                of_hidden[chunk] = gradient @ weight
-            if of_weight is not None:
-                if of_weight.dtype == dtype:
-                    of_weight.addmm_(gradient.t(), part)
-                else:
-                    of_weight += gradient.t() @ part
+            gradient = logits if exact is buffer else buffer[:size].copy_(logits)  # [C, V], of the head's logits
+            if of_weight is not None and of_weight.dtype == buffer.dtype:
+                of_weight.addmm_(gradient.t(), part)
+            elif of_weight is not None:
+                of_weight.add_(unscaled(gradient.t() @ part))
             if of_bias is not None:
-                of_bias += logits.sum(dim=0)
-        if factor is not None:
-            for one in (of_hidden, *sums):
-                if one is not None:
-                    one.div_(factor)
-    return Scores(nll, of_hidden, _in_dtype_of(parameters, sums, dtype))
+                of_bias.add_(unscaled(logits.sum(dim=0)))
+            return nll, unscaled(gradient @ weight) if hidden_gradient else None
+
+    return score_chunk
 
 
-def _score_module(
-    head: nn.Module,
-    hidden: Tensor,
-    targets: Tensor,
-    weights: Tensor,
-    transform: Transform,
-    rows: int,
-    hidden_gradient: bool,
-    parameters: Sequence[Tensor],
-) -> Scores:
-    """Scores by autograd, a graph per chunk, for heads that are more than a matrix product (adapters)."""
-    nll = hidden.new_empty(len(hidden), dtype=torch.float32)
-    of_hidden = torch.empty_like(hidden) if hidden_gradient else None
-    sums = [torch.zeros_like(one, dtype=torch.float32 if one.element_size() < 4 else one.dtype) for one in parameters]
-    for chunk in _chunks(len(hidden), rows):
-        with torch.set_grad_enabled(hidden_gradient or bool(parameters)):
-            part = hidden[chunk].detach().requires_grad_(hidden_gradient)
-            losses = cross_entropy(transform(head.forward(part).float()), targets[chunk], reduction="none")
-            wanted = [part, *parameters] if hidden_gradient else [*parameters]
-            if wanted:
-                found = list(torch.autograd.grad((losses * weights[chunk]).sum(), wanted, allow_unused=True))
-                if of_hidden is not None:
-                    of_hidden[chunk] = found.pop(0)
-                for total, gradient in zip(sums, found, strict=True):
-                    if gradient is not None:
-                        total += gradient
-        nll[chunk] = losses.detach()
-    return Scores(nll, of_hidden, _in_dtype_of(parameters, sums, None))
+def _by_autograd(
+    head: nn.Module, transform: Transform, hidden_gradient: bool, parameters: Sequence[Tensor], sums: Sequence[Tensor]
+) -> ScoreChunk:
+    """Scores with a graph per chunk, for heads that are more than a matrix product, and adds gradients to `sums`."""
+
+    def score_chunk(hidden: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor | None]:
+        part = hidden.detach().requires_grad_(hidden_gradient)
+        wanted = [part, *parameters] if hidden_gradient else [*parameters]
+        with torch.set_grad_enabled(bool(wanted)):
+            losses = cross_entropy(transform(head.forward(part).float()), targets, reduction="none")
+            total = (losses * weights).sum()
+        found = list(torch.autograd.grad(total, wanted, allow_unused=True)) if wanted else []
+        gradient = found.pop(0) if hidden_gradient else None
+        for one, more in zip(sums, found, strict=True):
+            if more is not None:
+                one += more
+        return losses.detach(), gradient
+
+    return score_chunk
 
 
 def _computing_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -294,12 +288,6 @@ def _sum_dtype(stored: torch.dtype, computing: torch.dtype | None) -> torch.dtyp
 def _float16_factor(weights: Tensor) -> Tensor:
     """Returns the factor that brings weights `[N]` to a size that float16 products keep."""
     return FLOAT16_SIZE / weights.float().abs().mean().clamp_min(1e-12)
-
-
-def _in_dtype_of(
-    parameters: Sequence[Tensor], sums: Sequence[Tensor], computing: torch.dtype | None
-) -> list[Tensor | None]:
-    return [total.to(_sum_dtype(one.dtype, computing)) for one, total in zip(parameters, sums, strict=True)]
 
 
 def cannot_be_chunked(head: nn.Module) -> str | None:

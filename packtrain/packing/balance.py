@@ -19,6 +19,8 @@ long as the update gets faster (`exchange`). Which examples the step has is not 
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
+from itertools import product
 
 import numpy as np
 
@@ -28,8 +30,13 @@ from packtrain.packing.packers import best_fit_decreasing
 from packtrain.packing.packs import PatternPacks, sort_by_length
 
 
-def balanced(lengths: np.ndarray, *, micro_steps: int, ranks: int, capacity: int, cost: Cost) -> list[np.ndarray]:
+def balanced(
+    lengths: np.ndarray, *, micro_steps: int, ranks: int, capacity: int, cost: Cost, sizes: Sequence[int] = ()
+) -> list[np.ndarray]:
     """Partitions a step's examples so that in each micro-step the ranks' costs are level, none above `capacity` tokens.
+
+    Args:
+        sizes: numbers of tokens, ascending, to one of which every micro-batch will be padded; see `aim`.
 
     Returns:
         `micro_steps * ranks` index arrays, number `m * ranks + r` for rank r in micro-step m; micro-steps from the most
@@ -53,6 +60,8 @@ def balanced(lengths: np.ndarray, *, micro_steps: int, ranks: int, capacity: int
         parts = _pack(lengths, micro_steps * ranks, capacity)
     if len(parts) == micro_steps * ranks:
         parts = exchange(_in_micro_steps(parts, costs, ranks), lengths.astype(np.int64), costs, ranks, capacity)
+        if len(sizes):
+            return aim(_in_micro_steps(parts, costs, ranks), lengths.astype(np.int64), cost, ranks, np.array(sizes))
     return _in_micro_steps(parts, costs, ranks)
 
 
@@ -100,10 +109,14 @@ def _in_micro_steps(parts: list[np.ndarray], costs: np.ndarray, ranks: int) -> l
 
 
 def _fill(lengths, weights, order, targets, capacity) -> list[np.ndarray] | None:
-    """Puts each document, in this order, into the part furthest below its target that has room; None if none has."""
+    """Puts each document, in this order, into the part furthest below its target that has room; None if none has.
+
+    `capacity` is that of every part, or an array of one for each.
+    """
     parts: list[list[int]] = [[] for _ in targets]
+    capacities = np.broadcast_to(capacity, len(targets)).tolist()
     open_parts = [
-        (-target, part, capacity) for part, target in enumerate(targets.tolist())
+        (-target, part, capacities[part]) for part, target in enumerate(targets.tolist())
     ]  # (-gap, part, tokens left)
     heapq.heapify(open_parts)
     parked: list[tuple[int, float, int]] = []  # too full for the documents so far: (-tokens left, -gap, part)
@@ -198,3 +211,62 @@ def exchange(
         where[document] = place[other]
     order = np.argsort(where, kind="stable")
     return np.split(order, np.cumsum(np.bincount(where, minlength=number))[:-1])
+
+
+MOST_CHOICES = 1 << 10  # combinations of sizes that are looked at for an update
+TRIES = 8  # of these, the smallest with room for all tokens, into which documents are put
+
+
+def aim(parts: list[np.ndarray], lengths: np.ndarray, cost: Cost, ranks: int, sizes: np.ndarray) -> list[np.ndarray]:
+    """Deals documents anew so that they fill the sizes that micro-batches are padded to.
+
+    Level micro-batches are equally large, so padding to the next size costs all of them the same. But micro-steps need not
+    be equal: where three of 74 tokens would be padded to 100, one of 100 and two of 60 can hold the same documents. So
+    every micro-step goes some sizes up or down, all its ranks alike, and of the combinations with room for all tokens
+    the smallest is taken into which the documents fit.
+
+    Args:
+        parts: index arrays, number `m * ranks + r`, level; none has more than `sizes[-1]` tokens.
+        lengths: int64 `[documents]`.
+        sizes: int64 `[n]`, ascending.
+
+    Returns:
+        As many index arrays, in which each document occurs once: those given, unless the update gets faster, with its
+        padding counted.
+
+        >>> parts, lengths = [np.array([0, 1, 2, 3]), np.array([4, 5, 6, 7]), np.array([8, 9, 10])], np.full(11, 20)
+        >>> [int(lengths[part].sum()) for part in aim(parts, lengths, Cost(), 1, np.array([60, 100]))]
+        [100, 60, 60]
+    """
+    costs, tokens = cost(lengths), np.array([lengths[part].sum() for part in parts])
+    load = np.array([costs[part].sum() for part in parts])
+    order = np.argsort(-lengths, kind="stable")
+
+    def padded(own: list[np.ndarray]) -> np.ndarray:
+        """Returns the cost of every part with its padding, float64 `[parts]`."""
+        size = np.array([lengths[part].sum() for part in own])
+        return np.array([costs[part].sum() for part in own]) + cost(sizes[np.searchsorted(sizes, size)] - size)
+
+    def waited(own: list[np.ndarray]) -> float:
+        return float(padded(own).reshape(-1, ranks).max(axis=1).sum())
+
+    up, steps = np.searchsorted(sizes, tokens), len(parts) // ranks
+    free = min(steps, MOST_CHOICES.bit_length() - 1)  # micro-steps that choose; others keep the next size
+    around = max(2, min(len(sizes), int(MOST_CHOICES ** (1 / free))))
+    choices = np.array(list(product(range(-(around // 2), (around + 1) // 2), repeat=free)))
+    chosen = up + np.pad(choices, [(0, 0), (0, steps - free)]).repeat(ranks, axis=1)  # [choices, parts]
+    chosen = chosen[((chosen >= 0) & (chosen < len(sizes))).all(axis=1)]
+    sums, first = np.unique(
+        sizes[chosen].sum(axis=1), return_index=True
+    )  # equal sums are mostly the same in another order
+    smaller = first[(sums >= lengths.sum()) & (sums < sizes[up].sum())]
+    least = waited(parts)
+    for room in sizes[chosen[smaller[:TRIES]]]:  # [parts]
+        for weights, targets in ((costs, load * room / np.maximum(tokens, 1)), (lengths, room)):
+            found = _fill(lengths, weights, order, targets, room)
+            if found is None:
+                continue
+            found = [found[part] for part in into_micro_steps(padded(found).tolist(), ranks)]
+            if waited(found) < least:
+                return found
+    return parts

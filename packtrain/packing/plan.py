@@ -26,13 +26,13 @@ from packtrain.packing.accumulation import first_misfit, smallest_accumulation
 from packtrain.packing.cost import Cost
 from packtrain.packing.lengths import MOST_EPOCHS, check_lengths, chunks
 from packtrain.packing.scopes import EpochScope, MicroBatch, StepScope
-from packtrain.packing.shapes import Shapes
+from packtrain.packing.shapes import Shapes, least_padding, size_of
 from packtrain.packing.strategies import resolve_strategy
 from packtrain.recipe.sections import EXAMPLES_PER_STEP, MAX_TOKENS, BatchingSection, Schedule
 
 __all__ = ["MicroBatch", "Plan", "make_plan", "plan_evaluation", "plan_run"]
 
-SHAPED_STEPS = 4096  # updates that shapes are found from; of a longer run, so many of them evenly spaced
+SHAPED_STEPS = 1024  # updates that shapes are found from; of a longer run, so many of them evenly spaced
 EVALUATION = {"flat": "balanced", "padded": "group_by_length"}  # layout -> strategy that lays held-out examples out
 
 
@@ -66,12 +66,11 @@ class Plan:
         if self.most_shapes is None:
             return None
         steps = np.linspace(0, self.total_steps - 1, min(SHAPED_STEPS, self.total_steps)).round().astype(np.int64)
-        parts = [part.lengths for step in np.unique(steps).tolist() for part in self.layout_of(step)]
-        capacity = self.scope.max_tokens
-        if len(steps) == self.total_steps:
-            return Shapes.of(parts, self.most_shapes)
-        longest = min(int(self.lengths.max()), capacity)
-        return Shapes.of(parts, self.most_shapes, largest=capacity, longest=longest)
+        capacity, every = self.scope.max_tokens, len(steps) == self.total_steps
+        sizes = [size_of(part.lengths) for step in steps.tolist() for part in self._lay_out(step)]
+        tokens = least_padding(np.array(sizes), self.most_shapes, max(sizes) if every else capacity)
+        aimed = [part.lengths for step in steps.tolist() for part in self._lay_out(step, tokens)]
+        return Shapes.of(aimed, tokens, longest=0 if every else min(int(self.lengths.max()), capacity))
 
     @property
     def num_epochs(self) -> int:
@@ -98,7 +97,10 @@ class Plan:
 
     def layout_of(self, step: int) -> list[MicroBatch]:
         """Returns all micro-batches of an update: number `m * world_size + r` is that of rank r in micro-step m."""
-        return self.scope.micro_batches(*self.locate(step), self.gradient_accumulation_steps, self.world_size)
+        return self._lay_out(step, () if self.shapes is None else self.shapes.tokens)
+
+    def _lay_out(self, step: int, sizes: tuple[int, ...] = ()) -> list[MicroBatch]:
+        return self.scope.micro_batches(*self.locate(step), self.gradient_accumulation_steps, self.world_size, sizes)
 
     def micro_batches(self, step: int, rank: int) -> list[MicroBatch]:
         """Returns what one rank computes for an update: `gradient_accumulation_steps` micro-batches, maybe padding only."""

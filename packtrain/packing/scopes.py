@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -67,13 +68,16 @@ class StepScope:
         stop = start + self.examples_per_step
         return shuffled(len(self.lengths), seed=self.seed, epoch=epoch, purpose=EXAMPLES, start=start, stop=stop)
 
-    def micro_batches(self, epoch: int, index: int, micro_steps: int, ranks: int) -> list[MicroBatch]:
+    def micro_batches(
+        self, epoch: int, index: int, micro_steps: int, ranks: int, sizes: tuple[int, ...] = ()
+    ) -> list[MicroBatch]:
         ids = self.examples(epoch, index)
+        aimed = {"sizes": sizes} if sizes and "sizes" in inspect.signature(self.strategy.function).parameters else {}
         lengths = np.asarray(self.lengths[ids], dtype=np.int64)
         if self.equal_lengths:
             lengths = np.full_like(lengths, lengths.max())
         parts = self.strategy.function(
-            lengths, micro_steps=micro_steps, ranks=ranks, capacity=self.max_tokens, cost=self.cost
+            lengths, micro_steps=micro_steps, ranks=ranks, capacity=self.max_tokens, cost=self.cost, **aimed
         )
         assert len(parts) == micro_steps * ranks, f"{self.name}: {len(parts)} micro-batches"
         return [
@@ -135,7 +139,9 @@ class EpochScope:
         ids = self._take(epoch, index)[0]
         return ids if ids.ndim == 1 else np.array(list(dict.fromkeys(ids[:, 0].tolist())), dtype=np.int64)
 
-    def micro_batches(self, epoch: int, index: int, micro_steps: int, ranks: int) -> list[MicroBatch]:
+    def micro_batches(
+        self, epoch: int, index: int, micro_steps: int, ranks: int, sizes: tuple[int, ...] = ()
+    ) -> list[MicroBatch]:
         items, offsets = self._take(epoch, index)
         if items.ndim == 1:
             items = np.stack([items, np.zeros_like(items), self.lengths[items]], axis=1)

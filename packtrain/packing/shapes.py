@@ -6,7 +6,7 @@
 A compiler makes a graph per shape (`torch.compile`, CUDA graphs), and a flat micro-batch has hardly ever the shape of
 another. The N numbers are those with the least padding over the plan: a shortest path, found exactly by dynamic
 programming over the sizes that occur. Padding is documents without an example, which nothing supervises, none longer than
-the longest document of the plan.
+the longest document of the plan. `balanced` then deals the documents of an update anew, so that they fill the shapes.
 """
 
 from __future__ import annotations
@@ -39,16 +39,15 @@ class Shapes:
     padding_share: float
 
     @classmethod
-    def of(cls, parts: Sequence[np.ndarray], number: int, *, largest: int = 0, longest: int = 0) -> Shapes:
-        """Finds the `number` shapes with which micro-batches need the least padding.
+    def of(cls, parts: Sequence[np.ndarray], tokens: tuple[int, ...], *, longest: int = 0) -> Shapes:
+        """Looks at micro-batches that will be padded to one of these numbers of tokens.
 
         Args:
             parts: lengths of the documents of every micro-batch, int `[S]` each; one without documents is all padding.
-            largest, longest: the least that the largest shape and `longest` must be, for micro-batches not among `parts`.
+            longest: the least that `longest` must be, for micro-batches not among `parts`.
         """
-        sizes = np.array([int(part.sum()) or EMPTY_TOKENS for part in parts])
+        sizes = np.array([size_of(part) for part in parts])
         longest = max(longest, *(int(part.max(initial=EMPTY_TOKENS)) for part in parts))
-        tokens = least_padding(sizes, number, max(largest, int(sizes.max())))
         computed = np.array(tokens)[np.searchsorted(tokens, sizes)]
         pads = -(-(computed - sizes) // longest)  # documents of padding
         return cls(
@@ -69,6 +68,11 @@ class Shapes:
         missing = self.round_up(tokens) - tokens
         whole, rest = divmod(missing, self.longest)
         return np.array([self.longest] * whole + [rest] * (rest > 0), dtype=np.int64)
+
+
+def size_of(lengths: np.ndarray) -> int:
+    """Counts the tokens of a micro-batch of documents of these lengths; there is no micro-batch without any."""
+    return int(lengths.sum()) or EMPTY_TOKENS
 
 
 def least_padding(sizes: np.ndarray, number: int, largest: int) -> tuple[int, ...]:

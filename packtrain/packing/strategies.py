@@ -5,7 +5,8 @@ Step scope, the layouts of one update's examples over ranks and micro-steps:
     function(lengths, *, micro_steps, ranks, capacity, cost) -> micro_steps * ranks index arrays
 
   `lengths` are those of the step's examples, in the order of the shuffle. Array `m * ranks + r` is what rank r computes
-  in micro-step m; it may be empty (a micro-batch of padding stands in). Each index occurs exactly once.
+  in micro-step m; it may be empty (a micro-batch of padding stands in). Each index occurs exactly once. A function that
+  can fill the numbers of tokens to which micro-batches are padded (`batching.shapes`) takes `sizes` too.
 
 Epoch scope, the packs of a whole epoch:
 

@@ -42,6 +42,7 @@ from packtrain.training.checkpoints import Checkpoints, facts_of
 from packtrain.training.compiling import CompileLayers
 from packtrain.training.guards.nonfinite import FiniteUpdates
 from packtrain.training.guards.out_of_memory import ProbeMemory, explaining_out_of_memory, without_a_trace
+from packtrain.training.liger import keep_own_loss
 from packtrain.training.loader import PlanLoader, loader_options, values_of_plan
 from packtrain.training.meters import Meter, add_sums, evaluation_sums, means_of
 from packtrain.training.restricted import restricted_unpickling, runs_code
@@ -112,6 +113,7 @@ class PackTrainer(Trainer):
         keep, args = args.save_total_limit, copy.copy(args)
         args.run_name = hidden(args.run_name) if args.run_name else None  # written by loggers and in training_args.bin
         args.save_total_limit = None  # Trainer would remove the last good checkpoint before the new one is complete
+        keep_own_loss(args)
         with refused_by("transformers", "training", vars(args)):
             self.compilation = CompileLayers.asked(args, plan)
             super().__init__(

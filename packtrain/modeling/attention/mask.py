@@ -1,6 +1,11 @@
 """The mask function of `packtrain_varlen`: no mask where the attention function can do without one.
 
 What may be left out is told by which code a mask function of transformers runs, never by a guess.
+
+Before it calls a mask function, transformers reads from the device whether `position_ids` are packed
+(`find_packed_sequence_indices`), once per kind of mask in a forward pass. That is the one host read left to a flat batch:
+only a batch without positions, with a mask made beforehand, or with a cache is spared it, and each of these is another
+batch to a model.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
+from traceback import extract_stack
 from types import ModuleType
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from packtrain.errors import ModelError
 from packtrain.modeling.attention import kernels, traced
@@ -213,3 +216,33 @@ def test_a_step_reads_nothing_back(name: str, family: str, monkeypatch):
         with pytest.raises(Exception, match="nonzero|_local_scalar_dense|item") as caught:
             fake_step(family, lambda batch, key=left_out: {k: v for k, v in batch.items() if k != key})
         assert "DataDependent" in type(caught.value).__name__ or "DynamicOutput" in type(caught.value).__name__
+
+
+class HostReads(TorchDispatchMode):
+    """Notes which functions read a value back from a tensor, or wait for its numbers to know a shape."""
+
+    READS = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.readers: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in self.READS:
+            ours = [frame for frame in extract_stack()[:-1] if "/torch/" not in frame.filename]
+            self.readers.append(f"{Path(ours[-1].filename).stem}.{ours[-1].name}")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("family", "masks"), [("llama", 1), ("gemma2", 2)])
+def test_the_only_read_of_a_step_is_that_of_the_mask_builder(family: str, masks: int):
+    """transformers looks whether positions are packed, once per kind of mask (not at fake tensors, so not above)."""
+    model, batch = tiny_model(family, attn_implementation=NAME).train(), batch_of([5, 7, 20])
+    loss_and_gradients(model, batch)  # whatever is looked at once
+    with HostReads() as reads:
+        loss_and_gradients(model, batch)
+    assert reads.readers == ["masking_utils.find_packed_sequence_indices"] * masks
+    without = {key: value for key, value in batch.items() if key != "supervised_index"}
+    with HostReads() as reads:
+        loss_and_gradients(model, without)
+    assert len(reads.readers) > masks, "control: positions that have to be found"
