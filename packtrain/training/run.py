@@ -101,7 +101,8 @@ def _train_in(
     if trainer.is_world_process_zero():
         if resume is False:  # after all that could refuse this run
             _clear(output_dir, overwrite=overwrite)
-        (output_dir / "recipe.yaml").write_text(yaml.safe_dump(redacted(recipe.to_dict()), sort_keys=False))
+        sections = {name: section for name, section in redacted(recipe.to_dict()).items() if section is not None}
+        (output_dir / "recipe.yaml").write_text(yaml.safe_dump(sections, sort_keys=False))
     reset_peak()
     fit(trainer, None if checkpoint is None else str(checkpoint), console=console)
     after = trainer.evaluate() if trainer.eval_dataset is not None else {}
