@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from packtrain.cli.options import Temperature
-from packtrain.errors import PacktrainError
 
 if TYPE_CHECKING:
     from packtrain.generation.prompts import Messages
@@ -20,8 +19,9 @@ Target = Annotated[
     typer.Argument(metavar="RUN_OR_MODEL", help="The output_dir of a run, the folder of a model, or a Hub name."),
 ]
 Base = Annotated[bool, typer.Option("--base", help="Take the model that the run started from, without what it learnt.")]
-Dtype = Annotated[str, typer.Option(metavar="NAME", help="Of the weights: auto, float32, bfloat16 or float16.")]
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Of the weights; auto is as stored.")
+]
 
 
 def generate(
@@ -53,7 +53,7 @@ def generate(
     """
     from packtrain.generation.trained import load_trained
 
-    trained = load_trained(target, base=base, dtype=one_of(dtype, DTYPES, "--dtype"))
+    trained = load_trained(target, base=base, dtype=dtype)
     how = dict(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed
     )  # fmt: skip
@@ -79,13 +79,6 @@ def answer(trained: Trained, prompts: list[str | Messages], how: dict) -> list[s
     ids = encode_prompts(trained, prompts)
     found = dict(run(trained.model, trained.tokenizer, ids, **how))
     return [str(trained.tokenizer.decode(found[number], skip_special_tokens=True)) for number in range(len(ids))]
-
-
-def one_of(value: str, names: tuple[str, ...], key: str) -> str:
-    """Returns the value of an option if it is one of `names`."""
-    if value not in names:
-        raise PacktrainError("is not known", key=key, value=value, fix=f"choose from {', '.join(names)}")
-    return value
 
 
 def _asked(given: list[str], path: Path | None) -> list[str | Messages]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from packtrain.cli.generate import DTYPES, Dtype, Target, one_of
+from packtrain.cli.generate import Dtype, Target
 
 
 def merge(
@@ -22,5 +22,5 @@ def merge(
     from packtrain.generation.merging import merge as run
     from packtrain.generation.trained import load_trained
 
-    difference = run(load_trained(target, dtype=one_of(dtype, DTYPES, "--dtype")), out)
+    difference = run(load_trained(target, dtype=dtype), out)
     print(f"wrote {out}; its logits differ by {difference:.1e} of the largest from those with the adapter")

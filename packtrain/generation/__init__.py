@@ -1,8 +1,8 @@
 """After training: load what a run has left, answer prompts, merge an adapter into its model.
 
-    trained = load_trained("out/sft")                       # a run, a model, or an adapter with its base
-    generate(trained.model, trained.tokenizer, prompts)     # batches by a budget of tokens, not of rows
-    merge(trained)                                          # one ordinary model, checked by its logits
+trained = load_trained("out/sft")                       # a run, a model, or an adapter with its base
+generate(trained.model, trained.tokenizer, prompts)     # batches by a budget of tokens, not of rows
+merge(trained)                                          # one ordinary model, checked by its logits
 """
 
 from packtrain.generation.batches import generate

@@ -8,11 +8,15 @@ whole generations): one long prompt stands alone, and short ones fill a batch.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from packtrain.errors import PacktrainError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 MAX_TOKENS = 8192  # positions of a batch
 
@@ -43,7 +47,7 @@ def batches(lengths: Sequence[int], *, max_new_tokens: int, max_tokens: int = MA
 
 @torch.inference_mode()
 def generate(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     *,
@@ -87,12 +91,13 @@ def generate(
         bos_token_id=tokenizer.bos_token_id,
     )
     torch.manual_seed(seed)
+    answering: Any = model  # whose `generate` is annotated as a module
     device = next(model.parameters()).device
     for numbers in batches([len(prompt) for prompt in prompts], max_new_tokens=max_new_tokens, max_tokens=max_tokens):
         width = max(len(prompts[number]) for number in numbers)
         rows = [[pad] * (width - len(prompts[number])) + list(prompts[number]) for number in numbers]
         real = [[0] * (width - len(prompts[number])) + [1] * len(prompts[number]) for number in numbers]
-        written = model.generate(
+        written = answering.generate(
             input_ids=torch.tensor(rows, device=device),
             attention_mask=torch.tensor(real, device=device),
             generation_config=how,
@@ -102,14 +107,14 @@ def generate(
             yield number, answer[:end]
 
 
-def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_token_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Returns the tokens that end an answer: the tokenizer's end, and those that the model names."""
     named = getattr(model.generation_config, "eos_token_id", None)
     ends = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
     return list(dict.fromkeys(end for end in ends if end is not None))
 
 
-def _check(model: PreTrainedModel, lengths: Sequence[int], max_new_tokens: int) -> None:
+def _check(model: PreTrainedModel | PeftModel, lengths: Sequence[int], max_new_tokens: int) -> None:
     for number, length in enumerate(lengths):
         if length == 0:
             raise PacktrainError("is empty", key=f"prompt {number + 1}", fix="write at least one token")

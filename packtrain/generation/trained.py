@@ -1,8 +1,8 @@
 """A trained model, found by the folder of its run, by its own folder, or by its name on the Hub.
 
-    out/sft                   a run of packtrain: recipe.yaml, summary.json and model/
-    out/sft/model             a model, or an adapter that names its base
-    Qwen/Qwen3-0.6B           a model of the Hub
+out/sft                   a run of packtrain: recipe.yaml, summary.json and model/
+out/sft/model             a model, or an adapter that names its base
+Qwen/Qwen3-0.6B           a model of the Hub
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
@@ -26,6 +26,7 @@ from packtrain.recipe.sections import ModelSection
 if TYPE_CHECKING:
     from peft import PeftModel
 
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 _PLAIN = ("prompt_completion", "text", "input_ids")  # formats of rows that use no chat template
 _ADAPTER = "adapter_config.json"
 
@@ -51,7 +52,9 @@ class Trained:
         return not isinstance(self.model, PreTrainedModel)
 
 
-def load_trained(target: str | Path, *, base: bool = False, dtype: str = "auto", device: str | None = None) -> Trained:
+def load_trained(
+    target: str | Path, *, base: bool = False, dtype: Dtype = "auto", device: str | None = None
+) -> Trained:
     """Loads a run's model, or any causal language model.
 
     Args:
@@ -65,8 +68,12 @@ def load_trained(target: str | Path, *, base: bool = False, dtype: str = "auto",
     """
     recipe, directory = _find(target)
     if recipe is not None and not recipe.objective.predicts_next:
-        fix = "`packtrain sample` and `packtrain evaluate` are for masked-diffusion models" if recipe.objective.answers else None
-        what = f"was trained with `{recipe.objective.name}`, and does not write text from left to right"
+        fix = (
+            "`packtrain sample` and `packtrain evaluate` are for masked-diffusion models"
+            if recipe.objective.answers
+            else None
+        )
+        what = "was trained with an objective that does not predict the next token, so it writes no text"
         raise ModelError(what, key="RUN_OR_MODEL", value=str(target), fix=fix)
     name = str(directory or target)
     section = recipe.model if recipe is not None else ModelSection(model_name_or_path=name)
@@ -78,7 +85,9 @@ def load_trained(target: str | Path, *, base: bool = False, dtype: str = "auto",
             model = _with_adapter(model, directory)
     elif base:
         if recipe is None or section.model_name_or_path is None:
-            what = "has no base: it was trained from scratch" if recipe else "is not a run or an adapter, and has no base"
+            what = (
+                "has no base: it was trained from scratch" if recipe else "is not a run or an adapter, and has no base"
+            )
             raise ModelError(what, key="--base", value=str(target), fix="leave --base out")
         model = _load(section.model_copy(update={"dtype": dtype}), tokenizer)
     else:
@@ -126,7 +135,7 @@ def _load(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> PreTrain
 
 
 def _load_base(
-    directory: Path, recipe: Recipe | None, tokenizer: PreTrainedTokenizerBase, dtype: str
+    directory: Path, recipe: Recipe | None, tokenizer: PreTrainedTokenizerBase, dtype: Dtype
 ) -> PreTrainedModel:
     """Loads the model that an adapter was trained on; one that was made from scratch is made again, from the same seed."""
     settings: dict[str, Any] = json.loads((directory / _ADAPTER).read_text(encoding="utf-8"))

@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PrinterCallback, Tra
 
 from packtrain.data.store import tokenizer_fingerprint
 from packtrain.errors import CheckpointError, PacktrainError, refused_by
+from packtrain.modeling.adapters import continue_adapter, merge_adapter
 from packtrain.modeling.attention.varlen import choose_implementation
 from packtrain.modeling.audit.causality import check_causal
 from packtrain.modeling.cost import cost_of
@@ -208,10 +209,12 @@ def prepare_model(
         new_weights=objective.new_weights,
         device=args.device,
     )
+    model = merge_adapter(model, recipe.model)
     prepared = task.prepare(model)
     if recipe.lora is not None:
         lora = prepared.lora | recipe.lora
         model = add_lora(model, lora, gradient_checkpointing=checkpoints_activations(args))
+        continue_adapter(model, recipe.model)
     say = _sayer(console if console and args.process_index == 0 else Console(quiet=True))
     if prepared.note:
         trained = "; these rows train with the adapters" if prepared.lora and recipe.lora is not None else ""

@@ -107,7 +107,11 @@ def test_prompts_of_files(tmp_path):
     rows = [{"prompt": "one"}, {"messages": turns}, {"prompt": turns[:1]}]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert read_prompts(tmp_path / "p.jsonl") == ["one", turns[:1], turns[:1]]
-    for text, message in (('{"text": "a"}', "line 1: has no `prompt`"), ("{", "line 1: is not JSON"), ("", "no prompts")):
+    for text, message in (
+        ('{"text": "a"}', "line 1: has no `prompt`"),
+        ("{", "line 1: is not JSON"),
+        ("", "no prompts"),
+    ):
         (tmp_path / "bad.jsonl").write_text(text)
         with pytest.raises(PacktrainError, match=message):
             read_prompts(tmp_path / "bad.jsonl")
