@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from packtrain.cli.generate import NewTokens
 from packtrain.cli.options import Overrides, Policy, RecipePath, Remasking, Temperature, load_checked
 from packtrain.errors import PacktrainError
 
@@ -15,9 +16,7 @@ def evaluate(
     recipe: RecipePath,
     overrides: Overrides = None,
     prompts: Annotated[int, typer.Option(min=1, metavar="N", help="Number of held-out prompts to answer.")] = 64,
-    max_new_tokens: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Most tokens of an answer of a causal model.")
-    ] = 256,
+    max_new_tokens: NewTokens = None,
     score: Annotated[
         str | None,
         typer.Option(

@@ -19,6 +19,10 @@ Target = Annotated[
     typer.Argument(metavar="RUN_OR_MODEL", help="The output_dir of a run, the folder of a model, or a Hub name."),
 ]
 Base = Annotated[bool, typer.Option("--base", help="Take the model that the run started from, without what it learnt.")]
+NewTokens = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Most tokens of an answer. Default: 256, or what the model has room for."),
+]
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Of the weights; auto is as stored.")
 ]
@@ -37,7 +41,7 @@ def generate(
         Path | None, typer.Option(metavar="FILE", help="Write prompts and answers there, as .jsonl.")
     ] = None,
     base: Base = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Most tokens of an answer.")] = 256,
+    max_new_tokens: NewTokens = None,
     temperature: Temperature = 0.0,
     top_p: Annotated[
         float, typer.Option(min=0, max=1, metavar="P", help="Sample among the most likely tokens that reach P.")

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 MAX_TOKENS = 8192  # positions of a batch
+NEW_TOKENS = 256
 
 
 def batches(lengths: Sequence[int], *, max_new_tokens: int, max_tokens: int = MAX_TOKENS) -> list[list[int]]:
@@ -51,7 +52,7 @@ def generate(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     *,
-    max_new_tokens: int = 256,
+    max_new_tokens: int | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
     max_tokens: int = MAX_TOKENS,
@@ -63,7 +64,7 @@ def generate(
 
     Args:
         model: a causal language model, in eval mode.
-        max_new_tokens: most tokens of an answer.
+        max_new_tokens: most tokens of an answer; 256 by default, or fewer where the model has fewer positions.
         temperature: 0 takes the most likely token.
         top_p: samples among the most likely tokens that reach this probability.
         max_tokens: most positions of a batch.
@@ -72,7 +73,7 @@ def generate(
     Raises:
         PacktrainError: an empty prompt, or one with which an answer exceeds the positions that the model has.
     """
-    _check(model, [len(prompt) for prompt in prompts], max_new_tokens)
+    max_new_tokens = room_for_answers(model, [len(prompt) for prompt in prompts], max_new_tokens)
     ends = end_token_ids(model, tokenizer)
     pad = tokenizer.pad_token_id
     # instead of the model's own defaults, which may sample, penalise or bias: an answer follows from its arguments
@@ -114,15 +115,24 @@ def end_token_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedToken
     return list(dict.fromkeys(end for end in ends if end is not None))
 
 
-def _check(model: PreTrainedModel | PeftModel, lengths: Sequence[int], max_new_tokens: int) -> None:
+def room_for_answers(model: PreTrainedModel | PeftModel, lengths: Sequence[int], asked: int | None) -> int:
+    """Returns how many tokens an answer may have behind prompts of these lengths.
+
+    Args:
+        asked: None for 256, or fewer where the model has fewer positions.
+
+    Raises:
+        PacktrainError: a prompt is empty, or the model has too few positions.
+    """
     for number, length in enumerate(lengths):
         if length == 0:
             raise PacktrainError("is empty", key=f"prompt {number + 1}", fix="write at least one token")
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(lengths, default=0)
-    if limit and longest + max_new_tokens > limit:
-        what = (
-            f"the longest prompt has {longest:,} tokens, and with {max_new_tokens:,} new ones exceeds the "
-            f"{limit:,} positions of the model"
-        )
-        raise PacktrainError(what, key="--max-new-tokens", value=max_new_tokens, fix=f"{max(limit - longest, 1)} fit")
+    room = limit - max(lengths, default=0) if limit else NEW_TOKENS
+    if asked is None and room > 0:
+        return min(NEW_TOKENS, room)
+    if limit and (asked or 1) > room:
+        what = f"exceeds the {limit:,} positions of the model behind a prompt of {limit - room:,} tokens"
+        fix = f"at most {room:,} fit" if room > 0 else "shorten the prompt"
+        raise PacktrainError(what, key="--max-new-tokens", value=asked, fix=fix)
+    return asked or NEW_TOKENS

@@ -18,7 +18,7 @@ import numpy as np
 
 from packtrain.data.formats import IGNORED
 from packtrain.errors import DataError, PacktrainError
-from packtrain.generation.batches import MAX_TOKENS, end_token_ids, generate
+from packtrain.generation.batches import MAX_TOKENS, end_token_ids, generate, room_for_answers
 from packtrain.generation.scores import Score, exact
 from packtrain.generation.trained import load_trained
 from packtrain.objectives.task import load_task
@@ -59,7 +59,7 @@ def evaluate(
     recipe: Recipe,
     *,
     prompts: int = 64,
-    max_new_tokens: int = 256,
+    max_new_tokens: int | None = None,
     max_tokens: int = MAX_TOKENS,
     score: Score = exact,
     base: bool = False,
@@ -82,6 +82,7 @@ def evaluate(
     examples = [task.held_out[number] for number in range(min(prompts, len(task.held_out)))]
     asked, references = zip(*(split(e["input_ids"], e["labels"]) for e in examples), strict=True)
     model, tokenizer = trained.model, trained.tokenizer
+    max_new_tokens = room_for_answers(model, [len(prompt) for prompt in asked], max_new_tokens)
     answers = dict(generate(model, tokenizer, asked, max_new_tokens=max_new_tokens, max_tokens=max_tokens))
     ends = end_token_ids(model, tokenizer)
     rows: list[dict[str, object]] = []
