@@ -105,6 +105,7 @@ def test_a_trained_adapter_answers_is_merged_and_trained_further(folder, capsys)
     packtrain.train(packtrain.load_recipe("my_run.yaml"))
     lines = example("recipes/README.md", "after training").splitlines()
     said = {}
+    capsys.readouterr()
     for words in (shlex.split(line, comments=True)[1:] for line in lines):
         with pytest.raises(SystemExit) as ended:
             main(words)
