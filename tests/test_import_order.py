@@ -23,14 +23,14 @@ FILES = {  # module -> its source; a package is called `packtrain.data.__init__`
 }
 # From below to above. What stands here with its own name lies elsewhere than the room whose folder it is in.
 ROOMS = (
-    ("errors",),
-    ("recipe.yaml_source", "recipe.fields", "recipe.sections"),  # every room takes its own section
+    ("errors", "imports"),
+    ("recipe.yaml_source", "recipe.fields", "recipe.sections", "recipe.adapters"),  # every room takes its own section
     ("data",),
     ("packing",),
     ("modeling",),
     ("objectives",),
     ("recipe",),  # the keys of all objectives and the rules of all strategies
-    ("objectives.task", "objectives.masked_diffusion.answers"),  # take a whole recipe
+    ("objectives.task", "objectives.masked_diffusion.answers", "generation"),  # take a whole recipe
     ("training",),
     ("plugin",),
     ("compare",),

@@ -32,8 +32,10 @@ from packtrain import __version__
 from packtrain.cli.audit import audit
 from packtrain.cli.compare import compare
 from packtrain.cli.evaluate import evaluate
+from packtrain.cli.generate import generate
 from packtrain.cli.init import init
 from packtrain.cli.keys import keys
+from packtrain.cli.merge import merge
 from packtrain.cli.options import LAST, RANK
 from packtrain.cli.plan import plan
 from packtrain.cli.report import report
@@ -112,7 +114,7 @@ def _options(
     pass
 
 
-for verb in (init, train, plan, show, audit, keys, compare, report, sample, evaluate):
+for verb in (init, train, plan, show, audit, keys, compare, report, generate, merge, sample, evaluate):
     app.command()(verb)
 
 

@@ -1,4 +1,4 @@
-"""`packtrain evaluate`: measure how the answers of a diffusion model depend on the allocated length."""
+"""`packtrain evaluate`: measure the answers of a trained model on held-out prompts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from packtrain.cli.generate import NewTokens
 from packtrain.cli.options import Overrides, Policy, RecipePath, Remasking, Temperature, load_checked
 from packtrain.errors import PacktrainError
 
@@ -14,25 +15,44 @@ from packtrain.errors import PacktrainError
 def evaluate(
     recipe: RecipePath,
     overrides: Overrides = None,
+    prompts: Annotated[int, typer.Option(min=1, metavar="N", help="Number of held-out prompts to answer.")] = 64,
+    max_new_tokens: NewTokens = None,
+    score: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FUNCTION", help="Score of (answer, reference). Default: 1 for a right answer, else 0."
+        ),
+    ] = None,
+    base: Annotated[bool, typer.Option("--base", help="Ask the model that the run started from.")] = False,
     lengths: Annotated[
-        str, typer.Option(metavar="N,N,...", help="Allocated lengths to try, in tokens.")
+        str, typer.Option(metavar="N,N,...", help="Diffusion: allocated lengths to try, in tokens.")
     ] = "64,128,256",
     blocks: Annotated[
-        str, typer.Option(metavar="N,N,...", help="Numbers of blocks to try; blocks are written one after the other.")
+        str, typer.Option(metavar="N,N,...", help="Diffusion: numbers of blocks to try, written one after the other.")
     ] = "1",
-    prompts: Annotated[int, typer.Option(min=1, metavar="N", help="Number of held-out prompts to answer.")] = 64,
     remasking: Remasking = "low_confidence",
     temperature: Temperature = 0.0,
     end_token_policy: Policy = "none",
 ) -> None:
-    """Measure how the answers of a masked-diffusion model depend on the allocated length.
+    """Measure the answers of a trained model on held-out prompts.
 
-    Prints lengths, early and late stops and accuracy. The model is read from the recipe's `training.output_dir`; one token
-    is written per step. The table, its numbers and plots are stored next to the model in `evaluation/`.
+    The model is read from the recipe's `training.output_dir`. Of a causal model, answers are written at temperature 0, and
+    the share of right ones is printed: the same number behind `####` where the reference has one, else the same words.
+    Of a masked-diffusion model, lengths, early and late stops and accuracy are printed for every allocated length; one
+    token is written per step. Answers, figures and plots are stored next to the model in `evaluation/`.
     """
+    loaded = load_checked(recipe, overrides)
+    if loaded.objective.predicts_next:
+        from packtrain.generation.evaluation import evaluate as ask
+        from packtrain.generation.scores import find_score
+
+        done = ask(loaded, prompts=prompts, max_new_tokens=max_new_tokens, score=find_score(score), base=base)
+        print("\n".join(done.lines()))
+        print(f"\nanswers are in {Path(loaded.training['output_dir'], 'evaluation')}")
+        return
+
     from packtrain.objectives.masked_diffusion.answers import evaluate as run
 
-    loaded = load_checked(recipe, overrides)
     sizes = {"lengths": numbers(lengths, "--lengths"), "blocks": numbers(blocks, "--blocks")}
     options = dict(remasking=remasking, temperature=temperature, end_token_policy=end_token_policy)
     print(run(loaded, **sizes, prompts=prompts, **options))

@@ -29,6 +29,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_bitsandbytes_available
 
 from packtrain.errors import ModelError, refused_by
+from packtrain.modeling.adapters import refuse_adapters
 from packtrain.modeling.attention.varlen import NAME, register
 from packtrain.modeling.audit.settings import switchable
 from packtrain.modeling.hub import explained, first_line, warn_of_code
@@ -63,6 +64,7 @@ def load_config(
     """
     name = section.model_name_or_path
     if name is not None:
+        refuse_adapters(name)
         warn_of_code(name, section.revision, section.trust_remote_code)
         with explained("model.model_name_or_path", name, section.revision):
             result = AutoConfig.from_pretrained(

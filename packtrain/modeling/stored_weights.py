@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 from transformers import PreTrainedConfig
 
+from packtrain.recipe.adapters import adapter_folder
 from packtrain.recipe.sections import ModelSection
 
 _PATTERNS = ("*.safetensors", "*.bin", "*.gguf")
@@ -29,11 +30,24 @@ def base_weights(section: ModelSection, config: PreTrainedConfig) -> str | None:
     name = section.model_name_or_path
     if name is None:
         return None
+    adapters = [_sampled(folder) for folder in map(adapter_folder, filter(None, adapters_of(section))) if folder]
     if not Path(name).is_dir():
         commit = getattr(config, "_commit_hash", None)
-        return f"{name} at {commit}" if commit else None
+        found = f"{name} at {commit}" if commit else None
+    else:
+        found = _sampled(Path(name))
+    return " with adapter ".join([found or name, *adapters]) if adapters else found
+
+
+def adapters_of(section: ModelSection) -> list[str | None]:
+    """Returns the adapters that a run goes on from."""
+    return [section.merge_adapter, section.continue_adapter]
+
+
+def _sampled(folder: Path) -> str:
+    """Returns a hash of the files of weights in a folder."""
     digest = hashlib.sha256()
-    for path in sorted(path for pattern in _PATTERNS for path in Path(name).glob(pattern)):
+    for path in sorted(path for pattern in _PATTERNS for path in folder.glob(pattern)):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:

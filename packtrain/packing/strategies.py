@@ -23,18 +23,15 @@ result is checked), or the name of a `Strategy`, which says its scope and layout
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 from typing import Literal
 
 import numpy as np
 
 from packtrain.errors import PlanError
+from packtrain.imports import import_module
 from packtrain.packing.balance import balanced
 from packtrain.packing.cost import Cost
 from packtrain.packing.lengths import histogram
@@ -228,7 +225,7 @@ def resolve_strategy(name: str) -> Strategy:
             "for rows that can't be counted, packtrain.PackedStream in your own trainer",
         )
     try:
-        found = getattr(_import(module), attribute)
+        found = getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise PlanError(
             f"could not import the strategy: {error}",
@@ -257,19 +254,6 @@ def _takes_lengths(function: Callable) -> bool:
     needed = [one for one in signature.parameters.values() if one.default is one.empty and one.kind <= 1]
     takes_any = any(one.kind is inspect.Parameter.VAR_POSITIONAL for one in signature.parameters.values())
     return len(needed) == 3 or (takes_any and not inspect.isbuiltin(function))
-
-
-def _import(module: str) -> ModuleType:
-    """Imports a module; one in the current folder needs no PYTHONPATH."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        top = module.partition(".")[0]
-        here = Path.cwd()
-        if error.name != top or not ((here / f"{top}.py").is_file() or (here / top).is_dir()) or str(here) in sys.path:
-            raise
-        sys.path.append(str(here))
-        return importlib.import_module(module)
 
 
 def checked(function: Callable, name: str) -> Callable:

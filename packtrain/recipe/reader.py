@@ -13,6 +13,7 @@ from pydantic import AfterValidator, Field
 from packtrain.errors import UNSET, PacktrainError, PlanError, RecipeError
 from packtrain.objectives import DEFAULT, OBJECTIVES
 from packtrain.packing.strategies import STRATEGIES, Strategy, resolve_strategy
+from packtrain.recipe.adapters import adapter_folder, adapter_settings
 from packtrain.recipe.fields import Flag, Positive, Seed, Text, Whole, check, did_you_mean, library_fields
 from packtrain.recipe.recipe import (
     DEFAULTS,
@@ -82,7 +83,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         _override(source, override)
 
     checked = _Checked(source)
-    settings = checked.settings()
+    adapter = checked.adapter()
+    settings = checked.settings() | ({"lora": True} if adapter else {})
     for key, what, fix in contradictions(settings, checked.strategy(settings)):
         checked.report(key, what, fix)
     if source.problems:
@@ -91,7 +93,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     own = {section: checked.values_of(section) for section in (*OWN_SECTIONS, "objective")}
     own["objective"] = {"name": DEFAULT} | own["objective"]
     training = TRAINING_DEFAULTS | checked.values_of("training")
-    lora = checked.values_of("lora") if "lora" in source.tree else None
+    lora = checked.values_of("lora") if "lora" in source.tree else adapter
     recipe = Recipe.model_validate({**own, "training": training, "lora": lora})
     recipe._sources = Sources(path=str(path), overrides=tuple(overrides))
     return recipe
@@ -219,6 +221,24 @@ class _Checked:
         except KeyError:
             pass
         return None
+
+    def adapter(self) -> dict[str, Any] | None:
+        """Returns the settings of the adapter that is trained further, as a section `lora:`; None where there is none."""
+        found = None
+        for key in ("model.merge_adapter", "model.continue_adapter"):
+            name = self.given.get(key)
+            if name is None:
+                continue
+            folder = adapter_folder(name)
+            if folder is None:
+                fix = "name the output_dir of a run with LoRA, or a folder with adapter_config.json"
+                self.report(key, "holds no adapter", fix)
+                continue
+            try:
+                found = adapter_settings(folder, fields_of("lora"))
+            except PacktrainError as error:
+                self.source.problems.append(error)
+        return found if self.given.get("model.continue_adapter") else None
 
     def values_of(self, section: str) -> dict[str, Any]:
         """Returns key -> converted value of a section, as far as given."""

@@ -101,6 +101,29 @@ def _config_names_architecture(settings: Settings, strategy: Strategy | None) ->
         yield "model.config", "lacks `model_type`", "name the architecture, for example `model_type: llama`"
 
 
+def _adapter_has_its_base(settings: Settings, strategy: Strategy | None) -> Verdicts:
+    merged, continued = settings["model.merge_adapter"], settings["model.continue_adapter"]
+    if merged and continued:
+        fix = "keep `merge_adapter` to train something new on top of it, or `continue_adapter` to train it further"
+        yield "model.merge_adapter", "contradicts `model.continue_adapter`", fix
+    for key, given in (("model.merge_adapter", merged), ("model.continue_adapter", continued)):
+        if given and not settings["model.model_name_or_path"]:
+            yield (
+                key,
+                "has no effect without a pretrained model",
+                "set `model.model_name_or_path` to the adapter's base",
+            )
+    if merged and settings["model.quantization"] is not None:
+        fix = "merge it once with `packtrain merge`, and name the merged model in `model.model_name_or_path`"
+        yield "model.merge_adapter", "cannot be merged into quantised weights", fix
+
+
+def _adapter_keeps_its_settings(settings: Settings, strategy: Strategy | None) -> Verdicts:
+    if settings["model.continue_adapter"] and any(key.startswith("lora.") for key in settings):
+        fix = "leave the section `lora:` out, or use `merge_adapter` to put a new adapter on top"
+        yield "model.continue_adapter", "contradicts `lora:`: the adapter keeps the settings it was made with", fix
+
+
 def _quantization_fits(settings: Settings, strategy: Strategy | None) -> Verdicts:
     given, key = settings["model.quantization"], "model.quantization"
     if given is None:
@@ -219,6 +242,8 @@ RULES = (
     _some_training,
     _one_model,
     _config_names_architecture,
+    _adapter_has_its_base,
+    _adapter_keeps_its_settings,
     _quantization_fits,
     _one_tokenizer,
     _revision_is_of_a_model,

@@ -49,6 +49,10 @@ class ModelSection(Section):
     """Of the weights; auto is as stored, and float32 from scratch."""
     quantization: fields.Mapping | None = None
     """QLoRA: fields of transformers.BitsAndBytesConfig, for example {load_in_4bit: true, bnb_4bit_quant_type: nf4}."""
+    merge_adapter: Text | None = None
+    """Folder of a LoRA adapter, or of its run, that is merged into the pretrained model before training."""
+    continue_adapter: Text | None = None
+    """Folder of a LoRA adapter, or of its run, that is trained further, with its own settings in the place of `lora:`."""
     attn_implementation: Text = "auto"
     """auto, packtrain_varlen, sdpa, eager, flex_attention, flash_attention_2, ..."""
     tokenizer_name_or_path: Text | None = None

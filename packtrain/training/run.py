@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PrinterCallback, Tra
 
 from packtrain.data.store import tokenizer_fingerprint
 from packtrain.errors import CheckpointError, PacktrainError, refused_by
+from packtrain.modeling.adapters import continue_adapter, merge_adapter
 from packtrain.modeling.attention.varlen import choose_implementation
 from packtrain.modeling.audit.causality import check_causal
 from packtrain.modeling.cost import cost_of
@@ -101,7 +102,8 @@ def _train_in(
     if trainer.is_world_process_zero():
         if resume is False:  # after all that could refuse this run
             _clear(output_dir, overwrite=overwrite)
-        (output_dir / "recipe.yaml").write_text(yaml.safe_dump(redacted(recipe.to_dict()), sort_keys=False))
+        sections = {name: section for name, section in redacted(recipe.to_dict()).items() if section is not None}
+        (output_dir / "recipe.yaml").write_text(yaml.safe_dump(sections, sort_keys=False))
     reset_peak()
     fit(trainer, None if checkpoint is None else str(checkpoint), console=console)
     after = trainer.evaluate() if trainer.eval_dataset is not None else {}
@@ -207,10 +209,12 @@ def prepare_model(
         new_weights=objective.new_weights,
         device=args.device,
     )
+    model = merge_adapter(model, recipe.model)
     prepared = task.prepare(model)
     if recipe.lora is not None:
         lora = prepared.lora | recipe.lora
         model = add_lora(model, lora, gradient_checkpointing=checkpoints_activations(args))
+        continue_adapter(model, recipe.model)
     say = _sayer(console if console and args.process_index == 0 else Console(quiet=True))
     if prepared.note:
         trained = "; these rows train with the adapters" if prepared.lora and recipe.lora is not None else ""

@@ -179,6 +179,8 @@ def check_yaml(code: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("block", of("yaml"))
 def test_yaml_blocks_are_recipes(block, tmp_path):
+    if block.mark == "example: going on":
+        pytest.skip("needs an adapter: it is trained in test_examples.py")
     if block.mark != "experiment":
         check_yaml(block.code, tmp_path)
         return
@@ -277,7 +279,7 @@ def test_the_readme_is_short():
     ("page", "words"),
     [
         ("README.md", "messages chat_template assistant_only_loss max_tokens wandb merge"),
-        ("recipes/README.md", "chat_template assistant_only_loss merge_and_unload WANDB_PROJECT"),
+        ("recipes/README.md", "chat_template assistant_only_loss merge generate WANDB_PROJECT"),
     ],
 )
 def test_words_that_newcomers_look_for_are_there(page, words):

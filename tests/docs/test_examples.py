@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import shlex
 from contextlib import redirect_stdout
 
 import datasets
@@ -15,6 +16,7 @@ import yaml
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer, TrainingArguments
 
 import packtrain
+from packtrain.cli import main
 from packtrain.modeling.tokenizer import train_bpe
 from packtrain.objectives.task import load_task
 from packtrain.packing.plan import make_plan
@@ -31,6 +33,16 @@ model:
 data: {path: packtrain:arithmetic, num_rows: 40, max_length: 128, overflow: drop}
 batching: {strategy: pad_longest, examples_per_step: 8, max_tokens: 512}
 training: {output_dir: out, learning_rate: 1e-2, num_train_epochs: 2, lr_scheduler_type: constant, logging_steps: 1,
+  save_strategy: "no"}
+"""
+
+
+MY_RUN = """
+model: {model_name_or_path: base}
+data: {path: rows.jsonl, max_length: 64, eval_size: 4}
+batching: {examples_per_step: 4, max_tokens: 64}
+lora: {r: 4, lora_alpha: 256, target_modules: all-linear}
+training: {output_dir: out/my_run, learning_rate: 1e-1, num_train_epochs: 30, lr_scheduler_type: constant,
   save_strategy: "no"}
 """
 
@@ -80,34 +92,49 @@ def test_the_own_loop_has_the_losses_of_train(folder):
     assert np.abs(np.array(losses(per_micro_batch)) - Logged.losses).max() > 1e-3
 
 
-def test_a_trained_adapter_answers_and_is_merged(folder):
+def test_a_trained_adapter_answers_is_merged_and_trained_further(folder, capsys):
+    """The commands of the page, line by line."""
     tokenizer = train_bpe(["2+2? 4 3+3? 6"] * 20, vocab_size=300)
     base = tiny_model("llama", vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=2)
     base.save_pretrained("base")
     tokenizer.save_pretrained("base")
-    (folder / "rows.jsonl").write_text('{"prompt": "2+2? ", "completion": "4"}\n' * 8)
-    (folder / "my_run.yaml").write_text(
-        "model: {model_name_or_path: base}\n"
-        "data: {path: rows.jsonl, max_length: 64}\n"
-        "batching: {examples_per_step: 4, max_tokens: 64}\n"
-        "lora: {r: 4, target_modules: all-linear}\n"
-        "training: {output_dir: out/my_run, learning_rate: 1e-1, num_train_epochs: 2, save_strategy: 'no'}\n"
-    )
+    (folder / "rows.jsonl").write_text('{"prompt": "2+2? ", "completion": "4"}\n' * 16)
+    (folder / "asked.jsonl").write_text('{"prompt": "2+2? "}\n{"prompt": "3+3? "}\n')
+    (folder / "mine.py").write_text("def score(answer, reference):\n    return 0.25\n")
+    (folder / "my_run.yaml").write_text(MY_RUN)
     packtrain.train(packtrain.load_recipe("my_run.yaml"))
-    answered, merged = {}, {}
-    out = io.StringIO()
-    with redirect_stdout(out):
+    lines = example("recipes/README.md", "after training").splitlines()
+    said = {}
+    capsys.readouterr()
+    for words in (shlex.split(line, comments=True)[1:] for line in lines):
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        assert not ended.value.code, words
+        said[words[0], words[2]] = capsys.readouterr().out
+    assert [json.loads(line)["prompt"] for line in open("answers.jsonl")] == ["2+2? ", "3+3? "]
+    assert "wrote 2 answers" in said["generate", "--prompts"]
+    assert "score    100.0% of 4 prompts" in said["evaluate", "--prompts"]
+    assert "score    25.0% of 4 prompts" in said["evaluate", "--base"]
+    answered = {}
+    with redirect_stdout(io.StringIO()) as out:
         exec(example("recipes/README.md", "generate"), answered)
-    exec(example("recipes/README.md", "merge"), merged)
-    assert "2+2?" in out.getvalue()
+    assert said["generate", "--prompt"].strip() == "4" and "2+2? 4" in out.getvalue()
 
     from transformers import AutoModelForCausalLM
 
-    alone = AutoModelForCausalLM.from_pretrained("out/my_run/merged")  # nothing else is needed
+    alone = AutoModelForCausalLM.from_pretrained("out/merged")  # nothing else is needed
     ids = torch.tensor([tokenizer("2+2? 4")["input_ids"]])
     logits = [model(ids).logits for model in (answered["model"], alone, base)]
     torch.testing.assert_close(logits[0], logits[1], atol=1e-5, rtol=1e-4)
     assert (logits[0] - logits[2]).abs().max() > 1e-3  # control: the base model answers otherwise
+
+    recipe = yaml.safe_load(MY_RUN) | yaml.safe_load(example("recipes/README.md", "going on"))
+    recipe["training"]["output_dir"] = "out/second"
+    del recipe["lora"]
+    (folder / "second.yaml").write_text(yaml.safe_dump(recipe))
+    first = json.loads((folder / "out/my_run/summary.json").read_text())
+    second = packtrain.train(packtrain.load_recipe("second.yaml"))
+    assert second.held_out_loss_before == pytest.approx(first["held_out_loss_after"], rel=1e-5)
 
 
 def test_the_mixture_is_what_it_says(folder):

@@ -11,16 +11,16 @@ figures and two pictures next to the model.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from packtrain.errors import PacktrainError
+from packtrain.generation.scores import FINAL
 from packtrain.modeling.attention.varlen import NAME
 from packtrain.modeling.loading import load_config, load_model
 from packtrain.modeling.tokenizer import load_tokenizer
@@ -39,7 +39,6 @@ from packtrain.recipe.sections import ModelSection
 if TYPE_CHECKING:
     from peft import PeftModel
 
-FINAL = re.compile(r"####\s*(-?[\d.,]+)")  # how GSM8K and packtrain:arithmetic mark a final answer
 PLAIN_TEXT = ("prompt_completion", "text", "input_ids")  # formats that use no chat template
 
 
@@ -103,6 +102,7 @@ def load_trained(recipe: Recipe) -> Trained:
         from peft import PeftModel
 
         config = load_config(section, tokenizer=task.tokenizer, new_tokens=task.new_tokens)
+        set_seed(int(recipe.training.get("seed", 42)))  # which draws the weights of a base from scratch, as in training
         base = load_model(section, config, attn_implementation=attention)
         task.prepare(base)
         model = PeftModel.from_pretrained(base, str(directory))

@@ -1,0 +1,109 @@
+"""`packtrain generate`: answer prompts with a trained model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from packtrain.cli.options import Temperature
+
+if TYPE_CHECKING:
+    from packtrain.generation.prompts import Messages
+    from packtrain.generation.trained import Trained
+
+Target = Annotated[
+    str,
+    typer.Argument(metavar="RUN_OR_MODEL", help="The output_dir of a run, the folder of a model, or a Hub name."),
+]
+Base = Annotated[bool, typer.Option("--base", help="Take the model that the run started from, without what it learnt.")]
+NewTokens = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Most tokens of an answer. Default: 256, or what the model has room for."),
+]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Of the weights; auto is as stored.")
+]
+
+
+def generate(
+    target: Target,
+    prompt: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="Prompt to answer; repeatable. Without any you can chat.")
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Prompts to answer: text, one per line, or .jsonl with prompt or messages."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write prompts and answers there, as .jsonl.")
+    ] = None,
+    base: Base = False,
+    max_new_tokens: NewTokens = None,
+    temperature: Temperature = 0.0,
+    top_p: Annotated[
+        float, typer.Option(min=0, max=1, metavar="P", help="Sample among the most likely tokens that reach P.")
+    ] = 1.0,
+    max_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Most positions of a batch of prompts.")] = 8192,
+    dtype: Dtype = "auto",
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed for temperatures above 0.")] = 0,
+) -> None:
+    """Answer prompts with a trained model, or chat with it.
+
+    A prompt is a user's turn of a conversation, or plain text where the model was trained on plain text. Prompts of like
+    length are answered together.
+    """
+    from packtrain.generation.trained import load_trained
+
+    trained = load_trained(target, base=base, dtype=dtype)
+    how = dict(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed
+    )  # fmt: skip
+    asked = _asked(prompt or [], prompts)
+    if not asked:
+        _chat(trained, how)
+        return
+    answers = answer(trained, asked, how)
+    if out is not None:
+        rows = [{"prompt": given, "answer": text} for given, text in zip(asked, answers, strict=True)]
+        out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        print(f"wrote {len(rows):,} answers to {out}")
+        return
+    for text in answers:
+        print(text)
+
+
+def answer(trained: Trained, prompts: list[str | Messages], how: dict) -> list[str]:
+    """Returns the answers as text, in the order of the prompts."""
+    from packtrain.generation.batches import generate as run
+    from packtrain.generation.prompts import encode_prompts
+
+    ids = encode_prompts(trained, prompts)
+    found = dict(run(trained.model, trained.tokenizer, ids, **how))
+    return [str(trained.tokenizer.decode(found[number], skip_special_tokens=True)) for number in range(len(ids))]
+
+
+def _asked(given: list[str], path: Path | None) -> list[str | Messages]:
+    from packtrain.generation.prompts import read_prompts
+
+    return [*given, *([] if path is None else read_prompts(path))]
+
+
+def _chat(trained: Trained, how: dict) -> None:
+    """Asks for the user's turns until the input ends; the conversation so far is the prompt of each answer."""
+    turns: Messages = []
+    print("Write a message; Ctrl-D ends.")
+    while True:
+        try:
+            text = input("> ")
+        except EOFError:
+            print()
+            return
+        if not text.strip():
+            continue
+        turns.append({"role": "user", "content": text})
+        said = answer(trained, [turns if trained.chat else text], how)[0]
+        turns.append({"role": "assistant", "content": said})
+        print(said)

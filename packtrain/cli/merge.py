@@ -1,0 +1,26 @@
+"""`packtrain merge`: merge an adapter into its model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from packtrain.cli.generate import Dtype, Target
+
+
+def merge(
+    target: Target,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where to write the merged model; must be empty.")],
+    dtype: Dtype = "auto",
+) -> None:
+    """Merge a LoRA adapter into its model, and write one ordinary model.
+
+    The merged model is read back, and its logits are compared with those of the model with its adapter.
+    """
+    from packtrain.generation.merging import merge as run
+    from packtrain.generation.trained import load_trained
+
+    difference = run(load_trained(target, dtype=dtype), out)
+    print(f"wrote {out}; its logits differ by {difference:.1e} of the largest from those with the adapter")

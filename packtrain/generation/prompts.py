@@ -1,0 +1,73 @@
+"""Prompts as a model was trained on them: the user's turns of a conversation, or plain text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from packtrain.errors import DataError
+from packtrain.generation.trained import Trained
+
+Messages = list[dict[str, Any]]
+
+
+def read_prompts(path: str | Path) -> list[str | Messages]:
+    """Reads prompts: a line each of a text file, or of a `.jsonl` file a row with `prompt` or `messages`.
+
+    The last turn of the assistant at the end of `messages` is what the model is asked for, and is left out. A `prompt` may
+    be a list of messages.
+
+    Raises:
+        DataError: the file can't be read or is empty, or a row has no prompt.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"can't be read: {error}", key="--prompts", value=str(path), fix="name a UTF-8 file") from None
+    if Path(path).suffix != ".jsonl":
+        found: list[str | Messages] = [line for line in lines if line.strip()]
+    else:
+        found = [_prompt(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not found:
+        raise DataError("holds no prompts", key="--prompts", value=str(path), fix="write one prompt per line")
+    return found
+
+
+def _prompt(line: str, where: str) -> str | Messages:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"is not JSON: {error}", where=where, fix="write one JSON object per line") from None
+    prompt = row.get("prompt", row.get("messages")) if isinstance(row, dict) else None
+    messages = isinstance(prompt, list) and all(isinstance(turn, dict) and "role" in turn for turn in prompt)
+    if isinstance(prompt, list) and messages and prompt and prompt[-1]["role"] == "assistant":
+        prompt = prompt[:-1]
+    if not prompt or not (isinstance(prompt, str) or messages):
+        fix = 'write for example {"prompt": "What is 2+2?"}'
+        raise DataError("has no `prompt` (text or messages) and no `messages`", where=where, fix=fix)
+    return prompt
+
+
+def encode_prompts(trained: Trained, prompts: Sequence[str | Messages]) -> list[list[int]]:
+    """Turns prompts into token ids, as the model was trained on them.
+
+    Text becomes the user's turn of a conversation with the generation prompt behind it, or stays plain where the model was
+    trained on plain text.
+
+    Raises:
+        DataError: messages for a tokenizer without a chat template.
+    """
+    encoded = []
+    for prompt in prompts:
+        if isinstance(prompt, str) and not trained.chat:
+            encoded.append(trained.tokenizer(prompt)["input_ids"])
+            continue
+        if not trained.tokenizer.chat_template:
+            fix = "give the prompts as text"
+            raise DataError("the tokenizer has no chat template to render messages with", key="--prompts", fix=fix)
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        ids: Any = trained.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)
+        encoded.append(ids["input_ids"])
+    return encoded

@@ -1,0 +1,160 @@
+"""A trained model, found by the folder of its run, by its own folder, or by its name on the Hub.
+
+out/sft                   a run of packtrain: recipe.yaml, summary.json and model/
+out/sft/model             a model, or an adapter that names its base
+Qwen/Qwen3-0.6B           a model of the Hub
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from packtrain.errors import ModelError
+from packtrain.modeling.hub import explained
+from packtrain.modeling.loading import load_config, load_model
+from packtrain.modeling.tokenizer import load_tokenizer
+from packtrain.recipe.reader import load_recipe
+from packtrain.recipe.recipe import Recipe
+from packtrain.recipe.sections import ModelSection
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+_PLAIN = ("prompt_completion", "text", "input_ids")  # formats of rows that use no chat template
+_ADAPTER = "adapter_config.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A model that is ready to answer, in eval mode.
+
+    Attributes:
+        model: the model, or its base with the adapter on it.
+        tokenizer: the one it was trained with.
+        recipe: that of the run; None where only a model was named.
+        chat: whether prompts are the user's turns of a conversation.
+    """
+
+    model: PreTrainedModel | PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    recipe: Recipe | None
+    chat: bool
+
+    @property
+    def has_adapter(self) -> bool:
+        return not isinstance(self.model, PreTrainedModel)
+
+
+def load_trained(
+    target: str | Path, *, base: bool = False, dtype: Dtype = "auto", device: str | None = None
+) -> Trained:
+    """Loads a run's model, or any causal language model.
+
+    Args:
+        target: the folder of a run, of a model or of an adapter, or a name on the Hub.
+        base: leaves the adapter out, or takes the pretrained model that the run started from.
+        dtype: of the weights: auto (as stored), float32, bfloat16 or float16.
+        device: where the model is put; CUDA where there is one, by default.
+
+    Raises:
+        ModelError: there is no model, it can't be loaded, or the adapter's base is not to be found.
+    """
+    recipe, directory = _find(target)
+    if recipe is not None and not recipe.objective.predicts_next:
+        fix = (
+            "`packtrain sample` and `packtrain evaluate` are for masked-diffusion models"
+            if recipe.objective.answers
+            else None
+        )
+        what = "was trained with an objective that does not predict the next token, so it writes no text"
+        raise ModelError(what, key="RUN_OR_MODEL", value=str(target), fix=fix)
+    name = str(directory or target)
+    section = recipe.model if recipe is not None else ModelSection(model_name_or_path=name)
+    own = ModelSection(model_name_or_path=name, trust_remote_code=section.trust_remote_code, dtype=dtype)
+    tokenizer = load_tokenizer(own)
+    if directory is not None and (directory / _ADAPTER).is_file():
+        model = _load_base(directory, recipe, tokenizer, dtype)
+        if not base:
+            model = _with_adapter(model, directory)
+    elif base:
+        if recipe is None or section.model_name_or_path is None:
+            what = (
+                "has no base: it was trained from scratch" if recipe else "is not a run or an adapter, and has no base"
+            )
+            raise ModelError(what, key="--base", value=str(target), fix="leave --base out")
+        model = _load(section.model_copy(update={"dtype": dtype}), tokenizer)
+    else:
+        model = _load(own, tokenizer)
+    model.config.use_cache = True
+    model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    rows = _format_of(target)
+    chat = bool(tokenizer.chat_template) and rows not in _PLAIN
+    return Trained(model=model.eval(), tokenizer=tokenizer, recipe=recipe, chat=chat)
+
+
+def _find(target: str | Path) -> tuple[Recipe | None, Path | None]:
+    """Returns the recipe of a run, and the folder of its model; (None, None) for a name on the Hub."""
+    folder = Path(target)
+    if not folder.is_dir():
+        if folder.exists() or str(target).startswith(("/", ".", "~")):
+            fix = "name the output_dir of a run, the folder of a model, or a model of the Hub"
+            raise ModelError("is not a folder", key="RUN_OR_MODEL", value=str(target), fix=fix)
+        return None, None
+    run = folder if (folder / "recipe.yaml").is_file() else folder.parent
+    recipe = load_recipe(run / "recipe.yaml") if (run / "recipe.yaml").is_file() else None
+    if folder == run:
+        folder = run / "model"
+        if not folder.is_dir():
+            fix = "let the run end (`packtrain train RECIPE --resume`), or name one of its checkpoints"
+            raise ModelError("holds a run without a model yet", key="RUN_OR_MODEL", value=str(target), fix=fix)
+    elif not folder.name.startswith(("model", "checkpoint-")):
+        recipe = None  # a folder that happens to lie next to a recipe
+    return recipe, folder
+
+
+def _format_of(target: str | Path) -> str | None:
+    """Returns the format of the rows that a run was trained on."""
+    for folder in (Path(target), Path(target).parent):
+        try:
+            return json.loads((folder / "summary.json").read_text(encoding="utf-8"))["data"]["format"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None
+
+
+def _load(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    config = load_config(section, tokenizer=tokenizer, new_tokens=range(len(tokenizer)))
+    return load_model(section, config, attn_implementation=None)
+
+
+def _load_base(
+    directory: Path, recipe: Recipe | None, tokenizer: PreTrainedTokenizerBase, dtype: Dtype
+) -> PreTrainedModel:
+    """Loads the model that an adapter was trained on; one that was made from scratch is made again, from the same seed."""
+    settings: dict[str, Any] = json.loads((directory / _ADAPTER).read_text(encoding="utf-8"))
+    name = settings.get("base_model_name_or_path")
+    if name and (recipe is None or recipe.model.model_name_or_path is not None):
+        trust = recipe is not None and recipe.model.trust_remote_code
+        revision = settings.get("revision") or (recipe.model.revision if recipe is not None else None)
+        return _load(
+            ModelSection(model_name_or_path=name, revision=revision, trust_remote_code=trust, dtype=dtype), tokenizer
+        )
+    if recipe is None:
+        fix = "name the output_dir of its run, whose recipe says how its base was made"
+        raise ModelError("is an adapter that names no base model", key="RUN_OR_MODEL", value=str(directory), fix=fix)
+    set_seed(int(recipe.training.get("seed", 42)))
+    return _load(recipe.model.model_copy(update={"dtype": dtype}), tokenizer)
+
+
+def _with_adapter(model: PreTrainedModel, directory: Path) -> PeftModel:
+    from peft import PeftModel
+
+    with explained("RUN_OR_MODEL", str(directory)):
+        return PeftModel.from_pretrained(model, str(directory))

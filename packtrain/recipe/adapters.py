@@ -1,0 +1,56 @@
+"""Adapters that a run goes on from: their folder, and their settings as a recipe's section `lora:`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from packtrain.errors import PacktrainError
+
+CONFIG = "adapter_config.json"
+_OF_THE_FILE = ("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_type", "peft_version")
+
+
+def adapter_folder(name: str | Path) -> Path | None:
+    """Returns the folder that holds an adapter: the one named, or `model/` in that of a run; None where there is none."""
+    folder = Path(name).expanduser()
+    return next((place for place in (folder, folder / "model") if (place / CONFIG).is_file()), None)
+
+
+def adapter_settings(folder: Path, fields: Collection[str] = ()) -> dict[str, Any]:
+    """Reads the settings of an adapter, as far as they are fields of `peft.LoraConfig` and say anything.
+
+    Args:
+        folder: see `adapter_folder`.
+        fields: the names that LoraConfig has; empty for all.
+
+    Raises:
+        PacktrainError: the file can't be read, or the adapter is of another kind than LoRA.
+    """
+    settings = read_config(folder)
+    if settings.get("peft_type") != "LORA":
+        raise PacktrainError(
+            f"is an adapter of the kind {settings.get('peft_type')}, not LoRA", where=str(folder / CONFIG)
+        )
+    return {
+        name: sorted(value) if name == "target_modules" and isinstance(value, list) else value
+        for name, value in sorted(settings.items())
+        if name not in _OF_THE_FILE and value not in (None, {}, []) and (not fields or name in fields)
+    }
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Reads `adapter_config.json`.
+
+    Raises:
+        PacktrainError: it is no JSON mapping.
+    """
+    try:
+        settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PacktrainError(f"can't be read: {error}", where=str(folder / CONFIG)) from None
+    if not isinstance(settings, dict):
+        raise PacktrainError("is not a mapping", where=str(folder / CONFIG))
+    return settings

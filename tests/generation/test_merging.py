@@ -1,0 +1,127 @@
+"""What a run leaves is loaded as it was trained, and an adapter is merged into the same function."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+
+from packtrain.errors import PacktrainError
+from packtrain.generation import load_trained, merge
+from packtrain.generation.prompts import encode_prompts, read_prompts
+from packtrain.recipe.reader import load_recipe
+from packtrain.training.run import build, train
+from tests.tiny import tiny_model
+from tests.training.test_run import RECIPE
+
+LORA = ["lora={target_modules: all-linear, r: 4}", "training.learning_rate=0.05"]
+
+
+def trained(folder: Path, *overrides: str) -> Path:
+    """Trains a tiny recipe; returns its output_dir."""
+    (folder / "tiny.yaml").write_text(RECIPE)
+    out = folder / "out"
+    train(load_recipe(folder / "tiny.yaml", [f"training.output_dir={out}", *overrides]))
+    return out
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(input_ids=torch.arange(3, 40)[None], use_cache=False).logits
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory) -> Path:
+    """A run with LoRA on a base that was made from scratch."""
+    return trained(tmp_path_factory.mktemp("adapter"), *LORA)
+
+
+def test_an_adapter_of_a_base_from_scratch_is_loaded_with_that_base(adapter):
+    """The base is drawn again, with the weights that training began from."""
+    ours = load_trained(adapter)
+    assert ours.has_adapter and ours.recipe is not None
+    base = load_trained(adapter, base=True)
+    assert not base.has_adapter
+    assert (logits(ours.model) - logits(base.model)).abs().max() > 1e-3
+    began = build(load_recipe(adapter.parent / "tiny.yaml", [f"training.output_dir={adapter}-again", *LORA])).model
+    with began.disable_adapter():
+        assert torch.allclose(logits(began.eval()), logits(base.model), atol=1e-6)
+
+
+def test_merging_keeps_the_function(adapter, tmp_path):
+    """Control: the base alone is another one."""
+    ours = load_trained(adapter)
+    expected = logits(ours.model)
+    difference = merge(ours, tmp_path / "merged")
+    assert difference < 1e-5
+    merged = load_trained(tmp_path / "merged")
+    assert not merged.has_adapter
+    assert (logits(merged.model) - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert (logits(load_trained(adapter, base=True).model) - expected).abs().max() > 1e-3
+    with pytest.raises(PacktrainError, match="not an empty folder"):
+        merge(ours, tmp_path / "merged")
+    with pytest.raises(PacktrainError, match="nothing to merge"):
+        merge(merged, tmp_path / "again")
+
+
+def test_an_adapter_in_a_folder_of_its_own_finds_its_base(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    from tests.data.helpers import make_tokenizer
+
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    base = load_trained(tmp_path / "base")
+    base.model.name_or_path = str(tmp_path / "base")
+    adapted = get_peft_model(base.model, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False))
+    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    adapted.save_pretrained(tmp_path / "adapter")
+    make_tokenizer().save_pretrained(tmp_path / "adapter")
+    ours = load_trained(tmp_path / "adapter")
+    assert isinstance(ours.model, PeftModel)
+    assert torch.allclose(logits(ours.model), logits(adapted.eval()))
+    settings = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": None}))
+    with pytest.raises(PacktrainError, match="names no base model"):
+        load_trained(tmp_path / "adapter")
+
+
+def test_what_is_no_model_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    for target, message in ((tmp_path / "file", "is not a folder"), (tmp_path / "nothing", "is not a folder")):
+        with pytest.raises(PacktrainError, match=message):
+            load_trained(target)
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    with pytest.raises(PacktrainError, match="without a model yet"):
+        load_trained(tmp_path)
+
+
+def test_prompts_of_files(tmp_path):
+    (tmp_path / "p.txt").write_text("one\n\ntwo\n")
+    assert read_prompts(tmp_path / "p.txt") == ["one", "two"]
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    rows = [{"prompt": "one"}, {"messages": turns}, {"prompt": turns[:1]}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_prompts(tmp_path / "p.jsonl") == ["one", turns[:1], turns[:1]]
+    for text, message in (
+        ('{"text": "a"}', "line 1: has no `prompt`"),
+        ("{", "line 1: is not JSON"),
+        ("", "no prompts"),
+    ):
+        (tmp_path / "bad.jsonl").write_text(text)
+        with pytest.raises(PacktrainError, match=message):
+            read_prompts(tmp_path / "bad.jsonl")
+
+
+def test_prompts_are_rendered_as_in_training(adapter):
+    """A conversation where rows were conversations; plain text where they were plain."""
+    ours = load_trained(adapter)
+    plain = encode_prompts(ours, ["What is 2+2?"])[0]
+    text = ours.tokenizer.decode(plain)
+    assert ("<|user|>" in text) == ours.chat and "What is 2+2?" in text
+    other = encode_prompts(replace(ours, chat=not ours.chat), ["What is 2+2?"])[0]
+    assert ("<|user|>" in ours.tokenizer.decode(other)) != ("<|user|>" in text)
