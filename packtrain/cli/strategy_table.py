@@ -238,6 +238,8 @@ def strategy_table(
             style=style,
         )
     if world_size > 1:
-        what = "attention balance ratio (arXiv:2503.07680), the share of attention that devices idle for the busiest"
-        notes[f"ABR: {what}; 0 is even. The communication ratio is 0: no document is spread over devices"] = None
+        what = "attention balance ratio (arXiv:2503.07680, eq. 2), the share of attention that devices idle for the busiest"
+        notes[f"ABR: {what}; 0 is even. The communication ratio (eq. 3) is 0: no document is spread over devices"] = (
+            None
+        )
     return Group(Text(), table, Text("\n".join(["", *notes]), "dim"))

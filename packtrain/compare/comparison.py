@@ -21,6 +21,7 @@ from packtrain.compare.statistics import Ratio, Spread, largest_relative_differe
 from packtrain.compare.trainers import PACKTRAIN
 
 PHASES = ("data", "forward", "backward", "optimizer")
+WAITING = "waiting"  # of a rank for the others
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,8 @@ class Row:
         speed: ratio of real tokens per second.
         update_rate: real tokens per second of single updates, over all rounds; `supervised_update_rate` likewise.
         update_seconds: of single updates.
-        shares: share of each phase in the time of the updates; what is left is the trainer's own work.
+        shares: share of each phase in the time of the updates, and of waiting where it was measured; what is left is the
+            trainer's own work.
         memory, memory_before: peak, and before the first update; median over rounds.
         held_out, per_example: final loss per supervised token and per example, mean over seeds.
         held_out_ratio: of the final loss per token, paired over seeds.
@@ -83,6 +85,11 @@ class Row:
     @property
     def is_peer(self) -> bool:
         return self.trainer != PACKTRAIN
+
+    @property
+    def waiting(self) -> float | None:
+        """The share of the time of the updates that the mean rank waits for the others; None where it was not measured."""
+        return (self.shares or {}).get(WAITING)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +139,11 @@ class Comparison:
     def ours(self) -> list[Row]:
         """Packtrain's rows with a speed whose updates are the reference's."""
         return [row for row in self.measured if row.keeps_updates and not row.is_peer]
+
+    @property
+    def ranks(self) -> int:
+        """How many processes trained every variant together."""
+        return self.manifest.get("ranks", 1)  # comparisons of one may be older than the key
 
     @property
     def seeds(self) -> int:
@@ -267,7 +279,8 @@ def _ratio_of(
 
 def _shares(updates: list[Update]) -> dict[str, float]:
     total = _sum(updates, "seconds")
-    return {phase: _sum(updates, f"{phase}_seconds") / total for phase in PHASES}
+    measured = [] if any(update.waiting_seconds is None for update in updates) else [WAITING]
+    return {phase: _sum(updates, f"{phase}_seconds") / total for phase in (*PHASES, *measured)}
 
 
 def _equal_updates(learnt: list[tuple[Run, Run]]) -> EqualUpdates | None:

@@ -10,6 +10,7 @@
       - trl:padding                      # another trainer, see `peers`
     seeds: [0]
     repeats: 3                           # rounds per seed; a round runs every variant once
+    ranks: 1                             # processes that train every variant together, started by torchrun
     warmup_steps: 2                      # updates before the clock counts
     measure_steps: 8                     # updates it counts
 
@@ -46,10 +47,11 @@ KEYS: dict[str, Any] = {
     "variants": Annotated[list[Any], "a list of strategies, trainers and mappings"],
     "seeds": Annotated[list[Whole], Field(min_length=1), "a list of whole numbers"],
     "repeats": Positive,
+    "ranks": Positive,
     "warmup_steps": Annotated[Whole, Field(ge=0)],
     "measure_steps": Positive,
 }
-DEFAULTS: dict[str, Any] = {"set": {}, "seeds": [42], "repeats": 3, "warmup_steps": 2, "measure_steps": 10}
+DEFAULTS: dict[str, Any] = {"set": {}, "seeds": [42], "repeats": 3, "ranks": 1, "warmup_steps": 2, "measure_steps": 10}
 FORCED = {  # a comparison evaluates, logs and stores by itself, alike for every trainer
     "training.save_strategy": "no",
     "training.eval_strategy": "no",
@@ -105,7 +107,12 @@ class Round:
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """A checked comparison. `eval_every`: updates between held-out evaluations, None for the start and the end only."""
+    """A checked comparison.
+
+    Attributes:
+        eval_every: updates between held-out evaluations, None for the start and the end only.
+        ranks: processes that train every variant together.
+    """
 
     name: str
     reference: str
@@ -114,6 +121,7 @@ class Experiment:
     warmup_steps: int
     measure_steps: int
     eval_every: int | None
+    ranks: int = 1
 
     @property
     def of_reference(self) -> Variant:
@@ -128,9 +136,8 @@ class Experiment:
     def hash(self) -> str:
         """SHA-256 (hex) of what a run depends on: equal hashes, comparable runs. More rounds may be added."""
         variants = [(each.name, each.trainer, portable(each.recipe, show=_name, given=True)) for each in self.variants]
-        text = json.dumps(
-            [variants, self.reference, self.warmup_steps, self.measure_steps, self.eval_every], sort_keys=True
-        )
+        asked = [variants, self.reference, self.warmup_steps, self.measure_steps, self.eval_every]
+        text = json.dumps([*asked, self.ranks] if self.ranks > 1 else asked, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -169,6 +176,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
             ]
         else:
             variants.append(Variant(name=name, trainer=trainer, recipe=recipe))
+            _check_ranks(variants[-1], settings["ranks"], source)
     if source.problems:
         raise RecipeError(source.problems)
     return Experiment(
@@ -181,6 +189,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
         warmup_steps=settings["warmup_steps"],
         measure_steps=settings["measure_steps"],
         eval_every=_eval_every(learning),
+        ranks=settings["ranks"],
     )
 
 
@@ -249,6 +258,14 @@ def _check_names(names: list[str], reference: str, source: Source) -> None:
     if reference not in names and not source.problems:
         near = did_you_mean(reference, names)
         _problem(source, "reference", "is not a variant", reference, fix=near and f"did you mean {near}?")
+
+
+def _check_ranks(variant: Variant, ranks: int, source: Source) -> None:
+    """Other trainers deal as many examples to every rank; those that pack count rows."""
+    examples = variant.recipe.batching.examples_per_step
+    if variant.trainer in TRAINERS and not TRAINERS[variant.trainer].packs and examples % ranks:
+        what = f"does not divide the {examples} examples of an update, which {variant.name} deals to ranks equally"
+        _problem(source, "ranks", what, ranks, fix="set batching.examples_per_step to a multiple of it")
 
 
 def _overrides(changes: dict[str, Any]) -> list[str]:

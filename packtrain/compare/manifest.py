@@ -37,6 +37,7 @@ def make_manifest(experiment: Experiment, path: Path, overrides: Sequence[str]) 
         "warmup_steps": experiment.warmup_steps,
         "measure_steps": experiment.measure_steps,
         "eval_every": experiment.eval_every,
+        "ranks": experiment.ranks,
         "rounds": [{"seed": turn.seed, "learns": turn.learns} for turn in experiment.rounds],
         "variants": [
             {
@@ -64,7 +65,12 @@ def _about_data(experiment: Experiment) -> dict[str, Any]:
     recipe = experiment.of_reference.recipe
     lengths = [_lengths(with_settings(recipe, seed=seed)) for seed in dict.fromkeys(experiment.seeds)][0]
     chosen = recommend(
-        recipe.batching, recipe.schedule, lengths, max_length=recipe.data.max_length, cost=find_cost(recipe.model)
+        recipe.batching,
+        recipe.schedule,
+        lengths,
+        max_length=recipe.data.max_length,
+        world_size=experiment.ranks,
+        cost=find_cost(recipe.model),
     )
     return {
         "data": _histogram(lengths, recipe),

@@ -11,7 +11,8 @@ The same mixin measures PackTrainer, TRL's SFTTrainer and the stock Trainer, at 
     `------------------------------------ seconds -------------------------------------------'
 
 Reading batches, counting and evaluating happen between updates, where no clock runs. On CUDA the marks are
-events in the stream, and the host waits for the device once per update, not at every mark.
+events in the stream, and the host waits for the device once per update, not at every mark. Several ranks start their
+clocks together, and what they have measured is one record (see `ranks`).
 
 The held-out loss is one yardstick for every trainer: summed over tokens and over examples and divided once, so how
 the held-out set was batched, and who trained the model, makes no difference to it.
@@ -27,9 +28,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback
 
-from packtrain.compare.results import HeldOut, RunWriter, Update
+from packtrain.compare.ranks import gathered, meet, merge_updates, note_arrival, summed
+from packtrain.compare.results import HeldOut, Record, Update
 from packtrain.errors import PacktrainError
 from packtrain.objectives.objective import Loss
 from packtrain.training.loader import PlanLoader
@@ -110,10 +113,10 @@ class Clock:
 
 
 class Recorder:
-    """Collects the marks and batches of one update after another, and writes each when it is over.
+    """Collects the marks and batches of one update of this rank after another, and writes each when it is over.
 
     Args:
-        write: takes an `Update`.
+        write: takes an `Update`, of all ranks together.
         flops: `(document lengths int64 [S], supervised positions) -> FLOPs` of training on them.
         says_documents: whether the trainer's batches show where documents end.
         device: where the model is.
@@ -132,6 +135,7 @@ class Recorder:
         self.memory_before: int | None = None
         self.first_began: float | None = None  # on the host's clock
         self.layout: list[BatchShape] = []  # of the first update
+        self._watched = False
         self._clear()
 
     def _clear(self) -> None:
@@ -139,6 +143,7 @@ class Recorder:
         self._losses: list[torch.Tensor] = []
         self._forward: list[tuple[Mark, Mark]] = []
         self._steps: list[tuple[Mark, Mark]] = []
+        self._arrived: Mark | None = None
 
     def begin(self) -> None:
         """Start an update: its batches are asked for."""
@@ -147,6 +152,7 @@ class Recorder:
             self.memory_before, _ = peak_memory()
             self.first_began = time.perf_counter()
         self.clock.settle()
+        meet()
         self._began = self.clock.mark()
 
     def fetched(self, batches: list[Batch]) -> None:
@@ -156,7 +162,25 @@ class Recorder:
         self._data_seconds = self.clock.between(self._began, data)
         self._shapes = [shape_of(batch) for batch in batches]
         self.layout = self.layout or self._shapes
-        self._began = self.clock.mark()
+        meet()
+        self._began, self._began_on_host = self.clock.mark(), time.perf_counter()
+
+    def watch(self, model: torch.nn.Module) -> None:
+        """Ask DDP to tell when gradients are ready; called with the model as it trains, before its first backward pass."""
+        if not self._watched and isinstance(model, DistributedDataParallel):
+            model.register_comm_hook(self, note_arrival)
+        self._watched = True
+
+    def arrive(self) -> None:
+        """Mark that gradients are ready for the other ranks'; the last call in an update stands."""
+        self._arrived = self.clock.mark()
+
+    @property
+    def arrived(self) -> float | None:
+        """When this rank's gradients of the update were ready, in seconds on the host's clock, once it has ended."""
+        if self._arrived is None:
+            return None
+        return self._began_on_host + self.clock.between(self._began, self._arrived)
 
     def forward(self, start: Mark, stop: Mark) -> None:
         self._forward.append((start, stop))
@@ -209,18 +233,19 @@ class Timed(Trainer):
         self.recorder.forward(start, self.recorder.clock.mark())
         return result
 
-    def training_step(self, *args, **kwargs):
+    def training_step(self, model, *args, **kwargs):
+        self.recorder.watch(model)
         start = self.recorder.clock.mark()
-        loss = super().training_step(*args, **kwargs)
+        loss = super().training_step(model, *args, **kwargs)
         self.recorder.step(start, self.recorder.clock.mark(), loss)
         return loss
 
 
 class WriteUpdates(TrainerCallback):
-    """Writes an update once its gradient norm is known, which Trainer gives in the log that follows it.
+    """Writes an update of all ranks once its gradient norm is known, which Trainer gives in the log that follows it.
 
     Raises:
-        RunFailed: the loss is not a finite number.
+        RunFailed: on every rank, the loss is not a finite number.
     """
 
     def __init__(self, recorder: Recorder):
@@ -228,7 +253,8 @@ class WriteUpdates(TrainerCallback):
         self.last: Update | None = None
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.last = self.recorder.end(state.global_step)
+        own = self.recorder.end(state.global_step)
+        self.last = merge_updates(gathered((own, self.recorder.arrived)))
         if not math.isfinite(self.last.loss):
             self.recorder.write(self.last)
             raise RunFailed(f"the loss is {self.last.loss} at update {self.last.update}")
@@ -246,7 +272,7 @@ class WriteUpdates(TrainerCallback):
 
 @torch.no_grad()
 def held_out_loss(model: torch.nn.Module, loader: PlanLoader, loss: Loss, *, update: int) -> HeldOut:
-    """Evaluate `model` on the batches of `loader`; dropout is off meanwhile. No token has a weight here."""
+    """Evaluate `model` on the batches of `loader`, and of other ranks, without dropout. No token has a weight here."""
     device = next(model.parameters()).device
     sums = torch.zeros(4, dtype=torch.float64)  # nll, tokens, means of examples, examples
     was_training = model.training
@@ -261,20 +287,20 @@ def held_out_loss(model: torch.nn.Module, loader: PlanLoader, loss: Loss, *, upd
         means = (nll[scored] / tokens[scored]).sum()
         sums += torch.stack([nll.sum(), tokens.sum().double(), means, scored.sum().double()]).cpu()
     model.train(was_training)
-    nll, tokens, means, examples = sums.tolist()
+    nll, tokens, means, examples = summed(sums, device).tolist()
     return HeldOut(update=update, loss=nll / tokens, loss_per_example=means / examples, tokens=int(tokens))
 
 
 class EvaluateHeldOut(TrainerCallback):
     """Evaluates on the held-out examples before the first update, every `every` updates, and after the last."""
 
-    def __init__(self, *, loader: PlanLoader, loss: Loss, writer: RunWriter, every: int | None):
-        self.loader, self.loss, self.writer, self.every = loader, loss, writer, every
+    def __init__(self, *, loader: PlanLoader, loss: Loss, write: Callable[[Record], None], every: int | None):
+        self.loader, self.loss, self.write, self.every = loader, loss, write, every
         self.evaluated = -1
 
     def _evaluate(self, model: Any, update: int) -> None:
         if update != self.evaluated:
-            self.writer.write(held_out_loss(model, self.loader, self.loss, update=update))
+            self.write(held_out_loss(model, self.loader, self.loss, update=update))
             self.evaluated = update
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):

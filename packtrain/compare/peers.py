@@ -8,7 +8,7 @@ flash-attn where it is installed and the layout is flat, else sdpa. All that is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import datasets
@@ -25,7 +25,7 @@ from transformers import (
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
-from packtrain.compare.measure import Timed
+from packtrain.compare.measure import RunFailed, Timed
 from packtrain.compare.trainers import TRAINERS
 from packtrain.data.examples import AnyExamples
 from packtrain.packing.plan import Plan
@@ -54,10 +54,18 @@ class PlannedOrder(Sampler):
 
 
 class PlannedRebalance(BatchRebalanceSampler):
-    """Gives the examples of each of the plan's updates in micro-batches that transformers' own sampler makes of them."""
+    """Gives one rank its micro-batches of each of the plan's updates, as transformers' own sampler makes them.
 
-    def __init__(self, plan: Plan, accumulation: int):
-        super().__init__(plan.lengths.tolist(), accumulation, dp_size=1, grad_accum=accumulation)
+    Args:
+        plan: over `plan.world_size` ranks.
+        accumulation: micro-batches of a rank in an update; fewer in one with too few examples.
+        rank: whose.
+    """
+
+    def __init__(self, plan: Plan, accumulation: int, rank: int):
+        ranks = plan.world_size
+        size = ranks * accumulation
+        super().__init__(plan.lengths.tolist(), size, dp_size=ranks, grad_accum=accumulation, rank=rank)
         self.plan = plan
 
     def __len__(self) -> int:
@@ -66,13 +74,33 @@ class PlannedRebalance(BatchRebalanceSampler):
     def __iter__(self) -> Iterator[list[int]]:
         for step in steps_of(self.plan, self.epoch):
             examples = self.plan.examples(step)
-            lengths = self.plan.lengths[examples].tolist()
-            slots = self._slots(step)
-            for part in BatchRebalanceSampler(lengths, len(lengths), dp_size=1, grad_accum=slots, shuffle=False):
+            for part in self._deal(self.plan.lengths[examples].tolist(), self._slots(step)):
                 yield examples[part].tolist()
 
+    def _deal(self, lengths: list[int], slots: int) -> Iterable[Any]:
+        """Return the indices of this rank's micro-batches of an update."""
+        size = len(lengths)
+        return BatchRebalanceSampler(lengths, size, self.dp_size, grad_accum=slots, shuffle=False, rank=self.rank)
+
     def _slots(self, step: int) -> int:
-        return min(self.grad_accum, len(self.plan.examples(step)))
+        examples = len(self.plan.examples(step))
+        if examples < self.dp_size:
+            what = f"update {step + 1} has {examples} examples, fewer than the {self.dp_size} ranks"
+            raise RunFailed(
+                what, fix="choose data.num_rows and batching.examples_per_step so that the last one has more"
+            )
+        return min(self.grad_accum, examples // self.dp_size)
+
+
+class PlannedShares(PlannedRebalance):
+    """Gives one rank its micro-batches of each of the plan's updates, in the plan's order and of as many examples.
+
+    accelerate deals full updates in the same way, but an epoch's short last update it fills up with examples of the first
+    one. Trainer passes on what a `BatchRebalanceSampler` gives, without accelerate.
+    """
+
+    def _deal(self, lengths: list[int], slots: int) -> Iterable[Any]:
+        return np.array_split(np.arange(len(lengths)), slots * self.dp_size)[self.rank :: self.dp_size]
 
 
 def steps_of(plan: Plan, epoch: int) -> range:
@@ -127,10 +155,11 @@ def build_peer(peer: str, recipe: Recipe, packtrain: PackTrainer) -> tuple[Timed
     """
     trainer = _trl_trainer if TRAINERS[peer].package == "trl" else _stock_trainer
     built = trainer(peer, recipe, packtrain)
+    plan, accumulation, rank = packtrain.plan, built.args.gradient_accumulation_steps, built.args.process_index
     if built.args.train_sampling_strategy == "batch_rebalance":
-        built.planned_order = PlannedRebalance(packtrain.plan, built.args.gradient_accumulation_steps)
+        built.planned_order = PlannedRebalance(plan, accumulation, rank)
     elif TRAINERS[peer].keeps_order:
-        built.planned_order = PlannedOrder(packtrain.plan)
+        built.planned_order = PlannedShares(plan, accumulation, rank) if plan.world_size > 1 else PlannedOrder(plan)
     built.remove_callback(PrinterCallback)
     given = int(packtrain.train_dataset.lengths.sum(dtype=np.int64))
     return built, given - sum(len(ids) for ids in built.train_dataset["input_ids"])
@@ -177,14 +206,14 @@ def _arguments(recipe: Recipe, **sizes: int) -> dict[str, Any]:
 def _sizes(peer: str, recipe: Recipe, plan: Plan) -> dict[str, int]:
     """Size micro-batches no larger than packtrain's.
 
-    They get as many examples as the plan's accumulation leaves each, so that an update sees `examples_per_step`; or, for
-    packers, as many rows of `max_length` as `max_tokens` holds.
+    They get as many examples as ranks and the plan's accumulation leave each, so that an update sees `examples_per_step`;
+    or, for packers, as many rows of `max_length` as `max_tokens` holds.
     """
     accumulation = plan.gradient_accumulation_steps
     if TRAINERS[peer].packs:
         rows = max(1, recipe.batching.max_tokens // recipe.data.max_length)
         return {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation}
-    examples = recipe.batching.examples_per_step
+    examples = recipe.batching.examples_per_step // plan.world_size
     accumulation = next(steps for steps in range(accumulation, examples + 1) if examples % steps == 0)
     return {"per_device_train_batch_size": examples // accumulation, "gradient_accumulation_steps": accumulation}
 

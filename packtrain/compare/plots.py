@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from packtrain.compare.comparison import PHASES, Comparison, Row, window
+from packtrain.compare.comparison import PHASES, WAITING, Comparison, Row, window
 from packtrain.compare.drawing import BLOCKS, COLOURS, LINES, drawing
 from packtrain.compare.results import PICTURED_RANKS, Run
 from packtrain.compare.verdict import SAME_CURVE, fastest, headliner, signed
@@ -96,7 +96,8 @@ def phases(comparison: Comparison) -> str | None:
     rows = [row for row in comparison.measured if row.shares is not None]
     if not rows:
         return None
-    colours = dict(zip((*PHASES, "other"), ("line3", "line0", "line1", "line2", "padding"), strict=True))
+    waiting = {WAITING: "line4"} if any(row.waiting is not None for row in rows) else {}
+    colours = dict(zip(PHASES, ("line3", "line0", "line1", "line2"), strict=True)) | waiting | {"other": "padding"}
     alt = "Microseconds per real token by phase of the update. "
     alt += ", ".join(f"{row.name} {1e6 / row.tokens_per_second:,.1f}" for row in rows)
     with drawing("phases", alt=alt, height=_height(rows) + 0.25) as drawn:
@@ -111,12 +112,12 @@ def phases(comparison: Comparison) -> str | None:
         ax.set_axisbelow(True)
         ax.set_title("Where the time of an update goes")
         ax.set_xlabel("microseconds per real token")
-        drawn.figure.legend(loc="outside lower center", ncols=5, handlelength=1, columnspacing=1)
+        drawn.figure.legend(loc="outside lower center", ncols=len(colours), handlelength=1, columnspacing=1)
     return drawn.svg
 
 
 def _phase_share(row: Row, phase: str) -> float:
-    return row.shares[phase] if phase in row.shares else max(0.0, 1 - sum(row.shares.values()))
+    return max(0.0, 1 - sum(row.shares.values())) if phase == "other" else row.shares.get(phase, 0.0)
 
 
 def step_times(comparison: Comparison) -> str | None:

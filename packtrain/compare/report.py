@@ -154,6 +154,8 @@ def facts(comparison: Comparison) -> list[str]:
     result.append(
         f"{batching['examples_per_step']:,} examples per update, {batching['max_tokens']:,} tokens per micro-batch"
     )
+    if comparison.ranks > 1:
+        result.append(f"{comparison.ranks} ranks (DDP)")
     threads = end.threads if end is not None else None
     return [*result, name_machine(manifest["machine"], threads)]
 
@@ -162,12 +164,19 @@ def method(comparison: Comparison) -> list[str]:
     """Say how this comparison was measured."""
     manifest = comparison.manifest
     rounds, seeds = manifest["rounds"], {turn["seed"] for turn in manifest["rounds"]}
-    first, count = manifest["warmup_steps"], manifest["measure_steps"]
+    first, count, ranks = manifest["warmup_steps"], manifest["measure_steps"], comparison.ranks
+    over_ranks = [
+        f"Every run is {ranks} processes, started by torchrun on one host. Tokens are summed over ranks, seconds are those "
+        "of the slowest rank, phases are means, memory is that of the rank with the most.",
+        "A rank waits from when its gradients are ready (DDP's communication hook) until those of every rank are; sending "
+        "them is not part of it. The share is that of the mean rank in the seconds of the updates.",
+    ]
     return [
         f"{_count(len(rounds), 'round')} over {_count(len(seeds), 'seed')}; in a round every variant runs "
         "once, one after the other, each in a fresh process.",
         f"Speed: real tokens over seconds of updates {first + 1} to {first + count}. Ratios are taken within a round; "
         "intervals are 95% t intervals of their logarithms over the rounds.",
+        *(over_ranks if ranks > 1 else []),
         "The first round of a seed trains to the end and gives the losses, the updates and the padding.",
         "Variants with the same updates see the same examples in the same updates as the reference. Those that pack "
         "the whole epoch are compared at the end of the run and after the same number of updates.",

@@ -2,7 +2,7 @@
 
     out/compare_quickstart/
       manifest.json              what was asked: recipes, versions, machine, git commit, seeds, command
-      runs/00-balanced.jsonl     round 0 of a variant, one line per update
+      runs/00-balanced.jsonl     round 0 of a variant, one line per update (of all ranks together)
       summary.csv  summary.md  report.html  speed.svg
 
 A run file has one JSON object per line, told apart by `kind`:
@@ -35,7 +35,8 @@ PICTURED_RANKS = 4
 class Update:
     """One optimizer update. Seconds are wall time, tokens are of all micro-batches of the update.
 
-    `examples` and `flops` are None where a trainer's batches don't show where documents end.
+    `examples` and `flops` are None where a trainer's batches don't show where documents end. `waiting_seconds` is what the
+    mean rank waits for the others (see `ranks`), None for one rank.
     """
 
     update: int
@@ -52,6 +53,7 @@ class Update:
     flops: float | None
     loss: float
     grad_norm: float | None
+    waiting_seconds: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +73,8 @@ class End:
 
     Attributes:
         status: `finished` or `failed`, with the `reason`.
-        peak_memory, memory_before: bytes at most during the run, and before its first update; None if it
-            never began.
+        peak_memory, memory_before: bytes at most during the run, and before its first update, of the rank with the
+            most; None if it never began.
         memory_of: `device` or `process`.
         startup_seconds: from the start of the run to its first update, without importing libraries.
         attention: the implementation in force.
@@ -80,7 +82,7 @@ class End:
         planned_updates: what the whole run would have, to the end of its data.
         tokens_dropped: tokens of the training examples that the trainer's own preparation left out.
         device: name of the accelerator, or `cpu`.
-        threads: that torch computed with on the CPU.
+        threads: that torch computed with on the CPU, in each rank.
         dtype: of the computation.
         layout: the micro-batches of the first update as they went through the model: width, and rows of
             document lengths.
@@ -208,6 +210,17 @@ def _parse(data: dict[str, Any]) -> Record:
 def run_path(directory: Path, round: int, variant: str) -> Path:
     """Name the file of a run: `runs/00-trl-padding.jsonl`."""
     return directory / RUNS / f"{round:02d}-{slug(variant)}.jsonl"
+
+
+def log_path(path: Path, rank: int | None = None) -> Path:
+    """Name the file of what a run prints, or of what one of its ranks does: `runs/00-balanced.rank1.log`."""
+    return path.with_suffix(".log" if rank is None else f".rank{rank}.log")
+
+
+def remove_logs(path: Path) -> None:
+    """Remove what a run and its ranks have printed."""
+    for log in (log_path(path), *path.parent.glob(f"{path.stem}.rank*.log")):
+        log.unlink(missing_ok=True)
 
 
 def slug(name: str) -> str:

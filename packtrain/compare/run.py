@@ -2,6 +2,7 @@
 
     packtrain compare recipes/compare/quickstart.yaml
     packtrain compare recipes/compare/gsm8k.yaml --set data.path=data/gsm8k/train.jsonl --out results/compare_gsm8k
+    packtrain compare recipes/compare/quickstart.yaml --set ranks=2 --out out/compare_on_two_ranks
 
 Round by round (A B C, A B C, ...), so that a machine that is busy for a while is busy for all. Interrupted, it
 continues where it was: finished runs are kept. A variant that fails is a row of the report; its later rounds are left
@@ -11,14 +12,13 @@ out, and it is tried again when the command is.
 from __future__ import annotations
 
 import multiprocessing
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from packtrain.compare.experiment import Experiment, Variant, load_experiment, with_settings
-from packtrain.compare.results import End, add_end, read_run, remove_runs, run_path, write_manifest
+from packtrain.compare.results import End, add_end, read_run, remove_logs, remove_runs, run_path, write_manifest
 from packtrain.errors import require
 from packtrain.recipe.shipped import find_recipe
 
@@ -86,8 +86,9 @@ def run_rounds(experiment: Experiment, directory: Path, say: Say) -> None:
 
 
 def _run(context: Any, experiment: Experiment, number: int, variant: Variant, directory: Path) -> End:
-    """Make one run in its own process; a process that dies leaves a run that says so."""
-    from packtrain.compare.worker import Job, work
+    """Make one run in its own process, or in one for each rank; a process that dies leaves a run that says so."""
+    from packtrain.compare.launcher import Job, launch, reason_of_code
+    from packtrain.compare.worker import work
 
     turn, path = experiment.rounds[number], run_path(directory, number, variant.name)
     path.unlink(missing_ok=True)
@@ -97,8 +98,9 @@ def _run(context: Any, experiment: Experiment, number: int, variant: Variant, di
         path=path,
         updates=None if turn.learns else experiment.warmup_steps + experiment.measure_steps,
         eval_every=experiment.eval_every,
+        ranks=experiment.ranks,
     )
-    process = context.Process(target=work, args=(job,))
+    process = context.Process(target=work if job.ranks == 1 else launch, args=(job,))
     process.start()
     try:
         process.join()
@@ -107,12 +109,10 @@ def _run(context: Any, experiment: Experiment, number: int, variant: Variant, di
         process.join()
         raise
     if not path.exists():
-        code = process.exitcode or 0
-        reason = f"killed by {signal.Signals(-code).name}" if code < 0 else f"the process ended with code {code}"
-        add_end(path, End(status="failed", reason=reason))
+        add_end(path, End(status="failed", reason=reason_of_code(process.exitcode or 0)))
     end = read_run(path, round=number, variant=variant.name).end
     if end.status == "finished":
-        path.with_suffix(".log").unlink(missing_ok=True)
+        remove_logs(path)
     return end
 
 

@@ -7,7 +7,7 @@ import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from packtrain.compare.comparison import PHASES, Comparison, Row
+from packtrain.compare.comparison import PHASES, WAITING, Comparison, Row
 from packtrain.compare.statistics import Spread
 from packtrain.compare.verdict import note, small, verdict
 
@@ -29,6 +29,7 @@ def columns(comparison: Comparison) -> list[Column]:
         ("updates", lambda row: _number(row.updates)),
         ("examples per update", lambda row: _range(row.examples_per_update)),
         ("padding", lambda row: _percent(row.padding_share)),
+        ("waiting for other ranks", lambda row: _percent(row.waiting)),
         ("peak memory", lambda row: _bytes(row.memory)),
         ("supervised tokens/s", lambda row: _number(row.supervised_per_second)),
         ("seconds/update: median (p10-p90)", lambda row: _spread(row.update_seconds)),
@@ -64,14 +65,15 @@ def render_markdown(comparison: Comparison) -> str:
 def render_csv(comparison: Comparison) -> str:
     """Render every number with full precision; empty where it was not measured."""
     buffer = io.StringIO()
-    records = [_numbers(row) for row in comparison.rows]
+    phases = (*PHASES, WAITING) if comparison.ranks > 1 else PHASES
+    records = [_numbers(row, phases) for row in comparison.rows]
     writer = csv.DictWriter(buffer, fieldnames=list(records[0]) if records else [], lineterminator="\n")
     writer.writeheader()
     writer.writerows(records)
     return buffer.getvalue()
 
 
-def _numbers(row: Row) -> dict[str, Any]:
+def _numbers(row: Row, phases: Sequence[str]) -> dict[str, Any]:
     low, mean, high = row.examples_per_update or (None, None, None)
     return {
         "variant": row.name,
@@ -86,7 +88,7 @@ def _numbers(row: Row) -> dict[str, Any]:
         **_named("update_tokens_per_second", row.update_rate, ("median", "p10", "p90")),
         **_named("update_supervised_per_second", row.supervised_update_rate, ("median", "p10", "p90")),
         **_named("update_seconds", row.update_seconds, ("median", "p10", "p90")),
-        **{f"{phase}_share": (row.shares or {}).get(phase) for phase in PHASES},
+        **{f"{phase}_share": (row.shares or {}).get(phase) for phase in phases},
         "filler_share": row.padding_share,  # the column's name in stored files
         "updates": row.updates,
         "examples_per_update_min": low,

@@ -2,7 +2,7 @@
 
 A peer gets the same model, tokenised examples and seed. Its batch sizes are those that packtrain's planner
 finds for the strategy it is `like` under the same `max_tokens`, so that every micro-batch has the same memory
-to spend.
+to spend. Of several ranks each gets as many examples of an update.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class Peer:
     Attributes:
         package: what has to be installed.
         like: the strategy of packtrain that lays out the same way; its plan sizes the peer's batches.
-        keeps_order: whether it is given the examples in the plan's order, so that its updates see what
-            packtrain's do (a packer, or a sampler over the whole epoch, mixes them itself).
+        keeps_order: whether it is given the examples in the plan's order, which is a shuffle, so that its updates see
+            what packtrain's do (a packer, or a sampler over the whole epoch, mixes them itself).
         says_documents: whether its batches show where documents end.
         options: for its configuration class.
     """
@@ -56,6 +56,7 @@ TRAINERS: dict[str, Peer] = {
         says_documents=False,
         options={"packing": True, "packing_strategy": "wrapped"},
     ),
+    "transformers:random": Peer(package="transformers", like="pad_longest"),
     "transformers:flattening": Peer(package="transformers", like="padding_free"),
     "transformers:batch_rebalance": Peer(
         package="transformers", like="pad_longest", options={"train_sampling_strategy": "batch_rebalance"}

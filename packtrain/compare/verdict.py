@@ -20,7 +20,7 @@ FEW = 3  # pairs
 
 @dataclass(frozen=True, kw_only=True)
 class Sentence:
-    """`topic` is speed, loss, packing, peers, recommendation, failure or caution."""
+    """`topic` is speed, loss, ranks, packing, peers, recommendation, failure or caution."""
 
     topic: str
     text: str
@@ -43,6 +43,7 @@ def verdict(comparison: Comparison) -> list[Sentence]:
     sentences += _same_updates(comparison)
     if subject is not None:
         sentences += _peers(subject, comparison)
+    sentences += _waiting(subject or comparison.reference, comparison)
     sentences += _packing(subject or comparison.reference, comparison)
     sentences += _recommendation(comparison)
     return [*sentences, *_failures(comparison), *_caution(comparison)]
@@ -185,6 +186,25 @@ def _peers(subject: Row, comparison: Comparison) -> Iterator[Sentence]:
     if unaided:
         text = f"Without flash-attention, the kernel for flat batches, {listed(unaided)} ran with sdpa."
         yield Sentence(topic="peers", text=text)
+
+
+def _waiting(subject: Row, comparison: Comparison) -> Iterator[Sentence]:
+    """Say how long ranks wait for each other, with the variant spoken of and with those that wait least and most."""
+    if subject.waiting is None:
+        return
+    others = sorted(
+        (waiting, _quoted(row))
+        for row in comparison.measured
+        if row is not subject and (waiting := row.waiting) is not None
+    )
+    ranks, share = comparison.ranks, f"{subject.waiting:.1%}"
+    text = f"With {_quoted(subject)}, the mean of {ranks} ranks waits for the others {share} of the time"
+    if len(others) == 1:
+        text += f", with {others[0][1]} {others[0][0]:.1%}"
+    elif others:
+        (least, first), (most, last) = others[0], others[-1]
+        text += f", with the rest from {least:.1%} ({first}) to {most:.1%} ({last})"
+    yield Sentence(topic="ranks", text=f"{text}.")
 
 
 def _packing(subject: Row, comparison: Comparison) -> Iterator[Sentence]:

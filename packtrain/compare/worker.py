@@ -2,16 +2,16 @@
 
 The process is forked from a server that has imported the libraries and done nothing else, so every run starts
 from the same state and none waits for imports. Where CUDA is present a new interpreter is spawned instead:
-CUDA does not survive a fork.
+CUDA does not survive a fork. Of a run on several ranks every process is a new interpreter, started by torchrun (see
+`launcher`); rank 0 writes the run file.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,39 +22,23 @@ from transformers.utils import logging as transformers_logging
 
 from packtrain.compare.experiment import with_settings
 from packtrain.compare.flops import training_flops
+from packtrain.compare.launcher import Job, end_with_launcher, reason_of, talk_to, write_failure
 from packtrain.compare.measure import EvaluateHeldOut, Recorder, RunFailed, Timed, WriteUpdates
 from packtrain.compare.peers import as_peer, build_peer
-from packtrain.compare.results import PICTURED_RANKS, End, RunWriter
+from packtrain.compare.ranks import gathered, merge_ends
+from packtrain.compare.results import PICTURED_RANKS, End, Record, RunWriter, log_path
 from packtrain.compare.trainers import PACKTRAIN, TRAINERS
 from packtrain.objectives.task import plan_recipe
 from packtrain.packing.plan import Plan
 from packtrain.recipe.recipe import Recipe
 from packtrain.training.meters import peak_memory, reset_peak
+from packtrain.training.ranks import asked_rank, leave
 from packtrain.training.run import build
 from packtrain.training.trainer import PackTrainer
 
 
 class TimedPackTrainer(Timed, PackTrainer):
     """PackTrainer, timed."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What a worker process does.
-
-    Attributes:
-        trainer: `packtrain` or a key of `TRAINERS`.
-        recipe: what to train, with the round's seed.
-        path: the run file.
-        updates: stop after that many; None trains to the end and evaluates on the held-out examples.
-        eval_every: updates between evaluations; None for the beginning and the end only.
-    """
-
-    trainer: str
-    recipe: Recipe
-    path: Path
-    updates: int | None
-    eval_every: int | None
 
 
 class StopAfter(TrainerCallback):
@@ -68,22 +52,51 @@ class StopAfter(TrainerCallback):
 
 
 def work(job: Job) -> None:
-    """Run a job. Every end is written to the run file: a failure is a run that failed."""
-    began = time.perf_counter()
-    _talk_to(job.path.with_suffix(".log"))
-    transformers_logging.set_verbosity_error()
+    """Run a job in one process. Every end is written to the run file: a failure is a run that failed."""
+    _prepare(log_path(job.path))
     writer = RunWriter(job.path)
     try:
-        with tempfile.TemporaryDirectory() as scratch:  # trainers want an output directory, and leave nothing in it
-            recipe = with_settings(job.recipe, output_dir=scratch)
-            writer.end(_train(job, recipe, writer, began))
+        writer.end(_train(job, writer.write))
     except Exception as error:
         sys.excepthook(type(error), error, error.__traceback__)  # into the log
         writer.end(End(status="failed", reason=reason_of(error)))
         sys.exit(1)
 
 
-def _train(job: Job, recipe: Recipe, writer: RunWriter, began: float) -> End:
+def work_on_rank(file: Path) -> None:
+    """Run the job in `file` as one of its ranks. Rank 0 writes the run file, and any that fails tells the launcher why."""
+    end_with_launcher()
+    job, rank = Job.load(file), asked_rank()
+    _prepare(log_path(job.path, rank))
+    writer = RunWriter(job.path) if rank == 0 else None
+    try:
+        end = _train(job, writer.write if writer else lambda record: None)
+    except Exception as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+        write_failure(file.parent, rank, reason_of(error))
+        sys.exit(1)
+    if writer:
+        writer.end(end)
+
+
+def _prepare(log: Path) -> None:
+    talk_to(log)
+    transformers_logging.set_verbosity_error()
+
+
+def _train(job: Job, write: Callable[[Record], None]) -> End:
+    """Train, and return how it ended, on every rank of all together."""
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as scratch:  # trainers want an output directory, and leave nothing in it
+        recipe = with_settings(job.recipe, output_dir=scratch)
+        trainer, end = _train_in(job, recipe, write, began)
+        if job.ranks > 1:
+            end = merge_ends(gathered(end))
+            leave(trainer.accelerator)
+    return end
+
+
+def _train_in(job: Job, recipe: Recipe, write: Callable[[Record], None], began: float) -> tuple[Timed, End]:
     is_peer = job.trainer != PACKTRAIN
     if is_peer:
         recipe = as_peer(job.trainer, recipe)
@@ -92,7 +105,7 @@ def _train(job: Job, recipe: Recipe, writer: RunWriter, began: float) -> End:
     trainer, dropped = build_peer(job.trainer, recipe, packtrain) if is_peer else (packtrain, 0)
     model = packtrain.model
     recorder = trainer.recorder = Recorder(
-        write=writer.write,
+        write=write,
         flops=training_flops(model.config, frozen=recipe.lora is not None),
         says_documents=not is_peer or TRAINERS[job.trainer].says_documents,
         device=trainer.args.device,
@@ -102,14 +115,14 @@ def _train(job: Job, recipe: Recipe, writer: RunWriter, began: float) -> End:
         trainer.add_callback(StopAfter(job.updates))
     elif packtrain.eval_dataset is not None:
         loader = packtrain.get_eval_dataloader()
-        trainer.add_callback(EvaluateHeldOut(loader=loader, loss=packtrain.loss, writer=writer, every=job.eval_every))
+        trainer.add_callback(EvaluateHeldOut(loader=loader, loss=packtrain.loss, write=write, every=job.eval_every))
     reset_peak()
     trainer.train()
     if recorder.first_began is None:
         raise RunFailed("there was no update to measure")
     peak, peak_of = peak_memory()
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return End(
+    end = End(
         status="finished",
         peak_memory=peak,
         memory_before=recorder.memory_before,
@@ -126,6 +139,7 @@ def _train(job: Job, recipe: Recipe, writer: RunWriter, began: float) -> End:
         layout=[{"width": shape.width, "rows": shape.rows} for shape in recorder.layout],
         over_ranks=None if is_peer or job.updates is not None else over_ranks(recipe, packtrain.plan),
     )
+    return trainer, end
 
 
 def over_ranks(recipe: Recipe, plan: Plan) -> list[dict[str, Any]] | None:
@@ -137,21 +151,11 @@ def over_ranks(recipe: Recipe, plan: Plan) -> list[dict[str, Any]] | None:
     return [{"width": max(map(sum, rows)), "rows": list(rows)} for rows in zip(*ranks, strict=True)]
 
 
-def reason_of(error: BaseException) -> str:
-    """Describe an error in one line."""
-    text = " ".join(str(error).split()).replace(f"{Path.cwd()}/", "").replace(f"{tempfile.gettempdir()}/", "")
-    return f"{type(error).__name__}: {text}"[:300]
-
-
 def _dtype(trainer: Timed, model: torch.nn.Module) -> str:
     if trainer.args.bf16 or trainer.args.fp16:
         return "bfloat16" if trainer.args.bf16 else "float16"
     return str(model.dtype).removeprefix("torch.")
 
 
-def _talk_to(log: Path) -> None:
-    """Send whatever this process prints from now on to a file."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    for stream in (1, 2):
-        os.dup2(file, stream)
+if __name__ == "__main__":
+    work_on_rank(Path(sys.argv[1]))

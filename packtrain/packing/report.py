@@ -45,10 +45,10 @@ class PlanReport:
             1 is perfect. Costs by the plan's cost model.
         rank_balance: the same when ranks meet once per update (DDP), not in every micro-step (FSDP, ZeRO-3).
         token_balance: as `balance`, with tokens as the cost.
-        attention_imbalance: the attention balance ratio (ABR) of Hierarchical Balance Packing (arXiv:2503.07680): the share
-            of their attention, counted as squared lengths, that ranks idle for the one with the most of it, a mean over
-            micro-steps; 0 is even. Its communication ratio (CR), the share of tokens exchanged for sequence parallelism, is
-            0 here, where no document is spread over ranks.
+        attention_imbalance: the attention balance ratio (ABR) of Hierarchical Balance Packing (arXiv:2503.07680, section
+            3.1, equation 2): sum over the N ranks of (A_max - A_i) / (N A_max), with A_i the sum of the squared lengths of
+            rank i's documents (appendix D); a mean over micro-steps, 0 is even. Its communication ratio (CR, equation 3),
+            the share of tokens exchanged for sequence parallelism, is 0 here, where no document is spread over ranks.
         notes: what a user should know before choosing this plan.
     """
 
@@ -180,8 +180,10 @@ def _attention(lengths: np.ndarray, tokens: int, plan: Plan) -> float:
 def _idle(table: np.ndarray) -> list[float]:
     """Returns the share of each micro-step that its mean rank idles; `table` is work, `[micro-steps, ranks]`.
 
-    >>> _idle(np.array([[4.0, 4.0], [4.0, 2.0], [0.0, 0.0]]))
-    [0.0, 0.25]
+    The third micro-step is the example of the paper's section 3.1, packs of four documents of 1K and of two of 2K.
+
+    >>> _idle(np.array([[4.0, 4.0], [4.0, 2.0], [4 * 1.0**2, 2 * 2.0**2], [0.0, 0.0]]))
+    [0.0, 0.25, 0.25]
     """
     most = table.max(axis=1)
     return (1 - table.mean(axis=1)[most > 0] / most[most > 0]).tolist()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from packtrain.compare.comparison import summarise
+from packtrain.compare.report import facts, method
+from packtrain.compare.tables import render_csv, render_markdown
 from tests.compare.synthetic_runs import make_manifest, make_run
 
 VARIANTS = [("pad_longest", "packtrain", True), ("balanced", "packtrain", True), ("bfd", "packtrain", False)]
@@ -75,6 +79,27 @@ def test_shares_padding_examples_and_memory():
     assert row.padding_share == pytest.approx(0.5)
     assert row.examples_per_update == (8, 8.0, 8)
     assert row.memory == 600 * 2**20
+
+
+def test_waiting_is_a_share_of_the_timed_updates():
+    """A tenth of every update, on two ranks; nothing is said of it where one update has none."""
+    runs = [make_run("pad_longest", 0, rate=100.0, waiting_seconds=1.0)]  # updates of 10 s, after the first
+    row = comparison_of(runs, ranks=2).row("pad_longest")
+    assert row.waiting == pytest.approx(0.1) and sum(row.shares.values()) == pytest.approx(1.1)
+    updates = [replace(update, waiting_seconds=None) if update.update == 3 else update for update in runs[0].updates]
+    assert comparison_of([replace(runs[0], updates=updates)], ranks=2).row("pad_longest").waiting is None
+    assert comparison_of(rounds_of("pad_longest", 100.0)).row("pad_longest").waiting is None
+
+
+@pytest.mark.parametrize(("ranks", "waiting"), [(2, 1.0), (1, None)])
+def test_the_tables_show_waiting_where_there_are_ranks(ranks, waiting):
+    runs = rounds_of("pad_longest", 100.0, waiting_seconds=waiting)
+    comparison = comparison_of(runs, ranks=ranks)
+    assert ("| waiting for other ranks |" in render_markdown(comparison)) == (ranks == 2)
+    assert ("| 10.0% |" in render_markdown(comparison)) == (ranks == 2)
+    assert ("waiting_share" in render_csv(comparison)) == (ranks == 2)
+    assert any("2 ranks" in fact for fact in facts(comparison)) == (ranks == 2)
+    assert any("torchrun" in line for line in method(comparison)) == (ranks == 2)
 
 
 def test_what_was_not_measured_is_none():

@@ -77,6 +77,23 @@ def test_more_rounds_are_the_same_experiment_and_other_settings_are_not(tmp_path
         assert load_experiment(path, [override]).hash != same
 
 
+def test_ranks_are_read_and_make_another_experiment(tmp_path):
+    path = write_experiment(tmp_path)
+    assert load_experiment(path).ranks == 1
+    two = load_experiment(path, ["ranks=2"])
+    assert two.ranks == 2 and two.hash != load_experiment(path).hash == load_experiment(path, ["ranks=1"]).hash
+
+
+def test_other_trainers_deal_equally_to_ranks(tmp_path):
+    """Eight examples on three ranks: packtrain and packers can, the others can't."""
+    path = write_experiment(tmp_path, variants=["pad_longest", "balanced", "trl:packing_bfd", "transformers:random"])
+    with pytest.raises(RecipeError) as caught:
+        load_experiment(path, ["ranks=3"])
+    assert len(caught.value.problems) == 1
+    assert "ranks: does not divide the 8 examples of an update, which transformers:random" in str(caught.value)
+    assert load_experiment(path, ["ranks=3", "batching.examples_per_step=9"]).ranks == 3
+
+
 def test_other_objectives_are_other_experiments(tmp_path):
     path = write_experiment(tmp_path)
     names = ("causal_lm", "masked_diffusion", "block_diffusion")
@@ -109,6 +126,8 @@ def test_runs_go_together_only_with_runs_of_the_same(tmp_path):
         ({"repeat": 2}, "did you mean repeats"),
         ({"repeats": 0}, "above 0"),
         ({"repeats": "many"}, "a whole number"),
+        ({"ranks": 0}, "above 0"),
+        ({"rank": 2}, "did you mean ranks"),
         ({"reference": "pad_longst"}, "did you mean pad_longest"),
         ({"variants": ["pad_longest", "balancd"]}, "did you mean balanced"),
         ({"variants": ["pad_longest", {"batching.max_tokens": 600}]}, "has no name"),
@@ -175,7 +194,7 @@ def test_the_same_data_in_another_place_are_the_same_experiment(tmp_path, monkey
     assert here.hash == there.hash != load_experiment(path, ["data.path=other.jsonl"]).hash
 
 
-@pytest.mark.parametrize("name", ["quickstart", "long_tail", "gsm8k", "gpu_sft", "ibm_packing"])
+@pytest.mark.parametrize("name", ["quickstart", "long_tail", "gsm8k", "gpu_sft", "ibm_packing", "two_ranks"])
 def test_shipped_comparisons_are_valid(name):
     path = Path(__file__).parents[2] / "recipes" / "compare" / f"{name}.yaml"
     experiment = load_experiment(path, ["data.path=train.jsonl"])

@@ -8,9 +8,12 @@ from packtrain.compare.results import (
     End,
     RunWriter,
     add_end,
+    log_path,
     read_manifest,
     read_run,
     read_runs,
+    remove_logs,
+    remove_runs,
     run_path,
     slug,
     write_atomically,
@@ -35,6 +38,18 @@ def test_a_run_is_there_only_when_it_has_ended(tmp_path):
     assert not path.exists()
     writer.end(End(status="finished"))
     assert [update.update for update in read_run(path, round=0, variant="balanced").updates] == [1]
+
+
+def test_logs_are_removed_with_those_of_the_ranks_and_no_others(tmp_path):
+    path, other = (run_path(tmp_path, 0, name) for name in ("balanced", "balanced 4k"))
+    path.parent.mkdir(parents=True)
+    for log in (log_path(path), log_path(path, 0), log_path(path, 11), log_path(other), log_path(other, 0)):
+        log.write_text("said")
+    remove_logs(path)
+    left = sorted(file.name for file in path.parent.iterdir())
+    assert left == ["00-balanced-4k.log", "00-balanced-4k.rank0.log"]
+    remove_runs(tmp_path)
+    assert not list(path.parent.iterdir())
 
 
 def test_a_run_whose_process_died_keeps_its_updates(tmp_path):

@@ -159,6 +159,19 @@ def test_ahead_of_every_peer_only_if_every_interval_says_so():
     assert SDPA not in texts(comparison_of([*OURS, *PEERS], REFERENCE, balanced, slow, flash), "peers")
 
 
+def test_waiting_is_said_of_ranks_and_not_of_one():
+    """Updates of 4.17 s, 10 s and 11.1 s (the slowest rank's), of which the mean rank waits 0.1, 1 and 4 s."""
+    waits = {"balanced": (240.0, 0.1), "pad_longest": (100.0, 1.0), "trl:padding": (90.0, 4.0)}
+    runs = [runs_of(name, rate, rate, waiting_seconds=seconds) for name, (rate, seconds) in waits.items()]
+    both = comparison_of([*OURS, PEERS[0]], *runs, ranks=2)
+    assert texts(both, "ranks") == [
+        "With `balanced`, the mean of 2 ranks waits for the others 2.4% of the time, with the rest from 10.0% "
+        "(`pad_longest`) to 36.0% (`trl:padding`)."
+    ]
+    assert texts(comparison_of(OURS, *runs[:2], ranks=2), "ranks")[0].endswith("of the time, with `pad_longest` 10.0%.")
+    assert texts(comparison_of(OURS, REFERENCE, runs_of("balanced", 240.0)), "ranks") == []
+
+
 def test_no_peers_no_word_of_them():
     assert texts(comparison_of(OURS, REFERENCE, runs_of("balanced", 240.0, 244.8, 235.2)), "peers") == []
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
 
-from packtrain.compare.experiment import load_experiment, with_settings
+from packtrain.compare.experiment import load_experiment
+from packtrain.compare.launcher import Job
 from packtrain.compare.results import Run, RunWriter, read_run
-from packtrain.compare.worker import Job, _train
+from packtrain.compare.worker import _train
 from tests.compare.tiny_experiment import write_experiment
 
 
@@ -17,11 +17,10 @@ def trained(directory: Path, variant: str | dict, *, updates: int | None) -> Run
     """The run of a variant, read again from the file that it has left."""
     directory.mkdir(exist_ok=True)
     chosen = load_experiment(write_experiment(directory, variants=["pad_longest", variant])).variants[1]
-    recipe = with_settings(chosen.recipe, output_dir=str(directory / "scratch"))
     path = directory / "run.jsonl"
-    job = Job(trainer=chosen.trainer, recipe=recipe, path=path, updates=updates, eval_every=2)
+    job = Job(trainer=chosen.trainer, recipe=chosen.recipe, path=path, updates=updates, eval_every=2)
     writer = RunWriter(path)
-    writer.end(_train(job, recipe, writer, time.perf_counter()))
+    writer.end(_train(job, writer.write))
     return read_run(path, round=0, variant=chosen.name)
 
 

@@ -36,6 +36,15 @@ def test_attention_cost_is_in_the_balance():
     report = describe(make_plan([10, 9], cost=cost, **options))
     assert report.balance == pytest.approx((110 + 90) / 2 / 110)
     assert report.token_balance == pytest.approx(19 / 20)
+    assert report.attention_imbalance == pytest.approx((100 - 81) / (2 * 100))
+
+
+def test_level_attention_has_no_imbalance():
+    assert (
+        describe(make_plan([10, 10], strategy="balanced", examples_per_step=2, world_size=2)).attention_imbalance == 0
+    )
+    one = describe(make_plan([10, 9], strategy="pad_longest", examples_per_step=2))
+    assert one.attention_imbalance == 0  # on one rank, whatever the lengths
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
