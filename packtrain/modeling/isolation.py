@@ -14,9 +14,10 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
 from packtrain.errors import ModelError
+from packtrain.modeling.attention.varlen import NAME
 from packtrain.modeling.audit.audit import isolate, quick_check
 from packtrain.modeling.audit.report import REFUSED
-from packtrain.modeling.audit.settings import base, is_sharded_by_deepspeed, reference_implementation
+from packtrain.modeling.audit.settings import base, is_sharded_by_deepspeed
 from packtrain.modeling.mixers.padding import Padding
 
 NOT_CHECKED = "not checked: "
@@ -76,7 +77,7 @@ def check_isolation(
     if (reason := cannot_ask(model)) is not None and not sharded:
         return Isolation(f"{NOT_CHECKED}{reason}")
     weights = list(model.parameters())
-    padding = None
+    padding, before = None, base(model).config._attn_implementation
     try:
         if layout == "flat":
             finding, padding = isolate(model, compute_dtype=dtype, longest=longest)
@@ -90,25 +91,16 @@ def check_isolation(
     here = weights[0].device.type == device.type
     if finding.verdict == REFUSED and here and not allow_contamination:  # the first micro-batch would end in the same
         what = f"cannot run a {layout} batch with {finding.implementation}: {finding.error}"
-        fix = "see `packtrain audit` for what it can run"
-        if layout == "flat":
-            other = _isolates(model, finding.implementation, dtype, longest)
-            first = f"set attn_implementation to {other}, with which documents are isolated, or " if other else ""
-            fix = f"{first}choose a padded strategy (pad_longest)"
+        fix = (
+            "choose a padded strategy (pad_longest)"
+            if layout == "flat"
+            else "see `packtrain audit` for what it can run"
+        )
         raise ModelError(what, key="model", value=type(base(model)).__name__, fix=fix)
     finding.refuse(allow_contamination=allow_contamination)
     if padding is not None and sharded:
         padding.call_alike_on_all_ranks()
     said = "" if padding is None else f"; {padding.says()}"
+    if padding is not None and before == NAME != finding.implementation:
+        said += f", with {finding.implementation}, as {NAME} cannot compute its attention"
     return Isolation(f"{finding.what()}{said}", padding)
-
-
-def _isolates(model: nn.Module, refused: str, dtype: torch.dtype | None, longest: int | None) -> str | None:
-    """Returns the attention of transformers with which documents of a flat batch are isolated, if there is one.
-
-    Layers that work on the mask itself take no `packtrain_varlen`, which builds none.
-    """
-    other = reference_implementation(model)
-    if other == refused:
-        return None
-    return other if quick_check(model, "flat", other, compute_dtype=dtype, longest=longest).safe else None

@@ -8,6 +8,7 @@ from torch import nn
 
 from packtrain.errors import ModelError
 from packtrain.modeling.attention.varlen import register
+from packtrain.modeling.audit.audit import quick_check
 from packtrain.modeling.audit.models import tiny_model
 from packtrain.modeling.isolation import check_isolation
 from tests.tiny import tiny_model as tiny_llama
@@ -59,17 +60,16 @@ def test_an_attention_that_needs_the_device_is_no_refusal_where_the_weights_are_
         check_isolation(broken(), "flat", CPU)
 
 
-def test_layers_that_work_on_the_mask_are_told_which_attention_isolates_them():
-    """DeepSeek's sparse attention chooses keys by the mask, which `packtrain_varlen` does not build."""
-    model = tiny_model("deepseek_v32")
-    with pytest.raises(ModelError, match="cannot run a flat batch with packtrain_varlen") as refused:
-        model.set_attn_implementation(register())
-        check_isolation(model, "flat", CPU)
-    assert "set attn_implementation to sdpa, with which documents are isolated, or choose" in str(refused.value)
-    model.set_attn_implementation("sdpa")
-    assert "isolated" in check_isolation(model, "flat", CPU).says
-    other = tiny_model("deepseek_v4")  # control: none isolates its compressed keys
-    other.set_attn_implementation(register())
-    with pytest.raises(ModelError, match="cannot run a flat batch with packtrain_varlen") as refused:
-        check_isolation(other, "flat", CPU)
-    assert "fix: choose a padded strategy" in str(refused.value)
+@pytest.mark.parametrize(("architecture", "attention"), [("deepseek_v32", "sdpa"), ("deepseek_v4", "eager")])
+def test_layers_that_packtrain_varlen_cannot_compute_are_padded_inside_with_an_attention_of_transformers(
+    architecture, attention
+):
+    """DeepSeek's sparse attention chooses keys by the mask, which `packtrain_varlen` does not build; its compressed keys
+    are no tokens."""
+    model = tiny_model(architecture)
+    assert not quick_check(model, "flat", register()).safe  # control
+    model.set_attn_implementation(register())
+    found = check_isolation(model, "flat", CPU)
+    assert found.says.startswith("isolated") and found.padding is not None
+    assert found.says.endswith(f", with {attention}, as packtrain_varlen cannot compute its attention")
+    assert model.config._attn_implementation == attention
