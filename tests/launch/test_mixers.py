@@ -15,12 +15,7 @@ MODELS = {
     "backbone": "model_type: bart, d_model: 32, decoder_layers: 2, decoder_ffn_dim: 48, decoder_attention_heads: 4, "
     "is_decoder: true, is_encoder_decoder: false, dropout: 0.0",
 }
-
-
-OPTIONS = {
-    "mixers": ["training.gradient_checkpointing=true"],
-    "backbone": [],
-}
+OPTIONS = {"mixers": ["training.gradient_checkpointing=true"], "backbone": []}
 
 
 @pytest.mark.parametrize("padded", MODELS)
