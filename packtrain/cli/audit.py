@@ -155,15 +155,17 @@ def _layout(recipe: Recipe) -> str:
 
 def _own(recipe: Recipe, report: AuditReport, implementation: str) -> Finding:
     """Returns the finding for what the recipe runs: the first that is not isolated, or that of its training."""
+    from packtrain.modeling.attention.varlen import NAME
     from packtrain.modeling.audit.audit import PADDED
 
     checkpoints = recipe.training.get("gradient_checkpointing") or recipe.training.get("activation_checkpointing")
     modes = ["train", "eval", *(["checkpointing"] if checkpoints else []), *(["lora"] if recipe.lora else [])]
     layout = _layout(recipe)
-    if any(
-        finding.implementation == implementation + PADDED and finding.layout == layout for finding in report.findings
-    ):
-        implementation += PADDED  # as the recipe will run it
+    inside = next(
+        (f.implementation for f in report.findings if PADDED in f.implementation and f.layout == layout), None
+    )
+    if inside is not None and implementation in (NAME, inside.removesuffix(PADDED)):
+        implementation = inside  # as the recipe will run it
     place = (implementation, layout)
     found = [f for f in report.findings if (f.implementation, f.layout) == place and f.mode in modes]
     found.sort(key=lambda finding: modes.index(finding.mode))

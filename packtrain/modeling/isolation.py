@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
 from packtrain.errors import ModelError
+from packtrain.modeling.attention.varlen import NAME
 from packtrain.modeling.audit.audit import isolate, quick_check
 from packtrain.modeling.audit.report import REFUSED
 from packtrain.modeling.audit.settings import base, is_sharded_by_deepspeed
@@ -76,7 +77,7 @@ def check_isolation(
     if (reason := cannot_ask(model)) is not None and not sharded:
         return Isolation(f"{NOT_CHECKED}{reason}")
     weights = list(model.parameters())
-    padding = None
+    padding, before = None, base(model).config._attn_implementation
     try:
         if layout == "flat":
             finding, padding = isolate(model, compute_dtype=dtype, longest=longest)
@@ -100,4 +101,6 @@ def check_isolation(
     if padding is not None and sharded:
         padding.call_alike_on_all_ranks()
     said = "" if padding is None else f"; {padding.says()}"
+    if padding is not None and before == NAME != finding.implementation:
+        said += f", with {finding.implementation}, as {NAME} cannot compute its attention"
     return Isolation(f"{finding.what()}{said}", padding)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -16,14 +17,19 @@ TABLES = ("wpe", "position_embeddings", "embed_positions")  # of learnt position
 
 
 def position_start(model: nn.Module) -> int:
-    """Returns the position of a document's first token: 0, or past the padding row of the model's table of positions.
+    """Returns the position of a document's first token: 0, or the first that the model gives one by itself.
 
     RoBERTa and its kin keep the rows up to `padding_idx` of their position table for padding and begin behind them
-    (at 2 for RoBERTa itself). Told no positions they know that by themselves; packed documents must be told theirs.
+    (at 2 for RoBERTa itself); Nystromformer, YOSO and MRA begin at 2 without. Told no positions they know that by
+    themselves; packed documents must be told theirs.
     """
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             return module.padding_idx + 1
+    for module in model.modules():
+        counted = getattr(module, "position_ids", None)
+        if torch.is_tensor(counted) and hasattr(module, "position_embeddings") and not counted.is_meta:
+            return int(counted.flatten()[0])
     return 0
 
 

@@ -265,10 +265,11 @@ def _prepare_model(
     by_name = attn_implementation != "auto" or chosen is None or switchable(inner, chosen)  # GPT-J has its own only
     if chosen is not None and chosen != before and by_name:
         inner.set_attn_implementation(chosen)
-        changes.append(f"attn_implementation {before} -> {chosen}")
     found = check_isolation(
         model, layout, args.device, dtype=dtype, allow_contamination=allow_contamination, longest=longest
     )
+    if (now := inner.config._attn_implementation) != before:
+        changes.append(f"attn_implementation {before} -> {now}")
     if not found.checked:
         changes.append(f"whether attention leaks between documents was {found.says}")
     if found.padding is not None:

@@ -1,15 +1,20 @@
-"""Times hybrid and state-space models flat outside and padded inside, against plain padding.
+"""Trains hybrid and state-space models flat outside and padded inside, against plain padding: the same, and faster?
 
-    python results/mixers/run.py                  # three models, about six minutes on two quiet cores
+    python results/mixers/run.py                  # about ten minutes on two quiet cores
     python results/mixers/run.py --rounds 1 --updates 2
+    python results/mixers/run.py --only equality  # or speed; the other part stays as it is stored
 
-Every model trains the same updates with `pad_longest` and with `balanced`, in interleaved rounds, on examples whose lengths
-have a long tail. Their losses must agree. Writes `results/mixers/bench.json` and `results/mixers/README.md`.
+- speed: every model trains the same updates with `pad_longest` and with `balanced`, in interleaved rounds, on examples
+  whose lengths have a long tail. Their losses must agree.
+- equality: tiny models of many architectures train 20 updates in both ways and by a literal loop over single documents.
+
+Writes `results/mixers/bench.json` and `results/mixers/README.md`.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
 import tempfile
@@ -33,7 +38,8 @@ from packtrain.packing.plan import make_plan
 from packtrain.training.trainer import PackTrainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, as results/ is not installed
-from results.page import RESULTS, limits, origin, origin_lines, store
+from results.mixers import equality
+from results.page import RESULTS, command_line, limits, origin, origin_lines, store
 
 VOCABULARY, LONGEST, EXAMPLES = 2048, 1024, 16  # the last per update
 WAYS = ("pad_longest", "balanced")
@@ -159,11 +165,29 @@ def padding(updates: int) -> float:
 
 
 def markdown(result: dict[str, Any]) -> str:
+    return "\n".join(
+        [
+            "# Hybrid and state-space models, flat outside and padded inside",
+            "",
+            "Do models whose recurrent layers know no documents train flat as they train padded, where these layers alone",
+            "are given padded documents in groups of like length, and how much faster?",
+            *(equality.lines(result["equality"], result["equality_command"]) if "equality" in result else []),
+            *(speed_lines(result) if "models" in result else []),
+            *limits(
+                "Small models with random weights on a CPU in float32, with the reference implementations of their layers: "
+                "on a GPU the kernels of flash-linear-attention and mamba-ssm may take documents themselves, and then "
+                "nothing is padded. A tiny DeepSeek V3.2, whose sparse attention chooses keys one by one, differs from the "
+                "loop padded as well as flat, and is left out."
+            ),
+            *origin_lines(result, "torch", "transformers"),
+        ]
+    )
+
+
+def speed_lines(result: dict[str, Any]) -> list[str]:
     lines = [
-        "# Hybrid and state-space models, flat outside and padded inside",
         "",
-        "How much faster do models train flat whose recurrent layers know no documents, when these layers alone see padded",
-        "documents in groups of like length?",
+        "## Faster",
         "",
         f"{EXAMPLES} examples per update, of lengths with a long tail (lognormal, median 90, at most {LONGEST:,} tokens),",
         f"at most {result['max_tokens']:,} tokens per micro-batch. Padded to the longest of its update, "
@@ -178,25 +202,18 @@ def markdown(result: dict[str, Any]) -> str:
         cells += [f"{rates[way]:,.0f} tokens/s" for way in WAYS]
         cells += [f"**{Ratio(**one['faster']).text()}**", f"{one['largest_relative_loss_difference']:.0e}"]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(
-        [
-            *lines,
-            "",
-            "*tokens/s* counts real tokens of whole updates: loading, forward, backward, optimizer. *faster*: the ratio of",
-            f"times within a round, over {result['rounds']} interleaved rounds.",
-            *limits(
-                "Small models with random weights on a CPU in float32, with the reference implementations of their layers: "
-                "on a GPU the kernels of flash-linear-attention and mamba-ssm may take documents themselves, and then "
-                "nothing is padded."
-            ),
-            *origin_lines(result, "torch", "transformers"),
-        ]
-    )
+    return [
+        *lines,
+        "",
+        "*tokens/s* counts real tokens of whole updates: loading, forward, backward, optimizer. *faster*: the ratio of",
+        f"times within a round, over {result['rounds']} interleaved rounds.",
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("models", nargs="*", help=f"default: {', '.join(MODELS)}")
+    parser.add_argument("models", nargs="*", help=f"to time; default: {', '.join(MODELS)}")
+    parser.add_argument("--only", choices=("speed", "equality"), help="one part (default: both)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--updates", type=int, default=5)
     parser.add_argument("--max-tokens", type=int, default=4096, help="most tokens of a micro-batch (default 4096)")
@@ -204,15 +221,26 @@ def main() -> None:
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     logging.disable(logging.WARNING)
-    result = origin("mixers") | {
-        "rounds": arguments.rounds,
-        "max_tokens": arguments.max_tokens,
-        "padding": padding(arguments.updates),
-        "models": [],
-    }
-    for name in arguments.models or MODELS:
-        result["models"].append(compare(name, arguments.rounds, arguments.updates, arguments.max_tokens))
-        store(arguments.out, result, markdown(result), depth=1)
+    datasets.disable_progress_bars()
+    stored = arguments.out / "bench.json"
+    result = origin("mixers") | (json.loads(stored.read_text(encoding="utf-8")) if stored.exists() else {})
+    if arguments.only != "speed":
+        result |= {"equality": [], "equality_command": command_line("mixers")}
+        for family in equality.FAMILIES:
+            result["equality"].append(asdict(equality.examine(family)))
+            print(result["equality"][-1], file=sys.stderr, flush=True)
+            store(arguments.out, result, markdown(result), depth=1)
+    if arguments.only != "equality":
+        result |= origin("mixers") | {
+            "rounds": arguments.rounds,
+            "max_tokens": arguments.max_tokens,
+            "padding": padding(arguments.updates),
+            "models": [],
+        }
+        for name in arguments.models or MODELS:
+            result["models"].append(compare(name, arguments.rounds, arguments.updates, arguments.max_tokens))
+            store(arguments.out, result, markdown(result), depth=1)
+    store(arguments.out, result, markdown(result), depth=1)
 
 
 if __name__ == "__main__":

@@ -15,15 +15,17 @@ MODELS = {
     "backbone": "model_type: bart, d_model: 32, decoder_layers: 2, decoder_ffn_dim: 48, decoder_attention_heads: 4, "
     "is_decoder: true, is_encoder_decoder: false, dropout: 0.0",
 }
+OPTIONS = {"mixers": ["training.gradient_checkpointing=true"], "backbone": []}
 
 
-@pytest.mark.parametrize("trained", ["full", "checkpointing"])
 @pytest.mark.parametrize("padded", MODELS)
-def test_two_sharded_ranks_train_as_one(tmp_path, padded, trained):
-    options = [f"model.config={{{MODELS[padded]}, max_position_embeddings: 1024}}", "training.num_train_epochs=1"]
-    options += ["training.gradient_checkpointing=true"] if trained == "checkpointing" else []
+def test_two_sharded_ranks_train_as_one(tmp_path, padded):
+    options = [f"model.config={{{MODELS[padded]}, max_position_embeddings: 1024}}", "data.num_rows=16"]
+    options += ["training.num_train_epochs=1", *OPTIONS[padded]]
     expected = run(tmp_path / "alone", None, 1, *options)[0]
     found = run(tmp_path / "both", "zero3", 2, *options)[0]
     for figure in ("losses", "norms"):
-        np.testing.assert_allclose(list(found[figure].values()), list(expected[figure].values()), rtol=1e-4)
+        ours, theirs = (list(one[figure].values()) for one in (found, expected))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+        assert np.ptp(theirs) > 1e-2 * max(theirs)  # updates differ from each other
     assert difference(weights(tmp_path / "both"), weights(tmp_path / "alone")) < 1e-4

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from packtrain.errors import ModelError
+from packtrain.modeling.attention.varlen import register
+from packtrain.modeling.audit.audit import quick_check
 from packtrain.modeling.audit.models import tiny_model
 from packtrain.modeling.isolation import check_isolation
 from tests.tiny import tiny_model as tiny_llama
@@ -56,3 +58,18 @@ def test_an_attention_that_needs_the_device_is_no_refusal_where_the_weights_are_
     assert "not checked: cannot run a single document: RuntimeError" in check_isolation(broken(), "flat", CUDA).says
     with pytest.raises(ModelError, match="cannot run a single document"):  # control: it will never run
         check_isolation(broken(), "flat", CPU)
+
+
+@pytest.mark.parametrize(("architecture", "attention"), [("deepseek_v32", "sdpa"), ("deepseek_v4", "eager")])
+def test_layers_that_packtrain_varlen_cannot_compute_are_padded_inside_with_an_attention_of_transformers(
+    architecture, attention
+):
+    """DeepSeek's sparse attention chooses keys by the mask, which `packtrain_varlen` does not build; its compressed keys
+    are no tokens."""
+    model = tiny_model(architecture)
+    assert not quick_check(model, "flat", register()).safe  # control
+    model.set_attn_implementation(register())
+    found = check_isolation(model, "flat", CPU)
+    assert found.says.startswith("isolated") and found.padding is not None
+    assert found.says.endswith(f", with {attention}, as packtrain_varlen cannot compute its attention")
+    assert model.config._attn_implementation == attention

@@ -23,6 +23,8 @@ from packtrain.modeling.positions import check_positions, position_start
         ("xlm-roberta", {"pad_token_id": 5}, 6),
         ("mpnet", {"pad_token_id": 1}, 2),
         ("esm", {"pad_token_id": 1, "position_embedding_type": "absolute"}, 2),
+        ("nystromformer", {}, 2),  # without a padding row
+        ("yoso", {}, 2),
     ],
 )
 def test_positions_from_the_start_change_nothing_and_others_do(architecture, fields, start):

@@ -4,92 +4,29 @@ from __future__ import annotations
 
 import io
 
-import numpy as np
 import pytest
-import torch
 from rich.console import Console
-from transformers import PrinterCallback
 
-from packtrain.modeling.attention.varlen import NAME
-from packtrain.modeling.audit.models import tiny_model
-from packtrain.modeling.audit.settings import switchable
-from packtrain.modeling.isolation import check_isolation
 from packtrain.recipe.reader import load_recipe
 from packtrain.training.run import build, fit
-from tests.training.helpers import Curve, LeakingCollator, curve, make_trainer
+from results.mixers.equality import FAMILIES, UPDATES, examine, one_by_one
 
 LONG = (pytest.mark.slow, pytest.mark.ci)
-SHORT = ("lfm2_moe", "gptj")
-FAMILIES = (
-    *("bamba", "bloom", "falcon", "falcon_h1", "gpt_neox", "gpt_neox_japanese", "gptj", "granitemoehybrid", "jamba"),
-    *("lfm2_moe", "mamba", "mamba2", "minimax", "mpt", "nemotron_h", "olmo_hybrid", "qwen3_5_text", "qwen3_next"),
-    *("recurrent_gemma", "rwkv", "xlstm", "bart", "codegen"),
-)
+SHORT = ("lfm2", "gptj")
 CASES = [pytest.param(family, marks=() if family in SHORT else LONG) for family in FAMILIES]
-BY_POSITIONS = ("gptj", "codegen", "gpt_neox_japanese")  # their masks tell documents by positions that restart
-DELTA_RULES = ("olmo_hybrid", "qwen3_5_text", "qwen3_next")
-UPDATES, RATE = 20, 0.02
-SETTINGS = {
-    **{"examples_per_step": 3, "max_steps": UPDATES, "max_tokens": 160},
-    **{"optim": "sgd", "learning_rate": RATE, "lr_scheduler_type": "constant"},
-}
-
-
-def model_of(family: str) -> torch.nn.Module:
-    """Makes the model. Delta rules with large random weights multiply rounding, padded as well as flat: theirs are small."""
-    model = tiny_model(family, vocab_size=64)
-    if family in DELTA_RULES:
-        with torch.no_grad():
-            for weight in model.parameters():
-                if weight.dim() > 1:
-                    weight.mul_(0.3)
-    return model
-
-
-def train(tmp_path, family: str, strategy: str, **settings) -> Curve:
-    """Trains 20 updates as a recipe does, after the check of its documents."""
-    trainer = make_trainer(tmp_path, strategy=strategy, model=model_of(family), **SETTINGS | settings)
-    trainer.remove_callback(PrinterCallback)
-    if trainer.plan.layout == "flat":
-        if switchable(trainer.model, NAME):
-            trainer.model.set_attn_implementation(NAME)
-        found = check_isolation(trainer.model, "flat", torch.device("cpu"))
-        assert found.says.startswith("isolated")
-    return curve(trainer)
-
-
-def one_by_one(tmp_path, family: str) -> Curve:
-    """Trains the same updates by a literal loop over single documents."""
-    trainer = make_trainer(tmp_path, strategy="pad_longest", model=model_of(family), **SETTINGS)
-    model, plan, examples = trainer.model.train(), trainer.plan, trainer.train_dataset
-    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
-    losses, norms = [], []
-    for step in range(UPDATES):
-        documents = [examples[int(number)] for number in plan.examples(step)]
-        supervised = sum((one["labels"][1:] >= 0).sum() for one in documents)
-        optimizer.zero_grad()
-        total = 0.0
-        for one in documents:
-            ids, labels = (torch.as_tensor(one[name]) for name in ("input_ids", "labels"))
-            logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
-            loss = torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum") / supervised
-            loss.backward()
-            total += loss.item()
-        losses.append(total)
-        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
-        optimizer.step()
-    return Curve(loss=np.array(losses), grad_norm=np.array(norms))
 
 
 @pytest.mark.parametrize("family", CASES)
-def test_flat_padded_and_one_by_one_are_the_same_updates(tmp_path, family):
-    alone = one_by_one(tmp_path, family)
-    assert len(alone.loss) == UPDATES and np.ptp(alone.loss) > 1e-3
-    for strategy in ("pad_longest", "balanced"):
-        assert train(tmp_path, family, strategy).difference(alone) < 1e-5, strategy
-    if family not in BY_POSITIONS:  # control: documents that are said to be one
-        leaking = LeakingCollator(layout="flat", pad_token_id=0)
-        assert train(tmp_path, family, "balanced", collator=leaking).difference(alone) > 1e-3
+def test_flat_padded_and_one_by_one_are_the_same_updates(family):
+    found = examine(family)
+    assert max(found.pad_longest, found.balanced) < 1e-5
+    assert found.leaking > 1e-3  # control: documents that are said to be one
+    assert found.losses[1] - found.losses[0] > 1e-3
+
+
+def test_the_loop_over_single_documents_makes_20_updates():
+    alone = one_by_one("gptj")
+    assert len(alone.losses) == len(alone.norms) == UPDATES == 20
 
 
 RECIPES = {

@@ -247,6 +247,7 @@ def isolate(
     A model that runs with `packtrain_varlen` and is isolated keeps its modules as they are. Otherwise the smallest modules
     are padded inside with which it is isolated: its outputs, and the gradients of its weights with non-zero adapters. A
     model that does not look up its attention by name computes a mask of all documents at best, so padding is tried first.
+    A model that cannot run with `packtrain_varlen` is left with the attention of transformers with which padding helps.
 
     Returns:
         The finding, and what was padded inside; None where nothing was, or nothing helps.
@@ -261,6 +262,8 @@ def isolate(
     if padded is None:
         return finding, None
     padding, proof = padded
+    if proof.implementation != own:
+        base(model).set_attn_implementation(proof.implementation)
     return replace(proof, checked=checked), padding if checked is None else padding.in_all_layers(model)
 
 
@@ -280,18 +283,29 @@ def _as_training(
 
 
 def _pad_inside(subject: Subject) -> tuple[Padding, Finding] | None:
-    """Finds what has to be padded inside, and leaves it so; None where nothing helps."""
-    model, counted = subject.model, switchable(subject.model, COUNTED.name)
-    implementation = NAME if counted or subject.own == NAME else subject.own
+    """Finds what has to be padded inside, and leaves it so; None where nothing helps.
+
+    Layers that cannot run with `packtrain_varlen` (sparse attention that chooses keys by the mask) are tried with the
+    model's attention of transformers, which the finding then names.
+    """
+    by_name = subject.own == NAME or switchable(subject.model, COUNTED.name)
+    first = NAME if by_name else subject.own
+    for implementation in dict.fromkeys((first, subject.reference)):
+        if (found := _pad_inside_with(subject, implementation)) is not None:
+            return found
+    return None
+
+
+def _pad_inside_with(subject: Subject, implementation: str) -> tuple[Padding, Finding] | None:
+    model, half = subject.model, subject.dtype in HALF
     try:
-        with using(model, COUNTED.name if counted else None):
+        with using(model, countable(model) if implementation == NAME else implementation):
             found = find_mixers(model, subject.documents)
     except Exception as error:  # a model that its own attention alone can run
-        logger.debug("%s: %s", type(model).__name__, error)
+        logger.debug("%s, %s: %s", type(model).__name__, implementation, error)
         return None
 
     def holds(finding: Finding) -> bool:
-        half = subject.dtype in HALF
         allowed = probe.precision(subject.dtype) * (5 if half else 1)
         return finding.safe and (finding.gradient_difference or 0.0) <= allowed
 

@@ -133,13 +133,21 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {"block_types": ["recurrent", "attention"], "lru_width": 32},
     "rwkv": {"attention_hidden_size": 32},
     "xlnet": {"max_position_embeddings": ...},
+    "xmod": {"default_language": "en_XX"},
     "zamba": {
         "attention_hidden_size": 64,
         "attention_head_dim": 16,
         "num_hidden_layers": 4,
         "layers_block_type": ["mamba", "hybrid"] * 2,
     },
-    "zamba2": {"use_mem_rope": True},
+    "zamba2": {
+        "use_mem_rope": True,
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "hybrid_layer_ids": [1, 3],
+    },
     "zaya": {"num_experts_per_tok": 1},
 }
 
