@@ -11,6 +11,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
+from packtrain.objectives import chunks
 from packtrain.training.meters import peak_memory, reset_peak
 from results.gpu.parts import LOGITS, TINY
 from results.gpu.schedule import Task
@@ -31,6 +32,8 @@ def measure(task: Task, way: str) -> dict[str, Any]:
 
     config = LOGITS | TINY if task.small else LOGITS
     settings = {"use_cpu": task.small, "bf16": True, "max_steps": UPDATES}
+    if task.small:
+        chunks.CHUNK_BYTES = 2**17  # 64 positions, or one chunk would be enough
     with tempfile.TemporaryDirectory(dir=task.scratch) as directory:
         trainer = trainer_of(way, 512 if task.small else TOKENS, directory, config=config, **settings)
         trainer.remove_callback(PrinterCallback)

@@ -154,8 +154,8 @@ def run_part(part: Part, task: Task, seconds: float) -> Outcome:
     task.file.unlink(missing_ok=True)
     process, late = _context().Process(target=perform, args=(part, task, seconds)), False
     try:
-        process.start()
-        process.join(max(0.1, seconds - (time.monotonic() - began)))
+        process.start()  # waits for the server's imports, the first time
+        process.join(seconds)
         late = process.is_alive()
     except (OSError, EOFError):  # the server has died; the next part starts another
         pass
@@ -289,8 +289,15 @@ def _skipped(reason: str) -> Outcome:
     return {"status": SKIPPED, "reason": reason, "seconds": 0.0, "found": {}}
 
 
-if __name__ == "__main__":
-    given = json.loads(sys.argv[1])
-    where = {key: Path(given[key]) for key in ("scratch", "file")}
+def measure_given(text: str) -> None:
+    """Do the work of a part in a new interpreter: JSON of what `perform` was given."""
+    given = json.loads(text)
     fields = given["part"] | {"needs": tuple(given["part"]["needs"])}
-    _measure(Part(**fields), Task(small=given["small"], **where), given["seconds"])
+    task = Task(small=given["small"], scratch=Path(given["scratch"]), file=Path(given["file"]))
+    _measure(Part(**fields), task, given["seconds"])
+
+
+if __name__ == "__main__":
+    from results.gpu import schedule  # as the parts import it
+
+    schedule.measure_given(sys.argv[1])

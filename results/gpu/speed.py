@@ -168,8 +168,8 @@ def _run(task: Task, shape: str, name: str, settings: Mapping[str, Any]) -> dict
     found = figures(run, comparison, "cpu" if task.small else torch.cuda.get_device_name())
     task.keep(found)
     if run.failed:
-        reason = run.end.reason or "it failed"
-        raise TimeUp(reason) if reason.startswith(TimeUp.__name__) else RuntimeError(reason)
+        kind, _, said = (run.end.reason or "it failed").partition(": ")
+        raise TimeUp(said) if kind == TimeUp.__name__ else RuntimeError(run.end.reason)
     return found
 
 

@@ -68,8 +68,8 @@ def test_what_goes_wrong_is_a_line_and_the_next_part_begins(tmp_path, checkout):
     pids = tmp_path / "pids"
     parts = [
         part("fail"),
-        part("hang", seconds=4, pids=str(pids)),
-        part("dawdle", seconds=2),
+        part("hang", seconds=8, pids=str(pids)),
+        part("dawdle", seconds=6),
         part("die"),
         part("missing_function"),
         part("finish", answer=42),
@@ -78,8 +78,8 @@ def test_what_goes_wrong_is_a_line_and_the_next_part_begins(tmp_path, checkout):
     found = conduct(parts, tmp_path)
     outcomes = {name: (one["status"], one["reason"], one["found"]) for name, one in found.items()}
     assert outcomes["fail"] == (FAILED, "MemoryError: out of memory: tried to allocate 9 GiB", {"before": 1})
-    assert outcomes["hang"] == (CUT_OFF, "killed after 4 s", {"before": 2})
-    assert outcomes["dawdle"] == (CUT_OFF, "after 2 s", {"before": 3})
+    assert outcomes["hang"] == (CUT_OFF, "killed after 8 s", {"before": 2})
+    assert outcomes["dawdle"] == (CUT_OFF, "after 6 s", {"before": 3})
     assert outcomes["die"] == (FAILED, "killed by SIGKILL", {})
     assert outcomes["missing_function"][0] == FAILED and "AttributeError" in outcomes["missing_function"][1]
     assert outcomes["finish"] == (FINISHED, None, {"answer": 42})
@@ -91,7 +91,7 @@ def test_what_goes_wrong_is_a_line_and_the_next_part_begins(tmp_path, checkout):
         assert line is None or reason in line
 
     before = dict(found)
-    found = conduct([part("die"), part("dawdle", seconds=2), part("finish", answer=43), part("finish2")], tmp_path)
+    found = conduct([part("die"), part("dawdle", seconds=6), part("finish", answer=43), part("finish2")], tmp_path)
     assert found["finish"] == before["finish"], "what has finished is not run again"
     assert found["finish2"]["status"] == FAILED and found["fail"] == before["fail"]
 
@@ -206,7 +206,7 @@ def test_every_part_runs_to_its_end_through_a_kill(tmp_path):
     rows = {row: found[f"Mistral-7B LoRA {row}"]["found"] for row in IBM}
     assert rows["padding-free"]["losses"] == pytest.approx(rows["padding"]["losses"], rel=1e-4)
     logits = [found[f"128k vocabulary {name}"]["found"]["losses"] for name in LOGIT_WAYS]
-    assert logits[0] == pytest.approx(logits[1], rel=1e-4) and logits[0] == pytest.approx(logits[2], rel=1e-3)
+    assert logits[0] == pytest.approx(logits[1], rel=1e-3) and logits[0] == pytest.approx(logits[2], rel=1e-3)
     assert found["equivalence in bf16"]["found"]["ways"]["leaking"]["times rounding"] > 3
 
 
