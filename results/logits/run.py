@@ -72,8 +72,8 @@ class Peak:
         self.thread.join()
 
 
-def trainer_of(way: str, tokens: int, output_dir: str) -> Any:
-    """The trainer of one way, with `tokens` supervised tokens in an update."""
+def trainer_of(way: str, tokens: int, output_dir: str, *, config: dict[str, Any] = LLAMA, **settings: Any) -> Any:
+    """The trainer of one way, with `tokens` supervised tokens in an update; `settings` are fields of its arguments."""
     import datasets
     import numpy as np
     import torch
@@ -88,10 +88,11 @@ def trainer_of(way: str, tokens: int, output_dir: str) -> Any:
 
     register()
     count = tokens // DOCUMENT
-    ids = np.random.default_rng(0).integers(8, LLAMA["vocab_size"], (count, DOCUMENT + 1)).tolist()
+    ids = np.random.default_rng(0).integers(8, config["vocab_size"], (count, DOCUMENT + 1)).tolist()
     rows = datasets.Dataset.from_list([{"input_ids": row, "labels": [-100] + row[1:]} for row in ids])
     torch.manual_seed(0)
-    config = AutoConfig.for_model(**LLAMA)
+    architecture = AutoConfig.for_model(**config)
+    settings = ARGUMENTS | settings
     if way == "trl":
         from transformers import PreTrainedTokenizerFast
         from trl import SFTConfig, SFTTrainer
@@ -105,9 +106,9 @@ def trainer_of(way: str, tokens: int, output_dir: str) -> Any:
             max_length=None,
             gradient_checkpointing=False,
             per_device_train_batch_size=count,
-            **ARGUMENTS,
+            **settings,
         )
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(architecture)
         return SFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
     from transformers import TrainingArguments
 
@@ -117,11 +118,11 @@ def trainer_of(way: str, tokens: int, output_dir: str) -> Any:
         strategy="padding_free",
         examples_per_step=count,
         max_tokens=count * (DOCUMENT + 1),
-        max_steps=UPDATES,
+        max_steps=settings["max_steps"],
     )
-    args = TrainingArguments(output_dir=output_dir, per_device_train_batch_size=1, ignore_data_skip=True, **ARGUMENTS)
+    args = TrainingArguments(output_dir=output_dir, per_device_train_batch_size=1, ignore_data_skip=True, **settings)
     return PackTrainer(
-        AutoModelForCausalLM.from_config(config, attn_implementation="packtrain_varlen"),
+        AutoModelForCausalLM.from_config(architecture, attn_implementation="packtrain_varlen"),
         args,
         train_examples=Examples.from_dataset(rows),
         plan=plan,

@@ -103,7 +103,7 @@ def losses(ranks: int, scratch: Path, extra: Sequence[str] = ()) -> list[dict[st
         for run in runs(ranks):
             output = scratch / f"{trained} {run.name}".replace(",", "").replace(" ", "_")
             overrides = BASE | lora | {"training.output_dir": output} | dict(one.split("=", 1) for one in extra)
-            _start(run.command(overrides), f"{trained}, {run.name}")
+            _start(run.command(overrides), f"{trained}, {run.name}", environment(run.ranks))
             state = json.loads((output / f"checkpoint-{UPDATES}" / "trainer_state.json").read_text(encoding="utf-8"))
             curve = [entry for entry in state["log_history"] if "loss" in entry]
             assert len(curve) == UPDATES, f"{len(curve)} updates of {run.name}"
@@ -159,10 +159,18 @@ def state_rows(scratch: Path, worlds: Iterable[int] = (1, 2, 4)) -> list[dict[st
     return rows
 
 
-def _start(command: list[str], what: str) -> None:
-    """Run to the end in the checkout, one thread per rank; the output is shown when it fails."""
+def environment(ranks: int) -> dict[str, str]:
+    """Return the environment of a run: one thread per rank, and one GPU for a single process, which drives no more."""
+    found = os.environ | {"OMP_NUM_THREADS": "1"}
+    if ranks == 1:
+        found["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    return found
+
+
+def _start(command: list[str], what: str, env: Mapping[str, str] | None = None) -> None:
+    """Run to the end in the checkout; the output is shown when it fails."""
     print(f"{what} ...", flush=True)
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    env = environment(2) if env is None else env
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=RESULTS.parent)
     if done.returncode:
         print(done.stdout[-2000:], done.stderr[-4000:], sep="\n")

@@ -6,6 +6,7 @@ float16 (`tests/gpu/test_varlen_gpu.py`), so that the body of the GPU test is it
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -114,8 +115,10 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return ((actual.double() - expected).norm() / expected.norm().clamp_min(1e-30)).item()
 
 
-def errors(case: Case, device: str, dtype: torch.dtype, **extra) -> dict[str, float]:
-    """||x - reference|| / ||reference|| of the output and the gradients of query, key and value.
+def errors(
+    case: Case, device: str, dtype: torch.dtype, *, way: Callable[..., Tensor] = attend, **extra
+) -> dict[str, float]:
+    """||x - reference|| / ||reference|| of the output and the gradients of query, key and value, as `way` computes them.
 
     The reference sees the same (rounded) inputs in float64.
     """
@@ -123,7 +126,7 @@ def errors(case: Case, device: str, dtype: torch.dtype, **extra) -> dict[str, fl
     pattern = Pattern(scaling=scaling, causal=case.causal, window=case.window, **extra)
     inputs = [x.requires_grad_() for x in random_inputs(case, device, dtype)]
     exact = [x.detach().double().requires_grad_() for x in inputs]
-    output = attend(*inputs, documents(case.lengths, device), pattern)
+    output = way(*inputs, documents(case.lengths, device), pattern)
     expected = reference(*exact, case.lengths, pattern)
     assert output.dtype == dtype and output.shape == expected.shape
     upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(device)
