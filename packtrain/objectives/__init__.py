@@ -8,6 +8,7 @@ from packtrain.objectives.block_diffusion import BlockDiffusion
 from packtrain.objectives.causal import CausalLM
 from packtrain.objectives.masked_diffusion import MaskedDiffusion
 from packtrain.objectives.objective import Objective
+from packtrain.objectives.preference import Preference
 from packtrain.objectives.sequence_classification import SequenceClassification
 
 OBJECTIVES: dict[str, type[Objective]] = {
@@ -15,5 +16,6 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "masked_diffusion": MaskedDiffusion,
     "block_diffusion": BlockDiffusion,
     "sequence_classification": SequenceClassification,
+    "preference": Preference,
 }
 DEFAULT = "causal_lm"
