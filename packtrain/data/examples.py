@@ -61,6 +61,8 @@ class AnyExamples(Protocol):
     @property
     def longest(self) -> int: ...
 
+    def lengths_in(self, layout: str, /) -> np.ndarray: ...
+
     @property
     def rows(self) -> np.ndarray: ...
 
@@ -136,6 +138,10 @@ class Examples:
     def longest(self) -> int:
         """Tokens of the longest document."""
         return int(self.lengths.max())
+
+    def lengths_in(self, layout: str) -> np.ndarray:
+        """Returns what a plan in that layout counts as the tokens of each example: `lengths`, in any."""
+        return self.lengths
 
     @functools.cached_property
     def rows(self) -> np.ndarray:

@@ -9,6 +9,7 @@ from packtrain.objectives.causal import CausalLM
 from packtrain.objectives.masked_diffusion import MaskedDiffusion
 from packtrain.objectives.objective import Objective
 from packtrain.objectives.preference import Preference
+from packtrain.objectives.reward import Reward
 from packtrain.objectives.sequence_classification import SequenceClassification
 
 OBJECTIVES: dict[str, type[Objective]] = {
@@ -17,5 +18,6 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "block_diffusion": BlockDiffusion,
     "sequence_classification": SequenceClassification,
     "preference": Preference,
+    "reward": Reward,
 }
 DEFAULT = "causal_lm"

@@ -85,6 +85,8 @@ class PairExamples(DerivedExamples):
         )
         if self.shared:
             note += f", and laid out once: {tokens:,} tokens become {tokens - prompts:,}"
+        if self.layout == "padded":
+            note += "; a plan counts two rows as wide as the longer one"
         return replace(self.examples.report, notes=(*self.examples.report.notes, note))
 
     def gather(
