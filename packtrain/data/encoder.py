@@ -384,6 +384,8 @@ def _join_pair(draft: _Draft, chosen: _Draft, rejected: _Draft) -> None:
         draft.problem = "'chosen' and 'rejected' begin with different tokens, so there is no prompt that both answer"
     elif starts[1] != start or not np.array_equal(chosen.ids[:start], rejected.ids[:start]):
         draft.problem = "the prompt of 'chosen' and that of 'rejected' are not the same tokens"
+    elif any((part.labels[start:] == IGNORED).any() for part in (chosen, rejected)):
+        draft.problem = "a token within an answer would not be compared"
     elif np.array_equal(chosen.ids, rejected.ids):
         draft.problem = "'chosen' and 'rejected' are the same tokens, so neither is preferred"
     if draft.problem is None:

@@ -221,7 +221,7 @@ def _continue_prompts(batch: Batch, labels: np.ndarray, lengths: np.ndarray, pro
     batch["loss_weights"] = (batch["labels"] != IGNORED).float()
     batch["supervised_index"] = torch.from_numpy(np.flatnonzero(labels != IGNORED))
     shared = SharedPrefixes(lengths.reshape(-1, 2).tolist(), prompts.tolist())
-    batch |= {SHARED: shared, **shared.keys()}
+    batch |= {SHARED: shared, **shared.entries()}
 
 
 def _ranges(starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
@@ -258,6 +258,6 @@ def count_pairs(batch: Mapping[str, Any]) -> torch.Tensor:
 def sums_over_pairs(figures: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Returns `{name: [sum over pairs, pairs]}`, float64, of figures `[P]`."""
     return {
-        name: torch.stack([values.detach().double().sum(), values.new_tensor(len(values), dtype=torch.float64)])
+        name: torch.stack([values.detach().double().sum(), values.new_full((), len(values), dtype=torch.float64)])
         for name, values in figures.items()
     }

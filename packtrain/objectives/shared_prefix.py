@@ -11,6 +11,7 @@ from torch import nn
 from packtrain.data.formats import IGNORED
 from packtrain.errors import ModelError
 from packtrain.modeling.attention.prefixes import KEY as SHARED
+from packtrain.modeling.isolation import cannot_ask
 from packtrain.modeling.per_document import depends_on_length, threshold_of
 from packtrain.objectives.logits import head_outputs_at
 from packtrain.objectives.pairs import PairCollator
@@ -31,11 +32,14 @@ def check_shared_prefix(trainer: Any, model: nn.Module) -> None:
         model: that of the trainer, not wrapped by an engine yet.
 
     Raises:
-        ModelError: they differ, or the longest document is beyond a length on which the model's arithmetic depends.
+        ModelError: they differ, the model can't run before its engine takes it, or the longest document is beyond a length
+            on which the model's arithmetic depends.
     """
     collator = trainer.collator
     if not getattr(collator, "shared", False):
         return
+    if (reason := cannot_ask(model)) is not None:
+        raise ModelError(f"cannot be checked before training: {reason}", key="objective.shared_prefix", fix=_FIX)
     threshold = threshold_of(model)
     longest = max(part.longest for part in (trainer.train_dataset, trainer.eval_dataset) if part is not None)
     if threshold is not None and longest > threshold:
@@ -65,7 +69,9 @@ def check_shared_prefix(trainer: Any, model: nn.Module) -> None:
     size, off = expected.abs().max(), (found - expected).abs().max()
     allowed = _TOLERANCE.get(weight.dtype, 2e-2) * size
     if not off <= allowed or (control - expected).abs().max() <= off:
-        what = f"computes something else for answers that share a prompt: outputs of up to {size:.3g} differ by {off:.2g}"
+        what = (
+            f"computes something else for answers that share a prompt: outputs of up to {size:.3g} differ by {off:.2g}"
+        )
         fix = f"{_FIX}: its layers mix tokens otherwise than by an attention that knows of prompts"
         raise ModelError(what, key="objective.shared_prefix", value=type(model).__name__, fix=fix)
 

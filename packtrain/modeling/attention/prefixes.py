@@ -52,8 +52,8 @@ class SharedPrefixes:
         """Tokens of the longest document with its prefix."""
         return max(self._key_lengths())
 
-    def keys(self) -> dict[str, Any]:
-        """Returns the keys of a batch that tell of the keys: `cu_seq_lens_k` int32 `[S + 1]`, `max_length_k` and
+    def entries(self) -> dict[str, Any]:
+        """Returns the entries of a batch that tell of the keys: `cu_seq_lens_k` int32 `[S + 1]`, `max_length_k` and
         `key_index` int64 `[K]`, the place in the row of every key that a document reads."""
         index, start = [], 0
         for group, prompt in zip(self.groups, self.prompts, strict=True):
@@ -62,7 +62,6 @@ class SharedPrefixes:
                 own = np.arange(start, start + length)
                 index.append(own if number == 0 else np.concatenate([prefix, own]))
                 start += length
-            # the prefix stands in the first document of the group
         lengths = self._key_lengths()
         return {
             "cu_seq_lens_k": torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
@@ -83,7 +82,7 @@ def attend_shared(
     Args:
         query, key, value, pattern: as `packtrain.modeling.attention.kernels.attend` has them.
         documents: those of the queries.
-        kwargs: the arguments of the attention function, with `shared_prefixes` and what its `keys()` are.
+        kwargs: the arguments of the attention function, with `shared_prefixes` and its `entries()`.
 
     Returns:
         `[1, T, H, Dv]`.

@@ -38,7 +38,7 @@ def alone(states: Tensor, groups, prompts) -> list[Tensor]:
 
 
 def shared_call(shared: SharedPrefixes, **changes) -> dict:
-    return {KEY: shared, **shared.keys(), **changes}
+    return {KEY: shared, **shared.entries(), **changes}
 
 
 @pytest.mark.parametrize("name", PATTERNS)

@@ -178,7 +178,9 @@ def test_every_layout_asks_the_same(examples):
     padded = batch_of(PairExamples(examples, layout="padded"), layout="padded")
     shared = batch_of(PairExamples(examples, shared=True), shared=True)
     assert predictions(flat) == predictions(padded) == predictions(shared)
-    assert flat["example_ids"].tolist() == padded["example_ids"].tolist() == shared["example_ids"].tolist() == [0, 0, 1, 1]
+    assert (
+        flat["example_ids"].tolist() == padded["example_ids"].tolist() == shared["example_ids"].tolist() == [0, 0, 1, 1]
+    )
     assert padded["input_ids"].shape[0] == 4
     for batch in (flat, padded, shared):
         tokens = np.bincount(batch["pairs"]["document"], minlength=4)
@@ -192,9 +194,7 @@ def test_a_plan_counts_what_a_layout_computes(examples):
         pairs = PairExamples(examples, layout=layout, shared=shared)
         one = batch_of(PairExamples(examples.take([0]), layout=layout, shared=shared), layout=layout, shared=shared)
         assert one["input_ids"].numel() == pairs.lengths[0]
-    assert PairExamples(examples).longest == max(
-        batch_of(PairExamples(examples))["cu_seq_lens_q"].diff().tolist()
-    )
+    assert PairExamples(examples).longest == max(batch_of(PairExamples(examples))["cu_seq_lens_q"].diff().tolist())
 
 
 def test_the_last_token_alone(examples):

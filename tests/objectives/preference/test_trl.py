@@ -132,5 +132,5 @@ class Leaking(PairCollator):
         if SHARED in batch:
             groups = batch[SHARED].groups
             leaking = SharedPrefixes(groups, [first for first, _ in groups])
-            batch |= {SHARED: leaking, **leaking.keys()}
+            batch |= {SHARED: leaking, **leaking.entries()}
         return batch
