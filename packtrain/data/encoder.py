@@ -112,6 +112,8 @@ class Encoder:
         self.completion_only = bool(FORMATS[format].completion_only if completion_only is None else completion_only)
         self._check_options()
         self.prefix = _added_in_front(tokenizer)
+        # what ends plain text: an encoder's tokenizer (BERT's) has a separator there
+        self.end = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
         self.vocabulary = 1 + max(tokenizer.get_vocab().values(), default=-1) if format == "input_ids" else None
 
     @property
@@ -183,7 +185,7 @@ class Encoder:
     def _draft_text(self, sample: Text) -> _Draft:
         if self.assistant_only:
             raise BadRow("the row is plain text, and `data.assistant_only_loss` needs a conversation")
-        if self.tokenizer.eos_token_id is None:
+        if self.end is None:
             fix = "set the tokenizer's eos_token: without one the model never learns to stop"
             raise DataError("the tokenizer has no eos_token to end plain text with", key="model", fix=fix)
         prompt = sample.prompt if self.completion_only else None
@@ -304,8 +306,8 @@ class Encoder:
             if draft.plain:
                 if whole[: len(self.prefix)] != self.prefix:
                     whole, start = self.prefix + whole, start + len(self.prefix)
-                if whole[-1:] != [self.tokenizer.eos_token_id]:
-                    whole = whole + [self.tokenizer.eos_token_id]
+                if whole[-1:] != [self.end]:
+                    whole = whole + [self.end]
             self._finish(draft, np.array(whole, dtype=np.int32), np.arange(len(whole)) >= start)
 
     def _join(self, draft: _Draft, whole: list[int], prompt: list[int]) -> tuple[list[int], int]:

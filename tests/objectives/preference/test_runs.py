@@ -227,6 +227,6 @@ def test_show_names_documents_and_prefixes(rows, tmp_path, cache, capsys, monkey
     out = printed("show", str(recipe))
     assert "chosen, after a prompt of" in out and "rejected, goes on from the prompt of document 0" in out
     out = printed("show", str(recipe), "--set", "objective.shared_prefix=false", "--set", "strategy=pad_longest")
-    assert "· chosen ─" in out and "· rejected ─" in out
+    assert "· chosen" in out and "· rejected" in out and "share" not in out
     out = printed("plan", str(recipe), "--all")
     assert "pairs: 30, each of two documents" in out and "laid out once" in out
