@@ -53,6 +53,7 @@ class Document:
         input_ids, labels, positions: int `[L]`.
         weights: loss weights, float `[L]`.
         padding: padding tokens in its row.
+        title: what it is of its example; nothing where it is the whole of it.
     """
 
     example_id: int
@@ -61,14 +62,16 @@ class Document:
     positions: list[int]
     weights: list[float]
     padding: int = 0
+    title: str = ""
 
     @property
     def supervised(self) -> int:
         return sum(label != IGNORED for label in self.labels)
 
 
-def documents_of(batch: Mapping[str, Any]) -> list[Document]:
+def documents_of(batch: Mapping[str, Any], titles: Sequence[str] | None = None) -> list[Document]:
     """Returns the documents of a flat `[1, T]` or padded `[B, T]` batch (see `packtrain.packing.collator`)."""
+    titles = titles or [""] * len(batch["example_ids"])
     width = batch["input_ids"].shape[1]
     if "cu_seq_lens_q" in batch:
         bounds = batch["cu_seq_lens_q"].tolist()
@@ -77,7 +80,7 @@ def documents_of(batch: Mapping[str, Any]) -> list[Document]:
         masks = batch["attention_mask"].bool()  # [B, T]
         places = [(row, mask, width - int(mask.sum())) for row, mask in enumerate(masks)]
     documents = []
-    for example_id, (row, place, padding) in zip(batch["example_ids"].tolist(), places, strict=True):
+    for example_id, (row, place, padding), title in zip(batch["example_ids"].tolist(), places, titles, strict=True):
         if isinstance(place, slice) and place.start == place.stop:
             continue
         ids, labels, positions, weights = (
@@ -91,6 +94,7 @@ def documents_of(batch: Mapping[str, Any]) -> list[Document]:
                 positions=positions,
                 weights=weights,
                 padding=padding,
+                title=title,
             )
         )
     return documents
@@ -145,6 +149,7 @@ def text_of(runs: Sequence[Run], marks: tuple[str, str], *, padding: bool = Fals
 def _title(number: int, document: Document) -> str:
     """Returns the line above a document."""
     what = f"example {document.example_id}" if document.example_id >= 0 else "padding"
+    what += f" · {document.title}" if document.title else ""
     return f"document {number} · {what}" + (f" · {document.padding:,} padding" if document.padding else "")
 
 
@@ -186,12 +191,24 @@ def show_batch(
     collator = task.collator(strategy, max_length=recipe.data.max_length, position_start=start)
     batch = MicroBatches(task.train, collator, shapes).at_epoch(epoch)[chosen]
     console.print("\n".join(task.train.report.lines()), soft_wrap=True, highlight=False, markup=False)
-    print_batch(batch, task, console, head=head, texts=documents)
+    print_batch(batch, task, console, head=head, texts=documents, titles=collator.titles(batch))
 
 
-def print_batch(batch: Mapping[str, Any], task: Task, console: Console, *, head: str, texts: int) -> None:
-    """Prints a line of totals, a table of documents, and the text of the first `texts` of them."""
-    found = documents_of(batch)
+def print_batch(
+    batch: Mapping[str, Any],
+    task: Task,
+    console: Console,
+    *,
+    head: str,
+    texts: int,
+    titles: Sequence[str] | None = None,
+) -> None:
+    """Prints a line of totals, a table of documents, and the text of the first `texts` of them.
+
+    Args:
+        titles: what each document of the batch is of its example, see `PackCollator.titles`.
+    """
+    found = documents_of(batch, titles)
     real = sum(len(document.input_ids) for document in found if document.example_id >= 0)
     computed, supervised = batch["input_ids"].numel(), sum(document.supervised for document in found)
     layout = "flat" if "cu_seq_lens_q" in batch else "padded"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def show_plan(
     Raises:
         PacktrainError: bad data, or the recipe's own strategy cannot take them.
     """
-    lengths, supervised, report = _lengths(recipe, console, lengths_file)
+    lengths, supervised, report, lengths_in = _lengths(recipe, console, lengths_file)
     if report is not None:
         console.print("\n".join(report.lines()), soft_wrap=True, highlight=False, markup=False)
     console.print(length_histogram(lengths, unicode=console.encoding.startswith("utf")))
@@ -58,7 +59,7 @@ def show_plan(
     plans: dict[str, Plan] = {}
     for name in names:
         try:
-            plan = plans[name] = _plan(recipe, name, lengths, world_size)
+            plan = plans[name] = _plan(recipe, name, lengths_in(resolve_strategy(name).layout), world_size)
             rows.append((name, describe(plan, sampled_steps=SAMPLED_STEPS // 4 if every else SAMPLED_STEPS)))
         except PlanError as error:
             if name == own:
@@ -104,16 +105,19 @@ def show_lengths(file: Path, console: Console, *, strategy: str, max_tokens: int
     console.print(strategy_table(rows, own=strategy, world_size=world_size))
 
 
-def _lengths(recipe: Recipe, console: Console, file: Path | None) -> tuple[np.ndarray, np.ndarray, DataReport | None]:
-    """Returns lengths, supervised tokens (all, if only lengths are known) and the report of the data."""
+def _lengths(
+    recipe: Recipe, console: Console, file: Path | None
+) -> tuple[np.ndarray, np.ndarray, DataReport | None, Callable[[str], np.ndarray]]:
+    """Returns lengths, supervised tokens (all, if only lengths are known), the report of the data, and what gives the
+    lengths in a layout, which differ where an example is several documents."""
     if file is not None:
         lengths = load_lengths(file)
-        return lengths, lengths, None
+        return lengths, lengths, None, lambda layout: lengths
     examples, why = find_training_examples(recipe)
     if examples is None:
         console.print(f"tokenising: {why}", style="dim", soft_wrap=True, highlight=False)
         examples = load_task(recipe).train
-    return examples.lengths, examples.supervised, examples.report
+    return examples.lengths, examples.supervised, examples.report, examples.lengths_in
 
 
 def _plan(recipe: Recipe, strategy: str, lengths: np.ndarray, world_size: int) -> Plan:

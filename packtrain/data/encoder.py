@@ -16,6 +16,12 @@ generation prompt), and then
 3. the template renders the prompt otherwise when an answer follows (some drop a thinking header, some show the system
    prompt only in the last question): the completion starts where its turn does (counted as "unlike").
 
+A pair of answers becomes two documents end to end, prompt and chosen, prompt and rejected, so that everything about it can
+be read off the mask: where one begins to be learnt its prompt ends, and where that ends the document does.
+
+    preference           <s> What? | Four. </s> <s> What? | Five. </s>
+    learnt                0   0       1    1     0   0       1    1
+
 Assistant turns and turns with a switch are located in the text (see `packtrain.data.chat_template`), and a token is learnt
 if any of its characters is. The mask goes by position, never by token id, so a pad token that is also the eos hides
 nothing.
@@ -31,7 +37,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from packtrain.data.chat_template import ChatTemplate, Rendered, describe_lost
-from packtrain.data.formats import FORMATS, IGNORED, Ids, Reading, Row, Text, read_row
+from packtrain.data.formats import FORMATS, IGNORED, Ids, Pair, Reading, Row, Text, read_row
 from packtrain.data.limits import Endless, Limits
 from packtrain.data.messages import SWITCHES, Chat
 from packtrain.data.offsets import OffsetTokenizer, Span, factors_of, intersect, outside
@@ -71,6 +77,8 @@ class _Draft:
     remarks: list[str] = field(default_factory=list)
     flags: int = 0
     problem: str | None = None
+    pair: tuple[_Draft, _Draft] | None = None  # chosen and rejected, tokenised by themselves and then joined
+    implicit: bool = False  # the prompt of the pair is what both begin with
 
 
 class Encoder:
@@ -105,6 +113,8 @@ class Encoder:
         self.completion_only = bool(FORMATS[format].completion_only if completion_only is None else completion_only)
         self._check_options()
         self.prefix = _added_in_front(tokenizer)
+        # what ends plain text: an encoder's tokenizer (BERT's) has a separator there
+        self.end = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
         self.vocabulary = 1 + max(tokenizer.get_vocab().values(), default=-1) if format == "input_ids" else None
 
     @property
@@ -133,14 +143,22 @@ class Encoder:
         """
         with Limits() as limits:
             drafts = [self._draft(row, limits, partial(where, number)) for number, row in enumerate(rows)]
-        for some in _by_size([draft for draft in drafts if draft.text is not None]):
+        single = [part for draft in drafts for part in draft.pair or (draft,)]
+        for some in _by_size([draft for draft in single if draft.text is not None]):
             self._tokenise(some)
+        for draft in drafts:
+            if draft.pair is not None:
+                _join_pair(draft, *draft.pair)
         return self._table(drafts)
 
     def _check_options(self) -> None:
         if self.completion_only and FORMATS[self.format].completion_only is None:
             what = f"needs rows with completions, and rows of format `{self.format}` have none"
             raise DataError(what, key="data.completion_only_loss", value=True, fix="leave it out")
+        if FORMATS[self.format].pair and (self.assistant_only or not self.completion_only):
+            key, fix = "assistant_only_loss" if self.assistant_only else "completion_only_loss", "leave it out"
+            what = f"has no effect on pairs (format `{self.format}`), of which all of both answers is compared"
+            raise DataError(what, key=f"data.{key}", value=self.assistant_only, fix=fix)
         if self.assistant_only and self.format in ("input_ids", "text"):
             what = f"needs conversations, and rows of format `{self.format}` are not conversations"
             raise DataError(what, key="data.assistant_only_loss", value=True, fix="leave it out")
@@ -160,9 +178,12 @@ class Encoder:
                     draft = limits.call(self._draft_chat, sample)
                 case Ids() as sample:
                     draft = self._draft_ids(sample)
-            if draft.text is not None:
-                draft.text.encode("utf-8")
-                check_room(len(draft.text) * _BYTES_PER_CHARACTER, f"tokenising its {len(draft.text):,} characters")
+                case Pair() as sample:
+                    draft = limits.call(self._draft_pair, sample)
+            for part in draft.pair or (draft,):
+                if part.text is not None:
+                    part.text.encode("utf-8")
+                    check_room(len(part.text) * _BYTES_PER_CHARACTER, f"tokenising its {len(part.text):,} characters")
             return draft
         except BadRow as bad:
             return _Draft(problem=str(bad))
@@ -177,7 +198,7 @@ class Encoder:
     def _draft_text(self, sample: Text) -> _Draft:
         if self.assistant_only:
             raise BadRow("the row is plain text, and `data.assistant_only_loss` needs a conversation")
-        if self.tokenizer.eos_token_id is None:
+        if self.end is None:
             fix = "set the tokenizer's eos_token: without one the model never learns to stop"
             raise DataError("the tokenizer has no eos_token to end plain text with", key="model", fix=fix)
         prompt = sample.prompt if self.completion_only else None
@@ -256,6 +277,18 @@ class Encoder:
                 remarks.append(f"the chat template leaves out {_PLURALS[lost.kind]}")
         return list(dict.fromkeys(remarks))
 
+    def _draft_pair(self, sample: Pair) -> _Draft:
+        parts = []
+        for name, one in (("chosen", sample.chosen), ("rejected", sample.rejected)):
+            if isinstance(one, Chat) and one.switches:
+                where = one.names[min(one.switches)]
+                raise BadRow(f"{where} has a switch ({', '.join(SWITCHES)}), and all of both answers is compared")
+            try:
+                parts.append(self._draft_text(one) if isinstance(one, Text) else self._draft_chat(one))
+            except BadRow as bad:
+                raise BadRow(f"'{name}': {bad}") from None
+        return _Draft(pair=(parts[0], parts[1]), implicit=sample.implicit)
+
     def _draft_ids(self, sample: Ids) -> _Draft:
         ids, labels = sample.input_ids, sample.labels
         for name, values in (("input_ids", ids), ("labels", labels[labels != IGNORED])):
@@ -286,8 +319,8 @@ class Encoder:
             if draft.plain:
                 if whole[: len(self.prefix)] != self.prefix:
                     whole, start = self.prefix + whole, start + len(self.prefix)
-                if whole[-1:] != [self.tokenizer.eos_token_id]:
-                    whole = whole + [self.tokenizer.eos_token_id]
+                if whole[-1:] != [self.end]:
+                    whole = whole + [self.end]
             self._finish(draft, np.array(whole, dtype=np.int32), np.arange(len(whole)) >= start)
 
     def _join(self, draft: _Draft, whole: list[int], prompt: list[int]) -> tuple[list[int], int]:
@@ -349,6 +382,39 @@ class Encoder:
                 "problem": pa.array([draft.problem for draft in drafts], pa.string()),
             }
         )
+
+
+def _join_pair(draft: _Draft, chosen: _Draft, rejected: _Draft) -> None:
+    """Makes one draft of two documents with the same prompt, or a bad row of what is none."""
+    starts = []
+    for name, part in (("chosen", chosen), ("rejected", rejected)):
+        if part.problem is not None:
+            draft.problem = f"'{name}': {part.problem}"
+            return
+        if draft.implicit:
+            part.labels[: _shared_tokens(chosen.ids, rejected.ids)] = IGNORED
+        starts.append(int((part.labels != IGNORED).argmax()))
+    start = starts[0]
+    if not _shared_tokens(chosen.ids, rejected.ids):
+        draft.problem = "'chosen' and 'rejected' begin with different tokens, so there is no prompt that both answer"
+    elif starts[1] != start or not np.array_equal(chosen.ids[:start], rejected.ids[:start]):
+        draft.problem = "the prompt of 'chosen' and that of 'rejected' are not the same tokens"
+    elif any((part.labels[start:] == IGNORED).any() for part in (chosen, rejected)):
+        draft.problem = "a token within an answer would not be compared"
+    elif np.array_equal(chosen.ids, rejected.ids):
+        draft.problem = "'chosen' and 'rejected' are the same tokens, so neither is preferred"
+    if draft.problem is None:
+        draft.ids = np.concatenate([chosen.ids, rejected.ids])
+        draft.labels = np.concatenate([chosen.labels, rejected.labels])
+        draft.flags, draft.remarks = chosen.flags | rejected.flags, [*chosen.remarks, *rejected.remarks]
+        draft.remarks = list(dict.fromkeys(draft.remarks))
+
+
+def _shared_tokens(one: np.ndarray, other: np.ndarray) -> int:
+    """Counts the tokens that two documents begin with."""
+    length = min(len(one), len(other))
+    differ = one[:length] != other[:length]
+    return int(differ.argmax()) if differ.any() else length
 
 
 def _by_size(drafts: list[_Draft]) -> Iterator[list[_Draft]]:

@@ -39,6 +39,7 @@ def tokenize(
     on_lost_content: str = "error",
     columns: Mapping[str, str | None] | None = None,
     roles: Mapping[str, str] | None = None,
+    pairs: bool = False,
     num_proc: int | None = None,
     cache_dir: str | Path | None = None,
 ) -> Documents:
@@ -49,7 +50,7 @@ def tokenize(
     """
     reading = Reading(has_template=bool(tokenizer.chat_template), roles=roles or {}, columns=columns or {})
     names = rename_columns(rows.columns, reading.columns)
-    format, also = find_format(names, format)
+    format, also = find_format(names, format, pairs=pairs)
     encoder = Encoder(
         tokenizer,
         format,

@@ -59,6 +59,11 @@ class AnyExamples(Protocol):
     def supervised(self) -> np.ndarray: ...
 
     @property
+    def longest(self) -> int: ...
+
+    def lengths_in(self, layout: str, /) -> np.ndarray: ...
+
+    @property
     def rows(self) -> np.ndarray: ...
 
     @property
@@ -84,6 +89,8 @@ class AnyExamples(Protocol):
         starts: np.ndarray | None = None,
         stops: np.ndarray | None = None,
     ) -> np.ndarray | None: ...
+
+    def extras(self, example_ids: np.ndarray, /) -> Mapping[str, Any]: ...
 
 
 class Examples:
@@ -126,6 +133,15 @@ class Examples:
     def supervised(self) -> np.ndarray:
         """int32 `[n]`, tokens with a label other than -100; the first token of an example has none."""
         return self._view.supervised
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest document."""
+        return int(self.lengths.max())
+
+    def lengths_in(self, layout: str) -> np.ndarray:
+        """Returns what a plan in that layout counts as the tokens of each example: `lengths`, in any."""
+        return self.lengths
 
     @functools.cached_property
     def rows(self) -> np.ndarray:
@@ -208,6 +224,10 @@ class Examples:
         if not self.has_factors:
             return None
         return self._documents.tokens.factors(*self._pieces(example_ids, starts, stops))
+
+    def extras(self, example_ids: np.ndarray) -> Mapping[str, Any]:
+        """Returns nothing: a batch of these examples has the collator's entries alone."""
+        return {}
 
     def take(self, indices: Sequence[int] | np.ndarray) -> Examples:
         """Returns these examples in this order, renumbered from 0; nothing is copied but the view."""
@@ -307,6 +327,7 @@ def build_examples(
     on_lost_content: str = "error",
     columns: Mapping[str, str | None] | None = None,
     roles: Mapping[str, str] | None = None,
+    pairs: bool = False,
     on_bad_row: str = "error",
     num_proc: int | None = None,
     cache_dir: str | Path | None = None,
@@ -327,6 +348,7 @@ def build_examples(
         on_lost_content: of a conversation of which the chat template leaves something out: `error` (a bad row) or `warn`.
         columns: name of a column that formats read -> the rows' own name of it; None to leave it out.
         roles: names of speakers -> `system`, `developer`, `user`, `assistant` or `tool`, beyond the usual ones.
+        pairs: rows are pairs of answers, each two documents end to end; see `packtrain.data.formats.Pair`.
         on_bad_row: `error` lists them all at once; `skip` leaves them out and lists them in the report.
         num_proc: processes that tokenise.
         cache_dir: see `packtrain.data.store`.
@@ -343,9 +365,9 @@ def build_examples(
         columns=columns,
         roles=roles,
     )
-    documents = tokenize(rows, tokenizer, **options, num_proc=num_proc, cache_dir=cache_dir)
+    documents = tokenize(rows, tokenizer, **options, pairs=pairs, num_proc=num_proc, cache_dir=cache_dir)
     if tokenizer_key is not None:
-        request = request_of(rows.request, tokenizer_key, options)
+        request = request_of(rows.request, tokenizer_key, options, pairs=pairs)
         store.remember(request, documents.fingerprint, rows.files, rows.counts, cache_dir)
     view, report = select(documents, max_length=max_length, overflow=overflow, on_bad_row=on_bad_row, where=rows.where)
     notes = (*rows.notes, *report.notes)
@@ -358,6 +380,9 @@ TOKENS = {"format", "completion_only_loss", "assistant_only_loss", "on_lost_cont
 CHOICES = TOKENS | {"max_length", "overflow", "on_bad_row"}
 
 
-def request_of(rows: object, tokenizer_key: str, options: Mapping[str, object]) -> dict[str, object]:
+def request_of(
+    rows: object, tokenizer_key: str, options: Mapping[str, object], *, pairs: bool = False
+) -> dict[str, object]:
     """Returns the key under which the store remembers what rows, tokenizer and loss mask gave."""
-    return {"rows": rows, "tokenizer": tokenizer_key, **{name: options[name] for name in sorted(TOKENS)}}
+    request = {"rows": rows, "tokenizer": tokenizer_key, **{name: options[name] for name in sorted(TOKENS)}}
+    return request | ({"pairs": True} if pairs else {})

@@ -8,10 +8,12 @@
     alpaca             instruction, output (+ input)  Chat; Text where the tokenizer has no chat template
     question_answer    question, answer               the same
     text               text                           Text without a prompt
+    preference         prompt, chosen, rejected       Pair of Texts; of Chats where all are lists of messages
+    preference_implicit  chosen, rejected             the same; the prompt is what both begin with
 
 Conversations also read `system`, `tools` (or `functions`) and `chat_template_kwargs`; Alpaca's also `history`. A format is
-found by its columns, the first of this table that fits, or named by the user. Parsers check types and raise `BadRow` with
-the reason; they know nothing of tokens.
+found by its columns, the first of this table that fits, or named by the user; those of pairs are for objectives that
+compare two answers, and no other is. Parsers check types and raise `BadRow` with the reason; they know nothing of tokens.
 """
 
 from __future__ import annotations
@@ -68,6 +70,20 @@ class Ids:
     labels: np.ndarray
 
 
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """Two answers to one prompt, of which the first is preferred.
+
+    Attributes:
+        chosen, rejected: the prompt with either answer; both of one kind.
+        implicit: the prompt of plain text is not set apart: it is the tokens that both begin with.
+    """
+
+    chosen: Text | Chat
+    rejected: Text | Chat
+    implicit: bool = False
+
+
 Row = dict[str, Any]
 
 
@@ -95,15 +111,17 @@ class Format:
         optional: what is read where it is there.
         completion_only: whether only completions are learnt unless the user says otherwise; None where a row has no
             completion to single out.
+        pair: whether a row is a `Pair`.
     """
 
     columns: tuple[str, ...]
-    parse: Callable[[Row, Reading], Text | Chat | Ids]
+    parse: Callable[[Row, Reading], Text | Chat | Ids | Pair]
     completion_only: bool | None
     optional: tuple[str, ...] = ()
+    pair: bool = False
 
 
-def read_row(row: Row, format: str, reading: Reading) -> Text | Chat | Ids:
+def read_row(row: Row, format: str, reading: Reading) -> Text | Chat | Ids | Pair:
     """Reads a row of a format.
 
     Raises:
@@ -135,22 +153,29 @@ def rename_columns(columns: Sequence[str], mapping: Mapping[str, str | None]) ->
     return [*(name for name in columns if name not in mapped), *(ours for ours, theirs in mapping.items() if theirs)]
 
 
-def find_format(columns: Sequence[str], name: str = "auto") -> tuple[str, list[str]]:
+def find_format(columns: Sequence[str], name: str = "auto", *, pairs: bool = False) -> tuple[str, list[str]]:
     """Returns the format's name, and the other formats that the columns fit as well.
 
     Args:
         columns: columns of the rows.
         name: a key of `FORMATS`, or `auto`.
+        pairs: look among the formats whose rows are pairs of answers, and not among the others.
 
     Raises:
         DataError: unknown name, missing columns, or columns that fit no format.
     """
-    known = "; ".join(f"{key} ({', '.join(fmt.columns)})" for key, fmt in FORMATS.items())
+    usable = {key: fmt for key, fmt in FORMATS.items() if fmt.pair == pairs}
+    known = "; ".join(f"{key} ({', '.join(fmt.columns)})" for key, fmt in usable.items())
     if name != "auto" and name not in FORMATS:
         near = did_you_mean(name, FORMATS)
         fix = f"did you mean `{near}`?" if near else f"formats and the columns they need: {known}"
         raise DataError("is not a row format", key="data.format", value=name, fix=fix)
-    fitting = [key for key, fmt in FORMATS.items() if set(fmt.columns) <= set(columns)]
+    if name != "auto" and name not in usable:
+        what = "has rows of one example each" if pairs else "has rows that are pairs of answers"
+        kind = "pairs (`preference`, `reward`)" if FORMATS[name].pair else "single examples (`causal_lm`)"
+        fix = f"choose an objective that learns from {kind}, or another format: {known}"
+        raise DataError(f"{what}, which the objective does not learn from", key="data.format", value=name, fix=fix)
+    fitting = [key for key, fmt in usable.items() if set(fmt.columns) <= set(columns)]
     if name != "auto":
         missing = [column for column in FORMATS[name].columns if column not in columns]
         if missing:
@@ -159,9 +184,15 @@ def find_format(columns: Sequence[str], name: str = "auto") -> tuple[str, list[s
             raise DataError(what, key="data.format", value=name, fix=fix)
         return name, []
     if not fitting:
+        others = [key for key, fmt in FORMATS.items() if fmt.pair != pairs and set(fmt.columns) <= set(columns)]
+        if others:
+            kind = "single examples, and the objective learns from pairs" if pairs else "pairs of answers"
+            needed = "choose an objective for single examples" if pairs else "choose an objective for pairs"
+            fix = f"{needed}, or map columns with `data.columns`; formats: {known}"
+            raise DataError(f"the rows (format `{others[0]}`) are {kind}", key="objective.name", fix=fix)
         fix = f"map them with `data.columns: {{prompt: theirs, completion: theirs}}`, or rename them; formats: {known}"
         raise DataError(f"no format fits the columns {', '.join(columns) or '(none)'}", key="data.format", fix=fix)
-    return fitting[0], fitting[1:]
+    return fitting[0], [] if pairs else fitting[1:]  # a prompt that has a column is no part of the answers
 
 
 def _parse_text(row: Row, reading: Reading) -> Text:
@@ -177,6 +208,69 @@ def _parse_prompt_completion(row: Row, reading: Reading) -> Text | Chat:
         raise BadRow("'prompt' and 'completion' must both be text or both be lists of messages")
     _refuse(row, OF_CONVERSATIONS, "prompt and completion are plain text")
     return Text(prompt="" if prompt == "" else _text(row, "prompt"), completion=_text(row, "completion"))
+
+
+def _parse_preference(row: Row, reading: Reading) -> Pair:
+    kinds = {name: isinstance(row.get(name), list) for name in ("prompt", "chosen", "rejected")}
+    if len(set(kinds.values())) > 1 and all(row.get(name) is not None for name in kinds):
+        lists = ", ".join(repr(name) for name, is_list in kinds.items() if is_list)
+        raise BadRow(
+            f"'prompt', 'chosen' and 'rejected' must all be text or all be lists of messages, and only {lists} "
+            f"{'are' if sum(kinds.values()) > 1 else 'is'} (where the answers begin with the prompt, "
+            "`data.format: preference_implicit` does without 'prompt')"
+        )
+    if not kinds["prompt"]:
+        _refuse(row, OF_CONVERSATIONS, "prompt and answers are plain text")
+        prompt = _text(row, "prompt")
+        return _pair(*(Text(prompt=prompt, completion=_text(row, name)) for name in ("chosen", "rejected")))
+    before = read_messages(row, "prompt", reading.roles)
+    answers = [read_messages(row, name, reading.roles) for name in ("chosen", "rejected")]
+    if _shared_messages(before, answers[0]) == len(before):
+        raise BadRow(
+            "'chosen' begins with the messages of 'prompt' again (`data.format: preference_implicit` does without 'prompt')"
+        )
+    return _pair(*(_chat(row, before + answer, prompt_messages=len(before)) for answer in answers))
+
+
+def _parse_implicit(row: Row, reading: Reading) -> Pair:
+    """Reads a pair whose prompt is what both answers begin with, as TRL's `extract_prompt` does."""
+    kinds = {isinstance(row.get(name), list) for name in ("chosen", "rejected")}
+    if len(kinds) > 1 and None not in (row.get("chosen"), row.get("rejected")):
+        raise BadRow("'chosen' and 'rejected' must both be text or both be lists of messages")
+    missing = "so there is no prompt that both answer; set it apart in a column 'prompt'"
+    if True not in kinds:
+        _refuse(row, OF_CONVERSATIONS, "chosen and rejected are plain text")
+        chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
+        shared = next((n for n, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
+        pair = _pair(Text(completion=chosen), Text(completion=rejected), implicit=True)
+        if shared == 0:
+            raise BadRow(f"'chosen' and 'rejected' begin differently, {missing}")
+        if shared is None:
+            shorter = "chosen" if len(chosen) < len(rejected) else "rejected"
+            raise BadRow(f"'{shorter}' has no answer: it is the beginning of the other one")
+        return pair
+    answers = [read_messages(row, name, reading.roles) for name in ("chosen", "rejected")]
+    shared = _shared_messages(*answers)
+    if not shared:
+        raise BadRow(f"'chosen' and 'rejected' begin with different messages, {missing}")
+    pair = _pair(*(_chat(row, answer, prompt_messages=shared) for answer in answers))
+    for name, answer in zip(("chosen", "rejected"), answers, strict=True):
+        if len(answer) == shared:
+            raise BadRow(f"'{name}' has no answer: all its messages are in the other one, too")
+    return pair
+
+
+def _shared_messages(one: Sequence[Message], other: Sequence[Message]) -> int:
+    """Counts the messages that two conversations begin with."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((n for n, (a, b) in pairs if a.body != b.body), min(len(one), len(other)))
+
+
+def _pair(chosen: Text | Chat, rejected: Text | Chat, *, implicit: bool = False) -> Pair:
+    compared = [one.messages if isinstance(one, Chat) else one for one in (chosen, rejected)]
+    if compared[0] == compared[1]:
+        raise BadRow("'chosen' and 'rejected' are the same, so neither is preferred")
+    return Pair(chosen=chosen, rejected=rejected, implicit=implicit)
 
 
 def _parse_messages(row: Row, reading: Reading) -> Chat:
@@ -255,6 +349,20 @@ FORMATS: dict[str, Format] = {
         columns=("question", "answer"), parse=_parse_question_answer, completion_only=True, optional=OF_CONVERSATIONS
     ),
     "text": Format(columns=("text",), parse=_parse_text, completion_only=None),
+    "preference": Format(
+        columns=("prompt", "chosen", "rejected"),
+        parse=_parse_preference,
+        completion_only=True,
+        optional=OF_CONVERSATIONS,
+        pair=True,
+    ),
+    "preference_implicit": Format(
+        columns=("chosen", "rejected"),
+        parse=_parse_implicit,
+        completion_only=True,
+        optional=OF_CONVERSATIONS,
+        pair=True,
+    ),
 }
 
 

@@ -9,7 +9,8 @@ No download, no licence, and a model of a million weights learns the form of it 
 follows a log-normal law (median 4, sigma 1.2), so that lengths look like real fine-tuning data: under a BPE of
 1,000-2,000 entries the median is about 60 tokens and the 99th percentile beyond 600. The last line is GSM8K's.
 
-`packtrain:trend` tells the same stories with a class, `more`, `fewer` or `same`, for sequence classification.
+`packtrain:trend` tells the same stories with a class, `more`, `fewer` or `same`, for sequence classification, and
+`packtrain:preference` with two answers, the one that is right and one that is wrong or shows no working.
 
 Row i of a seed is drawn from its own generator, by integers alone: it is the same on every platform,
 whatever the number of rows, and read in any order.
@@ -23,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-PATH, TREND = "packtrain:arithmetic", "packtrain:trend"
+PATH, TREND, PREFERENCE = "packtrain:arithmetic", "packtrain:trend", "packtrain:preference"
 DEFAULT_ROWS = 20_000
 SPLITS = {"train": 0, "test": 1}  # disjoint streams
 HIGHEST = 99  # no total on the way is larger, none is negative
@@ -131,7 +132,35 @@ def trend_row(row: dict[str, object]) -> dict[str, object]:
     return {"text": story, "label": "more" if last > first else "fewer" if last < first else "same"}
 
 
-READERS = {PATH: ArithmeticReader, TREND: TrendReader}
+class PreferenceReader(ArithmeticReader):
+    """The same problems as rows with `prompt`, `chosen` and `rejected`."""
+
+    label = PREFERENCE
+
+    def __init__(self, num_rows: int = DEFAULT_ROWS, *, seed: int = 0, split: str = "train"):
+        super().__init__(num_rows, seed=seed, split=split)
+        self.fingerprint = f"{PREFERENCE} {_VERSION} {seed} {split} {num_rows}"
+
+    def read(self, start: int, stop: int) -> list[Any]:
+        return [preference_row(row, number) for number, row in enumerate(super().read(start, stop), start)]
+
+
+def preference_row(row: dict[str, object], number: int) -> dict[str, object]:
+    """Turns an arithmetic row into a pair: the rejected answer is off by one and, of odd rows, shows no working.
+
+    >>> preference_row({"prompt": "6 + 1?\\n", "completion": "6 + 1 = 7\\n#### 7"}, 0)
+    {'prompt': '6 + 1?\\n', 'chosen': '6 + 1 = 7\\n#### 7', 'rejected': '6 + 1 = 7\\n#### 8'}
+    """
+    working, _, last = str(row["completion"]).rpartition("\n")
+    wrong = f"#### {int(_FINAL.findall(last)[0]) + 1}"
+    return {
+        "prompt": row["prompt"],
+        "chosen": row["completion"],
+        "rejected": wrong if number % 2 else f"{working}\n{wrong}",
+    }
+
+
+READERS = {PATH: ArithmeticReader, TREND: TrendReader, PREFERENCE: PreferenceReader}
 
 
 def check_answer(row: dict[str, object], text: str) -> bool:

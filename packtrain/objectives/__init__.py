@@ -7,7 +7,10 @@ Its class holds its keys of a recipe's section `objective:` and answers for ever
 from packtrain.objectives.block_diffusion import BlockDiffusion
 from packtrain.objectives.causal import CausalLM
 from packtrain.objectives.masked_diffusion import MaskedDiffusion
+from packtrain.objectives.masked_lm import MaskedLM
 from packtrain.objectives.objective import Objective
+from packtrain.objectives.preference import Preference
+from packtrain.objectives.reward import Reward
 from packtrain.objectives.sequence_classification import SequenceClassification
 
 OBJECTIVES: dict[str, type[Objective]] = {
@@ -15,5 +18,8 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "masked_diffusion": MaskedDiffusion,
     "block_diffusion": BlockDiffusion,
     "sequence_classification": SequenceClassification,
+    "masked_lm": MaskedLM,
+    "preference": Preference,
+    "reward": Reward,
 }
 DEFAULT = "causal_lm"

@@ -34,7 +34,13 @@ class CausalLM(Objective):
     """What is weighted equally: every supervised token, or every example."""
 
     def task(
-        self, tokenizer: PreTrainedTokenizerBase, train: Examples, held_out: Examples | None, *, seed: int
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        train: Examples,
+        held_out: Examples | None,
+        *,
+        seed: int,
+        layout: Literal["flat", "padded"] = "flat",
     ) -> Task:
         from packtrain.packing.collator import PackCollator
 

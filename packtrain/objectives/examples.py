@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -31,6 +32,11 @@ class DerivedExamples(ABC):
     def rows(self) -> np.ndarray:
         """int64 `[n]`, the source row of each example."""
         return self.examples.rows
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest document."""
+        return int(self.lengths.max())
 
     @property
     def source(self) -> Rows | None:
@@ -63,3 +69,11 @@ class DerivedExamples(ABC):
     ) -> None:
         """Returns None: every factor is 1, as `load_task` sees to."""
         return None
+
+    def extras(self, example_ids: np.ndarray) -> Mapping[str, Any]:
+        """Returns further entries of the batch of some examples, for what their objective knows of each."""
+        return {}
+
+    def lengths_in(self, layout: str) -> np.ndarray:
+        """Returns what a plan in that layout counts as the tokens of each document, int64 `[n]`."""
+        return self.lengths

@@ -33,7 +33,7 @@ from packtrain.objectives import chunks
 from packtrain.objectives.objective import TokenLosses
 
 logger = logging.getLogger(__name__)
-NOT_MODEL_INPUTS = ("labels", "loss_weights", "example_ids", "supervised_index")
+NOT_MODEL_INPUTS = ("labels", "loss_weights", "example_ids", "supervised_index", "pairs", "reference_logps")
 
 
 def logits_at(
@@ -90,6 +90,57 @@ def token_losses(
         return TokenLosses(nll=nll, weights=weights, index=index)
     nll, total = _losses_in_chunks(model, batch, index - shift, targets, weights, head, way)
     return TokenLosses(nll=nll, weights=weights, index=index, total=total)
+
+
+def function_of_losses(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    predictors: Tensor,
+    targets: Tensor,
+    function: Callable[[Tensor], tuple[Tensor, Any]],
+    *,
+    head: nn.Module | None = None,
+) -> tuple[Tensor, Any]:
+    """Computes losses that are any function of the nll of tokens, such as of sums over answers, from one forward pass.
+
+    In chunks, nll comes first, without a graph; `function` is differentiated on it, and its gradient is what each token
+    weighs in a second pass over the same hidden states: a third more work in the head, and no logits that last.
+
+    Args:
+        model, head: see `logits_at`.
+        predictors: int64 `[N]`, flat positions whose logits predict the targets.
+        targets: int64 `[N]`, token ids.
+        function: nll float32 `[N]` -> (a scalar whose gradient is asked for, anything of it to be returned).
+
+    Returns:
+        The scalar, and what `function` returns with it.
+    """
+    head = head or output_head(model)
+    way = _way_of(model, batch, head, len(predictors))
+    if way is None or way.transform is None or len(predictors) <= chunks.rows_of_chunk(way.vocabulary):
+        logits = logits_at(model, batch, predictors, head=head).float()
+        return function(cross_entropy(logits, targets, reduction="none"))
+    transform, rows = way.transform, chunks.rows_of_chunk(way.vocabulary)
+    found: list[tuple[Tensor, Any]] = []
+
+    def losses(hidden: Tensor) -> Tensor:  # [N, D] -> [1, N, 1]
+        none = torch.zeros(len(targets), device=hidden.device)
+        nll = chunks.score(head, hidden, targets, none, transform, rows).nll
+        if not torch.is_grad_enabled():
+            found.append(function(nll))
+            return hidden.new_zeros(1, len(hidden), 1)
+        with torch.enable_grad():
+            value, extra = function(nll.requires_grad_())
+            (weights,) = torch.autograd.grad(value, nll)
+        given = (hidden, targets, weights, head, transform, rows)
+        total, _, carrier = chunks.ChunkedLoss.apply(*given, *chunks.trained_parameters(head))
+        found.append((value.detach() + (total - total.detach()), extra))
+        return carrier
+
+    with _head_gives(head, predictors, losses):
+        output = model(**_model_inputs(model, batch)).logits  # [1, N, 1]
+    ((value, extra),) = found
+    return chunks.Through.apply(value, output), extra
 
 
 class Way(NamedTuple):

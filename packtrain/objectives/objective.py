@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from packtrain.recipe.sections import Section, Settings, Verdicts
 
@@ -39,6 +39,7 @@ class Objective(Section):
         brings_attention: its model gets the objective's own attention, made for its batches alone.
         weighs_tokens: its loss takes factors of tokens (a fractional `weight` of a message).
         predicts_next: it predicts every token from those before it, so that its model must be causal.
+        pairs: its rows are pairs of answers to one prompt (`packtrain.data.formats.Pair`).
         answers: its models answer `packtrain sample` and `packtrain evaluate`.
         rules: what its keys contradict in other sections and in a strategy.
     """
@@ -52,6 +53,7 @@ class Objective(Section):
     brings_attention: ClassVar[bool] = False
     weighs_tokens: ClassVar[bool] = False
     predicts_next: ClassVar[bool] = False
+    pairs: ClassVar[bool] = False
     answers: ClassVar[bool] = False
     rules: ClassVar[tuple[Rule, ...]] = ()
 
@@ -65,13 +67,20 @@ class Objective(Section):
         return config.get_text_config().vocab_size
 
     def task(
-        self, tokenizer: PreTrainedTokenizerBase, train: Examples, held_out: Examples | None, *, seed: int
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        train: Examples,
+        held_out: Examples | None,
+        *,
+        seed: int,
+        layout: Literal["flat", "padded"] = "flat",
     ) -> Task:
         """Makes the task of one run. The tokenizer may gain tokens.
 
         Args:
             train, held_out: the recipe's examples.
             seed: of everything that the objective draws.
+            layout: of the run's strategy, for examples of several documents, whose tokens a plan counts by it.
 
         Raises:
             PacktrainError: examples that don't fit the objective's settings.
@@ -131,12 +140,17 @@ class Loss:
     losses: Callable[..., TokenLosses]
     denominator: Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
     head: Callable[[PreTrainedModel], torch.nn.Module]
-    sums: Callable[[TokenLosses, Mapping[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None
+    sums: Callable[[Any, Mapping[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None
 
 
 def unchanged(model: PreTrainedModel) -> Prepared:
     """Leaves a model as it was loaded."""
     return Prepared({})
+
+
+def nothing(trainer: Any) -> str | None:
+    """Does nothing before the first step."""
+    return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +163,8 @@ class Task:
         loss: see `Loss`.
         make_collator: makes the collator from the arguments of `PackCollator` (`layout`, `pad_token_id`, ...).
         prepare: changes the loaded model in place.
+        begin: does what needs the model where it will train, before the first step and before a checkpoint is read;
+            collective. It takes the `PackTrainer` and returns a line for people, or None.
         config_fields: of the model's config, decided by the data.
         new_tokens: ids for which `prepare` makes rows.
         tokens: eos, pads and mask of a diffusion model (`TailTokens`).
@@ -160,6 +176,7 @@ class Task:
     loss: Loss
     make_collator: Callable[..., PackCollator]
     prepare: Callable[[PreTrainedModel], Prepared] = unchanged
+    begin: Callable[[Any], str | None] = nothing
     config_fields: Mapping[str, Any] = field(default_factory=dict)
     new_tokens: tuple[int, ...] = ()
     tokens: Any = None
@@ -180,5 +197,5 @@ class Task:
         )
 
     def longest(self) -> int:
-        """Returns the tokens of the longest example, held out or not."""
-        return max(int(part.lengths.max()) for part in (self.train, self.held_out) if part is not None)
+        """Returns the tokens of the longest document, held out or not."""
+        return max(part.longest for part in (self.train, self.held_out) if part is not None)

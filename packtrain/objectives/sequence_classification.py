@@ -60,7 +60,13 @@ class SequenceClassification(Objective):
         return cast(int, config.num_labels)
 
     def task(
-        self, tokenizer: PreTrainedTokenizerBase, train: Examples, held_out: Examples | None, *, seed: int
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        train: Examples,
+        held_out: Examples | None,
+        *,
+        seed: int,
+        layout: Literal["flat", "padded"] = "flat",
     ) -> Task:
         from packtrain.packing.collator import PackCollator
 

@@ -70,14 +70,29 @@ def find_tail_tokens(
                 f"a tail of kind {kind!r} needs {count} pad tokens", key="objective.pad_tokens", value=list(reserved)
             )
     pads = tuple(_id(tokenizer, name, "objective.pad_tokens") for name in names)
+    mask, _ = find_mask_token(tokenizer, mask_token)
+    if mask in (*pads, tokenizer.eos_token_id):
+        named = mask_token or tokenizer.convert_ids_to_tokens(mask)
+        raise ModelError("is also an end or a pad of the tail", key="objective.mask_token", value=named)
+    tail = Tail(kind=kind, eos_token_id=tokenizer.eos_token_id, pad_token_ids=pads)
+    return TailTokens(tail=tail, mask_token_id=mask, fresh=tuple(sorted({*pads, *([mask] if mask >= size else [])})))
+
+
+def find_mask_token(tokenizer: PreTrainedTokenizerBase, mask_token: str | None = None) -> tuple[int, tuple[int, ...]]:
+    """Returns the id of the mask, which is added where the tokenizer has none, and the ids that were added for it.
+
+    Args:
+        mask_token: the model's mask; None takes the tokenizer's own, or adds one.
+
+    Raises:
+        ModelError: a named token that the tokenizer doesn't have.
+    """
+    size = len(tokenizer)
     if mask_token is None:
         mask_token = tokenizer.mask_token or MASK_NAME
         _add(tokenizer, [mask_token])
     mask = _id(tokenizer, mask_token, "objective.mask_token")
-    if mask in (*pads, tokenizer.eos_token_id):
-        raise ModelError("is also an end or a pad of the tail", key="objective.mask_token", value=mask_token)
-    tail = Tail(kind=kind, eos_token_id=tokenizer.eos_token_id, pad_token_ids=pads)
-    return TailTokens(tail=tail, mask_token_id=mask, fresh=tuple(sorted({*pads, *([mask] if mask >= size else [])})))
+    return mask, (mask,) if mask >= size else ()
 
 
 def make_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fresh: Sequence[int]) -> str:

@@ -14,6 +14,7 @@ from packtrain.errors import DataError
 from packtrain.objectives.objective import Task
 from packtrain.packing.cost import Cost
 from packtrain.packing.plan import Plan, plan_run
+from packtrain.packing.strategies import resolve_strategy
 from packtrain.recipe.recipe import Recipe
 
 
@@ -27,20 +28,22 @@ def load_task(recipe: Recipe) -> Task:
 
     data, objective, seed = recipe.data, recipe.objective, recipe.training["seed"]
     rows = open_section(data, seed=seed)
-    tokenizer = load_tokenizer(recipe.model, corpus=section_texts(data, rows))
+    tokenizer = load_tokenizer(recipe.model, corpus=section_texts(data, rows, pairs=objective.pairs))
     train, held_out = prepare_examples(
         data,
         rows,
         tokenizer,
         seed=seed,
         completions_only=objective.completions_only,
+        pairs=objective.pairs,
         tokenizer_key=tokenizer_key(recipe.model),
     )
     if not objective.weighs_tokens and any(part is not None and part.has_factors for part in (train, held_out)):
         what = "a message has a fractional `weight`, and this objective does not weigh tokens"
         fix = "give messages the weight 0 or 1, or choose the objective `causal_lm`"
         raise DataError(what, key="objective.name", value=objective.name, fix=fix)
-    return objective.task(tokenizer, train, held_out, seed=seed)
+    layout = resolve_strategy(recipe.batching.strategy).layout
+    return objective.task(tokenizer, train, held_out, seed=seed, layout=layout)
 
 
 def load_examples(recipe: Recipe) -> tuple[AnyExamples, AnyExamples | None]:

@@ -260,6 +260,10 @@ class PackCollator:
         """Returns the collator of that epoch; this one draws nothing, so it is the same in all."""
         return self
 
+    def titles(self, batch: Mapping[str, Any]) -> list[str]:
+        """Says of every document of a batch what it is of its example, for people; nothing where it is the whole of it."""
+        return [""] * len(batch["example_ids"])
+
     def empty(self) -> Batch:
         """Makes the micro-batch of a rank that has no examples left in a step: one document of padding, weight zero."""
         ids = np.full(EMPTY_TOKENS, self.pad_token_id, dtype=np.int64)
@@ -271,7 +275,8 @@ class MicroBatches(Dataset):
     """The examples as micro-batches: indexed by a `MicroBatch` of the plan, gives its finished batch.
 
     `examples` has `gather(example_ids, starts, stops) -> (input_ids [T], labels [T])`, `factors` of the same arguments
-    (float32 `[T]`, or None) and `supervised`, int32 `[n]`. With `shapes` flat batches are padded to one of a few shapes.
+    (float32 `[T]`, or None), `supervised`, int32 `[n]`, and `extras(example_ids)`, further entries of their batch. With
+    `shapes` flat batches are padded to one of a few shapes.
     """
 
     def __init__(self, examples: AnyExamples, collator: PackCollator, shapes: Shapes | None = None):
@@ -291,7 +296,8 @@ class MicroBatches(Dataset):
         supervised = np.asarray(self.examples.supervised[ids], dtype=np.int64)
         factors = self.examples.factors(ids, micro_batch.starts, micro_batch.stops)
         options = {} if factors is None else {"factors": factors}  # not every objective knows factors
-        return self.collator.collate(input_ids, labels, micro_batch.lengths, ids, supervised, **options)
+        batch = self.collator.collate(input_ids, labels, micro_batch.lengths, ids, supervised, **options)
+        return batch | {**self.examples.extras(ids)}
 
     def _shaped(self, micro_batch: MicroBatch, shapes: Shapes) -> Batch:
         """Makes a flat batch of one of the shapes: documents of padding behind the others, which nothing supervises."""

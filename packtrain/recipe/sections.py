@@ -91,7 +91,7 @@ class DataSection(Section):
     """Which rows, and how they become examples."""
 
     path: fields.Paths | None = None
-    """A file, directory, pattern (data/*.jsonl), Hub dataset, packtrain:arithmetic or :trend; or a list of them."""
+    """A file, directory, pattern (data/*.jsonl), Hub dataset, packtrain:arithmetic, :trend or :preference; or a list."""
     mixture: Mixture | None = None
     """Instead of path: sources with weights, [{path: a.jsonl, weight: 2}, ...]; see `packtrain keys data`."""
     name: Text | None = None

@@ -154,6 +154,9 @@ def build(
     check_agreement({"the model's weights": weights_hash(model), "the checkpoint": _sealed_as(checkpoint)})
     trainer = make_trainer(recipe, task, plan, args, model, console=console, checkpoint=checkpoint, kind=trainer_class)
     check_documents(recipe, trainer, console=console)
+    said = task.begin(trainer)
+    if said and console and trainer.is_world_process_zero():
+        _sayer(console)(said)
     return trainer
 
 
@@ -298,7 +301,7 @@ def _longest_row(recipe: Recipe, trainer: PackTrainer) -> int:
     if resolve_strategy(trainer.plan.strategy).padded_to == "max_length":
         return recipe.data.max_length
     parts = (trainer.train_dataset, trainer.eval_dataset)
-    return max(int(part.lengths.max()) for part in parts if part is not None)
+    return max(part.longest for part in parts if part is not None)
 
 
 def training_arguments(recipe: Recipe, plan: Plan, *, evaluate: bool) -> TrainingArguments:

@@ -311,7 +311,8 @@ class PackTrainer(Trainer):
         if "loss" in logs:
             logs |= self.meter.since(self._logged_meter, self._over_ranks)
             self._logged_meter = copy.copy(self.meter)
-            logs |= means_of(self._sums, skip=("loss",))
+            sums = {name: self.accelerator.reduce(self._sums[name], reduction="sum") for name in sorted(self._sums)}
+            logs |= means_of(sums, skip=("loss",))
             self._sums.clear()
         super().log(logs, start_time)
 

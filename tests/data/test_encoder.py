@@ -34,6 +34,8 @@ _COLUMNS = {
     "conversations": st.lists(_MESSAGE, max_size=3) | _ANYTHING,
     "prompt": _STRING | st.lists(_MESSAGE, max_size=3) | _ANYTHING,
     "completion": _STRING | st.lists(_MESSAGE, max_size=3) | _ANYTHING,
+    "chosen": _STRING | st.lists(_MESSAGE, max_size=3) | _ANYTHING,
+    "rejected": _STRING | st.lists(_MESSAGE, max_size=3) | _ANYTHING,
 }
 _LIST = st.lists(st.integers(-1, 330), max_size=6) | st.lists(_ANYTHING, max_size=6) | _ANYTHING
 _MASK = st.lists(st.integers(0, 1), max_size=6) | _ANYTHING
@@ -53,6 +55,8 @@ def _row(format: str) -> st.SearchStrategy[dict]:
 def test_any_row_is_an_example_or_named(format, mask, chat_tokenizer, data):
     if format in ("text", "input_ids"):
         mask = None
+    if FORMATS[format].pair:
+        mask = "completion_only"
     encoder = Encoder(
         chat_tokenizer,
         format,

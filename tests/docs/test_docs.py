@@ -221,7 +221,8 @@ def tokenizer():
 def example_of(line: str, name: str, tokenizer, tmp_path: Path) -> str:
     """The text (or ids) of a row's example, with what is supervised in brackets; checks that the row is of that format."""
     (tmp_path / "rows.jsonl").write_text(line + "\n", encoding="utf-8")
-    examples = build_examples(open_rows(tmp_path / "rows.jsonl"), tokenizer, cache_dir=tmp_path)
+    pairs = FORMATS[name].pair
+    examples = build_examples(open_rows(tmp_path / "rows.jsonl"), tokenizer, pairs=pairs, cache_dir=tmp_path)
     assert examples.report.format == name
     (text,) = shown(tokenizer, examples)
     if name == "input_ids":

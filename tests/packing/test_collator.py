@@ -320,7 +320,7 @@ def test_a_stock_trainer_ignores_the_weights(llama):
 
 
 class Tokens:
-    """The smallest thing with `gather`, `factors` and `supervised`: token t of example i is 1000 * i + t."""
+    """The smallest thing that batches are made of: token t of example i is 1000 * i + t."""
 
     def __init__(self, lengths):
         self.lengths, self.supervised = np.asarray(lengths), np.asarray(lengths) - 1
@@ -332,6 +332,9 @@ class Tokens:
 
     def factors(self, example_ids, starts, stops):
         return None
+
+    def extras(self, example_ids):
+        return {}
 
 
 @pytest.mark.parametrize("name", STRATEGIES)

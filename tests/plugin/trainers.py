@@ -123,7 +123,9 @@ def answering(output_dir: Path, cls: type = MaskedSpans) -> Trainer:
         end_positions=[len(row) - 1 for row in ids()],
     )
     model = tiny("bert", AutoModelForQuestionAnswering)
-    model.qa_outputs.bias.requires_grad_(False)  # a softmax over positions cancels it: Adam would step by rounding alone
+    model.qa_outputs.bias.requires_grad_(
+        False
+    )  # a softmax over positions cancels it: Adam would step by rounding alone
     return stock(output_dir, model, data, collate, cls, remove_unused_columns=False)
 
 

@@ -59,6 +59,14 @@ class Documents:
         return torch.tensor(self.bounds, dtype=torch.int32, device=self.device)
 
 
+@dataclass(frozen=True)
+class OnDevice:
+    """What a varlen kernel wants to know of documents: int32 `[S + 1]` offsets, and the most tokens of one."""
+
+    cu_seq_lens: Tensor
+    longest: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Pattern:
     """The rules of attention beyond query, key and value: who attends whom, and how strongly.
@@ -263,19 +271,28 @@ def torch_varlen_parameters() -> frozenset[str]:
     return frozenset(inspect.signature(varlen_attn).parameters)
 
 
-def attend_flash_attn(query: Tensor, key: Tensor, value: Tensor, documents: Documents, pattern: Pattern) -> Tensor:
-    """Calls flash-attn's varlen kernel; arguments and result as `attend`."""
+def attend_flash_attn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    documents: Documents | OnDevice,
+    pattern: Pattern,
+    *,
+    keys: Documents | OnDevice | None = None,
+) -> Tensor:
+    """Calls flash-attn's varlen kernel; arguments and result as `attend`, with other documents of the `keys` if given."""
     from flash_attn import flash_attn_varlen_func
 
+    keys = keys or documents
     query, key, value, dim = rows_first(query, key, value)
     output = flash_attn_varlen_func(
         query,
         key,
         value,
         documents.cu_seq_lens,
-        documents.cu_seq_lens,
+        keys.cu_seq_lens,
         documents.longest,
-        documents.longest,
+        keys.longest,
         dropout_p=pattern.dropout,
         softmax_scale=pattern.scaling,
         causal=pattern.causal,
@@ -285,8 +302,16 @@ def attend_flash_attn(query: Tensor, key: Tensor, value: Tensor, documents: Docu
     return output[..., :dim].unsqueeze(0)
 
 
-def attend_torch_varlen(query: Tensor, key: Tensor, value: Tensor, documents: Documents, pattern: Pattern) -> Tensor:
-    """Calls torch's varlen kernel; arguments and result as `attend`."""
+def attend_torch_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    documents: Documents | OnDevice,
+    pattern: Pattern,
+    *,
+    keys: Documents | OnDevice | None = None,
+) -> Tensor:
+    """Calls torch's varlen kernel; arguments and result as `attend`, with other documents of the `keys` if given."""
     from torch.nn.attention.varlen import varlen_attn
 
     options: dict[str, Any] = {}
@@ -303,8 +328,9 @@ def attend_torch_varlen(query: Tensor, key: Tensor, value: Tensor, documents: Do
         options["window_size"] = window_size(pattern, right_if_causal=0)
     else:
         options["is_causal"] = pattern.causal
-    cu_seq_lens, longest = documents.cu_seq_lens, documents.longest
-    output: Any = varlen_attn(query, key, value, cu_seq_lens, cu_seq_lens, longest, longest, **options)
+    keys = keys or documents
+    offsets, longest = (documents.cu_seq_lens, keys.cu_seq_lens), (documents.longest, keys.longest)
+    output: Any = varlen_attn(query, key, value, *offsets, *longest, **options)
     return output[..., :dim].unsqueeze(0)
 
 

@@ -14,14 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from packtrain.modeling.attention.documents import bounds_from, check_fit
-from packtrain.modeling.attention.kernels import Documents, Pattern, attend_each, fused_kernel
+from packtrain.modeling.attention.kernels import Documents, OnDevice, Pattern, attend_each, fused_kernel
 
 
 def attend_traced(
@@ -49,14 +48,6 @@ def attend_traced(
         query, key, value, source, pattern.mask, pattern.bias, pattern.sinks, seed,
         pattern.scaling, pattern.causal, pattern.window, pattern.softcap, pattern.dropout,
     )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class OnDevice:
-    """What a varlen kernel wants to know of the documents: int32 `[S + 1]` offsets, and the most tokens of one."""
-
-    cu_seq_lens: Tensor
-    longest: int
 
 
 Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]

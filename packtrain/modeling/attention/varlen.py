@@ -7,7 +7,8 @@
 Two functions are registered through transformers' public interfaces, nothing is patched:
 
 - `varlen_attention_forward` computes attention within each document of a flat batch (`[1, T]`). It learns the
-  documents from `cu_seq_lens_q` or, where that is missing, from `position_ids` that restart. All that a layer
+  documents from `cu_seq_lens_q` or, where that is missing, from `position_ids` that restart, and from `shared_prefixes`
+  which of them begin with the keys of another (see `packtrain.modeling.attention.prefixes`). All that a layer
   asks for is honoured (window, grouped heads, scaling, softcap, sinks, position bias, dropout, a mask) or
   refused with a `ModelError`. A batch that is not packed gets transformers' own sdpa attention.
 - `varlen_mask` builds no mask where the attention function can do without one, and otherwise returns sdpa's.
@@ -52,6 +53,8 @@ from packtrain.modeling.attention.documents import (
 )
 from packtrain.modeling.attention.kernels import HALF, Documents, Pattern, attend, attend_dense, causal_mask
 from packtrain.modeling.attention.mask import varlen_mask
+from packtrain.modeling.attention.prefixes import KEY as SHARED
+from packtrain.modeling.attention.prefixes import attend_shared
 from packtrain.modeling.attention.traced import attend_traced
 from packtrain.packing.bounds import KEY as BOUNDS
 from packtrain.recipe.fields import did_you_mean
@@ -150,6 +153,8 @@ def varlen_attention_forward(
     )
     source = documents = None
     if torch.compiler.is_compiling():
+        if kwargs.get(SHARED) is not None:
+            raise refusal("a shared prefix under torch.compile", "leave `training.torch_compile` out")
         source = find_source(module, query, key, attention_mask, kwargs)
     else:
         documents = find_documents(module, query, key, attention_mask, kwargs)
@@ -158,6 +163,8 @@ def varlen_attention_forward(
         rows = [end_to_end(states) for states in (query, key, value)]
         if source is not None:
             output = attend_traced(rows[0], rows[1], rows[2], source, kwargs, pattern)
+        elif documents is not None and kwargs.get(SHARED) is not None:
+            output = attend_shared(rows[0], rows[1], rows[2], documents, kwargs, pattern)
         else:
             assert documents is not None
             output = attend(rows[0], rows[1], rows[2], documents, pattern)  # [1, B * T, H, Dv]
@@ -206,6 +213,8 @@ def packed_pattern(
         return pattern
     # in a graph, a number that is looked at must stay what it is, so it is looked at here only
     longest = kwargs.get("max_length_q", query.shape[2]) if documents is None else documents.longest
+    if kwargs.get(SHARED) is not None:
+        longest = kwargs[SHARED].longest
     if longest > window:
         what = f"the window of {window} that {type(module).__name__} does not pass to its attention"
         raise refusal(what, f"keep documents within {window} tokens, or use sdpa")
@@ -239,7 +248,8 @@ def find_documents(
                 return None
             raise refuse_others(module, query, key)
         check_fit(documents.bounds, length)
-        check_keys(documents, kwargs)
+        if kwargs.get(SHARED) is None:
+            check_keys(documents, kwargs)
         return documents
     if not attends_itself(module, query, key) or mask is not None:
         return None

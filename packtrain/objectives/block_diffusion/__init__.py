@@ -41,7 +41,13 @@ class BlockDiffusion(Objective):
     """Tokens of a block."""
 
     def task(
-        self, tokenizer: PreTrainedTokenizerBase, train: Examples, held_out: Examples | None, *, seed: int
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        train: Examples,
+        held_out: Examples | None,
+        *,
+        seed: int,
+        layout: Literal["flat", "padded"] = "flat",
     ) -> Task:
         from packtrain.objectives.block_diffusion.blocks import (
             BLOCK_DIFFUSION,

@@ -85,7 +85,13 @@ class MaskedDiffusion(Objective):
         return self.canvas == "batch_max"
 
     def task(
-        self, tokenizer: PreTrainedTokenizerBase, train: Examples, held_out: Examples | None, *, seed: int
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        train: Examples,
+        held_out: Examples | None,
+        *,
+        seed: int,
+        layout: Literal["flat", "padded"] = "flat",
     ) -> Task:
         from packtrain.objectives.masked_diffusion.loss import make_bidirectional, masked_diffusion
         from packtrain.objectives.masked_diffusion.noise import Masking, NoisingCollator
