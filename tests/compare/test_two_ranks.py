@@ -68,8 +68,12 @@ def test_two_ranks_have_the_losses_of_one_and_wait_for_a_slow_one(tmp_path):
     said = {sentence.topic: sentence.text for sentence in verdict(two)}
     assert said["ranks"].startswith("With `balanced`, the mean of 2 ranks waits for the others ")
     runs = tmp_path / "two" / "out" / "runs"
-    logs = sorted(file.name for file in runs.glob("*.log"))  # of what failed
-    assert logs == ["00-killed.log", "00-killed.rank0.log", "00-killed.rank1.log"]
+    logs = {file.name for file in runs.glob("*.log")}  # of what failed; rank 0 may have said nothing yet
+    assert (
+        {"00-killed.log", "00-killed.rank1.log"}
+        <= logs
+        <= {f"00-killed{rank}.log" for rank in ("", ".rank0", ".rank1")}
+    )
     assert "2 ranks (DDP)" in (runs.parent / "report.html").read_text()
     assert "waiting for other ranks" in (runs.parent / "summary.md").read_text()
     assert "waiting_share" in (runs.parent / "summary.csv").read_text()
