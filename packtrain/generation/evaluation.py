@@ -75,6 +75,9 @@ def evaluate(
     Raises:
         PacktrainError: nothing is held out or trained yet, an example has no prompt, or the score is not a number.
     """
+    if recipe.objective.pairs:
+        what, fix = "has pairs of answers, and no single right one", "ask the model with `packtrain generate`"
+        raise PacktrainError(what, key="objective", fix=fix)
     out = Path(recipe.training["output_dir"])
     trained, task = load_trained(out, base=base), load_task(recipe)
     if task.held_out is None:

@@ -87,3 +87,8 @@ def test_scores_of_users(monkeypatch, tmp_path):
     ):
         with pytest.raises(PacktrainError, match=message):
             find_score(name)
+
+
+def test_pairs_have_no_right_answer():
+    with pytest.raises(PacktrainError, match="pairs of answers"):
+        evaluate(load_recipe("dpo_lora"))
