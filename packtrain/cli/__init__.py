@@ -92,7 +92,8 @@ def _is_recipe(word: str) -> bool:
 app = typer.Typer(
     cls=Verbs,
     no_args_is_help=True,
-    add_completion=False,
+    epilog="Exit codes: 0 done, 1 an audit found a leak or a rank failed, 2 an error that the message says how to fix, "
+    "75 stopped with a checkpoint to resume from, 130 interrupted.",
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     help="Fine-tune LLMs with packing or padding: a step is a set of examples, and a strategy only lays them out.",

@@ -506,3 +506,16 @@ def test_python_without_docstrings_is_refused(level, code):
     command = [sys.executable, "-m", "packtrain", "--version"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == code and ("PYTHONOPTIMIZE" in done.stdout) == (code == 2)
+
+
+@pytest.mark.parametrize(("typed", "offered"), [("packtrain ge", "generate"), ("packtrain train --re", "--resume")])
+def test_shells_complete_verbs_and_options(typed, offered):
+    asked = {"_PACKTRAIN_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
+    done = subprocess.run([sys.executable, "-m", "packtrain"], env=os.environ | asked, capture_output=True, text=True)
+    assert offered in done.stdout.split(), done.stderr
+
+
+def test_exit_codes_are_in_the_help(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "75 stopped" in " ".join(capsys.readouterr().out.split())
