@@ -46,7 +46,6 @@ def slowed(directory: Path, updates: int) -> Run:
     return read_run(path, round=0, variant=variant.name)
 
 
-@pytest.mark.ci
 @pytest.mark.slow
 def test_two_ranks_have_the_losses_of_one_and_wait_for_a_slow_one(tmp_path):
     one = compared(tmp_path / "one", 1, VARIANTS)

@@ -147,7 +147,6 @@ def test_any_template_under_any_tokenizer(name, parts: Parts, messages):
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 @pytest.mark.parametrize("name", TOKENIZERS)
 @settings(max_examples=1000, deadline=None)
 @given(parts=random_parts(), messages=conversations())

@@ -10,7 +10,7 @@ import pytest
 from packtrain.modeling.tokenizer import train_bpe
 from tests.faults.runs import log_of, run_ranks, write_recipe
 
-pytestmark = [pytest.mark.ci, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 SETTINGS = {
     "data.num_rows=50": "data.num_rows: 50 on rank 1, 60 on rank 0",
@@ -29,7 +29,12 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+QUICK = ("data.path=OTHER", "training.seed=7", "training.max_steps=5", "batching.strategy=padding_free")
+
+
+@pytest.mark.parametrize(
+    "setting", [pytest.param(name, marks=pytest.mark.ci if name in QUICK else ()) for name in SETTINGS]
+)
 def test_a_setting_of_one_rank(setting, tmp_path):
     recipe, other = write_recipe(tmp_path), tmp_path / "other.jsonl"
     other.write_text("".join(json.dumps({"question": f"{n}", "answer": "1"}) + "\n" for n in range(60)))
@@ -41,6 +46,7 @@ def test_a_setting_of_one_rank(setting, tmp_path):
     assert not (tmp_path / "run/summary.json").exists() and not list((tmp_path / "run").glob("checkpoint-*"))
 
 
+@pytest.mark.ci
 def test_ranks_that_agree_train(tmp_path):
     """The control: the same settings on both, given to each by itself."""
     recipe = write_recipe(tmp_path)
@@ -51,6 +57,7 @@ def test_ranks_that_agree_train(tmp_path):
     ], log_of(recipe)
 
 
+@pytest.mark.ci
 def test_resuming_on_one_rank_only(tmp_path):
     recipe = write_recipe(tmp_path)
     assert run_ranks(recipe, 2, resume=False, overrides=["training.max_steps=2"]) == [0, 0], log_of(recipe)
@@ -58,6 +65,7 @@ def test_resuming_on_one_rank_only(tmp_path):
     assert "--resume: false on rank 1, true on rank 0" in log_of(recipe)
 
 
+@pytest.mark.ci
 def test_rows_of_one_rank(tmp_path):
     """A file of the same name on the drives of two hosts, or a cache of one of them that was changed and hashed anew."""
     rows = [json.dumps({"question": f"{n}", "answer": "1"}) + "\n" for n in range(60)]
@@ -74,6 +82,7 @@ def test_rows_of_one_rank(tmp_path):
     assert "the training examples: " in said and "data.path: " not in said, said
 
 
+@pytest.mark.ci
 def test_weights_of_one_rank(tmp_path):
     """As of a checkpoint of the Hub that one host has in another state."""
     recipe = write_recipe(tmp_path)

@@ -34,7 +34,7 @@ from tests.launch.helpers import (
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
-IN_CI = ("ddp", "zero2", "zero3")
+IN_CI = ("ddp", "zero3")
 
 
 def engine(config: str):

@@ -152,7 +152,6 @@ def test_devices_stand_next_to_each_other(tmp_path):
 # ---------------------------------------------------------------------------------------------------- the rehearsal
 
 
-@pytest.mark.ci
 @pytest.mark.slow  # all parts, at tiny shapes
 @pytest.mark.timeout(900)
 def test_every_part_runs_to_its_end_through_a_kill(tmp_path):

@@ -16,8 +16,19 @@ from tests.training.helpers import Curve, curve, make_trainer
 
 REFERENCE = "pad_max"
 LAID_OUT_OTHERWISE = ("pad_longest", "group_by_length", "padding_free", "balanced")
-# in the ordinary suite; the rest is marked slow
+# in the ordinary suite; the rest is slow
 ORDINARY = [("gpt2", "token", False, False), ("llama", "example", True, True)]
+
+
+def _marks(family: str, weighting: str, lora: bool, checkpointing: bool) -> list:
+    if (family, weighting, lora, checkpointing) in ORDINARY:
+        return []
+    for_ci = (
+        lora == checkpointing == (weighting == "token")
+    )  # each setting once with and once without, for every family
+    return [pytest.mark.slow, *([pytest.mark.ci] if for_ci else [])]
+
+
 SETTINGS = [
     pytest.param(
         family,
@@ -25,7 +36,7 @@ SETTINGS = [
         lora,
         checkpointing,
         id="-".join([family, weighting, "lora" if lora else "full", "checkpointing" if checkpointing else "plain"]),
-        marks=[] if (family, weighting, lora, checkpointing) in ORDINARY else [pytest.mark.slow, pytest.mark.ci],
+        marks=_marks(family, weighting, lora, checkpointing),
     )
     for family in sorted(CONFIGS)
     for weighting, lora, checkpointing in itertools.product(("token", "example"), (False, True), (False, True))

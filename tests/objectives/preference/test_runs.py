@@ -176,8 +176,7 @@ def test_a_resumed_run_ends_with_bitwise_the_same_weights(rows, tmp_path, cache,
 
 
 @pytest.mark.slow
-@pytest.mark.ci
-@pytest.mark.parametrize("objective", ["preference", "reward"])
+@pytest.mark.parametrize("objective", [pytest.param("preference", marks=pytest.mark.ci), "reward"])
 def test_two_ranks_do_what_one_does(rows, tmp_path, objective):
     found = []
     for ranks in (1, 2):

@@ -27,7 +27,7 @@ from tests.objectives.preference.helpers import (
     write_pairs,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.ci]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +78,8 @@ def theirs(ours, rows, directory, *, lora: bool, **options) -> np.ndarray:
 @pytest.mark.parametrize(
     ("lora", "options"),
     [
-        (False, {}),
-        (True, {}),
+        pytest.param(False, {}, marks=pytest.mark.ci),
+        pytest.param(True, {}, marks=pytest.mark.ci),
         *(
             (False, {"loss_type": kind, "beta": 0.3, **more})
             for kind, more in {
