@@ -23,9 +23,7 @@ ORDINARY = [("gpt2", "token", False, False), ("llama", "example", True, True)]
 def _marks(family: str, weighting: str, lora: bool, checkpointing: bool) -> list:
     if (family, weighting, lora, checkpointing) in ORDINARY:
         return []
-    for_ci = (
-        lora == checkpointing == (weighting == "token")
-    )  # each setting once with and once without, for every family
+    for_ci = lora == checkpointing == (weighting == "token")  # every family with all of them, and with none
     return [pytest.mark.slow, *([pytest.mark.ci] if for_ci else [])]
 
 
