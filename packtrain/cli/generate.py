@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
 from packtrain.cli.options import Temperature
+from packtrain.errors import PacktrainError
+from packtrain.recipe.sections import Dtype
 
 if TYPE_CHECKING:
     from packtrain.generation.prompts import Messages
@@ -23,8 +25,8 @@ NewTokens = Annotated[
     int | None,
     typer.Option(min=1, metavar="N", help="Most tokens of an answer. Default: 256, or what the model has room for."),
 ]
-Dtype = Annotated[
-    Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Of the weights; auto is as stored.")
+DtypeName = Annotated[
+    str, typer.Option(metavar="NAME", help="Of the weights: auto (as stored), float32, bfloat16 or float16.")
 ]
 
 
@@ -47,7 +49,7 @@ def generate(
         float, typer.Option(min=0, max=1, metavar="P", help="Sample among the most likely tokens that reach P.")
     ] = 1.0,
     max_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Most positions of a batch of prompts.")] = 8192,
-    dtype: Dtype = "auto",
+    dtype: DtypeName = "auto",
     seed: Annotated[int, typer.Option(metavar="N", help="Seed for temperatures above 0.")] = 0,
 ) -> None:
     """Answer prompts with a trained model, or chat with it.
@@ -57,7 +59,7 @@ def generate(
     """
     from packtrain.generation.trained import load_trained
 
-    trained = load_trained(target, base=base, dtype=dtype)
+    trained = load_trained(target, base=base, dtype=dtype_of(dtype))
     how = dict(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed
     )  # fmt: skip
@@ -73,6 +75,18 @@ def generate(
         return
     for text in answers:
         print(text)
+
+
+def dtype_of(name: str) -> Dtype:
+    """Returns the value of `--dtype`.
+
+    Raises:
+        PacktrainError: it is not one of those there are.
+    """
+    for known in get_args(Dtype):
+        if name == known:
+            return known
+    raise PacktrainError("is not known", key="--dtype", value=name, fix=f"choose from {', '.join(get_args(Dtype))}")
 
 
 def answer(trained: Trained, prompts: list[str | Messages], how: dict) -> list[str]:

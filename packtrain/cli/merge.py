@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from packtrain.cli.generate import Dtype, Target
+from packtrain.cli.generate import DtypeName, Target, dtype_of
 
 
 def merge(
     target: Target,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where to write the merged model; must be empty.")],
-    dtype: Dtype = "auto",
+    dtype: DtypeName = "auto",
 ) -> None:
     """Merge a LoRA adapter into its model, and write one ordinary model.
 
@@ -22,5 +22,5 @@ def merge(
     from packtrain.generation.merging import merge as run
     from packtrain.generation.trained import load_trained
 
-    difference = run(load_trained(target, dtype=dtype), out)
+    difference = run(load_trained(target, dtype=dtype_of(dtype)), out)
     print(f"wrote {out}; its logits differ by {difference:.1e} of the largest from those with the adapter")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
@@ -21,12 +21,11 @@ from packtrain.modeling.loading import load_config, load_model
 from packtrain.modeling.tokenizer import load_tokenizer
 from packtrain.recipe.reader import load_recipe
 from packtrain.recipe.recipe import Recipe
-from packtrain.recipe.sections import ModelSection
+from packtrain.recipe.sections import Dtype, ModelSection
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 _PLAIN = ("prompt_completion", "text", "input_ids")  # formats of rows that use no chat template
 _ADAPTER = "adapter_config.json"
 

@@ -34,6 +34,9 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True)
 
 
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
 class ModelSection(Section):
     """Which model: a pretrained one by name, or one from scratch by `config`."""
 
@@ -45,7 +48,7 @@ class ModelSection(Section):
     """Branch, tag or commit of the model on the Hub."""
     trust_remote_code: Flag = False
     """Runs code that comes with the model; needs a pinned revision."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Dtype = "auto"
     """Of the weights; auto is as stored, and float32 from scratch."""
     quantization: fields.Mapping | None = None
     """QLoRA: fields of transformers.BitsAndBytesConfig, for example {load_in_4bit: true, bnb_4bit_quant_type: nf4}."""

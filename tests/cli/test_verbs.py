@@ -519,3 +519,9 @@ def test_exit_codes_are_in_the_help(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     assert "75 stopped" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_dtype_that_is_none_is_refused(capsys):
+    for words in (["generate", "somewhere"], ["merge", "somewhere", "--out", "elsewhere"]):
+        assert run(*words, "--dtype", "half") == 2
+        assert "choose from auto, float32, bfloat16, float16" in capsys.readouterr().err
