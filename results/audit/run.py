@@ -1,12 +1,12 @@
 """Audits every architecture of the installed transformers: which ones keep packed documents isolated?
 
-    python results/audit/run.py                      # every decoder and encoder, a quarter of an hour
+    python results/audit/run.py                      # every decoder and encoder, half an hour
     python results/audit/run.py llama bert mamba     # these
 
 Each architecture runs as a tiny random model in a process of its own with a time and a memory limit, so that one
-that crashes or hangs costs its own row only. An interrupted sweep continues with the same command, where neither
-machine, packages nor packtrain/modeling have changed meanwhile. Writes `results/audit/sweep.json` (every finding, one
-line per architecture; a finding is a list of `FIELDS`) and `results/audit/README.md` (the table).
+that crashes or hangs costs its own row only. An interrupted sweep continues with the same command. Writes
+`results/audit/sweep.json` (every finding, one line per architecture; a finding is a list of `FIELDS`) and
+`results/audit/README.md` (the table).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import json
 import multiprocessing
 import resource
 import signal
-import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -37,18 +37,20 @@ from results.page import RESULTS, limits, origin
 MEMORY_LIMIT = 6 << 30  # bytes of address space for one architecture
 MODES = ("eval", "train", "cache")
 FIELDS = ("implementation", "layout", "mode", "verdict", "difference", "leak", "sees", "gradient_difference", "calls")
-FIELDS += ("scale", "cause", "error")  # of a finding, in the order in which they are stored
+FIELDS += ("cause", "error")  # of a finding, in the order in which they are stored
 
 
 def audit_one(architecture: str) -> dict:
     """Audit one architecture with its own attention and with packtrain_varlen; returns plain data."""
     model = tiny_model(architecture)
     own = model.config._attn_implementation
+    began = time.perf_counter()
     report = audit_model(model, implementations=[own, NAME], modes=MODES)
     found = report.to_dict() | {
         "own": own,
         "class": type(model).__name__,
         "kind": kind(model),
+        "seconds": round(time.perf_counter() - began, 1),
     }
     found["findings"] = [[rounded(finding[name]) for name in FIELDS] for finding in found["findings"]]
     found["padding"] = [{k: rounded(v) for k, v in effect.items()} for effect in found["padding"]]
@@ -91,7 +93,7 @@ def sweep(
     ended after ten times as long.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", "packtrain.modeling.audit.audit", "transformers.models.auto"])
+    context.set_forkserver_preload(["packtrain.modeling.audit", "packtrain.training.summary"])
     for architecture in architectures:
         ours, theirs = context.Pipe(duplex=False)
         process = context.Process(target=child, args=(audit, architecture, seconds, theirs))
@@ -122,59 +124,21 @@ COLUMNS = {  # heading: implementation ("own" is the architecture's default), la
     "padded": ("own", "padded", "eval"),
 }
 SIGNS = {"isolated": "ok", "leaks": "**leaks**", "wrong": "**wrong**", "not supported": "refused", "unclear": "?"}
-WAYS = {  # to train flat, in the order in which they are preferred: implementation, layout, mode
-    NAME: (NAME, "flat", "train"),
-    "padded inside": (PADDED, "flat", "train"),
-    "own mask": ("own", "flat", "train"),
-}
 
 
 def findings(result: dict) -> list[dict]:
     return [dict(zip(FIELDS, finding, strict=True)) for finding in result["findings"]]
 
 
-def find(result: dict, implementation: str, layout: str, mode: str) -> dict | None:
+def cell(result: dict, implementation: str, layout: str, mode: str) -> str:
     wanted = (result["own"] if implementation == "own" else implementation, layout, mode)
     for finding in findings(result):
         name = PADDED if finding["implementation"].endswith(PADDED) else finding["implementation"]
         if (name, finding["layout"], finding["mode"]) == wanted:
-            return finding
-    return None
-
-
-def cell(result: dict, implementation: str, layout: str, mode: str) -> str:
-    finding = find(result, implementation, layout, mode)
-    if finding is None:
-        return "-"
-    amount = finding["leak"] if finding["verdict"] == "leaks" else finding["difference"]
-    return SIGNS[finding["verdict"]] + (f" {amount:.2g}" if finding["verdict"] in ("leaks", "wrong") else "")
-
-
-def way(result: dict) -> str:
-    """Name the way to train flat: a key of `WAYS`, "unclear" where no leak could be seen, or "none"."""
-    cells = {name: cell(result, *place) for name, place in WAYS.items()}
-    found = next((name for name, shown in cells.items() if shown == "ok"), None)
-    return found or ("unclear" if "?" in cells.values() else "none")
-
-
-def padded_inside(result: dict) -> str:
-    """Say what is padded inside: "2 mixers (MambaMixer)", "BartDecoderWrapper", or "-"."""
-    begins = "padded inside: "
-    said = (note.removeprefix(begins) for note in result["notes"] if note.startswith(begins))
-    return next(said, "-") if find(result, *WAYS["padded inside"]) else "-"
-
-
-def why(result: dict) -> str:
-    """Say what keeps documents from being isolated with packtrain_varlen, else with the own attention."""
-    ours = [finding for finding in findings(result) if finding["implementation"] == NAME]
-    flat = [f for f in ours + findings(result) if f["mode"] == "eval" and f["layout"] in ("flat", "positions")]
-    return next((finding["cause"] for finding in flat if finding["cause"]), "")
-
-
-def refusal(result: dict) -> str:
-    """Say why an architecture has to be padded: the cause, else what the model raised."""
-    finding = find(result, *WAYS[NAME]) or {}
-    return why(result) or finding.get("error") or "no cause is known"
+            amount = finding["leak"] if finding["verdict"] == "leaks" else finding["difference"]
+            shown = f" {amount:.2g}" if finding["verdict"] in ("leaks", "wrong") else ""
+            return SIGNS[finding["verdict"]] + shown
+    return "-"
 
 
 def row(architecture: str, result: dict) -> list[str]:
@@ -182,35 +146,25 @@ def row(architecture: str, result: dict) -> list[str]:
     ours = [finding for finding in findings(result) if finding["implementation"] == NAME]
     calls = next((str(finding["calls"]) for finding in ours if finding["calls"] is not None), "-")
     reaching = sorted({e["side"] for e in result["padding"] if e["reaches"] and e["implementation"] == result["own"]})
-    inside = padded_inside(result)
-    return [architecture, result["kind"], result["own"], *cells, inside, calls, ", ".join(reaching), why(result)]
-
-
-def largest_differences(ran: dict[str, dict]) -> list[tuple[float, str]]:
-    """Find how far documents that train flat are from those alone, or move when another changes, as shares of the largest
-    output; the largest first."""
-    found = [(find(result, *WAYS[way(result)]), name) for name, result in ran.items() if way(result) in WAYS]
-    shares = [(max(f["leak"], f["difference"]) / f["scale"], name) for f, name in found if f]
-    return sorted(shares, reverse=True)
-
-
-def listed(names: list[str]) -> str:
-    return f"{len(names)}" + (f": {', '.join(names)}" if names else "")
+    flat = [f for f in ours + findings(result) if f["mode"] == "eval" and f["layout"] in ("flat", "positions")]
+    why = next((f["cause"] for f in flat if f["cause"]), "")  # first, why packtrain_varlen doesn't repair it
+    return [architecture, result["kind"], result["own"], *cells, calls, ", ".join(reaching), why]
 
 
 def markdown(header: dict, results: dict[str, dict]) -> str:
     """Write the page: the table, and above it what it shows."""
     ran = {name: result for name, result in results.items() if "error" not in result}
     rows = {name: row(name, result) for name, result in ran.items()}
-    headings = ["architecture", "kind", "default", *COLUMNS, "what is padded", "calls", "padding reaches", "cause"]
-    ways = {name: way(result) for name, result in ran.items()}
-    by = {one: [name for name in ran if ways[name] == one] for one in (*WAYS, "unclear", "none")}
-    alone = [name for name, result in ran.items() if cell(result, *COLUMNS["positions only"]) == "ok"]
-    repaired = [name for name in by[NAME] if name not in alone]
-    mixers = [name for name in by["padded inside"] if "mixer" in padded_inside(ran[name])]
-    whole = [name for name in by["padded inside"] if name not in mixers]
-    flat = sum(len(by[one]) for one in WAYS)
-    apart = largest_differences(ran)[:1] or [(0.0, "none")]
+    headings = ["architecture", "kind", "default", *COLUMNS, "calls", "padding reaches", "cause"]
+    ours = {name: cell(result, NAME, "flat", "train") for name, result in ran.items()}
+    own = {name: cell(result, "own", "positions", "eval") for name, result in ran.items()}
+    repaired = [name for name in ran if ours[name] == "ok" and own[name] != "ok"]
+    inside = {name: cell(result, PADDED, "flat", "train") for name, result in ran.items()}
+    masked = {name: cell(result, "own", "flat", "train") for name, result in ran.items()}
+    padded = [name for name in ran if ours[name] != "ok" and inside[name] == "ok"]
+    by_mask = [name for name in ran if ours[name] != "ok" and inside[name] != "ok" and masked[name] == "ok"]
+    lost = [name for name in ran if "ok" not in (ours[name], inside[name], masked[name])]
+    flat = len(ran) - len(lost)
     lines = [
         "# Which architectures keep packed documents isolated",
         "",
@@ -218,35 +172,23 @@ def markdown(header: dict, results: dict[str, dict]) -> str:
         "any attention implementation?",
         "",
         f"transformers {header['packages']['transformers']}, torch {header['packages']['torch']}, "
-        f"{header['machine']['cpu']}; tiny random models in float32. {len(ran)} architectures ran, of {len(results)} "
-        "with a causal or a masked language model.",
+        f"{header['machine']['cpu']}; tiny random models in float32. {len(ran)} architectures ran.",
         "",
-        f"**{flat} of {len(ran)} train flat**, {len(ran) - flat} have to be padded. Flat, no document is further from what "
-        f"it gives alone, or moves more when another document changes, than {apart[0][0]:.0e} of the largest output "
-        f"({apart[0][1]}). Each stands in one of these lists:",
+        f"**{flat} of {len(ran)} train flat**, {len(lost)} have to be padded:",
         "",
-        f"- with `{NAME}`, {len(by[NAME])}: {len(by[NAME]) - len(repaired)} that are isolated without it, too, and "
-        f"{len(repaired)} that are repaired by it: {', '.join(repaired)}",
-        f"- with mixers (what mixes positions and knows no documents) padded inside, {listed(mixers)}",
-        f"- with the backbone padded inside, {listed(whole)}",
-        f"- with a mask of all documents by their own attention only (`attn_implementation: sdpa` or `eager`), "
-        f"{listed(by['own mask'])}",
-        f"- not: {len(by['none'])}; train them padded",
-        *(f"    - {name}: {refusal(ran[name])}" for name in by["none"]),
-        *(
-            [f"- not known, as the outputs hardly depend on the context, {listed(by['unclear'])}"]
-            if by["unclear"]
-            else []
-        ),
-        "",
-        f"By their own attention alone, given positions that restart (*positions only*), {len(alone)} isolate documents.",
+        f"- isolated by their own attention, given positions that restart: {sum(v == 'ok' for v in own.values())}",
+        f"- isolated by `{NAME}`, in training: {sum(v == 'ok' for v in ours.values())}",
+        f"- repaired by `{NAME}` ({len(repaired)}): {', '.join(repaired)}",
+        f"- isolated padded inside ({len(padded)}): {', '.join(padded)}",
+        f"- isolated by a mask of all documents alone ({len(by_mask)}): {', '.join(by_mask)}",
+        f"- not isolated ({len(lost)}; train them padded): {', '.join(lost)}",
         "",
         "*positions only*: one row with positions that restart, as stock collators give it. *flat*: packtrain's",
         "batch, with `cu_seq_lens` and `seq_idx` as well. *calls*: how often a forward pass called the registered",
-        "attention; `-` where the architecture cannot be told to use it. *padded inside*: with *what is padded* (mixers, or",
-        "the backbone) given groups of padded documents; `-` where nothing has to be, or nothing helps. *padding reaches*:",
-        "where padding under a mask (left, right) or an unmasked tail of pad tokens changes the outputs of real tokens.",
-        "Numbers are the largest change of a logit; the largest logits are around 2 to 4.",
+        "attention; `-` where the architecture cannot be told to use it. *padded inside*: with its mixers, or its backbone,",
+        "given groups of padded documents; `-` where nothing has to be. *padding reaches*: where padding under a mask",
+        "(left, right) or an unmasked tail of pad tokens changes the outputs of real tokens. Numbers are the largest",
+        "change of a logit; the largest logits are around 2 to 4.",
         "",
         "| " + " | ".join(headings) + " |",
         "|" + "---|" * len(headings),
@@ -262,41 +204,28 @@ def markdown(header: dict, results: dict[str, dict]) -> str:
         "",
         f"    {header['command']}",
         "",
-        f"The tree of the code, `git rev-parse HEAD:packtrain/modeling`: {header['code']}.",
-        "",
     ]
     return "\n".join(lines)
-
-
-def code_state() -> str:
-    """Name the state of packtrain/modeling: git's hash of the tree, marked where files differ from it."""
-
-    def git(*args: str) -> str:
-        command = ["git", "-C", str(RESULTS.parent), *args]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout
-
-    tree = git("rev-parse", "HEAD:packtrain/modeling").strip() or "unknown"
-    return tree + (" with changes" if git("status", "--porcelain", "packtrain/modeling").strip() else "")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("architectures", nargs="*", help="default: all with a causal or masked language model")
-    parser.add_argument("--seconds", type=int, default=120, help="computing time of one architecture (default 120)")
+    parser.add_argument("--seconds", type=int, default=60, help="computing time of one architecture (default 60)")
     parser.add_argument("--out", type=Path, default=RESULTS / "audit", help="default results/audit")
     arguments = parser.parse_args()
     everything = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) | set(MODEL_FOR_MASKED_LM_MAPPING_NAMES)
     architectures = arguments.architectures or sorted(everything)
-    header = {"fields": list(FIELDS), "code": code_state()} | origin("audit")
+    header = {"fields": list(FIELDS)} | origin("audit")
     header.pop("threads")  # the process of an architecture has one
     results = stored(arguments.out, header)
     missing = [architecture for architecture in architectures if architecture not in results]
     for architecture, result in sweep(missing, arguments.seconds):
         results[architecture] = result
         store(arguments.out, header, results)
-        said = result["error"] if "error" in result else way(result)
+        places = (("own", "positions", "eval"), (NAME, "flat", "train"))
+        said = result["error"] if "error" in result else ", ".join(cell(result, *place) for place in places)
         print(f"{len(results)}/{len(architectures)} {architecture}: {said}", file=sys.stderr, flush=True)
-    store(arguments.out, header, results)
 
 
 def stored(directory: Path, header: dict) -> dict[str, dict]:
