@@ -8,6 +8,8 @@ import pickle
 import datasets
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -194,6 +196,10 @@ def test_unpadded_rows_have_the_scale_of_padded_ones():
             return probe.each(model(**batch, use_cache=False).logits, laid.places)
 
     padded = outputs()
+    if Version(transformers.__version__) < Version("5.23"):  # scales by places in another way, which is refused
+        with pytest.raises(ModelError):
+            unpad(model)
+        return
     with unpad(model) as unpadding:
         assert apart(outputs(), padded) < 2e-5
         unpadding._places.remove()
