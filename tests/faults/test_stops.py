@@ -67,7 +67,6 @@ def test_a_signal_saves_once_and_the_run_goes_on_bitwise(tmp_path, unbroken, nam
     assert same(weights(tmp_path / "run"), weights(unbroken))
 
 
-@pytest.mark.ci
 @pytest.mark.slow
 def test_a_signal_that_comes_twice_at_once_is_one(tmp_path):
     """To a whole process group, and once more from the launcher that got it, too."""

