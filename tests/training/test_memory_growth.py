@@ -42,7 +42,6 @@ def growth_of(output_dir: Path, updates: int, leak: int) -> float:
     return memory_growth(resident.lines)
 
 
-@pytest.mark.ci
 @pytest.mark.slow
 def test_memory_stays_flat_over_two_thousand_updates(tmp_path):
     with get_context("spawn").Pool(1) as pool:  # a process of its own, whose allocator has nothing to give back
