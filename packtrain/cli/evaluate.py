@@ -42,6 +42,18 @@ def evaluate(
     token is written per step. Answers, figures and plots are stored next to the model in `evaluation/`.
     """
     loaded = load_checked(recipe, overrides)
+    causal = {"--max-new-tokens": max_new_tokens is not None, "--score": score is not None, "--base": base}
+    diffusion = {
+        "--lengths": lengths != "64,128,256",
+        "--blocks": blocks != "1",
+        "--remasking": remasking != "low_confidence",
+        "--temperature": temperature != 0,
+        "--end-token-policy": end_token_policy != "none",
+    }
+    for option, given in (diffusion if loaded.objective.predicts_next else causal).items():
+        if given:
+            kind = "causal" if loaded.objective.predicts_next else "masked-diffusion"
+            raise PacktrainError(f"has no effect on a {kind} model", key=option, fix="leave it out")
     if loaded.objective.predicts_next:
         from packtrain.generation.evaluation import evaluate as ask
         from packtrain.generation.scores import find_score

@@ -525,3 +525,12 @@ def test_a_dtype_that_is_none_is_refused(capsys):
     for words in (["generate", "somewhere"], ["merge", "somewhere", "--out", "elsewhere"]):
         assert run(*words, "--dtype", "half") == 2
         assert "choose from auto, float32, bfloat16, float16" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("recipe", "option", "kind"),
+    [("quickstart", ["--temperature", "0.5"], "causal"), ("rainbow_cpu", ["--base"], "masked-diffusion")],
+)
+def test_an_option_of_the_other_kind_of_model_is_refused(recipe, option, kind, capsys):
+    assert run("evaluate", recipe, *option) == 2
+    assert f"{option[0]}: has no effect on a {kind} model" in capsys.readouterr().err
