@@ -61,7 +61,6 @@ def test_a_comparison_from_recipe_to_report(tmp_path):
     assert {file.suffix for file in (directory / "runs").iterdir()} == {".jsonl", ".log"}  # logs of what failed
 
 
-@pytest.mark.ci
 @pytest.mark.slow
 def test_killed_in_the_middle_it_continues(tmp_path):
     path = write_experiment(tmp_path, variants=["pad_longest", "balanced", "padding_free"])
