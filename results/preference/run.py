@@ -1,6 +1,6 @@
 """Measures DPO on pairs: TRL padded, TRL attached, a recipe, and a recipe whose prompts are computed once.
 
-    python results/preference/run.py         # at most eight minutes on two quiet cores
+    python results/preference/run.py         # at most half an hour on one core
 
 The same Llama learns from the same pairs in the same order, in four ways that take turns. Lengths are drawn around the
 medians of three data sets, as "Accelerating Direct Preference Optimization with Prefix Sharing" (arXiv:2410.20305, table 1)
@@ -43,11 +43,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, as
 from results.attention.run import LLAMA, ROW
 from results.page import RESULTS, limits, origin, origin_lines, store
 
-PER_DEVICE, ACCUMULATION, UPDATES = 4, 2, 3  # pairs of a micro-batch of TRL, micro-batches, updates of a run
+PER_DEVICE, ACCUMULATION, UPDATES = 2, 2, 3  # pairs of a micro-batch of TRL, micro-batches, updates of a run
 RATE = 1e-5
 WORDS = [f"{first}{second}" for first in "ba be bi bo bu da de di do du".split() for second in "ka le mi no su".split()]
 WAYS = ("TRL, padded", "TRL, attached", "recipe", "recipe, shared prefix")
-MINUTES = 8.0
+MINUTES = 25.0
 
 
 @dataclass(frozen=True, kw_only=True)

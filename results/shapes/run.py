@@ -81,6 +81,10 @@ class Rows:
     def factors(self, *given) -> None:
         """Weighs no token."""
 
+    def extras(self, ids: np.ndarray) -> dict:
+        """Adds nothing to a batch."""
+        return {}
+
 
 def update(model: PreTrainedModel, batches: list[dict]) -> tuple[float, float]:
     """Computes forward and backward of an update, and returns its seconds and loss."""
