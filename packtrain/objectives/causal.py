@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from packtrain.data.formats import IGNORED
 from packtrain.objectives.objective import Loss, Objective, Task, TokenLosses
@@ -32,6 +32,9 @@ class CausalLM(Objective):
     name: Literal["causal_lm"] = "causal_lm"
     loss_weighting: Literal["token", "example"] = "token"
     """What is weighted equally: every supervised token, or every example."""
+
+    def unlike_sft(self) -> tuple[str, Any] | None:
+        return None if self.loss_weighting == "token" else ("objective.loss_weighting", self.loss_weighting)
 
     def task(
         self,

@@ -66,6 +66,11 @@ class Objective(Section):
         """Returns how many logits the model has at a supervised position."""
         return config.get_text_config().vocab_size
 
+    def unlike_sft(self) -> tuple[str, Any] | None:
+        """Returns the key, with its value, by which its loss is another than that of supervised fine-tuning, the mean over
+        supervised tokens of predicting the next, as trainers of other libraries have it; None where it is that."""
+        return "objective.name", self.name
+
     def task(
         self,
         tokenizer: PreTrainedTokenizerBase,
