@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from packtrain.data.chat_template import ChatTemplate, Rendered, describe_lost
-from packtrain.data.formats import FORMATS, IGNORED, Ids, Pair, Reading, Row, Text, read_row
+from packtrain.data.formats import FORMATS, IGNORED, Ids, Pair, Reading, Row, Text, Words, read_row
 from packtrain.data.limits import Endless, Limits
 from packtrain.data.messages import SWITCHES, Chat
 from packtrain.data.offsets import OffsetTokenizer, Span, factors_of, intersect, outside
@@ -73,6 +73,7 @@ class _Draft:
     ids: np.ndarray = field(default_factory=partial(np.empty, 0, np.int32))  # [L]
     labels: np.ndarray = field(default_factory=partial(np.empty, 0, np.int32))  # [L]
     spans: list[Span] | None = None  # what is learnt of the text; None where the prompt says it
+    words: Sequence[tuple[int, int]] | None = None  # characters of the words whose first tokens have a label
     factors: np.ndarray = field(default_factory=partial(np.empty, 0, np.float32))  # see `_runs`
     remarks: list[str] = field(default_factory=list)
     flags: int = 0
@@ -112,7 +113,7 @@ class Encoder:
         self.assistant_only, self.on_lost_content = assistant_only, on_lost_content
         self.completion_only = bool(FORMATS[format].completion_only if completion_only is None else completion_only)
         self._check_options()
-        self.prefix = _added_in_front(tokenizer)
+        self.prefix = added_in_front(tokenizer)
         # what ends plain text: an encoder's tokenizer (BERT's) has a separator there
         self.end = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
         self.vocabulary = 1 + max(tokenizer.get_vocab().values(), default=-1) if format == "input_ids" else None
@@ -125,7 +126,8 @@ class Encoder:
     @property
     def all_learnt(self) -> bool:
         """Whether every label but the first of each example is its token, whatever the rows say."""
-        return not (self.completion_only or self.assistant_only or self.format in ("input_ids", *_CONVERSATIONS))
+        formats = ("input_ids", "tokens", *_CONVERSATIONS)
+        return not (self.completion_only or self.assistant_only or self.format in formats)
 
     def __call__(self, rows: Sequence[Row | BadRow], where: Callable[[int], str] = "row {}".format) -> pa.Table:
         """Tokenises a batch: a table with one row for each row.
@@ -155,11 +157,11 @@ class Encoder:
         if self.completion_only and FORMATS[self.format].completion_only is None:
             what = f"needs rows with completions, and rows of format `{self.format}` have none"
             raise DataError(what, key="data.completion_only_loss", value=True, fix="leave it out")
-        if FORMATS[self.format].pair and (self.assistant_only or not self.completion_only):
+        if FORMATS[self.format].kind == "pair" and (self.assistant_only or not self.completion_only):
             key, fix = "assistant_only_loss" if self.assistant_only else "completion_only_loss", "leave it out"
             what = f"has no effect on pairs (format `{self.format}`), of which all of both answers is compared"
             raise DataError(what, key=f"data.{key}", value=self.assistant_only, fix=fix)
-        if self.assistant_only and self.format in ("input_ids", "text"):
+        if self.assistant_only and self.format in ("input_ids", "text", "tokens"):
             what = f"needs conversations, and rows of format `{self.format}` are not conversations"
             raise DataError(what, key="data.assistant_only_loss", value=True, fix="leave it out")
         if not self.reading.has_template and (self.assistant_only or self.format in ("messages", "sharegpt")):
@@ -180,6 +182,9 @@ class Encoder:
                     draft = self._draft_ids(sample)
                 case Pair() as sample:
                     draft = limits.call(self._draft_pair, sample)
+                case Words() as sample:
+                    self._check_end()
+                    draft = _Draft(text=sample.text, words=sample.spans, plain=True)
             for part in draft.pair or (draft,):
                 if part.text is not None:
                     part.text.encode("utf-8")
@@ -198,11 +203,14 @@ class Encoder:
     def _draft_text(self, sample: Text) -> _Draft:
         if self.assistant_only:
             raise BadRow("the row is plain text, and `data.assistant_only_loss` needs a conversation")
+        self._check_end()
+        prompt = sample.prompt if self.completion_only else None
+        return _Draft(text=sample.prompt + sample.completion, prompt=prompt, plain=True)
+
+    def _check_end(self) -> None:
         if self.end is None:
             fix = "set the tokenizer's eos_token: without one the model never learns to stop"
             raise DataError("the tokenizer has no eos_token to end plain text with", key="model", fix=fix)
-        prompt = sample.prompt if self.completion_only else None
-        return _Draft(text=sample.prompt + sample.completion, prompt=prompt, plain=True)
 
     def _draft_chat(self, chat: Chat) -> _Draft:
         if not self.reading.has_template:
@@ -302,14 +310,19 @@ class Encoder:
 
     def _tokenise(self, drafts: list[_Draft]) -> None:
         """Tokenises wholes and prompts, each in one call, and finishes the drafts in place."""
-        located = [draft for draft in drafts if draft.spans is not None]
+        located = [draft for draft in drafts if draft.spans is not None or draft.words is not None]
         if located and not self.offsets.has_offsets:
-            fix = "use the model's fast tokenizer, or leave out `assistant_only_loss` and the switches of messages"
+            fix = "use the model's fast tokenizer"
+            if self.format != "tokens":
+                fix += ", or leave out `assistant_only_loss` and the switches of messages"
             raise DataError("the tokenizer cannot say which characters a token stands for", key="model", fix=fix)
         if located:
             for draft, (ids, offsets) in zip(located, self.offsets([draft.text for draft in located]), strict=True):
-                self._finish(draft, ids.astype(np.int32), factors_of(offsets, draft.spans))
-        drafts = [draft for draft in drafts if draft.spans is None]
+                if draft.words is None:
+                    self._finish(draft, ids.astype(np.int32), factors_of(offsets, draft.spans))
+                else:
+                    self._label_words(draft, ids, offsets)
+        drafts = [draft for draft in drafts if draft.spans is None and draft.words is None]
         wholes = self._ids([draft.text for draft in drafts])
         prompts = iter(self._ids([draft.prompt for draft in drafts if draft.prompt]))
         for draft, whole in zip(drafts, wholes, strict=True):
@@ -348,6 +361,21 @@ class Encoder:
         if not draft.plain and not (draft.labels == self.tokenizer.eos_token_id).any():
             draft.flags |= NO_EOS
         _check(draft)
+
+    def _label_words(self, draft: _Draft, ids: np.ndarray, offsets: np.ndarray) -> None:
+        """Finishes words: the first token of each has a label, the first of the document too where it is a word's."""
+        starts, ends = np.array(draft.words).T  # [W]
+        firsts = np.searchsorted(offsets[:, 1], starts, side="right")  # the first token that ends behind a word's start
+        begins = np.append(offsets[:, 0], np.iinfo(np.int64).max)[firsts]
+        if (lost := np.flatnonzero(begins >= ends)).size:
+            draft.problem = f"tokens[{lost[0]}] becomes no token of the tokenizer"
+        elif (same := np.flatnonzero(np.diff(firsts) == 0)).size:
+            draft.problem = f"tokens[{same[0]}] and tokens[{same[0] + 1}] begin in one token of the tokenizer"
+        else:
+            end = [] if ids[-1] == self.end else [self.end]
+            draft.ids = np.array([*self.prefix, *ids, *end], dtype=np.int32)
+            draft.labels = np.full_like(draft.ids, IGNORED)
+            draft.labels[firsts + len(self.prefix)] = draft.ids[firsts + len(self.prefix)]
 
     def _blanks_behind_eos(self, ids: np.ndarray) -> int:
         end = len(ids)
@@ -452,7 +480,7 @@ def _runs(factors: np.ndarray) -> np.ndarray:
     return runs[(runs[:, 2] != 0) & (runs[:, 2] != 1)].astype(np.float32).ravel()
 
 
-def _added_in_front(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def added_in_front(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Returns the ids that the tokenizer puts before a text by itself: usually `[bos]`, or nothing."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]

@@ -17,7 +17,7 @@ import numpy as np
 from packtrain.data import synthetic
 from packtrain.data.compressed import kind_of, unpacked
 from packtrain.data.files import Place, find_places, is_local, is_pattern, no_split
-from packtrain.data.formats import Ids, Pair, Reading, Text, find_format, read_row, rename_columns
+from packtrain.data.formats import Ids, Kind, Pair, Reading, Text, Words, find_format, read_row, rename_columns
 from packtrain.data.messages import Chat
 from packtrain.data.readers import OPENERS, Reader, Row, TableReader
 from packtrain.data.report import BadRow
@@ -220,14 +220,14 @@ def _open(place: Place, name: str | None, split: str, num_rows: int | None, seed
     return [OPENERS[kind_of(file)](unpacked(file, label), label) for file, label in named]
 
 
-def texts(rows: Rows, format: str = "auto", reading: Reading | None = None, *, pairs: bool = False) -> Iterator[str]:
-    """Yields the text of every good row, piece by piece, to train a tokenizer on; `pairs` as `find_format` has it.
+def texts(rows: Rows, format: str = "auto", reading: Reading | None = None, *, kind: Kind = "example") -> Iterator[str]:
+    """Yields the text of every good row, piece by piece, to train a tokenizer on; `kind` as `find_format` has it.
 
     Raises:
         DataError: the rows are tokenised already, or of no known format.
     """
     reading = reading or Reading()
-    format, _ = find_format(rename_columns(rows.columns, reading.columns), format, pairs=pairs)
+    format, _ = find_format(rename_columns(rows.columns, reading.columns), format, kind=kind)
     for start in range(0, len(rows), _AT_ONCE):
         for row in rows.read(start, start + _AT_ONCE):
             if isinstance(row, BadRow):
@@ -244,7 +244,9 @@ def texts(rows: Rows, format: str = "auto", reading: Reading | None = None, *, p
                 yield piece.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair becomes "?"
 
 
-def _pieces(sample: Text | Chat) -> list[str]:
+def _pieces(sample: Text | Chat | Words) -> list[str]:
+    if isinstance(sample, Words):
+        return [sample.text]
     if isinstance(sample, Chat):
         return [message["content"] for message in sample.messages if message.get("content")]
     return [sample.prompt + sample.completion]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+from packtrain.data.formats import Kind
 from packtrain.objectives.objective import Objective, keeps_documents_whole
 from packtrain.recipe.fields import Flag
 from packtrain.recipe.sections import Settings, Verdicts
@@ -53,7 +54,7 @@ class PairObjective(Objective):
 
     completions_only: ClassVar[bool] = True
     keeps_examples: ClassVar[bool] = False
-    pairs: ClassVar[bool] = True
+    row_kind: ClassVar[Kind] = "pair"
     rules = (keeps_documents_whole, _pairs_are_whole, _answers_are_whole, _prefix_is_shared)
 
     shared_prefix: Flag = False

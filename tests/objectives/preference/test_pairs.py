@@ -54,7 +54,7 @@ def tokenizer():
 def examples_of(tmp_path, tokenizer, *rows, **options):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return build_examples(open_rows(path), tokenizer, completion_only_loss=True, pairs=True, **options)
+    return build_examples(open_rows(path), tokenizer, completion_only_loss=True, kind="pair", **options)
 
 
 @pytest.mark.parametrize("name", GOOD)
@@ -116,13 +116,13 @@ def test_bad_pairs_are_named_with_row_and_reason(name, tmp_path, tokenizer):
 
 
 def test_pairs_and_other_rows_are_not_taken_for_each_other():
-    assert find_format(["prompt", "chosen", "rejected"], pairs=True) == ("preference", [])
-    assert find_format(["chosen", "rejected"], pairs=True) == ("preference_implicit", [])
-    for columns, pairs in ((["prompt", "chosen", "rejected"], False), (["prompt", "completion"], True)):
+    assert find_format(["prompt", "chosen", "rejected"], kind="pair") == ("preference", [])
+    assert find_format(["chosen", "rejected"], kind="pair") == ("preference_implicit", [])
+    for columns, kind in ((["prompt", "chosen", "rejected"], "example"), (["prompt", "completion"], "pair")):
         with pytest.raises(DataError, match="choose an objective for"):
-            find_format(columns, pairs=pairs)
+            find_format(columns, kind=kind)
         with pytest.raises(DataError, match="which the objective does not learn from"):
-            find_format(columns, "text" if pairs else "preference", pairs=pairs)
+            find_format(columns, "text" if kind == "pair" else "preference", kind=kind)
 
 
 # ------------------------------------------------------------------------------------------------------ batches
