@@ -10,6 +10,7 @@
     text               text                           Text without a prompt
     preference         prompt, chosen, rejected       Pair of Texts; of Chats where all are lists of messages
     preference_implicit  chosen, rejected             the same; the prompt is what both begin with
+    prompt_completions  prompt, completions           Answers, with the prompt each: Texts, or Chats
     tokens             tokens                         Words, which have a label each
 
 Conversations also read `system`, `tools` (or `functions`) and `chat_template_kwargs`; Alpaca's also `history`. A format is
@@ -36,6 +37,7 @@ from packtrain.data.messages import (
     read_tools,
 )
 from packtrain.data.report import BadRow
+from packtrain.data.samples import Answers, Ids, Pair, Text, Words
 from packtrain.errors import DataError, shorten
 from packtrain.recipe.fields import did_you_mean
 
@@ -55,52 +57,9 @@ ALPACA_PROMPT_WITH_INPUT = (
 QUESTION_PROMPT = "Question: {question}\nAnswer:"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Text:
-    """Plain text: a completion, after a prompt if there is one."""
-
-    prompt: str = ""
-    completion: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ids:
-    """Token ids `[L]` and labels `[L]`, both int64, as the row gives them."""
-
-    input_ids: np.ndarray
-    labels: np.ndarray
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pair:
-    """Two answers to one prompt, of which the first is preferred.
-
-    Attributes:
-        chosen, rejected: the prompt with either answer; both of one kind.
-        implicit: the prompt of plain text is not set apart: it is the tokens that both begin with.
-    """
-
-    chosen: Text | Chat
-    rejected: Text | Chat
-    implicit: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Words:
-    """Text as words.
-
-    Attributes:
-        text: the words with blanks between them.
-        spans: first character and one behind the last of each word, ascending.
-    """
-
-    text: str
-    spans: Sequence[tuple[int, int]]
-
-
 Row = dict[str, Any]
-Sample = Text | Chat | Ids | Pair | Words
-Kind = Literal["example", "pair", "words"]
+Sample = Text | Chat | Ids | Pair | Answers | Words
+Kind = Literal["example", "pair", "answers", "words"]
 
 
 class _Said(NamedTuple):
@@ -113,6 +72,7 @@ class _Said(NamedTuple):
 KINDS: dict[Kind, _Said] = {
     "example": _Said("single examples", "`causal_lm` and others"),
     "pair": _Said("pairs of answers", "`preference`, `reward`"),
+    "answers": _Said("several answers to one prompt", "`several_answers`"),
     "words": _Said("words with labels", "`token_classification`"),
 }
 
@@ -262,6 +222,27 @@ def _parse_preference(row: Row, reading: Reading) -> Pair:
             "'chosen' begins with the messages of 'prompt' again (`data.format: preference_implicit` does without 'prompt')"
         )
     return _pair(*(_chat(row, before + answer, prompt_messages=len(before)) for answer in answers))
+
+
+def _parse_prompt_completions(row: Row, reading: Reading) -> Answers:
+    completions = row.get("completions")
+    if not isinstance(completions, list) or not completions:
+        how = "missing" if "completions" not in row else "null" if completions is None else "empty"
+        if completions is not None and completions != []:
+            raise BadRow(f"'completions' is {kind_of(completions)}, not a list of answers: {shorten(completions, 40)}")
+        raise BadRow(f"'completions' is {how}")
+    named = {f"completions[{number}]": answer for number, answer in enumerate(completions)}
+    is_list = isinstance(row.get("prompt"), list)
+    for name, answer in named.items():
+        if row.get("prompt") is not None and answer is not None and isinstance(answer, list) != is_list:
+            raise BadRow(f"'prompt' and '{name}' must both be text or both be lists of messages")
+    if not is_list:
+        _refuse(row, OF_CONVERSATIONS, "prompt and completions are plain text")
+        prompt = _text(row, "prompt")
+        return Answers(answers=[Text(prompt=prompt, completion=_text(named, name)) for name in named])
+    before = read_messages(row, "prompt", reading.roles)
+    answers = [before + read_messages(named, name, reading.roles) for name in named]
+    return Answers(answers=[_chat(row, answer, prompt_messages=len(before)) for answer in answers])
 
 
 def _parse_implicit(row: Row, reading: Reading) -> Pair:
@@ -416,12 +397,20 @@ FORMATS: dict[str, Format] = {
         optional=OF_CONVERSATIONS,
         kind="pair",
     ),
+    "prompt_completions": Format(
+        columns=("prompt", "completions"),
+        parse=_parse_prompt_completions,
+        completion_only=True,
+        optional=OF_CONVERSATIONS,
+        kind="answers",
+    ),
     "tokens": Format(columns=("tokens",), parse=_parse_tokens, completion_only=None, kind="words"),
 }
 # Columns by which an error shows how others are mapped to them.
 _MAPPED: dict[Kind, tuple[str, ...]] = {
     "example": ("prompt", "completion"),
     "pair": ("prompt", "chosen", "rejected"),
+    "answers": ("prompt", "completions"),
     "words": ("tokens",),
 }
 

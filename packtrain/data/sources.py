@@ -17,10 +17,11 @@ import numpy as np
 from packtrain.data import synthetic
 from packtrain.data.compressed import kind_of, unpacked
 from packtrain.data.files import Place, find_places, is_local, is_pattern, no_split
-from packtrain.data.formats import Ids, Kind, Pair, Reading, Text, Words, find_format, read_row, rename_columns
+from packtrain.data.formats import Kind, Reading, find_format, read_row, rename_columns
 from packtrain.data.messages import Chat
 from packtrain.data.readers import OPENERS, Reader, Row, TableReader
 from packtrain.data.report import BadRow
+from packtrain.data.samples import Answers, Ids, Pair, Text, Words
 from packtrain.data.store import hash_of, stat_files
 from packtrain.errors import DataError
 
@@ -239,12 +240,14 @@ def texts(rows: Rows, format: str = "auto", reading: Reading | None = None, *, k
             if isinstance(sample, Ids):
                 fix = "name the tokenizer they were made with in `model.tokenizer_name_or_path`"
                 raise DataError("the rows are token ids: there is no text to train a tokenizer on", fix=fix)
-            parts = (sample.chosen, sample.rejected) if isinstance(sample, Pair) else (sample,)
-            for piece in (piece for part in parts for piece in _pieces(part)):
+            for piece in _pieces(sample):
                 yield piece.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair becomes "?"
 
 
-def _pieces(sample: Text | Chat | Words) -> list[str]:
+def _pieces(sample: Text | Chat | Pair | Answers | Words) -> list[str]:
+    if isinstance(sample, Pair | Answers):
+        parts = sample.answers if isinstance(sample, Answers) else (sample.chosen, sample.rejected)
+        return [piece for part in parts for piece in _pieces(part)]
     if isinstance(sample, Words):
         return [sample.text]
     if isinstance(sample, Chat):

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import numpy as np
 
-from packtrain.data.encoder import added_in_front
 from packtrain.data.formats import IGNORED, Kind
 from packtrain.data.report import DataReport, bad_rows_error
 from packtrain.errors import ModelError, shorten
@@ -73,6 +72,7 @@ class TokenClassification(Objective):
         seed: int,
         layout: Literal["flat", "padded"] = "flat",
     ) -> Task:
+        from packtrain.data.encoder import added_in_front
         from packtrain.packing.collator import PackCollator
 
         column, first = self.label_column, not added_in_front(tokenizer)

@@ -152,7 +152,7 @@ def predictions(batch) -> list[tuple[int, list[int], int]]:
     width = ids.shape[1]
     for target, predictor, document in zip(
         batch["supervised_index"].tolist(),
-        batch["pairs"]["predictor"].tolist(),
+        batch["predictors"].tolist(),
         batch["pairs"]["document"].tolist(),
         strict=True,
     ):
@@ -208,14 +208,14 @@ def test_the_last_token_alone(examples):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        (["overflow=truncate"], "a pair needs both of its answers whole"),
-        (["shapes=2"], "this objective takes pairs"),
+        (["overflow=truncate"], "the answers to a prompt are needed whole"),
+        (["shapes=2"], "this objective takes the answers to a prompt together"),
         (["strategy=pad_max"], "choose pad_longest"),
         (["strategy=wrapped"], "needs whole ones"),
         (["strategy=pad_longest"], "needs a flat layout"),
         (["model.attn_implementation=sdpa"], "knows of prompts that documents share"),
-        (["completion_only_loss=false"], "of a pair the answers are compared"),
-        (["assistant_only_loss=true"], "all of both answers is compared"),
+        (["completion_only_loss=false"], "answers are learnt from, and not their prompt"),
+        (["assistant_only_loss=true"], "whole answers are learnt from"),
         (["label_smoothing=0.1"], "has no effect on the loss `sigmoid`"),
         (["loss_type=exo_pair"], "must be above 0"),
         (["label_smoothing=0.5"], "a number from 0 to below 0.5"),
