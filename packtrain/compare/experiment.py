@@ -177,6 +177,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
         else:
             variants.append(Variant(name=name, trainer=trainer, recipe=recipe))
             _check_ranks(variants[-1], settings["ranks"], source)
+            _check_objective(variants[-1], source)
     if source.problems:
         raise RecipeError(source.problems)
     return Experiment(
@@ -266,6 +267,17 @@ def _check_ranks(variant: Variant, ranks: int, source: Source) -> None:
     if variant.trainer in TRAINERS and not TRAINERS[variant.trainer].packs and examples % ranks:
         what = f"does not divide the {examples} examples of an update, which {variant.name} deals to ranks equally"
         _problem(source, "ranks", what, ranks, fix="set batching.examples_per_step to a multiple of it")
+
+
+def _check_objective(variant: Variant, source: Source) -> None:
+    """Other trainers fine-tune a language model, whatever the objective of the recipe says."""
+    unlike = variant.recipe.objective.unlike_sft()
+    if variant.trainer in TRAINERS and unlike is not None:
+        key, value = unlike
+        what = f"is not what {variant.trainer} trains: the mean loss of the next token over supervised tokens"
+        fix = "leave this variant out, or set `objective: {name: causal_lm, loss_weighting: token}` for all"
+        problem = PacktrainError(what, where=f"variant {variant.name}", key=key, value=value, fix=fix)
+        source.problems.append(problem)
 
 
 def _overrides(changes: dict[str, Any]) -> list[str]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from packtrain.data import store
 from packtrain.data.examples import CHOICES, Examples, build_examples, request_of
 from packtrain.data.files import find_places, is_local
-from packtrain.data.formats import FORMATS, Reading, find_format, rename_columns
+from packtrain.data.formats import FORMATS, Kind, Reading, find_format, rename_columns
 from packtrain.data.mixture import mix, sections_of
 from packtrain.data.selection import select
 from packtrain.data.sources import Rows, describe_request, open_rows, texts
@@ -44,11 +44,11 @@ def open_section(section: DataSection, *, seed: int) -> Rows:
     return Rows.join(parts)
 
 
-def section_texts(section: DataSection, rows: Rows, *, pairs: bool = False) -> Iterator[str]:
+def section_texts(section: DataSection, rows: Rows, *, kind: Kind = "example") -> Iterator[str]:
     """Yields the texts of the rows of `open_section`, each source in its own format, to train a tokenizer on."""
     for number, (own, part) in enumerate(zip(_sections(section), rows.parts, strict=True)):
         with _of_source(number if section.mixture else None):
-            yield from texts(part, own.format, _reading(own), pairs=pairs)
+            yield from texts(part, own.format, _reading(own), kind=kind)
 
 
 def _reading(section: DataSection) -> Reading:
@@ -62,7 +62,7 @@ def prepare_examples(
     *,
     seed: int,
     completions_only: bool = False,
-    pairs: bool = False,
+    kind: Kind = "example",
     tokenizer_key: str | None = None,
 ) -> tuple[Examples, Examples | None]:
     """Tokenises a recipe's rows, or finds them tokenised, holds rows out and mixes: (training, held out or None).
@@ -72,7 +72,7 @@ def prepare_examples(
         rows: of `open_section`.
         seed: of the rows that are held out, and of the examples that a mixture chooses.
         completions_only: learn completions only wherever rows have any, unless the section says otherwise.
-        pairs: rows are pairs of answers.
+        kind: of the rows, see `packtrain.data.formats.KINDS`.
         tokenizer_key: how `find_examples` will name this tokenizer, see `store.tokenizer_key`.
 
     Raises:
@@ -83,8 +83,8 @@ def prepare_examples(
         return build_examples(
             these,
             tokenizer,
-            completion_only_loss=_completion_only(own, these, completions_only, pairs),
-            pairs=pairs,
+            completion_only_loss=_completion_only(own, these, completions_only, kind),
+            kind=kind,
             num_proc=own.num_proc,
             tokenizer_key=key,
             **own.model_dump(include=CHOICES - {"completion_only_loss"}),
@@ -201,7 +201,7 @@ def _of_source(number: int | None) -> Iterator[None]:
         raise
 
 
-def _completion_only(section: DataSection, rows: Rows, completions_only: bool, pairs: bool) -> bool | None:
+def _completion_only(section: DataSection, rows: Rows, completions_only: bool, kind: Kind) -> bool | None:
     """Returns `data.completion_only_loss`; unset, and where an objective wants completions only, True if rows have any.
 
     A causal model may learn the words of a user next to those of the assistant. For a diffusion model they are the
@@ -209,5 +209,5 @@ def _completion_only(section: DataSection, rows: Rows, completions_only: bool, p
     """
     if not completions_only or section.completion_only_loss is not None or section.assistant_only_loss:
         return section.completion_only_loss
-    format, _ = find_format(rename_columns(rows.columns, section.columns or {}), section.format, pairs=pairs)
+    format, _ = find_format(rename_columns(rows.columns, section.columns or {}), section.format, kind=kind)
     return None if FORMATS[format].completion_only is None else True

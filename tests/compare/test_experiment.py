@@ -101,6 +101,27 @@ def test_other_objectives_are_other_experiments(tmp_path):
     assert len(hashes) == 3
 
 
+@pytest.mark.parametrize("trainer", ["trl:padding", "transformers:random"])
+@pytest.mark.parametrize(
+    ("changes", "key", "value"),
+    [
+        (["objective.name=preference", "data.path=packtrain:preference"], "objective.name", "preference"),
+        (["objective.name=masked_diffusion"], "objective.name", "masked_diffusion"),
+        (["objective.loss_weighting=example"], "objective.loss_weighting", "example"),
+    ],
+)
+def test_other_trainers_refuse_an_objective_that_is_not_theirs(tmp_path, trainer, changes, key, value):
+    """They would fine-tune a language model under the name of another objective."""
+    named = {"name": "theirs", "trainer": trainer}
+    with pytest.raises(RecipeError) as caught:
+        load_experiment(write_experiment(tmp_path, variants=["pad_longest", named]), changes)
+    (problem,) = caught.value.problems
+    assert (problem.where, problem.key, problem.value) == ("variant theirs", key, value)
+    assert f"is not what {trainer} trains" in str(problem) and "leave this variant out" in str(problem)
+    load_experiment(write_experiment(tmp_path), changes)  # packtrain's own strategies train it
+    load_experiment(write_experiment(tmp_path, variants=["pad_longest", named]))
+
+
 def test_runs_go_together_only_with_runs_of_the_same(tmp_path):
     before = make_manifest([("pad_longest", "packtrain", True)], rounds=2, data={"examples": 9}, git={"commit": "a"})
     write_manifest(tmp_path, before)
