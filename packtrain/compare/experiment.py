@@ -66,6 +66,11 @@ FORCED = {  # a comparison evaluates, logs and stores by itself, alike for every
     "training.logging_strategy": "steps",
     "training.logging_steps": 1,
 }
+NEEDS_EVALUATION: dict[str, Any] = {  # set back where the base recipe has them
+    "training.early_stopping_patience": None,
+    "training.early_stopping_threshold": None,
+    "training.load_best_model_at_end": False,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,13 +174,14 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     base = Path(path).parent / settings["base"]
     common = [*_overrides(settings["set"]), *of_base]
     learning = load_recipe(base, common)
+    forced = FORCED | {key: off for key, off in NEEDS_EVALUATION.items() if learning.training.get(key.split(".")[1])}
     entries = [_read_variant(item, source, f"variants.{number}") for number, item in enumerate(settings["variants"])]
     entries = [entry for entry in entries if entry is not None]
     _check_names([name for name, _, _ in entries], settings["reference"], source)
     variants = []
     for name, trainer, changes in entries:
         try:
-            recipe = load_recipe(base, [*common, *changes, *_overrides(FORCED)])
+            recipe = load_recipe(base, [*common, *changes, *_overrides(forced)])
         except RecipeError as error:
             source.problems += [
                 PacktrainError(p.what, where=f"variant {name}: {p.where}", key=p.key, value=p.value, fix=p.fix)
@@ -200,13 +206,6 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     )
 
 
-def _read_settings(source: Source) -> dict[str, Any]:
-    """Check the file's own keys.
-
-    Raises:
-        RecipeError: one of them is wrong or missing, so that reading on makes no sense.
-    """
-    tree = source.tree if isinstance(source.tree, dict) else {}
 def _is_a_recipe(source: Source) -> bool:
     return (
         isinstance(source.tree, dict)
@@ -254,6 +253,13 @@ def _changes_for(strategy: str, recipe: Recipe) -> dict[str, None] | None:
     return {key: None for key, wanted in unset.items() if wanted}
 
 
+def _read_settings(source: Source) -> dict[str, Any]:
+    """Check the file's own keys.
+
+    Raises:
+        RecipeError: one of them is wrong or missing, so that reading on makes no sense.
+    """
+    tree = source.tree if isinstance(source.tree, dict) else {}
     settings = dict(DEFAULTS)
     for key, value in tree.items():
         if key not in KEYS:
@@ -296,13 +302,6 @@ def _read_variant(item: Any, source: Source, key: str) -> tuple[str, str, list[s
     return item["name"], trainer, _overrides(changes)
 
 
-def _check_names(names: list[str], reference: str, source: Source) -> None:
-    files = [slug(name) for name in names]
-    for name, file in zip(names, files, strict=True):
-        if files.count(file) > 1:
-            _problem(
-                source,
-                "variants",
 def _is_a_strategy(name: str, source: Source, key: str) -> bool:
     """Whether it is a strategy's name, or a function that can be imported; adds a problem where it is neither."""
     if name in STRATEGIES:
@@ -318,6 +317,13 @@ def _is_a_strategy(name: str, source: Source, key: str) -> bool:
     return False
 
 
+def _check_names(names: list[str], reference: str, source: Source) -> None:
+    files = [slug(name) for name in names]
+    for name, file in zip(names, files, strict=True):
+        if files.count(file) > 1:
+            _problem(
+                source,
+                "variants",
                 "has two variants with this name, or with names that differ too little",
                 name,
                 fix="rename one of them",
