@@ -238,6 +238,21 @@ def _stopping_early_needs_evaluations(settings: Settings, strategy: Strategy | N
         yield "training.early_stopping_threshold", "has no effect without `training.early_stopping_patience`", fix
 
 
+def _samples_can_be_answered(settings: Settings, strategy: Strategy | None) -> Verdicts:
+    key, objective = "training.sample_prompts", OBJECTIVES.get(settings["objective.name"])
+    if settings.get(key) is None:
+        return
+    if objective is not None and not objective.predicts_next:
+        yield (
+            key,
+            f"needs an objective that predicts the next token, not `{settings['objective.name']}`",
+            "leave it out",
+        )
+    elif not any(settings[f"data.{name}"] for name in ("eval_size", "eval_path", "eval_split")):
+        fix = "set `data.eval_size` (rows, or a share below 1), `data.eval_split` or `data.eval_path`"
+        yield key, "is answered at every evaluation, and the recipe has no evaluation data", fix
+
+
 def _longest_can_be_packed(settings: Settings, strategy: Strategy | None) -> Verdicts:
     if settings["data.max_length"] > LONGEST:
         yield "data.max_length", f"must be at most {LONGEST:,}", "set it to what the model can read"
@@ -264,6 +279,7 @@ RULES = (
     _evaluation_is_held_out,
     _evaluation_has_data,
     _stopping_early_needs_evaluations,
+    _samples_can_be_answered,
     _longest_can_be_packed,
 )
 

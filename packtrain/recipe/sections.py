@@ -181,6 +181,8 @@ class TrainingKeys(Section):
     """Evaluations in a row without a better held-out loss (or metric_for_best_model) after which the run stops."""
     early_stopping_threshold: NotNegative | None = None
     """How much better an evaluation must be to count. Default: 0."""
+    sample_prompts: Annotated[list[Text], Field(min_length=1)] | None = None
+    """Prompts that the model answers at every evaluation, printed and kept in samples.jsonl."""
 
 
 def library_arguments(training: Mapping[str, Any]) -> dict[str, Any]:

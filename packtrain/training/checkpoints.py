@@ -323,7 +323,7 @@ def _remove(directory: Path) -> None:
 _SAFE = re.compile(
     r"""training\.(run_name|project|report_to|disable_tqdm|max_steps|num_train_epochs|use_cpu|deepspeed|fsdp|fsdp_config
         |gradient_accumulation_steps|gradient_checkpointing|gradient_checkpointing_kwargs|ddp_timeout|push_to_hub
-        |(logging|log|save|eval|dataloader|hub|trackio|early_stopping)_\w+)
+        |(logging|log|save|eval|dataloader|hub|trackio|early_stopping|sample)_\w+)
     |data\.(num_proc|worker_timeout|eval_path|eval_split)
     |batching\.(strategy|max_tokens|probe_memory|on_nonfinite|max_skipped_updates|allow_contamination)
     |model\.attn_implementation""",

@@ -49,6 +49,8 @@ from packtrain.training.progress import RichProgress
 from packtrain.training.ranks import asked_rank, asked_world_size, check_processes, leave, start_cpu_group
 from packtrain.training.resharding import prepare_resume
 from packtrain.training.sealing import is_sealed, read_manifest
+from packtrain.training.samples import FILE as SAMPLES_FILE
+from packtrain.training.samples import SampleAnswers
 from packtrain.training.summary import Summary, describe_machine, package_versions
 from packtrain.training.trainer import PackTrainer
 
@@ -56,7 +58,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 Say = Callable[[str], None]
-RECORDS = ("summary.json", STATE_FILE, UPDATES_FILE, "recipe.yaml")  # of a run, in its output_dir
+RECORDS = ("summary.json", STATE_FILE, UPDATES_FILE, SAMPLES_FILE, "recipe.yaml")  # of a run, in its output_dir
 PLACES = ("training.output_dir", "training.logging_dir", "training.run_name")  # which hosts may have apart
 
 
@@ -161,6 +163,8 @@ def build(
     check_documents(recipe, trainer, console=console)
     said = task.begin(trainer)
     if said and console and trainer.is_world_process_zero():
+    if prompts := recipe.training.get("sample_prompts"):
+        trainer.add_callback(SampleAnswers(trainer, recipe, prompts, console))
         _sayer(console)(said)
     return trainer
 
