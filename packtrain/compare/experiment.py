@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,7 +43,7 @@ from packtrain.recipe.fields import Mapping, Positive, Text, Whole, check, did_y
 from packtrain.recipe.reader import load_recipe
 from packtrain.recipe.recipe import SECTIONS, Recipe
 from packtrain.recipe.yaml_source import Source
-from packtrain.training.checkpoints import redacted
+from packtrain.training.portable import portable
 
 KEYS: dict[str, Any] = {
     "base": Text,
@@ -70,6 +70,7 @@ NEEDS_EVALUATION: dict[str, Any] = {  # set back where the base recipe has them
     "training.early_stopping_patience": None,
     "training.early_stopping_threshold": None,
     "training.load_best_model_at_end": False,
+    "training.sample_prompts": None,
 }
 
 
@@ -361,40 +362,6 @@ def _problem(source: Source, key: str, what: str, *value: Any, fix: str | None =
 def with_settings(recipe: Recipe, **changes: Any) -> Recipe:
     """Return a recipe with other values under `training:`."""
     return recipe.model_copy(update={"training": recipe.training | changes})
-
-
-def shown_path(path: str | Path) -> str:
-    """Write a local path for others: as given where it lies below the working directory, else the name alone."""
-    path = Path(path)
-    return path.name if path.is_absolute() or ".." in path.parts else path.as_posix()
-
-
-def portable(recipe: Recipe, show: Callable[[str], str] = shown_path, *, given: bool = False) -> dict[str, Any]:
-    """Return the recipe as plain data in which no path shows anything of this machine.
-
-    Args:
-        show: writes a local path.
-        given: leave out the defaults.
-    """
-
-    def written(value: Any) -> Any:
-        if isinstance(value, list):
-            return [written(each) for each in value]
-        return show(value) if Path(value).is_absolute() or Path(value).exists() else value
-
-    data = redacted(recipe.to_dict(given=given))
-    model, rows = data.get("model", {}), data.get("data", {})
-    for section, key in (
-        *((each, "path") for each in (rows, *(rows.get("mixture") or ()))),
-        (rows, "eval_path"),
-        (model, "model_name_or_path"),
-        (model, "tokenizer_name_or_path"),
-        (model, "chat_template"),
-    ):
-        if section.get(key) is not None:
-            section[key] = written(section[key])
-    data["training"] = {key: value for key, value in data["training"].items() if key != "output_dir"}
-    return data
 
 
 def _name(path: str | Path) -> str:

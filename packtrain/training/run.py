@@ -44,13 +44,14 @@ from packtrain.training.guards.out_of_memory import checkpoints_activations, is_
 from packtrain.training.guards.stops import StopOnSignal
 from packtrain.training.loader import worker_failure
 from packtrain.training.meters import peak_memory, reset_peak
+from packtrain.training.model_card import write_model_card
 from packtrain.training.output_lock import only_run
 from packtrain.training.progress import RichProgress
 from packtrain.training.ranks import asked_rank, asked_world_size, check_processes, leave, start_cpu_group
 from packtrain.training.resharding import prepare_resume
-from packtrain.training.sealing import is_sealed, read_manifest
 from packtrain.training.samples import FILE as SAMPLES_FILE
 from packtrain.training.samples import SampleAnswers
+from packtrain.training.sealing import is_sealed, read_manifest
 from packtrain.training.summary import Summary, describe_machine, package_versions
 from packtrain.training.trainer import PackTrainer
 
@@ -117,6 +118,7 @@ def _train_in(
     summary = _summarise(trainer, recipe, model_dir, after.get("eval_loss"))
     if trainer.is_world_process_zero():
         summary.save(output_dir)
+        write_model_card(recipe, summary, model_dir)
     leave(trainer.accelerator)
     return summary
 
@@ -161,10 +163,10 @@ def build(
     check_agreement({"the model's weights": weights_hash(model), "the checkpoint": _sealed_as(checkpoint)})
     trainer = make_trainer(recipe, task, plan, args, model, console=console, checkpoint=checkpoint, kind=trainer_class)
     check_documents(recipe, trainer, console=console)
-    said = task.begin(trainer)
-    if said and console and trainer.is_world_process_zero():
     if prompts := recipe.training.get("sample_prompts"):
         trainer.add_callback(SampleAnswers(trainer, recipe, prompts, console))
+    said = task.begin(trainer)
+    if said and console and trainer.is_world_process_zero():
         _sayer(console)(said)
     return trainer
 

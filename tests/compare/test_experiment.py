@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from packtrain.compare.experiment import load_experiment, portable, shown_path, with_settings
+from packtrain.compare.experiment import load_experiment, with_settings
 from packtrain.compare.manifest import check_same
 from packtrain.compare.results import write_manifest
 from packtrain.errors import PacktrainError, RecipeError
 from packtrain.recipe.reader import load_recipe
+from packtrain.training.portable import portable, shown_path
 from tests.compare.synthetic_runs import make_manifest
 from tests.compare.tiny_experiment import write_experiment
 
@@ -42,7 +43,6 @@ def test_variants_become_recipes(tmp_path):
     assert experiment.eval_every == 2 and small.training["eval_strategy"] == "no"
 
 
-def test_what_a_variant_shares_with_the_reference(tmp_path):
 def test_a_recipe_to_train_stands_for_a_comparison_of_itself(tmp_path):
     """Its own strategy with the usual ones that its settings allow, over twelve updates; a file says otherwise."""
     base = write_experiment(tmp_path).parent / "base.yaml"
@@ -76,6 +76,7 @@ def test_a_function_is_a_variant(tmp_path):
     assert not own.keeps_updates_of(experiment.of_reference)  # it packs the epoch
 
 
+def test_what_a_variant_shares_with_the_reference(tmp_path):
     """Only what sees the same examples in the same updates may be held against its loss curve."""
     changes = {
         "other batch": {"batching.examples_per_step": 4},
@@ -168,9 +169,9 @@ def test_runs_go_together_only_with_runs_of_the_same(tmp_path):
         ({"variants": ["pad_longest", {"name": "x", "trainer": "trl:paddin"}]}, "did you mean trl:padding"),
         ({"variants": ["pad_longest", {"name": "x", "batching.max_tokns": 600}]}, "did you mean `max_tokens`"),
         ({"variants": ["pad_longest", {"name": "x", "batching.max_tokens": 5}]}, "an example may not fit"),
-        ({"base": "nowhere.yaml"}, "no such recipe"),
         ({"variants": ["pad_longest", "tests.nowhere:pairs"]}, "could not import the strategy"),
         ({"variants": ["pad_longest", "trl:paddin"]}, "did you mean trl:padding"),
+        ({"base": "nowhere.yaml"}, "no such recipe"),
         ({"base": None}, "must be text"),
     ],
 )
