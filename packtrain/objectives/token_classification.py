@@ -113,7 +113,7 @@ class LabelledExamples(DerivedExamples):
         first: the first token of a document is that of its first word.
     """
 
-    def __init__(self, examples: Examples, classes: Sequence[np.ndarray], column: str, *, first: bool):
+    def __init__(self, examples: Examples, classes: Iterable[np.ndarray], column: str, *, first: bool):
         self.examples, self.column, self.first = examples, column, first
         self.lengths = examples.lengths
         counts = [

@@ -54,6 +54,7 @@ Roles = Annotated[
     dict[Text, Literal["system", "developer", "user", "assistant", "tool"]], "a mapping of names to roles"
 ]
 Positive = Annotated[Whole, Field(gt=0, le=2**40), "a whole number above 0"]
+NotNegative = Annotated[Number, Field(ge=0), "a number from 0 on"]
 Weight = Annotated[Number, Field(gt=0), "a number above 0"]
 Paths = Text | Annotated[list[Text], Field(min_length=1)]
 Amount = Annotated[

@@ -25,7 +25,7 @@ from packtrain.recipe.recipe import (
     Sources,
 )
 from packtrain.recipe.rules import SECRETS, contradictions
-from packtrain.recipe.sections import Section
+from packtrain.recipe.sections import Section, TrainingKeys
 from packtrain.recipe.shipped import find_recipe
 from packtrain.recipe.yaml_source import Source
 
@@ -147,7 +147,8 @@ def fields_of(section: str, objective: str | None = None) -> dict[str, Any]:
         keys = {key: hint for owner in owners for key, hint in _keys_of(owner).items()}
         return {"name": Literal[tuple(OBJECTIVES)]} | {key: hint for key, hint in keys.items() if key != "name"}
     fields = library_fields(LIBRARY_SECTIONS[section])
-    return fields | _REFINED[section] if fields else {}
+    own = _keys_of(TrainingKeys) if section == "training" else {}
+    return fields | _REFINED[section] | own if fields else {}
 
 
 def _keys_of(section: type[Section]) -> dict[str, Any]:

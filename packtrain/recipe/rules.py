@@ -228,6 +228,31 @@ def _evaluation_has_data(settings: Settings, strategy: Strategy | None) -> Verdi
             yield key, "needs evaluation data, and the recipe has none", fix
 
 
+def _stopping_early_needs_evaluations(settings: Settings, strategy: Strategy | None) -> Verdicts:
+    patience, threshold = (settings.get(f"training.early_stopping_{name}") for name in ("patience", "threshold"))
+    if patience is not None and settings.get("training.eval_strategy") in (None, "no"):
+        fix = "set `training.eval_strategy: epoch`, or `steps` with `training.eval_steps`"
+        yield "training.early_stopping_patience", "counts evaluations during training, and there are none", fix
+    if patience is None and threshold is not None:
+        fix = "set `training.early_stopping_patience`, or leave it out"
+        yield "training.early_stopping_threshold", "has no effect without `training.early_stopping_patience`", fix
+
+
+def _samples_can_be_answered(settings: Settings, strategy: Strategy | None) -> Verdicts:
+    key, objective = "training.sample_prompts", OBJECTIVES.get(settings["objective.name"])
+    if settings.get(key) is None:
+        return
+    if objective is not None and not objective.predicts_next:
+        yield (
+            key,
+            f"needs an objective that predicts the next token, not `{settings['objective.name']}`",
+            "leave it out",
+        )
+    elif not any(settings[f"data.{name}"] for name in ("eval_size", "eval_path", "eval_split")):
+        fix = "set `data.eval_size` (rows, or a share below 1), `data.eval_split` or `data.eval_path`"
+        yield key, "is answered at every evaluation, and the recipe has no evaluation data", fix
+
+
 def _longest_can_be_packed(settings: Settings, strategy: Strategy | None) -> Verdicts:
     if settings["data.max_length"] > LONGEST:
         yield "data.max_length", f"must be at most {LONGEST:,}", "set it to what the model can read"
@@ -253,6 +278,8 @@ RULES = (
     _one_evaluation_source,
     _evaluation_is_held_out,
     _evaluation_has_data,
+    _stopping_early_needs_evaluations,
+    _samples_can_be_answered,
     _longest_can_be_packed,
 )
 

@@ -88,7 +88,7 @@ def check_packtrain(words: list[str], made: frozenset[str]) -> None:
     below = "compare" if verb == "compare" else ""
     file = ROOT / recipe if (ROOT / recipe).is_file() else find_recipe(recipe, below=below)
     if below:
-        load_experiment(file, given["overrides"] or [])
+        load_experiment(file, ["data.path=rows.jsonl", *(given["overrides"] or [])])
     else:
         load_recipe(file, ["data.path=rows.jsonl", *(given.get("overrides") or [])])
 
