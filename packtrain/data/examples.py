@@ -235,9 +235,14 @@ class Examples:
         """Returns nothing: a batch of these examples has the collator's entries alone."""
         return {}
 
-    def take(self, indices: Sequence[int] | np.ndarray) -> Examples:
-        """Returns these examples in this order, renumbered from 0; nothing is copied but the view."""
-        return Examples(self._documents, self._view[np.asarray(indices, dtype=np.int64)], self.report, self.source)
+    def take(self, indices: Sequence[int] | np.ndarray, *, note: str | None = None) -> Examples:
+        """Returns these examples in this order, renumbered from 0; nothing is copied but the view.
+
+        Args:
+            note: a statement for their report.
+        """
+        report = self.report if note is None else replace(self.report, notes=(*self.report.notes, note))
+        return Examples(self._documents, self._view[np.asarray(indices, dtype=np.int64)], report, self.source)
 
     def hold_out(self, eval_size: int | float, seed: int) -> tuple[Examples, Examples]:
         """Splits into (train, held out) by a seeded choice of source rows.

@@ -20,6 +20,7 @@ from packtrain.data.examples import CHOICES, Examples, build_examples, request_o
 from packtrain.data.files import find_places, is_local
 from packtrain.data.formats import FORMATS, Kind, Reading, find_format, rename_columns
 from packtrain.data.mixture import mix, sections_of
+from packtrain.data.pruning import prune
 from packtrain.data.selection import select
 from packtrain.data.sources import Rows, describe_request, open_rows, texts
 from packtrain.errors import DataError
@@ -65,12 +66,12 @@ def prepare_examples(
     kind: Kind = "example",
     tokenizer_key: str | None = None,
 ) -> tuple[Examples, Examples | None]:
-    """Tokenises a recipe's rows, or finds them tokenised, holds rows out and mixes: (training, held out or None).
+    """Tokenises a recipe's rows, or finds them tokenised, holds rows out, mixes or prunes: (training, held out or None).
 
     Args:
         section: the recipe's `data:`.
         rows: of `open_section`.
-        seed: of the rows that are held out, and of the examples that a mixture chooses.
+        seed: of the rows that are held out, and of the examples that a mixture or a random pruning chooses.
         completions_only: learn completions only wherever rows have any, unless the section says otherwise.
         kind: of the rows, see `packtrain.data.formats.KINDS`.
         tokenizer_key: how `find_examples` will name this tokenizer, see `store.tokenizer_key`.
@@ -162,11 +163,12 @@ def _find(section: DataSection, tokenizer_key: str, seed: int) -> Examples | str
 
 
 def _arrange(section: DataSection, parts: list[Examples], seed: int) -> tuple[Examples, Examples | None]:
-    """Holds rows out, and mixes: the examples of each source -> (training, held out or None)."""
+    """Holds rows out, and mixes or prunes: the examples of each source -> (training, held out or None)."""
     if section.mixture is not None:
         return mix(section, parts, seed=seed)
     (examples,) = parts
-    return examples.hold_out(section.eval_size, seed) if section.eval_size else (examples, None)
+    train, held_out = examples.hold_out(section.eval_size, seed) if section.eval_size else (examples, None)
+    return train if section.keep is None else prune(section.keep, train, seed=seed), held_out
 
 
 def _sections(section: DataSection) -> list[DataSection]:

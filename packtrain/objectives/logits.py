@@ -152,6 +152,45 @@ def function_of_losses(
     return chunks.Through.apply(value, output), extra
 
 
+@torch.no_grad()
+def map_logits(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    predictors: Tensor,
+    targets: Tensor,
+    function: Callable[[Tensor, Tensor], Tensor],
+    *,
+    head: nn.Module | None = None,
+) -> Tensor:
+    """Computes any function of the logits of each token, chunk by chunk, without gradients, from one forward pass.
+
+    Args:
+        model, head: see `logits_at`.
+        predictors: int64 `[N]`, flat positions whose logits predict the targets.
+        targets: int64 `[N]`, token ids.
+        function: (logits float32 `[C, V]`, targets `[C]`) -> `[C, K]`; it may overwrite the logits.
+
+    Returns:
+        What the function returns, `[N, K]`.
+    """
+    head = head or output_head(model)
+    way = _way_of(model, batch, head, len(predictors))
+    if way is None or way.transform is None or len(predictors) <= chunks.rows_of_chunk(way.vocabulary):
+        return function(logits_at(model, batch, predictors, head=head).float(), targets)
+    transform, rows = way.transform, chunks.rows_of_chunk(way.vocabulary)
+    found: list[Tensor] = []
+
+    def in_chunks(hidden: Tensor) -> Tensor:  # [N, D] -> [1, N, 1]
+        for start in range(0, len(hidden), rows):
+            chunk = slice(start, start + rows)
+            found.append(function(transform(head.forward(hidden[chunk]).float()), targets[chunk]))
+        return hidden.new_zeros(1, len(hidden), 1)
+
+    with _head_gives(head, predictors, in_chunks):
+        model(**_model_inputs(model, batch))
+    return torch.cat(found)
+
+
 class Way(NamedTuple):
     """How losses of a head are computed: with this transform after it, or (None) from whole logits."""
 

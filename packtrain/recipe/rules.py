@@ -15,7 +15,7 @@ from packtrain.packing import strategies
 from packtrain.packing.lengths import LONGEST, MOST_EPOCHS
 from packtrain.packing.strategies import Strategy
 from packtrain.recipe.fields import QUANTIZATION, check, did_you_mean
-from packtrain.recipe.sections import Settings, Verdicts
+from packtrain.recipe.sections import SCORES, Settings, Verdicts
 
 SECRETS = ("training.hub_token",)  # never shown
 
@@ -201,6 +201,26 @@ def _sources_differ(settings: Settings, strategy: Strategy | None) -> Verdicts:
         seen.setdefault(facts, number)
 
 
+def _kept_by_something(settings: Settings, strategy: Strategy | None) -> Verdicts:
+    keep = settings["data.keep"]
+    if keep is None:
+        return
+    if keep["by"] not in SCORES:
+        for name in ("scores", "which"):
+            if keep.get(name) is not None:
+                fix = f"leave it out, or keep by a score: {', '.join(SCORES)}"
+                yield f"data.keep.{name}", "has no effect where examples are kept at random", fix
+    else:
+        if keep.get("scores") is None:
+            fix = "name the file that `packtrain score RECIPE` has written, for example scores: out/scores.parquet"
+            yield "data.keep.scores", f"is missing: there is no `{keep['by']}` of the examples", fix
+        if keep.get("seed") is not None:
+            yield "data.keep.seed", "has no effect where examples are kept by a score", "leave it out"
+    if settings["data.mixture"] is not None:
+        what = "contradicts `data.mixture`, whose weights say how many examples of each source an epoch has"
+        yield "data.keep", what, "name the rows in `data.path`, which takes a list of files, or leave `keep` out"
+
+
 def _one_evaluation_source(settings: Settings, strategy: Strategy | None) -> Verdicts:
     for other in ("data.eval_path", "data.eval_split"):
         if settings["data.eval_size"] and settings[other]:
@@ -275,6 +295,7 @@ RULES = (
     _remote_code_is_pinned,
     _one_kind_of_source,
     _sources_differ,
+    _kept_by_something,
     _one_evaluation_source,
     _evaluation_is_held_out,
     _evaluation_has_data,

@@ -26,6 +26,7 @@ STRATEGY = "balanced"
 EXAMPLES_PER_STEP = 64
 MAX_SKIPPED_UPDATES = 10
 WORKER_TIMEOUT = 300
+SCORES = ("loss", "perplexity", "el2n")  # of examples, as `packtrain score` writes them
 
 
 class Section(BaseModel):
@@ -90,6 +91,24 @@ class MixtureSource(Section):
 Mixture = Annotated[list[MixtureSource], Field(min_length=1), "a list of mappings with path and weight"]
 
 
+class KeepSection(Section):
+    """Which share of the training examples is kept, by a score of each or at random."""
+
+    by: Literal["loss", "perplexity", "el2n", "random"]
+    """The score that decides, as `packtrain score` writes it, or random."""
+    share: fields.Share
+    """How many of the training examples are kept."""
+    which: Literal["high", "low", "middle"] | None = None
+    """Which scores are kept; high by default."""
+    scores: Text | None = None
+    """File of `packtrain score`."""
+    seed: fields.Seed | None = None
+    """Of a random choice; training.seed by default."""
+
+
+Keep = Annotated[KeepSection, "a mapping with by and share"]
+
+
 class DataSection(Section):
     """Which rows, and how they become examples."""
 
@@ -127,6 +146,8 @@ class DataSection(Section):
     """Split to evaluate on."""
     eval_size: Amount = 0
     """Held out from the training rows: a number of rows, or a share below 1."""
+    keep: Keep | None = None
+    """Trains on a share of the examples, {by: el2n, share: 0.7, which: high, scores: out/scores.parquet}."""
     num_proc: Positive | None = None
     """Processes that tokenise."""
     worker_timeout: Positive = WORKER_TIMEOUT
