@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,32 @@ def store(directory: Path, result: Mapping[str, Any], page: str, *, depth: int |
     text = json.dumps(result, indent=1) if depth is None else on_lines(result, depth)
     (directory / "bench.json").write_text(text + "\n", encoding="utf-8")
     (directory / "README.md").write_text(page, encoding="utf-8")
+
+
+class Kept:
+    """The figures of a study so far, in `out/`: a run that was stopped measures what is missing, and nothing twice.
+
+    Figures of another command, machine or version of a package are not used.
+    """
+
+    def __init__(self, study: str):
+        self.path, self.origin = RESULTS.parent / "out" / f"{study}.json", origin(study)
+        self.found: dict[str, Any] = {}
+        if self.path.exists():
+            before = json.loads(self.path.read_text(encoding="utf-8"))
+            self.found = before["found"] if before["origin"] == self.origin else {}
+
+    def measure(self, name: str, measure: Callable[[], Any]) -> Any:
+        """Returns the figures of that name, measured now or before."""
+        if name not in self.found:
+            self.found[name] = measure()
+            self.path.parent.mkdir(exist_ok=True)
+            self.path.write_text(json.dumps({"origin": self.origin, "found": self.found}), encoding="utf-8")
+        return self.found[name]
+
+    def finish(self) -> None:
+        """Forgets them, once the page is written."""
+        self.path.unlink(missing_ok=True)
 
 
 def on_lines(value: Any, depth: int) -> str:

@@ -1,4 +1,4 @@
-"""The command line: `packtrain init | train | plan | show | audit | keys | compare | report | sample | evaluate`.
+"""The command line: `packtrain init | train | plan | show | audit | keys | compare | report | score | sample | evaluate`.
 
     packtrain train recipes/quickstart.yaml
     packtrain audit gpt_oss
@@ -40,6 +40,7 @@ from packtrain.cli.options import LAST, RANK
 from packtrain.cli.plan import plan
 from packtrain.cli.report import report
 from packtrain.cli.sample import sample
+from packtrain.cli.score import score
 from packtrain.cli.show import show
 from packtrain.cli.train import train
 from packtrain.errors import PacktrainError, Stopped, shorten
@@ -115,7 +116,7 @@ def _options(
     pass
 
 
-for verb in (init, train, plan, show, audit, keys, compare, report, generate, merge, sample, evaluate):
+for verb in (init, train, plan, show, audit, keys, score, compare, report, generate, merge, sample, evaluate):
     app.command()(verb)
 
 

@@ -19,12 +19,14 @@ def compare(
     ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Remove existing runs first.")] = False,
 ) -> None:
-    """Compare variants of a recipe: run them in turn, each in a fresh process, and write a report.
+    """Compare variants of a recipe: run them in turn, each in a fresh process, print a verdict and write a report.
 
-    After an interruption the same command continues, and finished runs are kept. A variant that fails is listed in the
-    report.
+    RECIPE is a comparison (`recipes/compare/`) or any recipe to train, whose strategy is compared with the usual ones over
+    twelve updates. After an interruption the same command continues, and finished runs are kept. A variant that fails is
+    listed in the report.
     """
     from packtrain.compare.run import run_comparison
 
-    say = lambda line: Console().print(line, soft_wrap=True)  # noqa: E731
-    run_comparison(recipe, overrides or [], output_dir=out, restart=restart, say=say)
+    console = Console()
+    say = lambda line: console.print(line, soft_wrap=True, highlight=False, markup=False)  # noqa: E731
+    run_comparison(recipe, overrides or [], output_dir=out, restart=restart, say=say, console=console)

@@ -13,7 +13,13 @@ def report(
     directories: Annotated[
         list[Path], typer.Argument(metavar="DIR...", help="Directories that `packtrain compare` wrote.")
     ],
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Where to write the report.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where to write the page, for example both.html.")
+    ] = None,
+    figures: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write every figure as SVG and PNG there, and the table as CSV and LaTeX."),
+    ] = None,
 ) -> None:
     """Rebuild the report of one comparison, or of several side by side, from stored files."""
     from packtrain.errors import require
@@ -21,4 +27,4 @@ def report(
     require("jinja2", "matplotlib", extra="plots")
     from packtrain.compare.report import write_report
 
-    Console().print(f"report: {write_report(directories, out=out)}", soft_wrap=True)
+    Console().print(f"report: {write_report(directories, out=out, figures=figures)}", soft_wrap=True)

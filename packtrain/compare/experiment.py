@@ -7,12 +7,16 @@
       - pad_longest                      # a strategy
       - balanced
       - {name: balanced 8k, batching.strategy: balanced, batching.max_tokens: 8192}
+      - my_module:function               # a strategy of your own
       - trl:padding                      # another trainer, see `peers`
     seeds: [0]
     repeats: 3                           # rounds per seed; a round runs every variant once
     ranks: 1                             # processes that train every variant together, started by torchrun
     warmup_steps: 2                      # updates before the clock counts
     measure_steps: 8                     # updates it counts
+
+A recipe to train stands for a comparison of itself: its strategy with those of `USUAL` that its other settings allow,
+`warmup_steps + measure_steps` updates each.
 
 The first round of a seed trains to the end of the base recipe's epochs and gives the losses; the others stop
 once they are timed. Every variant's recipe is checked before anything runs.
@@ -22,23 +26,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
+import yaml
 from pydantic import Field
 
 from packtrain.compare.results import slug
 from packtrain.compare.trainers import PACKTRAIN, TRAINERS
-from packtrain.errors import PacktrainError, RecipeError
+from packtrain.errors import PacktrainError, PlanError, RecipeError
 from packtrain.packing.strategies import STRATEGIES, resolve_strategy
 from packtrain.recipe.fields import Mapping, Positive, Text, Whole, check, did_you_mean
 from packtrain.recipe.reader import load_recipe
-from packtrain.recipe.recipe import Recipe
+from packtrain.recipe.recipe import SECTIONS, Recipe
 from packtrain.recipe.yaml_source import Source
-from packtrain.training.checkpoints import redacted
+from packtrain.training.portable import portable
 
 KEYS: dict[str, Any] = {
     "base": Text,
@@ -52,6 +57,7 @@ KEYS: dict[str, Any] = {
     "measure_steps": Positive,
 }
 DEFAULTS: dict[str, Any] = {"set": {}, "seeds": [42], "repeats": 3, "ranks": 1, "warmup_steps": 2, "measure_steps": 10}
+USUAL = ("pad_longest", "group_by_length", "padding_free", "balanced", "bfd")
 FORCED = {  # a comparison evaluates, logs and stores by itself, alike for every trainer
     "training.save_strategy": "no",
     "training.eval_strategy": "no",
@@ -59,6 +65,12 @@ FORCED = {  # a comparison evaluates, logs and stores by itself, alike for every
     "training.report_to": "none",
     "training.logging_strategy": "steps",
     "training.logging_steps": 1,
+}
+NEEDS_EVALUATION: dict[str, Any] = {  # set back where the base recipe has them
+    "training.early_stopping_patience": None,
+    "training.early_stopping_threshold": None,
+    "training.load_best_model_at_end": False,
+    "training.sample_prompts": None,
 }
 
 
@@ -145,30 +157,32 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     """Read and check the recipe of a comparison, and the recipe of every variant.
 
     Args:
-        path: a YAML file.
+        path: a YAML file: a comparison, or a recipe to train.
         overrides: `key=value` of this file (`repeats=1`), or of the base recipe (`data.path=train.jsonl`).
 
     Raises:
         RecipeError: with every problem in `.problems`.
     """
-    source, of_base = Source.from_file(path), []
-    for override in overrides:
-        key = override.partition("=")[0].strip()
-        if key in KEYS:
-            source.override((key,), override.partition("=")[2], f"--set {override}")
-        else:
-            of_base.append(override)
+    own = [override for override in overrides if override.partition("=")[0].strip() in KEYS]
+    of_base = [override for override in overrides if override not in own]
+    source = Source.from_file(path)
+    if _is_a_recipe(source):
+        source = Source(yaml.safe_dump(_of_recipe(Path(path), of_base), sort_keys=False), str(path))
+    for override in own:
+        key, _, value = override.partition("=")
+        source.override((key.strip(),), value, f"--set {override}")
     settings = _read_settings(source)
     base = Path(path).parent / settings["base"]
     common = [*_overrides(settings["set"]), *of_base]
     learning = load_recipe(base, common)
+    forced = FORCED | {key: off for key, off in NEEDS_EVALUATION.items() if learning.training.get(key.split(".")[1])}
     entries = [_read_variant(item, source, f"variants.{number}") for number, item in enumerate(settings["variants"])]
     entries = [entry for entry in entries if entry is not None]
     _check_names([name for name, _, _ in entries], settings["reference"], source)
     variants = []
     for name, trainer, changes in entries:
         try:
-            recipe = load_recipe(base, [*common, *changes, *_overrides(FORCED)])
+            recipe = load_recipe(base, [*common, *changes, *_overrides(forced)])
         except RecipeError as error:
             source.problems += [
                 PacktrainError(p.what, where=f"variant {name}: {p.where}", key=p.key, value=p.value, fix=p.fix)
@@ -177,6 +191,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
         else:
             variants.append(Variant(name=name, trainer=trainer, recipe=recipe))
             _check_ranks(variants[-1], settings["ranks"], source)
+            _check_objective(variants[-1], source)
     if source.problems:
         raise RecipeError(source.problems)
     return Experiment(
@@ -191,6 +206,53 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
         eval_every=_eval_every(learning),
         ranks=settings["ranks"],
     )
+
+
+def _is_a_recipe(source: Source) -> bool:
+    return (
+        isinstance(source.tree, dict)
+        and not source.tree.keys() & KEYS.keys()
+        and bool(source.tree.keys() & {*SECTIONS})
+    )
+
+
+def _of_recipe(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """Make the comparison that a recipe to train stands for.
+
+    Raises:
+        RecipeError: the recipe is wrong.
+    """
+    recipe = load_recipe(path, overrides)
+    updates = DEFAULTS["warmup_steps"] + DEFAULTS["measure_steps"]
+    given = recipe.training.get("max_steps", -1)
+    variants: list[Any] = []
+    for strategy in dict.fromkeys((*USUAL, recipe.batching.strategy)):
+        changes = _changes_for(strategy, recipe)
+        if changes is None:
+            continue
+        try:
+            load_recipe(path, [*overrides, *_overrides({"batching.strategy": strategy, **changes})])
+        except RecipeError:
+            continue
+        variants.append({"name": strategy, "batching.strategy": strategy, **changes} if changes else strategy)
+    names = [variant if isinstance(variant, str) else variant["name"] for variant in variants]
+    return {
+        "base": path.name,
+        "set": {"training.max_steps": min(given, updates) if given > 0 else updates},
+        "reference": names[0],
+        "variants": variants,
+        "seeds": [recipe.training["seed"]],
+    }
+
+
+def _changes_for(strategy: str, recipe: Recipe) -> dict[str, None] | None:
+    """Name the keys of a recipe that another strategy does not take, and that are left out; None where it can't be used."""
+    rule, batching = resolve_strategy(strategy), recipe.batching
+    if rule.scope == "epoch" and recipe.objective.equal_lengths:
+        return None
+    unset = {"batching.shapes": batching.shapes is not None and rule.layout != "flat"}
+    unset |= {"batching.tokens_per_step": batching.tokens_per_step is not None and rule.scope == "step"}
+    return {key: None for key, wanted in unset.items() if wanted}
 
 
 def _read_settings(source: Source) -> dict[str, Any]:
@@ -221,9 +283,7 @@ def _read_settings(source: Source) -> dict[str, Any]:
 def _read_variant(item: Any, source: Source, key: str) -> tuple[str, str, list[str]] | None:
     """Read an entry under `variants:` as (name, trainer, overrides); None and a problem where it makes no sense."""
     if isinstance(item, str):
-        if item not in STRATEGIES and item not in TRAINERS:
-            near = did_you_mean(item, [*STRATEGIES, *TRAINERS])
-            _problem(source, key, "is neither a strategy nor a trainer", item, fix=near and f"did you mean {near}?")
+        if item not in TRAINERS and not _is_a_strategy(item, source, key):
             return None
         item = {"name": item, "trainer" if item in TRAINERS else "batching.strategy": item}
     if not isinstance(item, dict) or not isinstance(item.get("name"), str):
@@ -242,6 +302,21 @@ def _read_variant(item: Any, source: Source, key: str) -> tuple[str, str, list[s
         _problem(source, f"{key}.trainer", "is not a known trainer", trainer, fix=near and f"did you mean {near}?")
         return None
     return item["name"], trainer, _overrides(changes)
+
+
+def _is_a_strategy(name: str, source: Source, key: str) -> bool:
+    """Whether it is a strategy's name, or a function that can be imported; adds a problem where it is neither."""
+    if name in STRATEGIES:
+        return True
+    near, what, fix = did_you_mean(name, [*STRATEGIES, *TRAINERS]), "is neither a strategy nor a trainer", None
+    if ":" in name:
+        try:
+            resolve_strategy(name)
+            return True
+        except PlanError as error:
+            what, fix = error.what, error.fix
+    _problem(source, key, what, name, fix=f"did you mean {near}?" if near else fix)
+    return False
 
 
 def _check_names(names: list[str], reference: str, source: Source) -> None:
@@ -268,6 +343,17 @@ def _check_ranks(variant: Variant, ranks: int, source: Source) -> None:
         _problem(source, "ranks", what, ranks, fix="set batching.examples_per_step to a multiple of it")
 
 
+def _check_objective(variant: Variant, source: Source) -> None:
+    """Other trainers fine-tune a language model, whatever the objective of the recipe says."""
+    unlike = variant.recipe.objective.unlike_sft()
+    if variant.trainer in TRAINERS and unlike is not None:
+        key, value = unlike
+        what = f"is not what {variant.trainer} trains: the mean loss of the next token over supervised tokens"
+        fix = "leave this variant out, or set `objective: {name: causal_lm, loss_weighting: token}` for all"
+        problem = PacktrainError(what, where=f"variant {variant.name}", key=key, value=value, fix=fix)
+        source.problems.append(problem)
+
+
 def _overrides(changes: dict[str, Any]) -> list[str]:
     """Write `{key: value}` as `key=value` texts; JSON is YAML."""
     return [f"{key}={json.dumps(value)}" for key, value in changes.items()]
@@ -288,40 +374,6 @@ def _problem(source: Source, key: str, what: str, *value: Any, fix: str | None =
 def with_settings(recipe: Recipe, **changes: Any) -> Recipe:
     """Return a recipe with other values under `training:`."""
     return recipe.model_copy(update={"training": recipe.training | changes})
-
-
-def shown_path(path: str | Path) -> str:
-    """Write a local path for others: as given where it lies below the working directory, else the name alone."""
-    path = Path(path)
-    return path.name if path.is_absolute() or ".." in path.parts else path.as_posix()
-
-
-def portable(recipe: Recipe, show: Callable[[str], str] = shown_path, *, given: bool = False) -> dict[str, Any]:
-    """Return the recipe as plain data in which no path shows anything of this machine.
-
-    Args:
-        show: writes a local path.
-        given: leave out the defaults.
-    """
-
-    def written(value: Any) -> Any:
-        if isinstance(value, list):
-            return [written(each) for each in value]
-        return show(value) if Path(value).is_absolute() or Path(value).exists() else value
-
-    data = redacted(recipe.to_dict(given=given))
-    model, rows = data.get("model", {}), data.get("data", {})
-    for section, key in (
-        *((each, "path") for each in (rows, *(rows.get("mixture") or ()))),
-        (rows, "eval_path"),
-        (model, "model_name_or_path"),
-        (model, "tokenizer_name_or_path"),
-        (model, "chat_template"),
-    ):
-        if section.get(key) is not None:
-            section[key] = written(section[key])
-    data["training"] = {key: value for key, value in data["training"].items() if key != "output_dir"}
-    return data
 
 
 def _name(path: str | Path) -> str:

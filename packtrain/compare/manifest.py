@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from packtrain.compare.experiment import Experiment, portable, shown_path, with_settings
+from packtrain.compare.experiment import Experiment, with_settings
 from packtrain.compare.results import MANIFEST, read_manifest
 from packtrain.errors import PacktrainError, hidden
 from packtrain.modeling.cost import find_cost
 from packtrain.objectives.task import find_training_examples, load_task
 from packtrain.packing.recommend import recommend
 from packtrain.recipe.recipe import Recipe
+from packtrain.training.portable import portable, shown_path
 from packtrain.training.summary import describe_machine, package_versions
 
 BARS = 36  # of the histogram of lengths

@@ -30,6 +30,7 @@ from packtrain.compare.trainers import TRAINERS
 from packtrain.data.examples import AnyExamples
 from packtrain.packing.plan import Plan
 from packtrain.recipe.recipe import Recipe
+from packtrain.recipe.sections import library_arguments
 from packtrain.training.trainer import PackTrainer
 
 COLUMNS = datasets.Features(
@@ -200,7 +201,7 @@ def _stock_trainer(peer: str, recipe: Recipe, packtrain: PackTrainer) -> TimedPe
 
 
 def _arguments(recipe: Recipe, **sizes: int) -> dict[str, Any]:
-    return recipe.training | {"disable_tqdm": True, "logging_nan_inf_filter": False} | sizes
+    return library_arguments(recipe.training) | {"disable_tqdm": True, "logging_nan_inf_filter": False} | sizes
 
 
 def _sizes(peer: str, recipe: Recipe, plan: Plan) -> dict[str, int]:

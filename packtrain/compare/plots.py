@@ -5,7 +5,7 @@ A figure takes a comparison, and is None where nothing was measured to draw.
 
 from __future__ import annotations
 
-import re
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,11 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from packtrain.compare.comparison import PHASES, WAITING, Comparison, Row, window
-from packtrain.compare.drawing import BLOCKS, COLOURS, LINES, drawing
+from packtrain.compare.drawing import BLOCKS, COLOURS, LINES, alone, drawing
 from packtrain.compare.results import PICTURED_RANKS, Run
 from packtrain.compare.verdict import SAME_CURVE, fastest, headliner, signed
-
-BEHIND_TEXT = {"facecolor": COLOURS["card"], "edgecolor": "none", "pad": 0.8}
 
 
 def figures(comparison: Comparison) -> list[str]:
@@ -43,7 +41,7 @@ def throughput(comparison: Comparison) -> str | None:
     rows = [row for row in comparison.measured if row.speed is not None]
     if not rows:
         return None
-    texts = [f"{row.speed.estimate:.2f}x" for row in rows]
+    texts = ["1" if comparison.is_reference(row) else row.speed.text() for row in rows]
     alt = "Real tokens per second relative to " + comparison.reference.name + ": "
     alt += ", ".join(f"{row.name} {row.speed.text()}" for row in rows)
     with drawing("throughput", alt=alt, height=_height(rows)) as drawn:
@@ -52,18 +50,24 @@ def throughput(comparison: Comparison) -> str | None:
         ends = drawn_ends(rows)
         for place, row, end, text in zip(_places(rows), rows, ends, texts, strict=True):
             _interval(ax, row, place, end, comparison)
-            ax.text(end + max(ends) * 0.015, place, text, va="center", fontsize=8, bbox=BEHIND_TEXT)
-        ax.set_xlim(0, max(ends) * 1.2)
+            ax.text(max(ends) * 1.04, place, text, va="center", fontsize=8)
+        ax.set_xlim(0, max(ends) * 1.6)
+        ax.set_xticks([tick for tick in ax.get_xticks() if tick <= max(ends)])
         ax.axvline(1, color=COLOURS["muted"], linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
         ax.set_title("Speed: real tokens/s")
-        ax.set_xlabel(f"times {comparison.reference.name}; line: 95% interval")
+        arrow = (
+            ", arrow: goes on" if any((row.speed.high or 0) > end for row, end in zip(rows, ends, strict=True)) else ""
+        )
+        ax.set_xlabel(f"times {comparison.reference.name}; line: 95% interval{arrow}")
     return drawn.svg
 
 
 def _interval(ax: Axes, row: Row, place: int, end: float, comparison: Comparison) -> None:
-    """Draw the interval of a speed up to `end`, where there is one."""
+    """Draw the interval of a speed up to `end`, where there is one; with an arrow where it goes on behind that."""
     if row.speed.low is not None and not comparison.is_reference(row):
-        ax.plot([row.speed.low, end], [place, place], color=COLOURS["muted"], linewidth=1.4)
+        ax.plot([min(row.speed.low, end), end], [place, place], color=COLOURS["muted"], linewidth=1.4)
+        if row.speed.high > end:
+            ax.plot([end], [place], ">", color=COLOURS["muted"], markersize=4)
 
 
 def drawn_ends(rows: Sequence[Row]) -> list[float]:
@@ -96,8 +100,8 @@ def phases(comparison: Comparison) -> str | None:
     rows = [row for row in comparison.measured if row.shares is not None]
     if not rows:
         return None
-    waiting = {WAITING: "line4"} if any(row.waiting is not None for row in rows) else {}
-    colours = dict(zip(PHASES, ("line3", "line0", "line1", "line2"), strict=True)) | waiting | {"other": "padding"}
+    waiting = {WAITING: "phase4"} if any(row.waiting is not None for row in rows) else {}
+    colours = dict(zip(PHASES, ("phase3", "phase0", "phase1", "phase2"), strict=True)) | waiting | {"other": "phase5"}
     alt = "Microseconds per real token by phase of the update. "
     alt += ", ".join(f"{row.name} {1e6 / row.tokens_per_second:,.1f}" for row in rows)
     with drawing("phases", alt=alt, height=_height(rows) + 0.25) as drawn:
@@ -159,7 +163,7 @@ def memory(comparison: Comparison) -> str | None:
     with drawing("memory", alt=alt, height=_height(rows)) as drawn:
         ax = drawn.ax
         _bars(ax, rows, peaks, texts, comparison)
-        ax.barh(_places(rows), before, color=COLOURS["padding"], height=0.62)
+        ax.barh(_places(rows), before, color=COLOURS["card"], alpha=0.6, height=0.62)  # the bar's own hue, lighter
         ax.set_title(f"Peak memory of the {rows[0].memory_of}")
         ax.set_xlabel(f"{name}; light: before the first update")
     return drawn.svg
@@ -178,20 +182,13 @@ def lengths(comparison: Comparison) -> str | None:
     )
     with drawing("lengths", alt=alt, height=3.2) as drawn:
         ax = drawn.ax
-        ax.bar(edges[:-1], counts, width=np.diff(edges), align="edge", color=COLOURS["ours"], edgecolor="none")
+        ax.bar(edges[:-1], counts, width=np.diff(edges), align="edge", color=COLOURS["phase2"], edgecolor="none")
         ax.set_xscale("log")
         ax.set_yscale("log")
         ax.xaxis.set_major_formatter(FuncFormatter(_tick))
         ax.yaxis.set_major_formatter(FuncFormatter(_tick))
-        marks = (
-            ("median", "ink", ":"),
-            ("p99", "ink", "--"),
-            ("max_length", "packed", "-"),
-            ("max_tokens", "accent", "-"),
-        )
-        for key, colour, dash in marks:
-            label = f"{key} {data[key]:,.0f}"
-            ax.axvline(data[key], color=COLOURS[colour], linewidth=1.3, linestyle=dash, label=label)
+        for key, dash in {"median": ":", "p99": "--", "max_length": "-.", "max_tokens": "-"}.items():
+            ax.axvline(data[key], color=COLOURS["ink"], linewidth=1.3, linestyle=dash, label=f"{key} {data[key]:,.0f}")
         ax.set_title("Lengths of the examples")
         ax.set_xlabel("tokens (log)")
         ax.set_ylabel("examples (log)")
@@ -262,10 +259,11 @@ def losses(comparison: Comparison) -> Iterator[str]:
     for axis, label in AXES:
         alt = f"{kind.capitalize()} by {label}, at the end: "
         alt += ", ".join(f"{row.name} {curve(row.learning_runs[0], axis, on_held_out)[1][-1]:.4f}" for row in rows)
-        with drawing(f"loss-by-{axis}", alt=alt, height=2.9 + LEGEND_ROW * ((len(rows) + 1) // 2)) as drawn:
+        lines = told_apart(rows, comparison, in_time=axis == "seconds")
+        with drawing(f"loss-by-{axis}", alt=alt, height=2.9 + LEGEND_ROW * ((len(lines) + 1) // 2)) as drawn:
             ax = drawn.ax
-            for row, style in _styles(rows, comparison):
-                ax.plot(*curve(row.learning_runs[0], axis, on_held_out), label=row.name, **style)
+            for row, style in _styles([row for row in rows if row.name in lines], comparison):
+                ax.plot(*curve(row.learning_runs[0], axis, on_held_out), label=lines[row.name], **style)
             ax.set_title(f"{'Held-out' if on_held_out else 'Training'} loss by {label}")
             ax.set_xlabel(label)
             ax.set_ylabel(kind)
@@ -291,16 +289,43 @@ def curve(run: Run, axis: str, on_held_out: bool) -> tuple[list[float], list[flo
     return seen[1:].tolist(), means
 
 
-def _styles(rows: list[Row], comparison: Comparison) -> Iterator[tuple[Row, dict[str, Any]]]:
-    """Style the lines: the reference as a broad band below, a dash for each kind of variant, hues within a kind."""
-    used = dict.fromkeys(DASHES, 0)
+def told_apart(rows: Sequence[Row], comparison: Comparison, *, in_time: bool) -> dict[str, str]:
+    """Choose the variants whose losses are drawn: of those that have the reference's own losses one line stands for all.
+
+    Args:
+        in_time: whether the losses are drawn over seconds, in which the same losses come sooner; then the reference and the
+            variant that the verdict speaks of are drawn.
+
+    Returns:
+        The name of each variant that is drawn -> its label.
+    """
+    reference, subject = comparison.reference, headliner(comparison)
+    same = [row for row in rows if not comparison.is_reference(row) and _has_the_losses(row)]
+    if all(not comparison.is_reference(row) for row in rows):  # it has not run: every line for itself
+        return {row.name: row.name for row in rows}
+    drawn = [row for row in rows if row not in same or (in_time and row is subject)]
+    labels = {row.name: row.name for row in drawn}
+    if len(same) == 1 and not in_time:
+        labels[reference.name] = f"{reference.name} and {same[0].name}"
+    elif same and not in_time:
+        labels[reference.name] = f"{reference.name} and {len(same)} with its losses"
+    return labels
+
+
+def _has_the_losses(row: Row) -> bool:
+    """Whether every training loss is the reference's."""
+    return row.loss_difference is not None and row.loss_difference <= SAME_CURVE
+
+
+def _styles(rows: Sequence[Row], comparison: Comparison) -> Iterator[tuple[Row, dict[str, Any]]]:
+    """Style the lines: the reference as a broad band; a dash for each kind of variant, whose first has its own colour."""
+    first, others = {"ours": "line0", "packed": "line1", "peer": "line7"}, itertools.cycle(LINES[2:7])
     for row in sorted(rows, key=comparison.is_reference, reverse=True):
-        if comparison.is_reference(row):
-            yield row, {"color": COLOURS["padding"], "linewidth": 6, "solid_capstyle": "round"}
-            continue
         kind = family(row, comparison)
-        hue = LINES[used[kind] % len(LINES)]
-        used[kind] += 1
+        if comparison.is_reference(row):
+            yield row, {"color": COLOURS["ink"], "alpha": 0.2, "linewidth": 6, "solid_capstyle": "round"}
+            continue
+        hue = first.pop(kind, None) or next(others)
         yield row, {"color": COLOURS[hue], "linewidth": 1.4, "linestyle": DASHES[kind]}
 
 
@@ -326,10 +351,10 @@ def packing_pictures(comparison: Comparison) -> Iterator[str]:
 
 
 def rank_pictures(comparison: Comparison) -> Iterator[str]:
-    """Draw the first update of every variant that was planned over several ranks."""
+    """Draw the first update of every variant that was planned over several ranks; not one of fewer packs than ranks."""
     for number, row in enumerate(comparison.rows):
         layout = next((run.end.over_ranks for run in row.learning_runs if run.end.over_ranks), None)
-        if layout:
+        if layout and sum(any(lengths) for batch in layout for lengths in batch["rows"]) >= PICTURED_RANKS:
             real, awaited = _tokens(layout)
             waiting = f"{1 - real / awaited:.0%}"
             alt = f"{row.name}, first update on {PICTURED_RANKS} ranks: {len(layout)} micro-steps, "
@@ -382,8 +407,6 @@ def _thickness(batch: Mapping[str, Any]) -> float:
 # The cover
 
 WIDTH = 7.6  # inches
-MARGIN = 10  # points
-SCALE = 1.45  # pixels per point
 KINDS = (
     ("ours", "the same updates as plain padding"),
     ("packed", "packed over the whole epoch, the fastest"),
@@ -418,9 +441,7 @@ def cover(comparison: Comparison, style: str) -> str | None:
             weight = "bold" if row is subject else "normal"
             ax.barh(place, row.speed.estimate, color=COLOURS[family(row, comparison)], height=0.66)
             _interval(ax, row, place, end, comparison)
-            ax.text(
-                end + 0.02 * right, place, f"{row.speed.estimate:.2f}x", va="center", weight=weight, bbox=BEHIND_TEXT
-            )
+            ax.text(1.04 * right, place, f"{row.speed.estimate:.2f}x", va="center", weight=weight)
             ax.text(1.22 * right, place, loss, va="center", weight=weight, color=_colour(row))
         _name_rows(ax, rows)
         for label, row in zip(ax.get_yticklabels(), rows, strict=True):
@@ -432,7 +453,7 @@ def cover(comparison: Comparison, style: str) -> str | None:
             ax.text(x, len(rows) - 0.3, heading, color=COLOURS["muted"], va="center")
         if any(family(row, comparison) != "ink" for row in rows):
             drawn.figure.legend(loc="outside lower left", ncols=3, handlelength=1, columnspacing=1.5)
-    return _alone(drawn.svg, style)
+    return alone(drawn.svg, style)
 
 
 def shown_rows(comparison: Comparison) -> list[Row]:
@@ -446,7 +467,7 @@ def loss_of(row: Row, comparison: Comparison) -> str:
     """Write `the same in all 12 updates`, or how far the held-out loss is away; empty where neither was measured."""
     if comparison.is_reference(row):
         return ""
-    if row.loss_difference is not None and row.loss_difference <= SAME_CURVE:
+    if _has_the_losses(row):
         return f"the same in all {len(row.learning_runs[0].updates):,} updates"
     if row.held_out_ratio is None or row.ends_with_reference is None:
         return ""
@@ -454,24 +475,4 @@ def loss_of(row: Row, comparison: Comparison) -> str:
 
 
 def _colour(row: Row) -> str:
-    same = row.loss_difference is not None and row.loss_difference <= SAME_CURVE
-    return COLOURS["accent" if same else "muted"]
-
-
-def _alone(svg: str, style: str) -> str:
-    """Make an inline SVG a file that stands alone, with the page's colours and a ground."""
-    colours = style[: style.index("* {")].strip()
-    box = re.search(r'viewBox="([^"]*)"', svg)
-    assert box is not None, "a figure without a size"
-    _, _, *size = box[1].split()
-    width, height = (float(side) + 2 * MARGIN for side in size)
-    box = (
-        f'viewBox="{-MARGIN} {-MARGIN} {width:g} {height:g}" width="{SCALE * width:.0f}" height="{SCALE * height:.0f}"'
-    )
-    head = f'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" {box}'
-    svg = re.sub(r'<svg (.*?)viewBox="[^"]*"', lambda found: f"<svg {found[1]}{head}", svg, count=1)
-    start = svg.index(">") + 1
-    ground = (
-        f'<rect x="{-MARGIN}" y="{-MARGIN}" width="{width:g}" height="{height:g}" rx="8" style="fill: var(--card)"/>'
-    )
-    return f"{svg[:start]}\n<style>\n{colours}\n</style>\n{ground}{svg[start:]}\n"
+    return COLOURS["accent" if _has_the_losses(row) else "muted"]

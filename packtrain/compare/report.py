@@ -18,12 +18,23 @@ from typing import Any
 import jinja2
 import yaml
 from markupsafe import Markup, escape
+from matplotlib.figure import Figure
 
 from packtrain.compare import plots
 from packtrain.compare.comparison import Comparison, Row, read_comparison
+from packtrain.compare.drawing import alone, kept_by, png
 from packtrain.compare.results import PICTURED_RANKS, write_atomically
-from packtrain.compare.tables import Column, columns, render_csv, render_markdown
+from packtrain.compare.tables import (
+    DETAILS,
+    Column,
+    columns,
+    render_csv,
+    render_latex,
+    render_markdown,
+    render_shown_csv,
+)
 from packtrain.compare.verdict import note, verdict
+from packtrain.errors import PacktrainError
 from packtrain.training.summary import name_machine
 
 REPORT, COVER = "report.html", "speed.svg"
@@ -35,16 +46,23 @@ GROUPS = (
 )
 
 
-def write_report(directories: Sequence[str | Path], *, out: str | Path | None = None) -> Path:
+def write_report(
+    directories: Sequence[str | Path], *, out: str | Path | None = None, figures: str | Path | None = None
+) -> Path:
     """Write the tables, page and cover of each comparison into its directory, and return the report's path.
 
     Args:
         directories: written by `packtrain compare`.
         out: where the page of several comparisons goes; `report.html` next to their directories by default.
+        figures: a directory for every figure as SVG and PNG, and the table as CSV and LaTeX; of several comparisons one
+            below it for each.
 
     Raises:
-        PacktrainError: a directory holds no experiment, or a damaged run.
+        PacktrainError: a directory holds no experiment, or a damaged run; or `out` is no page.
     """
+    if out is not None and Path(out).suffix.lower() not in (".html", ".htm"):
+        fix = "name a page (--out report.html); --figures DIR writes the figures as SVG and PNG"
+        raise PacktrainError("is not the name of a page, and a report is one", key="--out", value=str(out), fix=fix)
     paths = [Path(directory) for directory in directories]
     comparisons = [read_comparison(path) for path in paths]
     chapters = [chapter(comparison) for comparison in comparisons]
@@ -55,11 +73,31 @@ def write_report(directories: Sequence[str | Path], *, out: str | Path | None = 
         cover = plots.cover(comparison, stylesheet())
         if cover:
             write_atomically(path / COVER, cover)
+    if figures is not None:
+        for comparison in comparisons:
+            write_figures(comparison, Path(figures) / (comparison.name if len(comparisons) > 1 else ""))
     if len(paths) == 1 and out is None:
         return paths[0] / REPORT
     target = Path(out) if out else paths[0].parent / REPORT
     write_atomically(target, render_page(chapters, side_by_side(comparisons)))
     return target
+
+
+def write_figures(comparison: Comparison, directory: Path) -> None:
+    """Write every figure as SVG and PNG, and the table that people read as CSV and LaTeX."""
+    style = stylesheet()
+
+    def keep(name: str, svg: str, figure: Figure) -> None:
+        write_atomically(directory / f"{name}.svg", alone(svg, style))
+        (directory / f"{name}.png").write_bytes(png(figure, style))
+
+    write_atomically(directory / "table.csv", render_shown_csv(comparison))
+    write_atomically(directory / "table.tex", render_latex(comparison))
+    with kept_by(keep):
+        plots.figures(comparison)
+        plots.cover(comparison, style)
+        for pictures in (plots.packing_pictures(comparison), plots.rank_pictures(comparison)):
+            list(pictures)
 
 
 def render_page(chapters: Sequence[Mapping[str, Any]], side_by_side: Sequence[Sequence[str]] = ()) -> str:
@@ -86,16 +124,13 @@ def stylesheet() -> str:
 def chapter(comparison: Comparison) -> dict[str, Any]:
     """Collect what the template shows of one comparison."""
     shown = columns(comparison)
+    main, detail = [c for c in shown if c[0] not in DETAILS], [c for c in shown if c[0] in DETAILS]
     return {
         "name": comparison.name,
         "facts": facts(comparison),
         "sentences": verdict(comparison),
         "note": note(comparison),
-        "headings": [heading for heading, _ in shown],
-        "groups": [
-            (title, [_line(row, shown, comparison) for row in comparison.rows if belongs(row)])
-            for title, belongs in GROUPS
-        ],
+        "tables": [_table(part, comparison) for part in (main, detail) if part],
         "figures": plots.figures(comparison) if comparison.rows else [],
         "pictures": list(plots.packing_pictures(comparison)),
         "rank_pictures": list(plots.rank_pictures(comparison)),
@@ -105,6 +140,17 @@ def chapter(comparison: Comparison) -> dict[str, Any]:
         "command": comparison.manifest["command"],
         "setting": _yaml({key: comparison.manifest[key] for key in ("machine", "versions", "git")}),
         "recipes": [(variant["name"], _yaml(variant["recipe"])) for variant in comparison.manifest["variants"]],
+    }
+
+
+def _table(shown: Sequence[Column], comparison: Comparison) -> dict[str, Any]:
+    """Collect headings and lines of a table with some of the columns."""
+    return {
+        "headings": [heading for heading, _ in shown],
+        "groups": [
+            (title, [_line(row, shown, comparison) for row in comparison.rows if belongs(row)])
+            for title, belongs in GROUPS
+        ],
     }
 
 

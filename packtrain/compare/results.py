@@ -135,7 +135,7 @@ class RunWriter:
 
     def __init__(self, path: Path):
         self.path = path
-        self._part = path.with_suffix(".part")
+        self._part = _part_of(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file: TextIO = self._part.open("w", encoding="utf-8")
 
@@ -154,15 +154,32 @@ class RunWriter:
 
 def add_end(path: Path, end: End) -> None:
     """End a run whose process died before it could, keeping the lines it wrote."""
-    part = path.with_suffix(".part")
-    lines = part.read_text(encoding="utf-8").splitlines() if part.exists() else []
+    records = _complete_records(_part_of(path))
     writer = RunWriter(path)
-    for line in lines:
-        try:
-            writer.write(_parse(json.loads(line)))
-        except ValueError:
-            break  # the line it died in
+    for record in records:
+        writer.write(record)
     writer.end(end)
+
+
+def updates_so_far(path: Path) -> list[Update]:
+    """Read the updates of a run, also of one that is being written."""
+    records = _complete_records(path if path.exists() else _part_of(path))
+    return [record for record in records if isinstance(record, Update)]
+
+
+def _complete_records(file: Path) -> list[Record]:
+    """Read a run's file up to the first line that is not complete; nothing where there is no file."""
+    records: list[Record] = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        try:
+            records.append(_parse(json.loads(line)))
+        except ValueError:
+            break  # the line that is being written, or in which its process died
+    return records
+
+
+def _part_of(path: Path) -> Path:
+    return path.with_suffix(".part")
 
 
 def read_runs(directory: Path, manifest: Mapping[str, Any]) -> list[Run]:

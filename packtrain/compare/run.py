@@ -3,6 +3,7 @@
     packtrain compare recipes/compare/quickstart.yaml
     packtrain compare recipes/compare/gsm8k.yaml --set data.path=data/gsm8k/train.jsonl --out results/compare_gsm8k
     packtrain compare recipes/compare/quickstart.yaml --set ranks=2 --out out/compare_on_two_ranks
+    packtrain compare recipes/sft_lora.yaml                 # a recipe to train: its strategy, and those to compare it with
 
 Round by round (A B C, A B C, ...), so that a machine that is busy for a while is busy for all. Interrupted, it
 continues where it was: finished runs are kept. A variant that fails is a row of the report; its later rounds are left
@@ -17,12 +18,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from packtrain.compare.experiment import Experiment, Variant, load_experiment, with_settings
+from packtrain.compare.progress import Progress
 from packtrain.compare.results import End, add_end, read_run, remove_logs, remove_runs, run_path, write_manifest
 from packtrain.errors import require
 from packtrain.recipe.shipped import find_recipe
 
 Say = Callable[[str], None]
+LOOKS = 1.0  # seconds between looks at a run
 
 
 def run_comparison(
@@ -32,22 +37,26 @@ def run_comparison(
     output_dir: str | Path | None = None,
     restart: bool = False,
     say: Say = print,
+    console: Console | None = None,
 ) -> Path:
-    """Run what is missing of a comparison, write its report, and return its directory.
+    """Run what is missing of a comparison, write its report, say its verdict, and return its directory.
 
     Args:
-        path: the recipe of the comparison, see `experiment`; or the name of one that comes with packtrain.
+        path: a comparison, see `experiment`; a recipe to train; or the name of one that comes with packtrain.
         overrides: `key=value` of it or of its base recipe.
         output_dir: `out/compare_NAME` by default.
         restart: remove the runs that are there first.
         say: takes lines for people.
+        console: a terminal that shows how far a run is.
 
     Raises:
         PacktrainError: the recipe is wrong, or the directory holds another experiment.
     """
     require("jinja2", "matplotlib", extra="plots")
+    from packtrain.compare.comparison import read_comparison
     from packtrain.compare.manifest import check_same, make_manifest
     from packtrain.compare.report import write_report
+    from packtrain.compare.verdict import note, verdict
 
     path = find_recipe(path, below="compare")
     experiment = load_experiment(path, overrides)
@@ -57,13 +66,17 @@ def run_comparison(
         remove_runs(directory)
     check_same(directory, manifest)
     write_manifest(directory, manifest)
-    run_rounds(experiment, directory, say)
-    report = write_report([directory])
+    run_rounds(experiment, directory, say, console)
+    report, comparison = write_report([directory]), read_comparison(directory)
+    say("verdict:")
+    for text in (*(sentence.text for sentence in verdict(comparison)), note(comparison)):
+        if text is not None:
+            say(f"  {text}")
     say(f"report: {report}")
     return directory
 
 
-def run_rounds(experiment: Experiment, directory: Path, say: Say) -> None:
+def run_rounds(experiment: Experiment, directory: Path, say: Say, console: Console | None = None) -> None:
     """Make every run that has no file yet, one after the other; failed ones again."""
     context = _context()
     failed: set[str] = set()
@@ -73,19 +86,32 @@ def run_rounds(experiment: Experiment, directory: Path, say: Say) -> None:
         for variant in experiment.variants
         if not _finished(run_path(directory, number, variant.name), number, variant.name)
     ]
-    total = len(experiment.rounds) * len(experiment.variants)
+    if todo:
+        say(describe(experiment))
+    progress = Progress(experiment, todo, say, console)
     for number, variant in todo:
         if variant.name in failed:
             continue
-        position = number * len(experiment.variants) + experiment.variants.index(variant) + 1
-        end = _run(context, experiment, number, variant, directory)
+        try:
+            end = _run(context, experiment, number, variant, directory, progress)
+        finally:
+            progress.stop()
         if end.status == "failed":
             failed.add(variant.name)
-        outcome = f"failed: {end.reason}" if end.status == "failed" else "done"
-        say(f"run {position}/{total}  round {number + 1}  {variant.name}  {outcome}")
+        progress.end(end)
 
 
-def _run(context: Any, experiment: Experiment, number: int, variant: Variant, directory: Path) -> End:
+def describe(experiment: Experiment) -> str:
+    """Say what is compared, how often, and for how long."""
+    names, rounds = [variant.name for variant in experiment.variants], len(experiment.rounds)
+    updates = {variant.recipe.training.get("max_steps", -1) for variant in experiment.variants}
+    each = f", {updates.pop():,} updates each" if len(updates) == 1 and min(updates) > 0 else ""
+    return f"comparing {', '.join(names)}: {rounds} round{'' if rounds == 1 else 's'}{each}"
+
+
+def _run(
+    context: Any, experiment: Experiment, number: int, variant: Variant, directory: Path, progress: Progress
+) -> End:
     """Make one run in its own process, or in one for each rank; a process that dies leaves a run that says so."""
     from packtrain.compare.launcher import Job, launch, reason_of_code
     from packtrain.compare.worker import work
@@ -102,8 +128,11 @@ def _run(context: Any, experiment: Experiment, number: int, variant: Variant, di
     )
     process = context.Process(target=work if job.ranks == 1 else launch, args=(job,))
     process.start()
+    progress.begin(number, variant, path)
     try:
-        process.join()
+        while process.is_alive():
+            process.join(LOOKS)
+            progress.look()
     except KeyboardInterrupt:
         process.terminate()
         process.join()

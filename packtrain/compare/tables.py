@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,18 @@ from packtrain.compare.statistics import Spread
 from packtrain.compare.verdict import note, small, verdict
 
 ABSENT = ""
+DETAILS = (  # columns of the page's second table, so that a screen of 1,280 pixels shows every one
+    "supervised tokens/s",
+    "seconds/update: median (p10-p90)",
+    "tokens dropped",
+    "held-out loss, mean of examples",
+    "held-out loss, same updates",
+    "gradient norm differs by",
+    "start-up",
+    "TFLOP/s",
+    "MFU",
+    "attention",
+)
 
 Column = tuple[str, Callable[[Row], str]]  # heading, cell
 
@@ -55,11 +68,43 @@ def render_markdown(comparison: Comparison) -> str:
     lines.append("| variant | " + " | ".join(heading for heading, _ in shown) + " |")
     lines.append("|---" * (len(shown) + 1) + "|")
     for row in comparison.rows:
-        cells = [cell(row) for _, cell in shown]
-        if row.failure and row.tokens_per_second is None:
-            cells[0] = "failed"
-        lines.append(f"| {row.name} | " + " | ".join(cells) + " |")
+        lines.append(f"| {row.name} | " + " | ".join(_cells(row, shown)) + " |")
     return "\n".join([*lines, "", f"`{comparison.manifest['command']}`", ""])
+
+
+def render_shown_csv(comparison: Comparison) -> str:
+    """Render the table that people read: its headings and cells."""
+    shown, buffer = columns(comparison), io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["variant", *(heading for heading, _ in shown)])
+    writer.writerows([row.name, *_cells(row, shown)] for row in comparison.rows)
+    return buffer.getvalue()
+
+
+def render_latex(comparison: Comparison) -> str:
+    """Render the columns of the page's first table for a paper; needs the package booktabs."""
+    shown = [column for column in columns(comparison) if column[0] not in DETAILS]
+    rows = [["variant", *(heading for heading, _ in shown)]]
+    rows += [[row.name, *_cells(row, shown)] for row in comparison.rows]
+    lines = [" & ".join(map(_in_latex, cells)) + r" \\" for cells in rows]
+    head = rf"\begin{{tabular}}{{l{'r' * len(shown)}}}"
+    return "\n".join([head, r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule", r"\end{tabular}", ""])
+
+
+def _in_latex(text: str) -> str:
+    """Escape a cell.
+
+    >>> print(_in_latex("pad_max 2% & more"))
+    pad\\_max 2\\% \\& more
+    """
+    return re.sub(r"([&%$#_{}])", r"\\\1", text)
+
+
+def _cells(row: Row, shown: Sequence[Column]) -> list[str]:
+    cells = [cell(row) for _, cell in shown]
+    if row.failure and row.tokens_per_second is None:
+        cells[0] = "failed"
+    return cells
 
 
 def render_csv(comparison: Comparison) -> str:

@@ -16,8 +16,9 @@ generation prompt), and then
 3. the template renders the prompt otherwise when an answer follows (some drop a thinking header, some show the system
    prompt only in the last question): the completion starts where its turn does (counted as "unlike").
 
-A pair of answers becomes two documents end to end, prompt and chosen, prompt and rejected, so that everything about it can
-be read off the mask: where one begins to be learnt its prompt ends, and where that ends the document does.
+Answers to one prompt, two of a pair or several, become documents end to end, prompt and chosen, prompt and rejected, so that
+everything about them can be read off the mask: where one begins to be learnt its prompt ends, and where that ends the
+document does.
 
     preference           <s> What? | Four. </s> <s> What? | Five. </s>
     learnt                0   0       1    1     0   0       1    1
@@ -29,20 +30,21 @@ nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from packtrain.data.chat_template import ChatTemplate, Rendered, describe_lost
-from packtrain.data.formats import FORMATS, IGNORED, Ids, Pair, Reading, Row, Text, read_row
+from packtrain.data.drafts import Draft, check, join_parts
+from packtrain.data.formats import FORMATS, IGNORED, Reading, Row, read_row
 from packtrain.data.limits import Endless, Limits
 from packtrain.data.messages import SWITCHES, Chat
 from packtrain.data.offsets import OffsetTokenizer, Span, factors_of, intersect, outside
 from packtrain.data.report import BadRow
 from packtrain.data.room import check_room
+from packtrain.data.samples import Answers, Ids, Pair, Text, Words
 from packtrain.errors import DataError, shorten
 
 if TYPE_CHECKING:
@@ -61,24 +63,6 @@ _PLURALS = {
     "tool answer": "answers of tools",
 }
 _CONVERSATIONS = ("messages", "sharegpt", "prompt_completion")  # formats whose messages may have switches
-
-
-@dataclass(kw_only=True)
-class _Draft:
-    """One example under way. `text` and `prompt` are still to be tokenised; None where there is nothing to do."""
-
-    text: str | None = None
-    prompt: str | None = None
-    plain: bool = False
-    ids: np.ndarray = field(default_factory=partial(np.empty, 0, np.int32))  # [L]
-    labels: np.ndarray = field(default_factory=partial(np.empty, 0, np.int32))  # [L]
-    spans: list[Span] | None = None  # what is learnt of the text; None where the prompt says it
-    factors: np.ndarray = field(default_factory=partial(np.empty, 0, np.float32))  # see `_runs`
-    remarks: list[str] = field(default_factory=list)
-    flags: int = 0
-    problem: str | None = None
-    pair: tuple[_Draft, _Draft] | None = None  # chosen and rejected, tokenised by themselves and then joined
-    implicit: bool = False  # the prompt of the pair is what both begin with
 
 
 class Encoder:
@@ -112,7 +96,7 @@ class Encoder:
         self.assistant_only, self.on_lost_content = assistant_only, on_lost_content
         self.completion_only = bool(FORMATS[format].completion_only if completion_only is None else completion_only)
         self._check_options()
-        self.prefix = _added_in_front(tokenizer)
+        self.prefix = added_in_front(tokenizer)
         # what ends plain text: an encoder's tokenizer (BERT's) has a separator there
         self.end = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
         self.vocabulary = 1 + max(tokenizer.get_vocab().values(), default=-1) if format == "input_ids" else None
@@ -125,7 +109,8 @@ class Encoder:
     @property
     def all_learnt(self) -> bool:
         """Whether every label but the first of each example is its token, whatever the rows say."""
-        return not (self.completion_only or self.assistant_only or self.format in ("input_ids", *_CONVERSATIONS))
+        formats = ("input_ids", "tokens", *_CONVERSATIONS)
+        return not (self.completion_only or self.assistant_only or self.format in formats)
 
     def __call__(self, rows: Sequence[Row | BadRow], where: Callable[[int], str] = "row {}".format) -> pa.Table:
         """Tokenises a batch: a table with one row for each row.
@@ -143,23 +128,23 @@ class Encoder:
         """
         with Limits() as limits:
             drafts = [self._draft(row, limits, partial(where, number)) for number, row in enumerate(rows)]
-        single = [part for draft in drafts for part in draft.pair or (draft,)]
+        single = [part for draft in drafts for part in draft.parts.values() or (draft,)]
         for some in _by_size([draft for draft in single if draft.text is not None]):
             self._tokenise(some)
         for draft in drafts:
-            if draft.pair is not None:
-                _join_pair(draft, *draft.pair)
+            if draft.parts:
+                join_parts(draft)
         return self._table(drafts)
 
     def _check_options(self) -> None:
         if self.completion_only and FORMATS[self.format].completion_only is None:
             what = f"needs rows with completions, and rows of format `{self.format}` have none"
             raise DataError(what, key="data.completion_only_loss", value=True, fix="leave it out")
-        if FORMATS[self.format].pair and (self.assistant_only or not self.completion_only):
+        if FORMATS[self.format].kind in ("pair", "answers") and (self.assistant_only or not self.completion_only):
             key, fix = "assistant_only_loss" if self.assistant_only else "completion_only_loss", "leave it out"
-            what = f"has no effect on pairs (format `{self.format}`), of which all of both answers is compared"
+            what = f"has no effect on rows of format `{self.format}`, of which whole answers are learnt from"
             raise DataError(what, key=f"data.{key}", value=self.assistant_only, fix=fix)
-        if self.assistant_only and self.format in ("input_ids", "text"):
+        if self.assistant_only and self.format in ("input_ids", "text", "tokens"):
             what = f"needs conversations, and rows of format `{self.format}` are not conversations"
             raise DataError(what, key="data.assistant_only_loss", value=True, fix="leave it out")
         if not self.reading.has_template and (self.assistant_only or self.format in ("messages", "sharegpt")):
@@ -167,7 +152,7 @@ class Encoder:
             fix = "use the tokenizer of a chat model, or name a template file in `model.chat_template`"
             raise DataError(what, key="model.chat_template", fix=fix)
 
-    def _draft(self, row: Row | BadRow, limits: Limits, where: Callable[[], str]) -> _Draft:
+    def _draft(self, row: Row | BadRow, limits: Limits, where: Callable[[], str]) -> Draft:
         try:
             if isinstance(row, BadRow):
                 raise row
@@ -179,32 +164,43 @@ class Encoder:
                 case Ids() as sample:
                     draft = self._draft_ids(sample)
                 case Pair() as sample:
-                    draft = limits.call(self._draft_pair, sample)
-            for part in draft.pair or (draft,):
+                    answers = {"chosen": sample.chosen, "rejected": sample.rejected}
+                    parts = limits.call(self._draft_answers, answers)
+                    draft = Draft(parts=parts, implicit=sample.implicit, distinct=True)
+                case Answers() as sample:
+                    named = {f"completions[{number}]": one for number, one in enumerate(sample.answers)}
+                    draft = Draft(parts=limits.call(self._draft_answers, named))
+                case Words() as sample:
+                    self._check_end()
+                    draft = Draft(text=sample.text, words=sample.spans, plain=True)
+            for part in draft.parts.values() or (draft,):
                 if part.text is not None:
                     part.text.encode("utf-8")
                     check_room(len(part.text) * _BYTES_PER_CHARACTER, f"tokenising its {len(part.text):,} characters")
             return draft
         except BadRow as bad:
-            return _Draft(problem=str(bad))
+            return Draft(problem=str(bad))
         except Endless as over:
             template = shorten(str(self.tokenizer.chat_template), 60)
             fix = "correct its loops, or name another template in `model.chat_template`"
             what = f"the chat template takes {over} for one row, and is not done"
             raise DataError(what, where=where(), key="model.chat_template", value=template, fix=fix) from None
         except UnicodeEncodeError:
-            return _Draft(problem="the text contains a lone surrogate, which is not a valid character")
+            return Draft(problem="the text contains a lone surrogate, which is not a valid character")
 
-    def _draft_text(self, sample: Text) -> _Draft:
+    def _draft_text(self, sample: Text) -> Draft:
         if self.assistant_only:
             raise BadRow("the row is plain text, and `data.assistant_only_loss` needs a conversation")
+        self._check_end()
+        prompt = sample.prompt if self.completion_only else None
+        return Draft(text=sample.prompt + sample.completion, prompt=prompt, plain=True)
+
+    def _check_end(self) -> None:
         if self.end is None:
             fix = "set the tokenizer's eos_token: without one the model never learns to stop"
             raise DataError("the tokenizer has no eos_token to end plain text with", key="model", fix=fix)
-        prompt = sample.prompt if self.completion_only else None
-        return _Draft(text=sample.prompt + sample.completion, prompt=prompt, plain=True)
 
-    def _draft_chat(self, chat: Chat) -> _Draft:
+    def _draft_chat(self, chat: Chat) -> Draft:
         if not self.reading.has_template:
             raise BadRow("the row is a conversation, and the tokenizer has no chat template")
         roles = [message["role"] for message in chat.messages]
@@ -217,7 +213,7 @@ class Encoder:
         if self.assistant_only and not self.template.has_markers:
             asked |= {n for n, role in enumerate(roles) if role == "assistant"}
         rendered = self.template.render(chat, sorted(asked))
-        draft = _Draft(text=rendered.text, remarks=self._remarks(chat, rendered))
+        draft = Draft(text=rendered.text, remarks=self._remarks(chat, rendered))
         if self.completion_only:
             completion = range(chat.prompt_messages, len(roles))
             if rendered.lost and not self.template.render(chat, completion).turns:
@@ -234,7 +230,7 @@ class Encoder:
             draft.prompt = None
         return draft
 
-    def _spans(self, chat: Chat, rendered: Rendered, draft: _Draft) -> list[Span]:
+    def _spans(self, chat: Chat, rendered: Rendered, draft: Draft) -> list[Span]:
         """Returns what is learnt of a conversation's text: as the options say, and then as the switches of its turns do."""
         everything = [(0, len(rendered.text), 1.0)]
         bounds = draft.spans or ([(len(draft.prompt), len(rendered.text), 1.0)] if draft.prompt else everything)
@@ -277,39 +273,45 @@ class Encoder:
                 remarks.append(f"the chat template leaves out {_PLURALS[lost.kind]}")
         return list(dict.fromkeys(remarks))
 
-    def _draft_pair(self, sample: Pair) -> _Draft:
-        parts = []
-        for name, one in (("chosen", sample.chosen), ("rejected", sample.rejected)):
+    def _draft_answers(self, answers: Mapping[str, Text | Chat]) -> dict[str, Draft]:
+        """Returns a draft of the prompt with each of the answers to it, by their names."""
+        parts = {}
+        for name, one in answers.items():
             if isinstance(one, Chat) and one.switches:
                 where = one.names[min(one.switches)]
-                raise BadRow(f"{where} has a switch ({', '.join(SWITCHES)}), and all of both answers is compared")
+                raise BadRow(f"{where} has a switch ({', '.join(SWITCHES)}), and whole answers are learnt from")
             try:
-                parts.append(self._draft_text(one) if isinstance(one, Text) else self._draft_chat(one))
+                parts[name] = self._draft_text(one) if isinstance(one, Text) else self._draft_chat(one)
             except BadRow as bad:
                 raise BadRow(f"'{name}': {bad}") from None
-        return _Draft(pair=(parts[0], parts[1]), implicit=sample.implicit)
+        return parts
 
-    def _draft_ids(self, sample: Ids) -> _Draft:
+    def _draft_ids(self, sample: Ids) -> Draft:
         ids, labels = sample.input_ids, sample.labels
         for name, values in (("input_ids", ids), ("labels", labels[labels != IGNORED])):
             outside = values[(values < 0) | (values >= self.vocabulary)]
             if len(outside):
                 raise BadRow(f"'{name}' contains {outside[0]}, which is outside the vocabulary of {self.vocabulary}")
         labels[0] = IGNORED
-        draft = _Draft(ids=ids.astype(np.int32), labels=labels.astype(np.int32))
-        _check(draft)
+        draft = Draft(ids=ids.astype(np.int32), labels=labels.astype(np.int32))
+        check(draft)
         return draft
 
-    def _tokenise(self, drafts: list[_Draft]) -> None:
+    def _tokenise(self, drafts: list[Draft]) -> None:
         """Tokenises wholes and prompts, each in one call, and finishes the drafts in place."""
-        located = [draft for draft in drafts if draft.spans is not None]
+        located = [draft for draft in drafts if draft.spans is not None or draft.words is not None]
         if located and not self.offsets.has_offsets:
-            fix = "use the model's fast tokenizer, or leave out `assistant_only_loss` and the switches of messages"
+            fix = "use the model's fast tokenizer"
+            if self.format != "tokens":
+                fix += ", or leave out `assistant_only_loss` and the switches of messages"
             raise DataError("the tokenizer cannot say which characters a token stands for", key="model", fix=fix)
         if located:
             for draft, (ids, offsets) in zip(located, self.offsets([draft.text for draft in located]), strict=True):
-                self._finish(draft, ids.astype(np.int32), factors_of(offsets, draft.spans))
-        drafts = [draft for draft in drafts if draft.spans is None]
+                if draft.words is None:
+                    self._finish(draft, ids.astype(np.int32), factors_of(offsets, draft.spans))
+                else:
+                    self._label_words(draft, ids, offsets)
+        drafts = [draft for draft in drafts if draft.spans is None and draft.words is None]
         wholes = self._ids([draft.text for draft in drafts])
         prompts = iter(self._ids([draft.prompt for draft in drafts if draft.prompt]))
         for draft, whole in zip(drafts, wholes, strict=True):
@@ -323,7 +325,7 @@ class Encoder:
                     whole = whole + [self.end]
             self._finish(draft, np.array(whole, dtype=np.int32), np.arange(len(whole)) >= start)
 
-    def _join(self, draft: _Draft, whole: list[int], prompt: list[int]) -> tuple[list[int], int]:
+    def _join(self, draft: Draft, whole: list[int], prompt: list[int]) -> tuple[list[int], int]:
         """Returns the ids of the whole and the position of its first completion token."""
         if whole[: len(prompt)] == prompt:
             return whole, len(prompt)
@@ -341,13 +343,28 @@ class Encoder:
         encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
         return encoded["input_ids"]
 
-    def _finish(self, draft: _Draft, ids: np.ndarray, factors: np.ndarray) -> None:
+    def _finish(self, draft: Draft, ids: np.ndarray, factors: np.ndarray) -> None:
         draft.ids, draft.labels = ids, np.where(factors > 0, ids, IGNORED)
         draft.factors = _runs(factors)
         draft.labels[:1] = IGNORED
         if not draft.plain and not (draft.labels == self.tokenizer.eos_token_id).any():
             draft.flags |= NO_EOS
-        _check(draft)
+        check(draft)
+
+    def _label_words(self, draft: Draft, ids: np.ndarray, offsets: np.ndarray) -> None:
+        """Finishes words: the first token of each has a label, the first of the document too where it is a word's."""
+        starts, ends = np.array(draft.words).T  # [W]
+        firsts = np.searchsorted(offsets[:, 1], starts, side="right")  # the first token that ends behind a word's start
+        begins = np.append(offsets[:, 0], np.iinfo(np.int64).max)[firsts]
+        if (lost := np.flatnonzero(begins >= ends)).size:
+            draft.problem = f"tokens[{lost[0]}] becomes no token of the tokenizer"
+        elif (same := np.flatnonzero(np.diff(firsts) == 0)).size:
+            draft.problem = f"tokens[{same[0]}] and tokens[{same[0] + 1}] begin in one token of the tokenizer"
+        else:
+            end = [] if ids[-1] == self.end else [self.end]
+            draft.ids = np.array([*self.prefix, *ids, *end], dtype=np.int32)
+            draft.labels = np.full_like(draft.ids, IGNORED)
+            draft.labels[firsts + len(self.prefix)] = draft.ids[firsts + len(self.prefix)]
 
     def _blanks_behind_eos(self, ids: np.ndarray) -> int:
         end = len(ids)
@@ -357,7 +374,7 @@ class Encoder:
             end -= 1
         return len(ids) - end if end else 0
 
-    def _table(self, drafts: list[_Draft]) -> pa.Table:
+    def _table(self, drafts: list[Draft]) -> pa.Table:
         import pyarrow as pa
 
         def column(arrays: list[np.ndarray], dtype: type = np.int32) -> pa.Array:
@@ -384,40 +401,7 @@ class Encoder:
         )
 
 
-def _join_pair(draft: _Draft, chosen: _Draft, rejected: _Draft) -> None:
-    """Makes one draft of two documents with the same prompt, or a bad row of what is none."""
-    starts = []
-    for name, part in (("chosen", chosen), ("rejected", rejected)):
-        if part.problem is not None:
-            draft.problem = f"'{name}': {part.problem}"
-            return
-        if draft.implicit:
-            part.labels[: _shared_tokens(chosen.ids, rejected.ids)] = IGNORED
-        starts.append(int((part.labels != IGNORED).argmax()))
-    start = starts[0]
-    if not _shared_tokens(chosen.ids, rejected.ids):
-        draft.problem = "'chosen' and 'rejected' begin with different tokens, so there is no prompt that both answer"
-    elif starts[1] != start or not np.array_equal(chosen.ids[:start], rejected.ids[:start]):
-        draft.problem = "the prompt of 'chosen' and that of 'rejected' are not the same tokens"
-    elif any((part.labels[start:] == IGNORED).any() for part in (chosen, rejected)):
-        draft.problem = "a token within an answer would not be compared"
-    elif np.array_equal(chosen.ids, rejected.ids):
-        draft.problem = "'chosen' and 'rejected' are the same tokens, so neither is preferred"
-    if draft.problem is None:
-        draft.ids = np.concatenate([chosen.ids, rejected.ids])
-        draft.labels = np.concatenate([chosen.labels, rejected.labels])
-        draft.flags, draft.remarks = chosen.flags | rejected.flags, [*chosen.remarks, *rejected.remarks]
-        draft.remarks = list(dict.fromkeys(draft.remarks))
-
-
-def _shared_tokens(one: np.ndarray, other: np.ndarray) -> int:
-    """Counts the tokens that two documents begin with."""
-    length = min(len(one), len(other))
-    differ = one[:length] != other[:length]
-    return int(differ.argmax()) if differ.any() else length
-
-
-def _by_size(drafts: list[_Draft]) -> Iterator[list[_Draft]]:
+def _by_size(drafts: list[Draft]) -> Iterator[list[Draft]]:
     """Yields drafts in groups of `_AT_ONCE` characters or a little more, so that long rows don't add up in memory."""
     sizes = np.cumsum([len(draft.text or "") for draft in drafts])
     for some in np.split(np.arange(len(drafts)), np.flatnonzero(np.diff(sizes // _AT_ONCE)) + 1):
@@ -431,18 +415,6 @@ def _widened(turn: tuple[int, int], marked: Sequence[Span]) -> tuple[int, int]:
     return min([turn[0], *(start for start, _ in own)]), max([turn[1], *(end for _, end in own)])
 
 
-def _check(draft: _Draft) -> None:
-    """Makes a draft a bad row where nothing can be learnt from it."""
-    if (draft.labels != IGNORED).any():
-        return
-    if len(draft.ids) < 2:
-        draft.problem = f"has {len(draft.ids)} token{'s' if len(draft.ids) != 1 else ''}, and nothing to predict"
-    else:
-        why = f" ({'; '.join(draft.remarks)})" if draft.remarks else ""
-        draft.problem = f"none of its {len(draft.ids)} tokens is supervised{why}"
-    draft.ids, draft.labels, draft.factors, draft.flags, draft.remarks = *(draft.ids[:0],) * 3, 0, []
-
-
 def _runs(factors: np.ndarray) -> np.ndarray:
     """Returns [first token, one behind the last, factor] of every run with a factor other than 0 and 1, end to end."""
     if not ((factors != 0) & (factors != 1)).any():
@@ -452,7 +424,7 @@ def _runs(factors: np.ndarray) -> np.ndarray:
     return runs[(runs[:, 2] != 0) & (runs[:, 2] != 1)].astype(np.float32).ravel()
 
 
-def _added_in_front(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def added_in_front(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Returns the ids that the tokenizer puts before a text by itself: usually `[bos]`, or nothing."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]

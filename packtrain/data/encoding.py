@@ -16,7 +16,7 @@ import numpy as np
 
 from packtrain.data import store
 from packtrain.data.encoder import Encoder, notes_of
-from packtrain.data.formats import FORMATS, Reading, find_format, rename_columns
+from packtrain.data.formats import FORMATS, Kind, Reading, find_format, rename_columns
 from packtrain.data.report import ALL_TURNS
 from packtrain.data.sources import Rows
 from packtrain.data.tokens import Documents, ListColumn, hash_table
@@ -39,7 +39,7 @@ def tokenize(
     on_lost_content: str = "error",
     columns: Mapping[str, str | None] | None = None,
     roles: Mapping[str, str] | None = None,
-    pairs: bool = False,
+    kind: Kind = "example",
     num_proc: int | None = None,
     cache_dir: str | Path | None = None,
 ) -> Documents:
@@ -50,7 +50,7 @@ def tokenize(
     """
     reading = Reading(has_template=bool(tokenizer.chat_template), roles=roles or {}, columns=columns or {})
     names = rename_columns(rows.columns, reading.columns)
-    format, also = find_format(names, format, pairs=pairs)
+    format, also = find_format(names, format, kind=kind)
     encoder = Encoder(
         tokenizer,
         format,

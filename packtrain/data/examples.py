@@ -33,6 +33,7 @@ import numpy as np
 
 from packtrain.data import store
 from packtrain.data.encoding import tokenize
+from packtrain.data.formats import Kind
 from packtrain.data.joined import join_documents
 from packtrain.data.report import DataReport
 from packtrain.data.selection import View, select
@@ -135,6 +136,11 @@ class Examples:
         return self._view.supervised
 
     @property
+    def supervised_in_row(self) -> np.ndarray:
+        """int32 `[n]`, supervised tokens of the row that each example is of, before anything was cut."""
+        return self._documents.supervised[self.rows]
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest document."""
         return int(self.lengths.max())
@@ -229,9 +235,14 @@ class Examples:
         """Returns nothing: a batch of these examples has the collator's entries alone."""
         return {}
 
-    def take(self, indices: Sequence[int] | np.ndarray) -> Examples:
-        """Returns these examples in this order, renumbered from 0; nothing is copied but the view."""
-        return Examples(self._documents, self._view[np.asarray(indices, dtype=np.int64)], self.report, self.source)
+    def take(self, indices: Sequence[int] | np.ndarray, *, note: str | None = None) -> Examples:
+        """Returns these examples in this order, renumbered from 0; nothing is copied but the view.
+
+        Args:
+            note: a statement for their report.
+        """
+        report = self.report if note is None else replace(self.report, notes=(*self.report.notes, note))
+        return Examples(self._documents, self._view[np.asarray(indices, dtype=np.int64)], report, self.source)
 
     def hold_out(self, eval_size: int | float, seed: int) -> tuple[Examples, Examples]:
         """Splits into (train, held out) by a seeded choice of source rows.
@@ -327,7 +338,7 @@ def build_examples(
     on_lost_content: str = "error",
     columns: Mapping[str, str | None] | None = None,
     roles: Mapping[str, str] | None = None,
-    pairs: bool = False,
+    kind: Kind = "example",
     on_bad_row: str = "error",
     num_proc: int | None = None,
     cache_dir: str | Path | None = None,
@@ -348,7 +359,7 @@ def build_examples(
         on_lost_content: of a conversation of which the chat template leaves something out: `error` (a bad row) or `warn`.
         columns: name of a column that formats read -> the rows' own name of it; None to leave it out.
         roles: names of speakers -> `system`, `developer`, `user`, `assistant` or `tool`, beyond the usual ones.
-        pairs: rows are pairs of answers, each two documents end to end; see `packtrain.data.formats.Pair`.
+        kind: of the rows, see `packtrain.data.formats.KINDS`; a pair is two documents end to end.
         on_bad_row: `error` lists them all at once; `skip` leaves them out and lists them in the report.
         num_proc: processes that tokenise.
         cache_dir: see `packtrain.data.store`.
@@ -365,9 +376,9 @@ def build_examples(
         columns=columns,
         roles=roles,
     )
-    documents = tokenize(rows, tokenizer, **options, pairs=pairs, num_proc=num_proc, cache_dir=cache_dir)
+    documents = tokenize(rows, tokenizer, **options, kind=kind, num_proc=num_proc, cache_dir=cache_dir)
     if tokenizer_key is not None:
-        request = request_of(rows.request, tokenizer_key, options, pairs=pairs)
+        request = request_of(rows.request, tokenizer_key, options, kind=kind)
         store.remember(request, documents.fingerprint, rows.files, rows.counts, cache_dir)
     view, report = select(documents, max_length=max_length, overflow=overflow, on_bad_row=on_bad_row, where=rows.where)
     notes = (*rows.notes, *report.notes)
@@ -381,8 +392,8 @@ CHOICES = TOKENS | {"max_length", "overflow", "on_bad_row"}
 
 
 def request_of(
-    rows: object, tokenizer_key: str, options: Mapping[str, object], *, pairs: bool = False
+    rows: object, tokenizer_key: str, options: Mapping[str, object], *, kind: Kind = "example"
 ) -> dict[str, object]:
     """Returns the key under which the store remembers what rows, tokenizer and loss mask gave."""
     request = {"rows": rows, "tokenizer": tokenizer_key, **{name: options[name] for name in sorted(TOKENS)}}
-    return request | ({"pairs": True} if pairs else {})
+    return request | ({"kind": kind} if kind != "example" else {})

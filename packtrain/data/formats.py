@@ -10,17 +10,19 @@
     text               text                           Text without a prompt
     preference         prompt, chosen, rejected       Pair of Texts; of Chats where all are lists of messages
     preference_implicit  chosen, rejected             the same; the prompt is what both begin with
+    prompt_completions  prompt, completions           Answers, with the prompt each: Texts, or Chats
+    tokens             tokens                         Words, which have a label each
 
 Conversations also read `system`, `tools` (or `functions`) and `chat_template_kwargs`; Alpaca's also `history`. A format is
-found by its columns, the first of this table that fits, or named by the user; those of pairs are for objectives that
-compare two answers, and no other is. Parsers check types and raise `BadRow` with the reason; they know nothing of tokens.
+found by its columns, the first of this table that fits, or named by the user, among those of the kind that the objective
+learns from (`KINDS`). Parsers check types and raise `BadRow` with the reason; they know nothing of tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -35,6 +37,7 @@ from packtrain.data.messages import (
     read_tools,
 )
 from packtrain.data.report import BadRow
+from packtrain.data.samples import Answers, Ids, Pair, Text, Words
 from packtrain.errors import DataError, shorten
 from packtrain.recipe.fields import did_you_mean
 
@@ -54,37 +57,24 @@ ALPACA_PROMPT_WITH_INPUT = (
 QUESTION_PROMPT = "Question: {question}\nAnswer:"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Text:
-    """Plain text: a completion, after a prompt if there is one."""
-
-    prompt: str = ""
-    completion: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ids:
-    """Token ids `[L]` and labels `[L]`, both int64, as the row gives them."""
-
-    input_ids: np.ndarray
-    labels: np.ndarray
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pair:
-    """Two answers to one prompt, of which the first is preferred.
-
-    Attributes:
-        chosen, rejected: the prompt with either answer; both of one kind.
-        implicit: the prompt of plain text is not set apart: it is the tokens that both begin with.
-    """
-
-    chosen: Text | Chat
-    rejected: Text | Chat
-    implicit: bool = False
-
-
 Row = dict[str, Any]
+Sample = Text | Chat | Ids | Pair | Answers | Words
+Kind = Literal["example", "pair", "answers", "words"]
+
+
+class _Said(NamedTuple):
+    """What rows of a kind are, and which objectives learn from them."""
+
+    rows: str
+    objectives: str
+
+
+KINDS: dict[Kind, _Said] = {
+    "example": _Said("single examples", "`causal_lm` and others"),
+    "pair": _Said("pairs of answers", "`preference`, `reward`"),
+    "answers": _Said("several answers to one prompt", "`several_answers`"),
+    "words": _Said("words with labels", "`token_classification`"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,17 +101,17 @@ class Format:
         optional: what is read where it is there.
         completion_only: whether only completions are learnt unless the user says otherwise; None where a row has no
             completion to single out.
-        pair: whether a row is a `Pair`.
+        kind: what a row is to an objective.
     """
 
     columns: tuple[str, ...]
-    parse: Callable[[Row, Reading], Text | Chat | Ids | Pair]
+    parse: Callable[[Row, Reading], Sample]
     completion_only: bool | None
     optional: tuple[str, ...] = ()
-    pair: bool = False
+    kind: Kind = "example"
 
 
-def read_row(row: Row, format: str, reading: Reading) -> Text | Chat | Ids | Pair:
+def read_row(row: Row, format: str, reading: Reading) -> Sample:
     """Reads a row of a format.
 
     Raises:
@@ -153,28 +143,28 @@ def rename_columns(columns: Sequence[str], mapping: Mapping[str, str | None]) ->
     return [*(name for name in columns if name not in mapped), *(ours for ours, theirs in mapping.items() if theirs)]
 
 
-def find_format(columns: Sequence[str], name: str = "auto", *, pairs: bool = False) -> tuple[str, list[str]]:
+def find_format(columns: Sequence[str], name: str = "auto", *, kind: Kind = "example") -> tuple[str, list[str]]:
     """Returns the format's name, and the other formats that the columns fit as well.
 
     Args:
         columns: columns of the rows.
         name: a key of `FORMATS`, or `auto`.
-        pairs: look among the formats whose rows are pairs of answers, and not among the others.
+        kind: look among the formats of this kind, and not among the others.
 
     Raises:
         DataError: unknown name, missing columns, or columns that fit no format.
     """
-    usable = {key: fmt for key, fmt in FORMATS.items() if fmt.pair == pairs}
+    usable = {key: fmt for key, fmt in FORMATS.items() if fmt.kind == kind}
     known = "; ".join(f"{key} ({', '.join(fmt.columns)})" for key, fmt in usable.items())
     if name != "auto" and name not in FORMATS:
         near = did_you_mean(name, FORMATS)
         fix = f"did you mean `{near}`?" if near else f"formats and the columns they need: {known}"
         raise DataError("is not a row format", key="data.format", value=name, fix=fix)
     if name != "auto" and name not in usable:
-        what = "has rows of one example each" if pairs else "has rows that are pairs of answers"
-        kind = "pairs (`preference`, `reward`)" if FORMATS[name].pair else "single examples (`causal_lm`)"
-        fix = f"choose an objective that learns from {kind}, or another format: {known}"
-        raise DataError(f"{what}, which the objective does not learn from", key="data.format", value=name, fix=fix)
+        rows, objectives = KINDS[FORMATS[name].kind]
+        what = f"has rows that are {rows}, which the objective does not learn from"
+        fix = f"choose an objective that learns from {rows} ({objectives}), or another format: {known}"
+        raise DataError(what, key="data.format", value=name, fix=fix)
     fitting = [key for key, fmt in usable.items() if set(fmt.columns) <= set(columns)]
     if name != "auto":
         missing = [column for column in FORMATS[name].columns if column not in columns]
@@ -184,15 +174,17 @@ def find_format(columns: Sequence[str], name: str = "auto", *, pairs: bool = Fal
             raise DataError(what, key="data.format", value=name, fix=fix)
         return name, []
     if not fitting:
-        others = [key for key, fmt in FORMATS.items() if fmt.pair != pairs and set(fmt.columns) <= set(columns)]
+        mapping = ", ".join(f"{column}: theirs" for column in _MAPPED[kind])
+        others = [key for key, fmt in FORMATS.items() if fmt.kind != kind and set(fmt.columns) <= set(columns)]
         if others:
-            kind = "single examples, and the objective learns from pairs" if pairs else "pairs of answers"
-            needed = "choose an objective for single examples" if pairs else "choose an objective for pairs"
-            fix = f"{needed}, or map columns with `data.columns`; formats: {known}"
-            raise DataError(f"the rows (format `{others[0]}`) are {kind}", key="objective.name", fix=fix)
-        fix = f"map them with `data.columns: {{prompt: theirs, completion: theirs}}`, or rename them; formats: {known}"
+            rows, objectives = KINDS[FORMATS[others[0]].kind]
+            what = f"the rows (format `{others[0]}`) are {rows}, and the objective learns from {KINDS[kind].rows}"
+            fix = f"choose an objective for {rows} ({objectives}), or map columns with `data.columns: {{{mapping}}}`"
+            fix += f"; formats: {known}"
+            raise DataError(what, key="objective.name", fix=fix)
+        fix = f"map them with `data.columns: {{{mapping}}}`, or rename them; formats: {known}"
         raise DataError(f"no format fits the columns {', '.join(columns) or '(none)'}", key="data.format", fix=fix)
-    return fitting[0], [] if pairs else fitting[1:]  # a prompt that has a column is no part of the answers
+    return fitting[0], fitting[1:] if kind == "example" else []  # a prompt that has a column is no part of the answers
 
 
 def _parse_text(row: Row, reading: Reading) -> Text:
@@ -230,6 +222,27 @@ def _parse_preference(row: Row, reading: Reading) -> Pair:
             "'chosen' begins with the messages of 'prompt' again (`data.format: preference_implicit` does without 'prompt')"
         )
     return _pair(*(_chat(row, before + answer, prompt_messages=len(before)) for answer in answers))
+
+
+def _parse_prompt_completions(row: Row, reading: Reading) -> Answers:
+    completions = row.get("completions")
+    if not isinstance(completions, list) or not completions:
+        how = "missing" if "completions" not in row else "null" if completions is None else "empty"
+        if completions is not None and completions != []:
+            raise BadRow(f"'completions' is {kind_of(completions)}, not a list of answers: {shorten(completions, 40)}")
+        raise BadRow(f"'completions' is {how}")
+    named = {f"completions[{number}]": answer for number, answer in enumerate(completions)}
+    is_list = isinstance(row.get("prompt"), list)
+    for name, answer in named.items():
+        if row.get("prompt") is not None and answer is not None and isinstance(answer, list) != is_list:
+            raise BadRow(f"'prompt' and '{name}' must both be text or both be lists of messages")
+    if not is_list:
+        _refuse(row, OF_CONVERSATIONS, "prompt and completions are plain text")
+        prompt = _text(row, "prompt")
+        return Answers(answers=[Text(prompt=prompt, completion=_text(named, name)) for name in named])
+    before = read_messages(row, "prompt", reading.roles)
+    answers = [before + read_messages(named, name, reading.roles) for name in named]
+    return Answers(answers=[_chat(row, answer, prompt_messages=len(before)) for answer in answers])
 
 
 def _parse_implicit(row: Row, reading: Reading) -> Pair:
@@ -271,6 +284,27 @@ def _pair(chosen: Text | Chat, rejected: Text | Chat, *, implicit: bool = False)
     if compared[0] == compared[1]:
         raise BadRow("'chosen' and 'rejected' are the same, so neither is preferred")
     return Pair(chosen=chosen, rejected=rejected, implicit=implicit)
+
+
+def _parse_tokens(row: Row, reading: Reading) -> Words:
+    words = row.get("tokens")
+    if isinstance(words, str):
+        words = words.split()
+    elif words is not None and not isinstance(words, list):
+        raise BadRow(f"'tokens' is {kind_of(words)}, not a list of words or text: {shorten(words, 40)}")
+    if not words:
+        how = "missing" if "tokens" not in row else "null" if row["tokens"] is None else "empty"
+        raise BadRow(f"'tokens' is {how}")
+    spans, start = [], 0
+    for number, word in enumerate(words):
+        if not isinstance(word, str):
+            raise BadRow(f"tokens[{number}] is {kind_of(word)}, not text: {shorten(word, 40)}")
+        if not word.strip() or word != word.strip():
+            how = "begins or ends with white space" if word.strip() else "is empty"
+            raise BadRow(f"tokens[{number}] {how}, and words are put together with a blank: {shorten(word, 40)}")
+        spans.append((start, start + len(word)))
+        start += len(word) + 1
+    return Words(text=" ".join(words), spans=spans)
 
 
 def _parse_messages(row: Row, reading: Reading) -> Chat:
@@ -354,15 +388,30 @@ FORMATS: dict[str, Format] = {
         parse=_parse_preference,
         completion_only=True,
         optional=OF_CONVERSATIONS,
-        pair=True,
+        kind="pair",
     ),
     "preference_implicit": Format(
         columns=("chosen", "rejected"),
         parse=_parse_implicit,
         completion_only=True,
         optional=OF_CONVERSATIONS,
-        pair=True,
+        kind="pair",
     ),
+    "prompt_completions": Format(
+        columns=("prompt", "completions"),
+        parse=_parse_prompt_completions,
+        completion_only=True,
+        optional=OF_CONVERSATIONS,
+        kind="answers",
+    ),
+    "tokens": Format(columns=("tokens",), parse=_parse_tokens, completion_only=None, kind="words"),
+}
+# Columns by which an error shows how others are mapped to them.
+_MAPPED: dict[Kind, tuple[str, ...]] = {
+    "example": ("prompt", "completion"),
+    "pair": ("prompt", "chosen", "rejected"),
+    "answers": ("prompt", "completions"),
+    "words": ("tokens",),
 }
 
 

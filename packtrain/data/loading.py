@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 from packtrain.data import store
 from packtrain.data.examples import CHOICES, Examples, build_examples, request_of
 from packtrain.data.files import find_places, is_local
-from packtrain.data.formats import FORMATS, Reading, find_format, rename_columns
+from packtrain.data.formats import FORMATS, Kind, Reading, find_format, rename_columns
 from packtrain.data.mixture import mix, sections_of
+from packtrain.data.pruning import prune
 from packtrain.data.selection import select
 from packtrain.data.sources import Rows, describe_request, open_rows, texts
 from packtrain.errors import DataError
@@ -44,11 +45,11 @@ def open_section(section: DataSection, *, seed: int) -> Rows:
     return Rows.join(parts)
 
 
-def section_texts(section: DataSection, rows: Rows, *, pairs: bool = False) -> Iterator[str]:
+def section_texts(section: DataSection, rows: Rows, *, kind: Kind = "example") -> Iterator[str]:
     """Yields the texts of the rows of `open_section`, each source in its own format, to train a tokenizer on."""
     for number, (own, part) in enumerate(zip(_sections(section), rows.parts, strict=True)):
         with _of_source(number if section.mixture else None):
-            yield from texts(part, own.format, _reading(own), pairs=pairs)
+            yield from texts(part, own.format, _reading(own), kind=kind)
 
 
 def _reading(section: DataSection) -> Reading:
@@ -62,17 +63,17 @@ def prepare_examples(
     *,
     seed: int,
     completions_only: bool = False,
-    pairs: bool = False,
+    kind: Kind = "example",
     tokenizer_key: str | None = None,
 ) -> tuple[Examples, Examples | None]:
-    """Tokenises a recipe's rows, or finds them tokenised, holds rows out and mixes: (training, held out or None).
+    """Tokenises a recipe's rows, or finds them tokenised, holds rows out, mixes or prunes: (training, held out or None).
 
     Args:
         section: the recipe's `data:`.
         rows: of `open_section`.
-        seed: of the rows that are held out, and of the examples that a mixture chooses.
+        seed: of the rows that are held out, and of the examples that a mixture or a random pruning chooses.
         completions_only: learn completions only wherever rows have any, unless the section says otherwise.
-        pairs: rows are pairs of answers.
+        kind: of the rows, see `packtrain.data.formats.KINDS`.
         tokenizer_key: how `find_examples` will name this tokenizer, see `store.tokenizer_key`.
 
     Raises:
@@ -83,8 +84,8 @@ def prepare_examples(
         return build_examples(
             these,
             tokenizer,
-            completion_only_loss=_completion_only(own, these, completions_only, pairs),
-            pairs=pairs,
+            completion_only_loss=_completion_only(own, these, completions_only, kind),
+            kind=kind,
             num_proc=own.num_proc,
             tokenizer_key=key,
             **own.model_dump(include=CHOICES - {"completion_only_loss"}),
@@ -162,11 +163,12 @@ def _find(section: DataSection, tokenizer_key: str, seed: int) -> Examples | str
 
 
 def _arrange(section: DataSection, parts: list[Examples], seed: int) -> tuple[Examples, Examples | None]:
-    """Holds rows out, and mixes: the examples of each source -> (training, held out or None)."""
+    """Holds rows out, and mixes or prunes: the examples of each source -> (training, held out or None)."""
     if section.mixture is not None:
         return mix(section, parts, seed=seed)
     (examples,) = parts
-    return examples.hold_out(section.eval_size, seed) if section.eval_size else (examples, None)
+    train, held_out = examples.hold_out(section.eval_size, seed) if section.eval_size else (examples, None)
+    return train if section.keep is None else prune(section.keep, train, seed=seed), held_out
 
 
 def _sections(section: DataSection) -> list[DataSection]:
@@ -201,7 +203,7 @@ def _of_source(number: int | None) -> Iterator[None]:
         raise
 
 
-def _completion_only(section: DataSection, rows: Rows, completions_only: bool, pairs: bool) -> bool | None:
+def _completion_only(section: DataSection, rows: Rows, completions_only: bool, kind: Kind) -> bool | None:
     """Returns `data.completion_only_loss`; unset, and where an objective wants completions only, True if rows have any.
 
     A causal model may learn the words of a user next to those of the assistant. For a diffusion model they are the
@@ -209,5 +211,5 @@ def _completion_only(section: DataSection, rows: Rows, completions_only: bool, p
     """
     if not completions_only or section.completion_only_loss is not None or section.assistant_only_loss:
         return section.completion_only_loss
-    format, _ = find_format(rename_columns(rows.columns, section.columns or {}), section.format, pairs=pairs)
+    format, _ = find_format(rename_columns(rows.columns, section.columns or {}), section.format, kind=kind)
     return None if FORMATS[format].completion_only is None else True

@@ -17,10 +17,11 @@ import numpy as np
 from packtrain.data import synthetic
 from packtrain.data.compressed import kind_of, unpacked
 from packtrain.data.files import Place, find_places, is_local, is_pattern, no_split
-from packtrain.data.formats import Ids, Pair, Reading, Text, find_format, read_row, rename_columns
+from packtrain.data.formats import Kind, Reading, find_format, read_row, rename_columns
 from packtrain.data.messages import Chat
 from packtrain.data.readers import OPENERS, Reader, Row, TableReader
 from packtrain.data.report import BadRow
+from packtrain.data.samples import Answers, Ids, Pair, Text, Words
 from packtrain.data.store import hash_of, stat_files
 from packtrain.errors import DataError
 
@@ -220,14 +221,14 @@ def _open(place: Place, name: str | None, split: str, num_rows: int | None, seed
     return [OPENERS[kind_of(file)](unpacked(file, label), label) for file, label in named]
 
 
-def texts(rows: Rows, format: str = "auto", reading: Reading | None = None, *, pairs: bool = False) -> Iterator[str]:
-    """Yields the text of every good row, piece by piece, to train a tokenizer on; `pairs` as `find_format` has it.
+def texts(rows: Rows, format: str = "auto", reading: Reading | None = None, *, kind: Kind = "example") -> Iterator[str]:
+    """Yields the text of every good row, piece by piece, to train a tokenizer on; `kind` as `find_format` has it.
 
     Raises:
         DataError: the rows are tokenised already, or of no known format.
     """
     reading = reading or Reading()
-    format, _ = find_format(rename_columns(rows.columns, reading.columns), format, pairs=pairs)
+    format, _ = find_format(rename_columns(rows.columns, reading.columns), format, kind=kind)
     for start in range(0, len(rows), _AT_ONCE):
         for row in rows.read(start, start + _AT_ONCE):
             if isinstance(row, BadRow):
@@ -239,12 +240,16 @@ def texts(rows: Rows, format: str = "auto", reading: Reading | None = None, *, p
             if isinstance(sample, Ids):
                 fix = "name the tokenizer they were made with in `model.tokenizer_name_or_path`"
                 raise DataError("the rows are token ids: there is no text to train a tokenizer on", fix=fix)
-            parts = (sample.chosen, sample.rejected) if isinstance(sample, Pair) else (sample,)
-            for piece in (piece for part in parts for piece in _pieces(part)):
+            for piece in _pieces(sample):
                 yield piece.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair becomes "?"
 
 
-def _pieces(sample: Text | Chat) -> list[str]:
+def _pieces(sample: Text | Chat | Pair | Answers | Words) -> list[str]:
+    if isinstance(sample, Pair | Answers):
+        parts = sample.answers if isinstance(sample, Answers) else (sample.chosen, sample.rejected)
+        return [piece for part in parts for piece in _pieces(part)]
+    if isinstance(sample, Words):
+        return [sample.text]
     if isinstance(sample, Chat):
         return [message["content"] for message in sample.messages if message.get("content")]
     return [sample.prompt + sample.completion]

@@ -46,7 +46,7 @@ def batches(lengths: Sequence[int], *, max_new_tokens: int, max_tokens: int = MA
     return dealt
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: the model may be training, and what it caches now has to take gradients later
 def generate(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,

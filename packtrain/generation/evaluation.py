@@ -16,7 +16,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from packtrain.data.formats import IGNORED
+from packtrain.data.formats import IGNORED, KINDS
 from packtrain.errors import DataError, PacktrainError
 from packtrain.generation.batches import MAX_TOKENS, end_token_ids, generate, room_for_answers
 from packtrain.generation.scores import Score, exact
@@ -75,8 +75,9 @@ def evaluate(
     Raises:
         PacktrainError: nothing is held out or trained yet, an example has no prompt, or the score is not a number.
     """
-    if recipe.objective.pairs:
-        what, fix = "has pairs of answers, and no single right one", "ask the model with `packtrain generate`"
+    if recipe.objective.row_kind != "example":
+        rows = KINDS[recipe.objective.row_kind].rows
+        what, fix = f"learns from {rows}, and has no single right answer", "ask the model with `packtrain generate`"
         raise PacktrainError(what, key="objective", fix=fix)
     out = Path(recipe.training["output_dir"])
     trained, task = load_trained(out, base=base), load_task(recipe)

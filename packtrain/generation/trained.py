@@ -93,9 +93,13 @@ def load_trained(
         model = _load(own, tokenizer)
     model.config.use_cache = True
     model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
-    rows = _format_of(target)
-    chat = bool(tokenizer.chat_template) and rows not in _PLAIN
+    chat = is_chat(tokenizer, _format_of(target))
     return Trained(model=model.eval(), tokenizer=tokenizer, recipe=recipe, chat=chat)
+
+
+def is_chat(tokenizer: PreTrainedTokenizerBase, rows: str | None) -> bool:
+    """Whether prompts are the user's turns of a conversation, for a model trained on rows of that format."""
+    return bool(tokenizer.chat_template) and rows not in _PLAIN
 
 
 def _find(target: str | Path) -> tuple[Recipe | None, Path | None]:

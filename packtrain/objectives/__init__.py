@@ -12,13 +12,17 @@ from packtrain.objectives.objective import Objective
 from packtrain.objectives.preference import Preference
 from packtrain.objectives.reward import Reward
 from packtrain.objectives.sequence_classification import SequenceClassification
+from packtrain.objectives.several_answers import SeveralAnswers
+from packtrain.objectives.token_classification import TokenClassification
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "causal_lm": CausalLM,
     "masked_diffusion": MaskedDiffusion,
     "block_diffusion": BlockDiffusion,
     "sequence_classification": SequenceClassification,
+    "token_classification": TokenClassification,
     "masked_lm": MaskedLM,
+    "several_answers": SeveralAnswers,
     "preference": Preference,
     "reward": Reward,
 }

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from packtrain.data.formats import IGNORED
 from packtrain.objectives.objective import Loss, Objective, Task, TokenLosses
@@ -32,6 +32,9 @@ class CausalLM(Objective):
     name: Literal["causal_lm"] = "causal_lm"
     loss_weighting: Literal["token", "example"] = "token"
     """What is weighted equally: every supervised token, or every example."""
+
+    def unlike_sft(self) -> tuple[str, Any] | None:
+        return None if self.loss_weighting == "token" else ("objective.loss_weighting", self.loss_weighting)
 
     def task(
         self,
@@ -61,15 +64,16 @@ def causal_lm_losses(
     Args:
         model, head: see `logits_at`.
         batch: `labels` int64 `[B, T]` unshifted, -100 ignored; `loss_weights` float32 `[B, T]`; the model's inputs; and
-            `supervised_index` int64 `[N]`, see `supervised_index`.
+            `supervised_index` int64 `[N]`, see `supervised_index`; and `predictors` int64 `[N]` where the position that
+            predicts a token may be another than the one before it.
 
     Raises:
         ModelError: the model has no output embeddings, or does not call them in its forward.
     """
     from packtrain.objectives.logits import token_losses
 
-    # [N], of the targets; position column predicts column + 1
-    return token_losses(model, batch, supervised_index(batch), shift=1, head=head)
+    index = supervised_index(batch)  # [N], of the targets; position column predicts column + 1
+    return token_losses(model, batch, index, batch.get("predictors", index - 1), head=head)
 
 
 def supervised_index(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:

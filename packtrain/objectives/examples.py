@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,9 @@ import numpy as np
 from packtrain.data.examples import Examples
 from packtrain.data.report import DataReport
 from packtrain.data.sources import Rows
+from packtrain.errors import DataError
+
+_AT_ONCE = 10_000  # rows that are read at once
 
 
 class DerivedExamples(ABC):
@@ -77,3 +81,37 @@ class DerivedExamples(ABC):
     def lengths_in(self, layout: str) -> np.ndarray:
         """Returns what a plan in that layout counts as the tokens of each document, int64 `[n]`."""
         return self.lengths
+
+
+def read_column(examples: Examples, column: str) -> Iterator[tuple[Callable[[], str], Any]]:
+    """Yields what stands in a column of the source row of every example, and a function that names the row.
+
+    Raises:
+        DataError: the rows have no such column, which `objective.label_column` names.
+    """
+    source = examples.source
+    if source is None or column not in source.columns:
+        known = "" if source is None else f"the columns are {', '.join(source.columns)}"
+        raise DataError(f"the rows have no column '{column}'", key="objective.label_column", value=column, fix=known)
+    rows = examples.rows
+    assert (np.diff(rows) >= 0).all(), "examples come in the order of their rows"
+    for start in range(0, len(source), _AT_ONCE):
+        wanted = rows[(rows >= start) & (rows < start + _AT_ONCE)]
+        block: list[Any] = source.read(start, start + _AT_ONCE) if len(wanted) else []
+        for row in wanted.tolist():
+            yield partial(source.where, row), block[row - start].get(column)
+
+
+def notes_without(notes: Sequence[str], column: str) -> Iterator[str]:
+    """Yields the notes of a report without a column among those that are not used: the objective does use it.
+
+    >>> [*notes_without(["columns not used: id, label", "columns not used: label"], "label")]
+    ['columns not used: id']
+    """
+    for note in notes:
+        before, said, names = note.partition("columns not used: ")
+        others = [name for name in names.split(", ") if name != column]
+        if not said:
+            yield note
+        elif others:
+            yield before + said + ", ".join(others)

@@ -33,7 +33,15 @@ from packtrain.objectives import chunks
 from packtrain.objectives.objective import TokenLosses
 
 logger = logging.getLogger(__name__)
-NOT_MODEL_INPUTS = ("labels", "loss_weights", "example_ids", "supervised_index", "pairs", "reference_logps")
+NOT_MODEL_INPUTS = (
+    "labels",
+    "loss_weights",
+    "example_ids",
+    "supervised_index",
+    "predictors",
+    "pairs",
+    "reference_logps",
+)
 
 
 def logits_at(
@@ -67,17 +75,18 @@ def token_losses(
     model: nn.Module,
     batch: Mapping[str, torch.Tensor],
     index: torch.Tensor,
+    predictors: torch.Tensor,
     *,
-    shift: int,
     head: nn.Module | None = None,
 ) -> TokenLosses:
-    """Scores the tokens at `index`, each by the logits `shift` positions before it, from one forward pass.
+    """Scores the tokens at `index`, each by the logits at its entry of `predictors`, from one forward pass.
 
     Args:
         model, head: see `logits_at`.
         batch: `labels` int64 `[B, T]`, `loss_weights` float32 `[B, T]`, and the model's inputs.
         index: int64 `[N]`, flat positions of the targets (row-major over `[B, T]`).
-        shift: 1 where a position predicts the next token, 0 where it predicts its own.
+        predictors: int64 `[N]`, flat positions whose logits predict them: one before where a position predicts the next
+            token, the same where it predicts its own.
 
     Raises:
         ModelError: the model has no output embeddings, or does not call them in its forward.
@@ -86,9 +95,9 @@ def token_losses(
     targets, weights = batch["labels"].flatten()[index], batch["loss_weights"].flatten()[index]
     way = _way_of(model, batch, head, len(index))
     if way is None or way.transform is None or len(index) <= chunks.rows_of_chunk(way.vocabulary):
-        nll = cross_entropy(logits_at(model, batch, index - shift, head=head).float(), targets, reduction="none")
+        nll = cross_entropy(logits_at(model, batch, predictors, head=head).float(), targets, reduction="none")
         return TokenLosses(nll=nll, weights=weights, index=index)
-    nll, total = _losses_in_chunks(model, batch, index - shift, targets, weights, head, way)
+    nll, total = _losses_in_chunks(model, batch, predictors, targets, weights, head, way)
     return TokenLosses(nll=nll, weights=weights, index=index, total=total)
 
 
@@ -141,6 +150,45 @@ def function_of_losses(
         output = model(**_model_inputs(model, batch)).logits  # [1, N, 1]
     ((value, extra),) = found
     return chunks.Through.apply(value, output), extra
+
+
+@torch.no_grad()
+def map_logits(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    predictors: Tensor,
+    targets: Tensor,
+    function: Callable[[Tensor, Tensor], Tensor],
+    *,
+    head: nn.Module | None = None,
+) -> Tensor:
+    """Computes any function of the logits of each token, chunk by chunk, without gradients, from one forward pass.
+
+    Args:
+        model, head: see `logits_at`.
+        predictors: int64 `[N]`, flat positions whose logits predict the targets.
+        targets: int64 `[N]`, token ids.
+        function: (logits float32 `[C, V]`, targets `[C]`) -> `[C, K]`; it may overwrite the logits.
+
+    Returns:
+        What the function returns, `[N, K]`.
+    """
+    head = head or output_head(model)
+    way = _way_of(model, batch, head, len(predictors))
+    if way is None or way.transform is None or len(predictors) <= chunks.rows_of_chunk(way.vocabulary):
+        return function(logits_at(model, batch, predictors, head=head).float(), targets)
+    transform, rows = way.transform, chunks.rows_of_chunk(way.vocabulary)
+    found: list[Tensor] = []
+
+    def in_chunks(hidden: Tensor) -> Tensor:  # [N, D] -> [1, N, 1]
+        for start in range(0, len(hidden), rows):
+            chunk = slice(start, start + rows)
+            found.append(function(transform(head.forward(hidden[chunk]).float()), targets[chunk]))
+        return hidden.new_zeros(1, len(hidden), 1)
+
+    with _head_gives(head, predictors, in_chunks):
+        model(**_model_inputs(model, batch))
+    return torch.cat(found)
 
 
 class Way(NamedTuple):

@@ -90,7 +90,8 @@ def masked_lm_losses(
     """
     from packtrain.objectives.logits import token_losses
 
-    return token_losses(model, batch, supervised_index(batch), shift=0, head=head)
+    index = supervised_index(batch)
+    return token_losses(model, batch, index, index, head=head)
 
 
 MASKED_LM = Loss(losses=masked_lm_losses, denominator=sum_of_weights, head=output_embeddings)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
+from packtrain.data.formats import Kind
 from packtrain.recipe.sections import Section, Settings, Verdicts
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class Objective(Section):
         brings_attention: its model gets the objective's own attention, made for its batches alone.
         weighs_tokens: its loss takes factors of tokens (a fractional `weight` of a message).
         predicts_next: it predicts every token from those before it, so that its model must be causal.
-        pairs: its rows are pairs of answers to one prompt (`packtrain.data.formats.Pair`).
+        row_kind: what its rows are, see `packtrain.data.formats.KINDS`.
         answers: its models answer `packtrain sample` and `packtrain evaluate`.
         rules: what its keys contradict in other sections and in a strategy.
     """
@@ -53,7 +54,7 @@ class Objective(Section):
     brings_attention: ClassVar[bool] = False
     weighs_tokens: ClassVar[bool] = False
     predicts_next: ClassVar[bool] = False
-    pairs: ClassVar[bool] = False
+    row_kind: ClassVar[Kind] = "example"
     answers: ClassVar[bool] = False
     rules: ClassVar[tuple[Rule, ...]] = ()
 
@@ -65,6 +66,11 @@ class Objective(Section):
     def logits(self, config: PreTrainedConfig) -> int:
         """Returns how many logits the model has at a supervised position."""
         return config.get_text_config().vocab_size
+
+    def unlike_sft(self) -> tuple[str, Any] | None:
+        """Returns the key, with its value, by which its loss is another than that of supervised fine-tuning, the mean over
+        supervised tokens of predicting the next, as trainers of other libraries have it; None where it is that."""
+        return "objective.name", self.name
 
     def task(
         self,

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from packtrain.objectives.answers_objective import PairObjective
 from packtrain.objectives.objective import Loss, Prepared, Task
-from packtrain.objectives.pair_objective import PairObjective
 from packtrain.recipe.fields import Number
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from packtrain.data.formats import IGNORED
 from packtrain.data.report import DataReport
 from packtrain.errors import DataError, ModelError
 from packtrain.objectives.causal import sum_of_weights, supervised_index
-from packtrain.objectives.examples import DerivedExamples
+from packtrain.objectives.examples import DerivedExamples, notes_without, read_column
 from packtrain.objectives.objective import Loss, Objective, Prepared, Task, TokenLosses, keeps_documents_whole
 from packtrain.recipe.fields import Positive, Text
 from packtrain.recipe.sections import Settings, Verdicts
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
     from packtrain.data.examples import Examples
     from packtrain.packing.strategies import Strategy
-
-_AT_ONCE = 10_000  # rows whose classes are read at once
 
 
 def _rows_are_whole(settings: Settings, strategy: Strategy) -> Verdicts:
@@ -72,7 +70,7 @@ class SequenceClassification(Objective):
 
         column = self.label_column
         named = classes_of(train, column)
-        names = _names(named, self.num_labels, column)
+        names = class_names(named, self.num_labels, column)
         classified = ClassifiedExamples(train, _numbered(named, names, train, column), column)
         evaluated = None
         if held_out is not None:
@@ -120,7 +118,7 @@ class ClassifiedExamples(DerivedExamples):
     def report(self) -> DataReport:
         counts = np.bincount(self.classes)
         note = f"classes: {len(counts):,}, of {counts.min():,} to {counts.max():,} examples"
-        notes = [line for line in self.examples.report.notes if not line.endswith(f"columns not used: {self.column}")]
+        notes = notes_without(self.examples.report.notes, self.column)
         return replace(self.examples.report, supervised_tokens=len(self), notes=(*notes, note))
 
     def gather(
@@ -140,28 +138,19 @@ def classes_of(examples: Examples, column: str) -> list[str | int]:
     Raises:
         DataError: there is no such column, or a row whose class is neither text nor a whole number.
     """
-    source = examples.source
-    if source is None or column not in source.columns:
-        known = "" if source is None else f"the columns are {', '.join(source.columns)}"
-        raise DataError(f"the rows have no column '{column}'", key="objective.label_column", value=column, fix=known)
     found: list[str | int] = []
-    rows = examples.rows
-    for start in range(0, len(source), _AT_ONCE):
-        wanted = rows[(rows >= start) & (rows < start + _AT_ONCE)]
-        block = source.read(start, start + _AT_ONCE) if len(wanted) else []
-        for row in wanted.tolist():
-            value = block[row - start].get(column)
-            if isinstance(value, bool) or not isinstance(value, str | int):
-                what = f"the class in '{column}' must be text or a whole number"
-                raise DataError(what, where=source.where(row), key="objective.label_column", value=value)
-            found.append(value)
+    for where, value in read_column(examples, column):
+        if isinstance(value, bool) or not isinstance(value, str | int):
+            what = f"the class in '{column}' must be text or a whole number"
+            raise DataError(what, where=where(), key="objective.label_column", value=value)
+        found.append(value)
     return found
 
 
-def _names(named: list[str | int], count: int | None, column: str) -> list[str | int]:
+def class_names(named: list[str | int], count: int | None, column: str) -> list[str | int]:
     """Returns the classes in the order of their numbers.
 
-    >>> _names(["b", "a", "b"], None, "label"), _names([2, 0], None, "label")
+    >>> class_names(["b", "a", "b"], None, "label"), class_names([2, 0], None, "label")
     (['a', 'b'], [0, 1, 2])
     """
     kinds = {type(name) for name in named}

@@ -44,14 +44,16 @@ def check_shared_prefix(trainer: Any, model: nn.Module) -> None:
     longest = max(part.longest for part in (trainer.train_dataset, trainer.eval_dataset) if part is not None)
     if threshold is not None and longest > threshold:
         raise ModelError(depends_on_length(threshold), key="objective.shared_prefix", value=True, fix=_FIX)
-    plain = PairCollator(
-        layout="flat",
-        pad_token_id=collator.pad_token_id,
-        position_start=collator.position_start,
-        last_only=collator.last_only,
+    whole, once = (
+        PairCollator(
+            layout="flat",
+            shared=shared,
+            pad_token_id=collator.pad_token_id,
+            position_start=collator.position_start,
+            last_only=collator.last_only,
+        ).collate(*_pairs_of(model))
+        for shared in (False, True)
     )
-    documents = _pairs_of(model)
-    whole, once = plain.collate(*documents), collator.collate(*documents)
     alone = {name: value for name, value in once.items() if name not in (SHARED, "key_index")}
     alone |= {"cu_seq_lens_k": once["cu_seq_lens_q"], "max_length_k": once["max_length_q"]}
     head, was_training = trainer._head, model.training
@@ -95,5 +97,5 @@ def _outputs(model: nn.Module, batch: dict[str, Any], head: nn.Module, device: t
     """Returns what the head gives where answers are predicted or scored, float64 `[N, C]`."""
     on_device = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
     pairs = batch["pairs"]
-    index = batch["supervised_index"] if len(pairs["last"]) * 2 == len(pairs["document"]) else pairs["predictor"]
+    index = batch["supervised_index"] if len(pairs["last"]) * 2 == len(pairs["document"]) else batch["predictors"]
     return head_outputs_at(model, on_device, index.to(device), head=head).double()

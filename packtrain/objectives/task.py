@@ -28,14 +28,14 @@ def load_task(recipe: Recipe) -> Task:
 
     data, objective, seed = recipe.data, recipe.objective, recipe.training["seed"]
     rows = open_section(data, seed=seed)
-    tokenizer = load_tokenizer(recipe.model, corpus=section_texts(data, rows, pairs=objective.pairs))
+    tokenizer = load_tokenizer(recipe.model, corpus=section_texts(data, rows, kind=objective.row_kind))
     train, held_out = prepare_examples(
         data,
         rows,
         tokenizer,
         seed=seed,
         completions_only=objective.completions_only,
-        pairs=objective.pairs,
+        kind=objective.row_kind,
         tokenizer_key=tokenizer_key(recipe.model),
     )
     if not objective.weighs_tokens and any(part is not None and part.has_factors for part in (train, held_out)):

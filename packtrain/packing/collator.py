@@ -53,6 +53,7 @@ def collate_flat(
     factors: np.ndarray | None = None,
     loss_weighting: Literal["token", "example"] = "token",
     position_start: int = 0,
+    first_labels: bool = False,
 ) -> Batch:
     """Lays documents end to end in one row.
 
@@ -65,6 +66,7 @@ def collate_flat(
         factors: float32 `[T]`, by which the tokens' weights are multiplied; None for 1.
         loss_weighting: "token" gives every supervised token weight 1; "example" 1 / supervised tokens of its example.
         position_start: the model's first position (2 for RoBERTa).
+        first_labels: keep the label of the first token of a document, for losses that don't predict it from the one before.
 
     Returns:
         A flat batch: everything `[1, T]` but `cu_seq_lens_*` int32 `[S + 1]`, `max_length_*` (Python int),
@@ -73,7 +75,7 @@ def collate_flat(
     """
     offsets = offsets_of(lengths)  # [S + 1]
     document = np.repeat(np.arange(len(lengths)), lengths)  # [T]
-    labels = without_first_labels(labels, lengths)
+    labels = labels.copy() if first_labels else without_first_labels(labels, lengths)
     positions = np.arange(len(input_ids)) - offsets[document] + position_start  # [T]
     weights = _loss_weights(labels, document, len(lengths), supervised, loss_weighting, factors)
     cu_seq_lens = torch.from_numpy(offsets.astype(np.int32))
@@ -106,6 +108,7 @@ def collate_padded(
     factors: np.ndarray | None = None,
     loss_weighting: Literal["token", "example"] = "token",
     position_start: int = 0,
+    first_labels: bool = False,
     padding_side: Literal["right", "left"] = "right",
 ) -> Batch:
     """Lays out one document per row, padded to `width` (None: the longest).
@@ -118,7 +121,7 @@ def collate_padded(
         `supervised_index` int64 `[N]` (row-major over `[B, width]`), `example_ids` int64 `[B]`.
     """
     document = np.repeat(np.arange(len(lengths)), lengths)
-    labels = without_first_labels(labels, lengths)
+    labels = labels.copy() if first_labels else without_first_labels(labels, lengths)
     weights = _loss_weights(labels, document, len(lengths), supervised, loss_weighting, factors)
 
     longest = int(lengths.max())
@@ -158,7 +161,7 @@ class PackCollator:
         max_length: the width with `padded_to="max_length"`.
         loss_weighting: see `collate_flat`. It decides `loss_weights` alone, which packtrain's own trainer and your own
             loop can use; `transformers.Trainer` and TRL ignore them, so in these "example" has no effect.
-        position_start, padding_side: see `collate_flat` and `collate_padded`.
+        position_start, padding_side, first_labels: see `collate_flat` and `collate_padded`.
 
     A model that is given flat batches has to isolate the documents itself; `packtrain audit` says which do, and
     `packtrain.attach` checks and prepares it. Without `remove_unused_columns=False` a stock trainer takes the masks of
@@ -178,6 +181,7 @@ class PackCollator:
         loss_weighting: Literal["token", "example"] = "token",
         position_start: int = 0,
         padding_side: Literal["right", "left"] = "right",
+        first_labels: bool = False,
     ):
         if layout not in ("flat", "padded"):
             raise PlanError("must be 'flat' or 'padded'", key="layout", value=layout)
@@ -188,6 +192,7 @@ class PackCollator:
         self.layout, self.pad_token_id = layout, pad_token_id
         self.width = max_length if padded_to == "max_length" else None
         self.loss_weighting, self.position_start, self.padding_side = loss_weighting, position_start, padding_side
+        self.first_labels = first_labels
         self._logged: set[str] = set()  # columns, and the one option
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> Batch:
@@ -248,6 +253,7 @@ class PackCollator:
         options: dict[str, Any] = {
             "supervised": supervised, "factors": factors,
             "loss_weighting": self.loss_weighting, "position_start": self.position_start,
+            "first_labels": self.first_labels,
         }  # fmt: skip
         if self.layout == "flat":
             return collate_flat(input_ids, labels, lengths, example_ids, **options)

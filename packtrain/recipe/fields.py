@@ -54,7 +54,9 @@ Roles = Annotated[
     dict[Text, Literal["system", "developer", "user", "assistant", "tool"]], "a mapping of names to roles"
 ]
 Positive = Annotated[Whole, Field(gt=0, le=2**40), "a whole number above 0"]
+NotNegative = Annotated[Number, Field(ge=0), "a number from 0 on"]
 Weight = Annotated[Number, Field(gt=0), "a number above 0"]
+Share = Annotated[Number, Field(gt=0, lt=1), "a number above 0 and below 1"]
 Paths = Text | Annotated[list[Text], Field(min_length=1)]
 Amount = Annotated[
     Annotated[int, Strict(), Field(ge=0)] | Annotated[float, Strict(), Field(ge=0, lt=1)],

@@ -24,6 +24,7 @@ from packtrain.objectives import OBJECTIVES
 from packtrain.recipe.fields import describe
 from packtrain.recipe.reader import fields_of
 from packtrain.recipe.recipe import LIBRARY_SECTIONS, OWN_SECTIONS, SECTIONS, TRAINING_DEFAULTS
+from packtrain.recipe.sections import TrainingKeys
 
 SCHEMA_FILE = "recipe.schema.json"
 # pydantic leaves limits behind a validator as they are written.
@@ -48,7 +49,7 @@ class Key:
 
 
 def keys_of(section: str) -> Iterator[Key]:
-    """Yields the keys of a section; of `training:` and `lora:` with the libraries' names and types alone."""
+    """Yields the keys of a section; those of the libraries with their names and types alone."""
     if section in OWN_SECTIONS:
         yield from _own(section, fields_of(section), OWN_SECTIONS[section].model_fields)
     elif section == "objective":
@@ -56,7 +57,11 @@ def keys_of(section: str) -> Iterator[Key]:
             yield from _own(section, fields_of(section, name), objective.model_fields, owner=name)
     else:
         library = LIBRARY_SECTIONS[section].rpartition(".")[2]
+        own = TrainingKeys.model_fields if section == "training" else {}
+        yield from _own(section, fields_of(section), own)
         for name, kind in sorted(fields_of(section).items()):
+            if name in own:
+                continue
             default = _yaml(TRAINING_DEFAULTS[name]) if section == "training" and name in TRAINING_DEFAULTS else None
             yield Key(section=section, name=name, type=describe(kind), default=default, text="", owner=library)
 

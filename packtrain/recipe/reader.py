@@ -6,7 +6,7 @@ import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from pydantic import AfterValidator, Field
 
@@ -25,7 +25,7 @@ from packtrain.recipe.recipe import (
     Sources,
 )
 from packtrain.recipe.rules import SECRETS, contradictions
-from packtrain.recipe.sections import Section
+from packtrain.recipe.sections import Section, TrainingKeys
 from packtrain.recipe.shipped import find_recipe
 from packtrain.recipe.yaml_source import Source
 
@@ -147,7 +147,8 @@ def fields_of(section: str, objective: str | None = None) -> dict[str, Any]:
         keys = {key: hint for owner in owners for key, hint in _keys_of(owner).items()}
         return {"name": Literal[tuple(OBJECTIVES)]} | {key: hint for key, hint in keys.items() if key != "name"}
     fields = library_fields(LIBRARY_SECTIONS[section])
-    return fields | _REFINED[section] if fields else {}
+    own = _keys_of(TrainingKeys) if section == "training" else {}
+    return fields | _REFINED[section] | own if fields else {}
 
 
 def _keys_of(section: type[Section]) -> dict[str, Any]:
@@ -155,11 +156,12 @@ def _keys_of(section: type[Section]) -> dict[str, Any]:
     return {key: hints[key] for key in section.model_fields}
 
 
-def _section_within(kind: Any) -> type[Section] | None:
-    """Returns the class of the entries, where a value is a list of sections."""
+def _section_within(kind: Any, shape: type = dict) -> tuple[type[Section], type] | None:
+    """Returns the class of a value that is a section, with dict, or of the entries of a list of sections, with list."""
     if isinstance(kind, type) and issubclass(kind, Section):
-        return kind
-    return next(filter(None, map(_section_within, get_args(kind))), None)
+        return kind, shape
+    shape = list if get_origin(kind) is list else shape
+    return next(filter(None, (_section_within(part, shape) for part in get_args(kind))), None)
 
 
 def _homes(name: str) -> list[str]:
@@ -282,9 +284,9 @@ class _Checked:
             if fields and name not in fields:
                 self._unknown(section, name, value)
                 continue
-            entries = _section_within(fields.get(name, Any))
-            if entries is not None and isinstance(value, list) and value:
-                self._entries(key, entries, value)
+            within = _section_within(fields.get(name, Any))
+            if within is not None and isinstance(value, within[1]) and value != []:
+                self._within(key, within[0], value)
                 continue
             converted, what, fix = check(fields.get(name, Any), value)
             if what is None:
@@ -293,31 +295,37 @@ class _Checked:
                 self.report(key, what, fix, value=value)
                 self.doubtful.add(key)
 
-    def _entries(self, key: str, section: type[Section], values: list[object]) -> None:
-        """Checks a list of which each entry is a section."""
-        fields, before = get_type_hints(section, include_extras=True), len(self.source.problems)
-        found: list[dict[str, Any]] = []
-        for number, body in enumerate(values):
-            if not isinstance(body, dict):
-                self.report(f"{key}.{number}", "must be a mapping of keys to values", None, value=body)
-                continue
-            found.append({})
-            for name, value in body.items():
-                if name not in fields:
-                    near = did_you_mean(name, fields)
-                    fix = f"did you mean `{near}`?" if near else f"its keys are {', '.join(fields)}"
-                    self.report(f"{key}.{number}.{name}", "is not a key", fix, value=value)
-                    continue
-                found[-1][name], what, fix = check(fields[name], value)
-                if what is not None:
-                    self.report(f"{key}.{number}.{name}", what, fix, value=value)
-            for name, field in section.model_fields.items():
-                if field.is_required() and name not in body:
-                    self.report(f"{key}.{number}.{name}", "is missing", "every entry has one")
+    def _within(self, key: str, section: type[Section], value: Any) -> None:
+        """Checks a value that is a section, or a list of sections."""
+        before = len(self.source.problems)
+        if isinstance(value, list):
+            found: Any = [self._entry(f"{key}.{number}", section, body) for number, body in enumerate(value)]
+        else:
+            found = self._entry(key, section, value)
         if len(self.source.problems) > before:
             self.doubtful.add(key)
         else:
             self.given[key] = found
+
+    def _entry(self, key: str, section: type[Section], body: object) -> dict[str, Any]:
+        """Checks the keys of a section within a section; returns those given, converted."""
+        if not isinstance(body, dict):
+            self.report(key, "must be a mapping of keys to values", None, value=body)
+            return {}
+        fields, found = get_type_hints(section, include_extras=True), {}
+        for name, value in body.items():
+            if name not in fields:
+                near = did_you_mean(name, fields)
+                fix = f"did you mean `{near}`?" if near else f"its keys are {', '.join(fields)}"
+                self.report(f"{key}.{name}", "is not a key", fix, value=value)
+                continue
+            found[name], what, fix = check(fields[name], value)
+            if what is not None:
+                self.report(f"{key}.{name}", what, fix, value=value)
+        for name, field in section.model_fields.items():
+            if field.is_required() and name not in body:
+                self.report(f"{key}.{name}", "is missing", f"`{key}` needs it")
+        return found
 
     def _of_another(self, key: str) -> tuple[str, str]:
         """Returns what is wrong with a key of another objective, and the fix."""

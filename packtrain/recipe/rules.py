@@ -15,7 +15,7 @@ from packtrain.packing import strategies
 from packtrain.packing.lengths import LONGEST, MOST_EPOCHS
 from packtrain.packing.strategies import Strategy
 from packtrain.recipe.fields import QUANTIZATION, check, did_you_mean
-from packtrain.recipe.sections import Settings, Verdicts
+from packtrain.recipe.sections import SCORES, Settings, Verdicts
 
 SECRETS = ("training.hub_token",)  # never shown
 
@@ -201,6 +201,26 @@ def _sources_differ(settings: Settings, strategy: Strategy | None) -> Verdicts:
         seen.setdefault(facts, number)
 
 
+def _kept_by_something(settings: Settings, strategy: Strategy | None) -> Verdicts:
+    keep = settings["data.keep"]
+    if keep is None:
+        return
+    if keep["by"] not in SCORES:
+        for name in ("scores", "which"):
+            if keep.get(name) is not None:
+                fix = f"leave it out, or keep by a score: {', '.join(SCORES)}"
+                yield f"data.keep.{name}", "has no effect where examples are kept at random", fix
+    else:
+        if keep.get("scores") is None:
+            fix = "name the file that `packtrain score RECIPE` has written, for example scores: out/scores.parquet"
+            yield "data.keep.scores", f"is missing: there is no `{keep['by']}` of the examples", fix
+        if keep.get("seed") is not None:
+            yield "data.keep.seed", "has no effect where examples are kept by a score", "leave it out"
+    if settings["data.mixture"] is not None:
+        what = "contradicts `data.mixture`, whose weights say how many examples of each source an epoch has"
+        yield "data.keep", what, "name the rows in `data.path`, which takes a list of files, or leave `keep` out"
+
+
 def _one_evaluation_source(settings: Settings, strategy: Strategy | None) -> Verdicts:
     for other in ("data.eval_path", "data.eval_split"):
         if settings["data.eval_size"] and settings[other]:
@@ -228,6 +248,31 @@ def _evaluation_has_data(settings: Settings, strategy: Strategy | None) -> Verdi
             yield key, "needs evaluation data, and the recipe has none", fix
 
 
+def _stopping_early_needs_evaluations(settings: Settings, strategy: Strategy | None) -> Verdicts:
+    patience, threshold = (settings.get(f"training.early_stopping_{name}") for name in ("patience", "threshold"))
+    if patience is not None and settings.get("training.eval_strategy") in (None, "no"):
+        fix = "set `training.eval_strategy: epoch`, or `steps` with `training.eval_steps`"
+        yield "training.early_stopping_patience", "counts evaluations during training, and there are none", fix
+    if patience is None and threshold is not None:
+        fix = "set `training.early_stopping_patience`, or leave it out"
+        yield "training.early_stopping_threshold", "has no effect without `training.early_stopping_patience`", fix
+
+
+def _samples_can_be_answered(settings: Settings, strategy: Strategy | None) -> Verdicts:
+    key, objective = "training.sample_prompts", OBJECTIVES.get(settings["objective.name"])
+    if settings.get(key) is None:
+        return
+    if objective is not None and not objective.predicts_next:
+        yield (
+            key,
+            f"needs an objective that predicts the next token, not `{settings['objective.name']}`",
+            "leave it out",
+        )
+    elif not any(settings[f"data.{name}"] for name in ("eval_size", "eval_path", "eval_split")):
+        fix = "set `data.eval_size` (rows, or a share below 1), `data.eval_split` or `data.eval_path`"
+        yield key, "is answered at every evaluation, and the recipe has no evaluation data", fix
+
+
 def _longest_can_be_packed(settings: Settings, strategy: Strategy | None) -> Verdicts:
     if settings["data.max_length"] > LONGEST:
         yield "data.max_length", f"must be at most {LONGEST:,}", "set it to what the model can read"
@@ -250,9 +295,12 @@ RULES = (
     _remote_code_is_pinned,
     _one_kind_of_source,
     _sources_differ,
+    _kept_by_something,
     _one_evaluation_source,
     _evaluation_is_held_out,
     _evaluation_has_data,
+    _stopping_early_needs_evaluations,
+    _samples_can_be_answered,
     _longest_can_be_packed,
 )
 

@@ -1,7 +1,7 @@
 """The sections of a recipe and their keys, but for `objective:`, whose keys stand with each objective.
 
 `training:` and `lora:` take the libraries' own fields under the libraries' own names: any
-`transformers.TrainingArguments` and any `peft.LoraConfig` field (see `fields`).
+`transformers.TrainingArguments` and any `peft.LoraConfig` field (see `fields`); `training:` those of `TrainingKeys`, too.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from packtrain.recipe import fields
-from packtrain.recipe.fields import Amount, Flag, Positive, Text, VocabSize
+from packtrain.recipe.fields import Amount, Flag, NotNegative, Positive, Text, VocabSize
 
 # Rules between keys are functions `(settings, strategy) -> verdicts`. The settings are "section.key" -> checked value, our
 # own keys also where they have their defaults; a verdict is the key, what is wrong, and the fix.
@@ -26,6 +26,7 @@ STRATEGY = "balanced"
 EXAMPLES_PER_STEP = 64
 MAX_SKIPPED_UPDATES = 10
 WORKER_TIMEOUT = 300
+SCORES = ("loss", "perplexity", "el2n")  # of examples, as `packtrain score` writes them
 
 
 class Section(BaseModel):
@@ -90,6 +91,24 @@ class MixtureSource(Section):
 Mixture = Annotated[list[MixtureSource], Field(min_length=1), "a list of mappings with path and weight"]
 
 
+class KeepSection(Section):
+    """Which share of the training examples is kept, by a score of each or at random."""
+
+    by: Literal["loss", "perplexity", "el2n", "random"]
+    """The score that decides, as `packtrain score` writes it, or random."""
+    share: fields.Share
+    """How many of the training examples are kept."""
+    which: Literal["high", "low", "middle"] | None = None
+    """Which scores are kept; high by default."""
+    scores: Text | None = None
+    """File of `packtrain score`."""
+    seed: fields.Seed | None = None
+    """Of a random choice; training.seed by default."""
+
+
+Keep = Annotated[KeepSection, "a mapping with by and share"]
+
+
 class DataSection(Section):
     """Which rows, and how they become examples."""
 
@@ -127,6 +146,8 @@ class DataSection(Section):
     """Split to evaluate on."""
     eval_size: Amount = 0
     """Held out from the training rows: a number of rows, or a share below 1."""
+    keep: Keep | None = None
+    """Trains on a share of the examples, {by: el2n, share: 0.7, which: high, scores: out/scores.parquet}."""
     num_proc: Positive | None = None
     """Processes that tokenise."""
     worker_timeout: Positive = WORKER_TIMEOUT
@@ -172,6 +193,22 @@ class BatchingSection(Section):
     """What happens to an update whose loss or gradient is NaN or infinite."""
     max_skipped_updates: Positive = MAX_SKIPPED_UPDATES
     """Skipped updates after which the run stops too."""
+
+
+class TrainingKeys(Section):
+    """The keys of `training:` that are packtrain's, next to the fields of TrainingArguments."""
+
+    early_stopping_patience: Positive | None = None
+    """Evaluations in a row without a better held-out loss (or metric_for_best_model) after which the run stops."""
+    early_stopping_threshold: NotNegative | None = None
+    """How much better an evaluation must be to count. Default: 0."""
+    sample_prompts: Annotated[list[Text], Field(min_length=1)] | None = None
+    """Prompts that the model answers at every evaluation, printed and kept in samples.jsonl."""
+
+
+def library_arguments(training: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the part of `training:` that is TrainingArguments'."""
+    return {key: value for key, value in training.items() if key not in TrainingKeys.model_fields}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ import errno
 import functools
 import logging
 import re
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -173,6 +174,7 @@ def choose_checkpoint(
     facts: Callable[[], Mapping[str, Any]],
     allow_changes: bool = False,
     say: Say = print,
+    command: str | None = None,
 ) -> str | None:
     """Returns the directory to resume from, verified and of this run, the same on all ranks; None to start afresh.
 
@@ -181,6 +183,7 @@ def choose_checkpoint(
         facts: makes what identifies this run, see `facts_of`; called on rank 0.
         allow_changes: resume although the recipe differs, in keys that leave examples and updates alone.
         say: where rank 0 names the checkpoints that it skips, and the one it takes.
+        command: the command line that accepts changes, for the error that asks to.
 
     Raises:
         CheckpointError: there is none, the one named is damaged, or it is of another run.
@@ -190,13 +193,31 @@ def choose_checkpoint(
     answer: list[Any] = [None]
     if PartialState().is_main_process:
         try:
-            answer = [_choose(resume, output_dir, facts, allow_changes, say)]
+            answer = [_choose(resume, output_dir, facts, allow_changes, say, command)]
         except PacktrainError as error:
             answer = [error]
     broadcast_object_list(answer)
     if isinstance(answer[0], PacktrainError):
         raise answer[0]
     return answer[0]
+
+
+def resume_command(recipe: Recipe, *overrides: str) -> str | None:
+    """Returns the command that goes on with a changed recipe; None where it was read from no file."""
+    if recipe.sources is None:
+        return None
+    sets = [word for override in (*recipe.sources.overrides, *overrides) for word in ("--set", override)]
+    return hidden(shlex.join(["packtrain", "train", recipe.sources.path, *sets, "--resume", "--allow-changes"]))
+
+
+def say_whether_done(checkpoint: str, plan: Plan, recipe: Recipe, say: Say) -> None:
+    """Says, of a run whose updates are all made, how it goes on."""
+    if read_manifest(Path(checkpoint))["step"] < plan.total_steps:
+        return
+    limited = recipe.schedule.max_steps > 0
+    longer = f"max_steps={2 * plan.total_steps}" if limited else f"num_train_epochs={recipe.schedule.num_epochs + 1:g}"
+    command = resume_command(recipe, f"training.{longer}")
+    say(f"all {plan.total_steps:,} updates of this run are made" + (f"; more of them: {command}" if command else ""))
 
 
 def find_last_checkpoint(output_dir: Path, say: Say = print) -> tuple[Path, dict[str, Any]]:
@@ -229,7 +250,12 @@ def find_last_checkpoint(output_dir: Path, say: Say = print) -> tuple[Path, dict
 
 
 def _choose(
-    resume: str | bool, output_dir: Path, facts: Callable[[], Mapping[str, Any]], allow_changes: bool, say: Say
+    resume: str | bool,
+    output_dir: Path,
+    facts: Callable[[], Mapping[str, Any]],
+    allow_changes: bool,
+    say: Say,
+    command: str | None,
 ) -> str:
     if isinstance(resume, bool):
         path, manifest = find_last_checkpoint(output_dir, say)
@@ -247,7 +273,7 @@ def _choose(
             raise CheckpointError(
                 f"was saved by a run with different settings:{lines}",
                 where=str(path),
-                fix="undo these changes, or accept them with --allow-changes",
+                fix=f"undo these changes, or accept them with {command or '--allow-changes'}",
             )
         say(f"resuming with changes:{lines}")
     say(f"resuming after step {manifest['step']} from {path.name}")
@@ -297,7 +323,7 @@ def _remove(directory: Path) -> None:
 _SAFE = re.compile(
     r"""training\.(run_name|project|report_to|disable_tqdm|max_steps|num_train_epochs|use_cpu|deepspeed|fsdp|fsdp_config
         |gradient_accumulation_steps|gradient_checkpointing|gradient_checkpointing_kwargs|ddp_timeout|push_to_hub
-        |(logging|log|save|eval|dataloader|hub|trackio)_\w+)
+        |(logging|log|save|eval|dataloader|hub|trackio|early_stopping|sample)_\w+)
     |data\.(num_proc|worker_timeout|eval_path|eval_split)
     |batching\.(strategy|max_tokens|probe_memory|on_nonfinite|max_skipped_updates|allow_contamination)
     |model\.attn_implementation""",

@@ -33,19 +33,24 @@ from packtrain.objectives.task import load_task, plan_recipe
 from packtrain.packing.plan import Plan, plan_evaluation
 from packtrain.packing.strategies import resolve_strategy
 from packtrain.recipe.recipe import Recipe
+from packtrain.recipe.sections import library_arguments
 from packtrain.training.agreement import check_agreement, weights_hash
-from packtrain.training.checkpoints import choose_checkpoint, facts_of, redacted
+from packtrain.training.checkpoints import choose_checkpoint, facts_of, redacted, resume_command, say_whether_done
 from packtrain.training.deepspeed_config import deepspeed_config
+from packtrain.training.early_stopping import EarlyStopping
 from packtrain.training.engine import STATE_FILE, EngineReport, asked_engine
 from packtrain.training.guards.nonfinite import FILE as UPDATES_FILE
 from packtrain.training.guards.out_of_memory import checkpoints_activations, is_out_of_memory, of_optimizer
 from packtrain.training.guards.stops import StopOnSignal
 from packtrain.training.loader import worker_failure
 from packtrain.training.meters import peak_memory, reset_peak
+from packtrain.training.model_card import write_model_card
 from packtrain.training.output_lock import only_run
 from packtrain.training.progress import RichProgress
 from packtrain.training.ranks import asked_rank, asked_world_size, check_processes, leave, start_cpu_group
 from packtrain.training.resharding import prepare_resume
+from packtrain.training.samples import FILE as SAMPLES_FILE
+from packtrain.training.samples import SampleAnswers
 from packtrain.training.sealing import is_sealed, read_manifest
 from packtrain.training.summary import Summary, describe_machine, package_versions
 from packtrain.training.trainer import PackTrainer
@@ -54,7 +59,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 Say = Callable[[str], None]
-RECORDS = ("summary.json", STATE_FILE, UPDATES_FILE, "recipe.yaml")  # of a run, in its output_dir
+RECORDS = ("summary.json", STATE_FILE, UPDATES_FILE, SAMPLES_FILE, "recipe.yaml")  # of a run, in its output_dir
 PLACES = ("training.output_dir", "training.logging_dir", "training.run_name")  # which hosts may have apart
 
 
@@ -113,6 +118,7 @@ def _train_in(
     summary = _summarise(trainer, recipe, model_dir, after.get("eval_loss"))
     if trainer.is_world_process_zero():
         summary.save(output_dir)
+        write_model_card(recipe, summary, model_dir)
     leave(trainer.accelerator)
     return summary
 
@@ -149,11 +155,16 @@ def build(
         facts=lambda: facts,
         allow_changes=allow_changes,
         say=_sayer(console or Console(quiet=True)),
+        command=resume_command(recipe),
     )
+    if checkpoint and console and asked_rank() == 0:
+        say_whether_done(checkpoint, plan, recipe, _sayer(console))
     model = prepare_model(recipe, task, config, args, layout=plan.layout, console=console)
     check_agreement({"the model's weights": weights_hash(model), "the checkpoint": _sealed_as(checkpoint)})
     trainer = make_trainer(recipe, task, plan, args, model, console=console, checkpoint=checkpoint, kind=trainer_class)
     check_documents(recipe, trainer, console=console)
+    if prompts := recipe.training.get("sample_prompts"):
+        trainer.add_callback(SampleAnswers(trainer, recipe, prompts, console))
     said = task.begin(trainer)
     if said and console and trainer.is_world_process_zero():
         _sayer(console)(said)
@@ -266,7 +277,7 @@ def make_trainer(
         max_skipped_updates=batching.max_skipped_updates,
         worker_timeout=recipe.data.worker_timeout,
         processing_class=task.tokenizer,
-        callbacks=[RichProgress(console)],
+        callbacks=[RichProgress(console), *EarlyStopping.asked(recipe.training, console)],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.checkpoints.chosen = None if checkpoint is None else Path(checkpoint)
@@ -314,7 +325,12 @@ def training_arguments(recipe: Recipe, plan: Plan, *, evaluate: bool) -> Trainin
         "logging_nan_inf_filter": False,
         "disable_tqdm": True,  # RichProgress shows it
     }
-    training: dict[str, Any] = {"eval_on_start": evaluate, "use_cpu": use_cpu_by_default()} | recipe.training | decided
+    training: dict[str, Any] = {"eval_on_start": evaluate, "use_cpu": use_cpu_by_default()} | library_arguments(
+        recipe.training
+    )
+    training |= decided
+    if recipe.training.get("early_stopping_patience"):
+        training.setdefault("metric_for_best_model", "loss")
     training["deepspeed"] = deepspeed_config(
         training,
         world_size=plan.world_size,

@@ -46,6 +46,7 @@ from packtrain.training.liger import keep_own_loss
 from packtrain.training.loader import PlanLoader, loader_options, values_of_plan
 from packtrain.training.meters import Meter, add_sums, evaluation_sums, means_of
 from packtrain.training.restricted import restricted_unpickling, runs_code
+from packtrain.training.tracking import facts_for_trackers, reporting_arguments
 from packtrain.training.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -110,7 +111,10 @@ class PackTrainer(Trainer):
         self.worker_timeout = worker_timeout
         self.meter, self._logged_meter = Meter(), Meter()
         self._sums: dict[str, torch.Tensor] = {}  # of the loss's own figures, since the last log
-        keep, args = args.save_total_limit, copy.copy(args)
+        keep, args = (
+            args.save_total_limit,
+            reporting_arguments(args, facts_for_trackers(recipe, plan, len(train_examples))),
+        )
         args.run_name = hidden(args.run_name) if args.run_name else None  # written by loggers and in training_args.bin
         args.save_total_limit = None  # Trainer would remove the last good checkpoint before the new one is complete
         keep_own_loss(args)

@@ -55,7 +55,7 @@ CASES: dict[str, Timed] = {
     ),
     "RewardTrainer, Llama": Timed(reward, shaped(**LLAMA), VOCABULARY, long_tailed(96, 512, 2 * 4 * UPDATES), 4),
     "Trainer, BERT-base, sequence classification": Timed(
-        sequence, shaped(**BERT), 30_522, long_tailed(64, 128, 8 * UPDATES, sigma=0.6), 8
+        sequence, shaped(**BERT), 30_522, long_tailed(64, 128, 16 * UPDATES, sigma=0.6), 16
     ),
 }
 

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from packtrain.compare.experiment import load_experiment, portable, shown_path, with_settings
+from packtrain.compare.experiment import load_experiment, with_settings
 from packtrain.compare.manifest import check_same
 from packtrain.compare.results import write_manifest
 from packtrain.errors import PacktrainError, RecipeError
 from packtrain.recipe.reader import load_recipe
+from packtrain.training.portable import portable, shown_path
 from tests.compare.synthetic_runs import make_manifest
 from tests.compare.tiny_experiment import write_experiment
 
@@ -40,6 +41,39 @@ def test_variants_become_recipes(tmp_path):
         (3, True), (4, True), (3, False), (4, False), (3, False), (4, False),
     ]  # fmt: skip
     assert experiment.eval_every == 2 and small.training["eval_strategy"] == "no"
+
+
+def test_a_recipe_to_train_stands_for_a_comparison_of_itself(tmp_path):
+    """Its own strategy with the usual ones that its settings allow, over twelve updates; a file says otherwise."""
+    base = write_experiment(tmp_path).parent / "base.yaml"
+
+    def strategies(*overrides: str) -> list[str]:
+        return [variant.name for variant in load_experiment(base, overrides).variants]
+
+    usual = ["pad_longest", "group_by_length", "padding_free", "balanced", "bfd"]
+    experiment = load_experiment(base)
+    assert strategies() == usual and experiment.name == "base" and experiment.reference == "pad_longest"
+    assert {variant.recipe.training["max_steps"] for variant in experiment.variants} == {12}
+    assert [(turn.seed, turn.learns) for turn in experiment.rounds] == [(42, True), (42, False), (42, False)]
+    assert strategies("strategy=wrapped") == [*usual, "wrapped"]
+    assert strategies("objective={name: masked_diffusion, tail: eos, canvas: batch_max}") == usual[:-1]
+    by_tokens = load_experiment(base, ["strategy=bfd", "tokens_per_step=2048"]).variants
+    assert [variant.recipe.batching.tokens_per_step for variant in by_tokens] == [None, None, None, None, 2048]
+    shaped = load_experiment(base, ["shapes=4"]).variants
+    assert [variant.recipe.batching.shapes for variant in shaped] == [None, None, 4, 4, 4]
+    changed = load_experiment(base, ["repeats=1", "max_steps=5", "variants=[balanced, pad_longest]"])
+    assert [variant.name for variant in changed.variants] == ["balanced", "pad_longest"] and len(changed.rounds) == 1
+    assert {variant.recipe.training["max_steps"] for variant in changed.variants} == {5}
+    with pytest.raises(RecipeError, match="did you mean `max_tokens`"):
+        load_experiment(base, ["batching.max_tokns=8"])
+
+
+def test_a_function_is_a_variant(tmp_path):
+    name = "tests.programs.deadly:kill_this_process"
+    experiment = load_experiment(write_experiment(tmp_path, variants=["pad_longest", name]))
+    own = experiment.variants[1]
+    assert own.name == own.recipe.batching.strategy == name and own.trainer == "packtrain"
+    assert not own.keeps_updates_of(experiment.of_reference)  # it packs the epoch
 
 
 def test_what_a_variant_shares_with_the_reference(tmp_path):
@@ -101,6 +135,27 @@ def test_other_objectives_are_other_experiments(tmp_path):
     assert len(hashes) == 3
 
 
+@pytest.mark.parametrize("trainer", ["trl:padding", "transformers:random"])
+@pytest.mark.parametrize(
+    ("changes", "key", "value"),
+    [
+        (["objective.name=preference", "data.path=packtrain:preference"], "objective.name", "preference"),
+        (["objective.name=masked_diffusion"], "objective.name", "masked_diffusion"),
+        (["objective.loss_weighting=example"], "objective.loss_weighting", "example"),
+    ],
+)
+def test_other_trainers_refuse_an_objective_that_is_not_theirs(tmp_path, trainer, changes, key, value):
+    """They would fine-tune a language model under the name of another objective."""
+    named = {"name": "theirs", "trainer": trainer}
+    with pytest.raises(RecipeError) as caught:
+        load_experiment(write_experiment(tmp_path, variants=["pad_longest", named]), changes)
+    (problem,) = caught.value.problems
+    assert (problem.where, problem.key, problem.value) == ("variant theirs", key, value)
+    assert f"is not what {trainer} trains" in str(problem) and "leave this variant out" in str(problem)
+    load_experiment(write_experiment(tmp_path), changes)  # packtrain's own strategies train it
+    load_experiment(write_experiment(tmp_path, variants=["pad_longest", named]))
+
+
 def test_runs_go_together_only_with_runs_of_the_same(tmp_path):
     before = make_manifest([("pad_longest", "packtrain", True)], rounds=2, data={"examples": 9}, git={"commit": "a"})
     write_manifest(tmp_path, before)
@@ -135,6 +190,8 @@ def test_runs_go_together_only_with_runs_of_the_same(tmp_path):
         ({"variants": ["pad_longest", {"name": "x", "trainer": "trl:paddin"}]}, "did you mean trl:padding"),
         ({"variants": ["pad_longest", {"name": "x", "batching.max_tokns": 600}]}, "did you mean `max_tokens`"),
         ({"variants": ["pad_longest", {"name": "x", "batching.max_tokens": 5}]}, "an example may not fit"),
+        ({"variants": ["pad_longest", "tests.nowhere:pairs"]}, "could not import the strategy"),
+        ({"variants": ["pad_longest", "trl:paddin"]}, "did you mean trl:padding"),
         ({"base": "nowhere.yaml"}, "no such recipe"),
         ({"base": None}, "must be text"),
     ],

@@ -35,6 +35,8 @@ _COLUMNS = {
     "prompt": _STRING | st.lists(_MESSAGE, max_size=3) | _ANYTHING,
     "completion": _STRING | st.lists(_MESSAGE, max_size=3) | _ANYTHING,
     "chosen": _STRING | st.lists(_MESSAGE, max_size=3) | _ANYTHING,
+    "tokens": st.lists(_STRING | _ANYTHING, max_size=4) | _STRING | _ANYTHING,
+    "completions": st.lists(_STRING | st.lists(_MESSAGE, max_size=3) | _ANYTHING, max_size=3) | _ANYTHING,
     "rejected": _STRING | st.lists(_MESSAGE, max_size=3) | _ANYTHING,
 }
 _LIST = st.lists(st.integers(-1, 330), max_size=6) | st.lists(_ANYTHING, max_size=6) | _ANYTHING
@@ -53,9 +55,9 @@ def _row(format: str) -> st.SearchStrategy[dict]:
 @settings(max_examples=60)
 @given(data=st.data())
 def test_any_row_is_an_example_or_named(format, mask, chat_tokenizer, data):
-    if format in ("text", "input_ids"):
+    if format in ("text", "input_ids", "tokens"):
         mask = None
-    if FORMATS[format].pair:
+    if FORMATS[format].kind in ("pair", "answers"):
         mask = "completion_only"
     encoder = Encoder(
         chat_tokenizer,

@@ -7,6 +7,7 @@ import io
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import typer
 import yaml
@@ -18,6 +19,7 @@ from packtrain.data.formats import FORMATS
 from packtrain.data.sources import open_rows
 from packtrain.errors import PacktrainError
 from packtrain.modeling.tokenizer import train_bpe
+from packtrain.objectives import TokenClassification
 from packtrain.recipe.reader import fields_of, load_recipe
 from packtrain.recipe.recipe import SECTIONS
 from packtrain.recipe.shipped import find_recipe, find_shipped
@@ -86,7 +88,7 @@ def check_packtrain(words: list[str], made: frozenset[str]) -> None:
     below = "compare" if verb == "compare" else ""
     file = ROOT / recipe if (ROOT / recipe).is_file() else find_recipe(recipe, below=below)
     if below:
-        load_experiment(file, given["overrides"] or [])
+        load_experiment(file, ["data.path=rows.jsonl", *(given["overrides"] or [])])
     else:
         load_recipe(file, ["data.path=rows.jsonl", *(given.get("overrides") or [])])
 
@@ -221,9 +223,13 @@ def tokenizer():
 def example_of(line: str, name: str, tokenizer, tmp_path: Path) -> str:
     """The text (or ids) of a row's example, with what is supervised in brackets; checks that the row is of that format."""
     (tmp_path / "rows.jsonl").write_text(line + "\n", encoding="utf-8")
-    pairs = FORMATS[name].pair
-    examples = build_examples(open_rows(tmp_path / "rows.jsonl"), tokenizer, pairs=pairs, cache_dir=tmp_path)
+    kind = FORMATS[name].kind
+    examples = build_examples(open_rows(tmp_path / "rows.jsonl"), tokenizer, kind=kind, cache_dir=tmp_path)
     assert examples.report.format == name
+    if kind == "words":  # of which the first of a row has a class, too
+        task = TokenClassification().task(tokenizer, examples, None, seed=0)
+        ids, labels = task.train[0]["input_ids"], task.train[0]["labels"]
+        examples = [{"input_ids": ids, "labels": np.where(labels == -100, labels, ids)}]
     (text,) = shown(tokenizer, examples)
     if name == "input_ids":
         ids, labels = examples[0]["input_ids"].tolist(), examples[0]["labels"].tolist()

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from tests.faults.runs import hold, let_go, log_of, run, same, start, weights, write_recipe
 
-pytestmark = [pytest.mark.ci, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("words", [("--overwrite",), ("--resume",), ()])
+@pytest.mark.parametrize("words", [pytest.param(("--overwrite",), marks=pytest.mark.ci), ("--resume",), ()])
 def test_a_run_in_use_is_left_alone(tmp_path, words):
     recipe = write_recipe(tmp_path)
     first = hold(recipe)
@@ -50,7 +50,7 @@ def write_second(directory: Path, base: Path, *, lora: bool) -> Path:
     return recipe
 
 
-@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("lora", [pytest.param(True, marks=pytest.mark.ci), False])
 def test_an_adapter_resumes_on_its_own_base_only(tmp_path, base, lora):
     """A checkpoint of all weights needs no base; an adapter on another base is a model that nobody trained."""
     mine = tmp_path / "base"
@@ -74,6 +74,7 @@ def test_an_adapter_resumes_on_its_own_base_only(tmp_path, base, lora):
     assert run(recipe, "--resume", "--allow-changes") == 0, log_of(recipe)  # the control
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("name", ["model", "recipe.yaml", "summary.json"])
 def test_nothing_is_written_through_a_link(tmp_path, name):
     recipe, theirs = write_recipe(tmp_path), tmp_path / "theirs"

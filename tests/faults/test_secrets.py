@@ -12,12 +12,12 @@ import torch
 import yaml
 from huggingface_hub import constants
 
-from packtrain.compare.experiment import portable
 from packtrain.errors import HIDDEN, DataError, ModelError, RecipeError, hidden
 from packtrain.modeling.loading import load_config
 from packtrain.recipe.reader import load_recipe
 from packtrain.recipe.sections import ModelSection
 from packtrain.training.checkpoints import Change
+from packtrain.training.portable import portable
 from tests.faults.runs import log_of, run, write_recipe
 from tests.training.helpers import make_trainer
 

@@ -126,7 +126,6 @@ def test_a_signal_that_was_ignored_before_is_heard_while_training(tmp_path):
         signal.signal(signal.SIGUSR1, before)
 
 
-@pytest.mark.ci
 @pytest.mark.slow
 def test_epoch_saves_do_not_save_a_second_time(tmp_path):
     recipe = write_recipe(tmp_path)

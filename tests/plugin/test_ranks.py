@@ -66,7 +66,6 @@ def test_two_attached_ranks_take_the_steps_of_one_stock_trainer(tmp_path):
     assert both[0]["read"] and both[1]["read"]
 
 
-@pytest.mark.ci
 @pytest.mark.slow
 def test_two_ranks_without_padding_take_the_steps_of_two_with_it(tmp_path):
     """A classifier, which keeps its own batches."""

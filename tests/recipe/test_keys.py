@@ -16,7 +16,7 @@ from packtrain.objectives import OBJECTIVES
 from packtrain.recipe.keys import SCHEMA_FILE, keys_of, schema, schema_text
 from packtrain.recipe.reader import fields_of, load_recipe
 from packtrain.recipe.recipe import DEFAULTS, OWN_SECTIONS, SECTIONS
-from packtrain.recipe.sections import MixtureSource
+from packtrain.recipe.sections import KeepSection, MixtureSource
 from packtrain.recipe.yaml_source import Source
 
 ROOT = Path(__file__).parents[2]
@@ -129,9 +129,12 @@ def test_an_unknown_section_is_named(capsys):
     assert "examples_per_step" in capsys.readouterr().out
 
 
-def test_the_schema_knows_the_keys_of_a_source():
+def test_the_schema_knows_the_keys_of_sections_within_sections():
     made = schema()
-    (entry,) = made["$defs"].values()
-    assert set(entry["properties"]) == set(MixtureSource.model_fields) and entry["required"] == ["path", "weight"]
-    (reference,) = {text for text in re.findall(r'"\$ref": "(.*?)"', json.dumps(made))}
-    assert reference.removeprefix("#/$defs/") in made["$defs"]
+    needed = {MixtureSource: ["path", "weight"], KeepSection: ["by", "share"]}
+    assert set(made["$defs"]) == {section.__name__ for section in needed}
+    for section, required in needed.items():
+        entry = made["$defs"][section.__name__]
+        assert set(entry["properties"]) == set(section.model_fields) and entry["required"] == required
+    references = set(re.findall(r'"\$ref": "(.*?)"', json.dumps(made)))
+    assert references == {f"#/$defs/{section.__name__}" for section in needed}

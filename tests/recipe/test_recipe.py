@@ -274,6 +274,23 @@ BAD: dict[str, tuple[str, list[str], list[str]]] = {
         [],
         ["data.mixture.1: is the same source as `data.mixture.0`"],
     ),
+    "nothing to keep by": (GOOD, ["data.keep={}"], ["data.keep.by: is missing", "data.keep.share: is missing"]),
+    "a share that is all": (
+        GOOD,
+        ["data.keep={by: random, share: 1, whihc: low}"],
+        ["share: must be a number above 0 and below 1 (got 1)", "keep.whihc: is not a key", "did you mean `which`?"],
+    ),
+    "a share alone": (GOOD, ["data.keep=0.7"], ["data.keep: must be a mapping with by and share (got 0.7)"]),
+    "kept by nothing": (
+        GOOD,
+        ["data.keep={by: el2n, share: 0.7, seed: 3}"],
+        ["data.keep.scores: is missing: there is no `el2n`", "packtrain score", "data.keep.seed: has no effect"],
+    ),
+    "kept at random by scores": (
+        GOOD.replace("path: rows.jsonl", "mixture: [{path: a, weight: 1}]"),
+        ["data.keep={by: random, share: 0.7, which: low, scores: x}"],
+        ["keep.scores: has no effect", "keep.which: has no effect", "data.keep: contradicts `data.mixture`"],
+    ),
     "a path taken away": (GOOD, ["data.path=null"], ["data.path: is missing"]),
     "no path": ("model: {model_name_or_path: m}\ntraining: {output_dir: x}\n", [], ["data.path: is missing"]),
     "no output": (
@@ -584,6 +601,22 @@ def test_a_mixture_is_read_and_comes_back(tmp_path):
     assert other.hash != recipe.hash and len(other.data.mixture) == 1
     listed = load_recipe(write(tmp_path, GOOD), ["data.path=[a.jsonl, 'b/*.parquet']", "data.eval_path=[c]"])
     assert listed.data.path == ["a.jsonl", "b/*.parquet"] and listed.data.eval_path == ["c"]
+
+
+@pytest.mark.parametrize(
+    "keep",
+    [
+        {"by": "random", "share": 0.5, "seed": 3},
+        {"by": "perplexity", "share": 0.5, "which": "middle", "scores": "x.parquet"},
+    ],
+)
+def test_what_is_kept_is_read_and_comes_back(tmp_path, keep):
+    """Also with every default written out, as in the recipe of a run."""
+    recipe = load_recipe(write(tmp_path, GOOD), [f"data.keep={json.dumps(keep)}"])
+    assert recipe.data.keep.model_dump(exclude_none=True) == keep
+    written = json.dumps(recipe.to_dict()["data"]["keep"])
+    assert load_recipe(write(tmp_path, GOOD), [f"data.keep={written}"]).data == recipe.data
+    assert load_recipe(write(tmp_path, GOOD)).hash != recipe.hash
 
 
 @pytest.mark.parametrize("value", ["1e30", "9" * 40])

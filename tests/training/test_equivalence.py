@@ -23,7 +23,7 @@ ORDINARY = [("gpt2", "token", False, False), ("llama", "example", True, True)]
 def _marks(family: str, weighting: str, lora: bool, checkpointing: bool) -> list:
     if (family, weighting, lora, checkpointing) in ORDINARY:
         return []
-    for_ci = lora == checkpointing == (weighting == "token")  # every family with all of them, and with none
+    for_ci = lora and checkpointing and weighting == "token"  # every family with all of them
     return [pytest.mark.slow, *([pytest.mark.ci] if for_ci else [])]
 
 

@@ -69,7 +69,7 @@ def masked_losses(
     if not batch["has_padding"]:
         left_out.add("attention_mask")  # no padding: a document to a row needs no mask, and LLaDA and Dream read none
     inputs = {key: value for key, value in batch.items() if key not in left_out}
-    return token_losses(model, inputs, index, shift=int(shift), head=head)
+    return token_losses(model, inputs, index, index - int(shift), head=head)
 
 
 def count_documents(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from packtrain.objectives.answers_objective import PairObjective
 from packtrain.objectives.objective import Task
-from packtrain.objectives.pair_objective import PairObjective
 from packtrain.recipe.fields import Number, Weight
 from packtrain.recipe.sections import Settings, Verdicts
 

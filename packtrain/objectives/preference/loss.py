@@ -114,7 +114,7 @@ def preference_losses(
 
     index = batch["supervised_index"]
     targets = batch["labels"].flatten()[index]
-    total, (found, logps) = function_of_losses(model, batch, batch["pairs"]["predictor"], targets, function, head=head)
+    total, (found, logps) = function_of_losses(model, batch, batch["predictors"], targets, function, head=head)
     return PairLosses(
         nll=found.detach(),
         weights=torch.ones_like(found),

@@ -110,7 +110,7 @@ def reference_logps(model: nn.Module, batch: dict[str, Any], *, head: nn.Module 
         logps = sum_over_documents(-nll, batch)[batch["pairs"]["of"]]
         return logps.sum(), logps.detach()
 
-    return function_of_losses(model, batch, batch["pairs"]["predictor"], targets, function, head=head)[1]
+    return function_of_losses(model, batch, batch["predictors"], targets, function, head=head)[1]
 
 
 @contextlib.contextmanager

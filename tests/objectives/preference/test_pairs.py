@@ -54,7 +54,7 @@ def tokenizer():
 def examples_of(tmp_path, tokenizer, *rows, **options):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return build_examples(open_rows(path), tokenizer, completion_only_loss=True, pairs=True, **options)
+    return build_examples(open_rows(path), tokenizer, completion_only_loss=True, kind="pair", **options)
 
 
 @pytest.mark.parametrize("name", GOOD)
@@ -116,13 +116,13 @@ def test_bad_pairs_are_named_with_row_and_reason(name, tmp_path, tokenizer):
 
 
 def test_pairs_and_other_rows_are_not_taken_for_each_other():
-    assert find_format(["prompt", "chosen", "rejected"], pairs=True) == ("preference", [])
-    assert find_format(["chosen", "rejected"], pairs=True) == ("preference_implicit", [])
-    for columns, pairs in ((["prompt", "chosen", "rejected"], False), (["prompt", "completion"], True)):
+    assert find_format(["prompt", "chosen", "rejected"], kind="pair") == ("preference", [])
+    assert find_format(["chosen", "rejected"], kind="pair") == ("preference_implicit", [])
+    for columns, kind in ((["prompt", "chosen", "rejected"], "example"), (["prompt", "completion"], "pair")):
         with pytest.raises(DataError, match="choose an objective for"):
-            find_format(columns, pairs=pairs)
+            find_format(columns, kind=kind)
         with pytest.raises(DataError, match="which the objective does not learn from"):
-            find_format(columns, "text" if pairs else "preference", pairs=pairs)
+            find_format(columns, "text" if kind == "pair" else "preference", kind=kind)
 
 
 # ------------------------------------------------------------------------------------------------------ batches
@@ -152,7 +152,7 @@ def predictions(batch) -> list[tuple[int, list[int], int]]:
     width = ids.shape[1]
     for target, predictor, document in zip(
         batch["supervised_index"].tolist(),
-        batch["pairs"]["predictor"].tolist(),
+        batch["predictors"].tolist(),
         batch["pairs"]["document"].tolist(),
         strict=True,
     ):
@@ -208,14 +208,14 @@ def test_the_last_token_alone(examples):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        (["overflow=truncate"], "a pair needs both of its answers whole"),
-        (["shapes=2"], "this objective takes pairs"),
+        (["overflow=truncate"], "the answers to a prompt are needed whole"),
+        (["shapes=2"], "this objective takes the answers to a prompt together"),
         (["strategy=pad_max"], "choose pad_longest"),
         (["strategy=wrapped"], "needs whole ones"),
         (["strategy=pad_longest"], "needs a flat layout"),
         (["model.attn_implementation=sdpa"], "knows of prompts that documents share"),
-        (["completion_only_loss=false"], "of a pair the answers are compared"),
-        (["assistant_only_loss=true"], "all of both answers is compared"),
+        (["completion_only_loss=false"], "answers are learnt from, and not their prompt"),
+        (["assistant_only_loss=true"], "whole answers are learnt from"),
         (["label_smoothing=0.1"], "has no effect on the loss `sigmoid`"),
         (["loss_type=exo_pair"], "must be above 0"),
         (["label_smoothing=0.5"], "a number from 0 to below 0.5"),

@@ -1,9 +1,10 @@
-"""What objectives for pairs of answers have in common: their rows, their rules, and the shared prompt. Imports no torch."""
+"""What objectives for answers to one prompt have in common: their rules, and the shared prompt. Imports no torch."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+from packtrain.data.formats import Kind
 from packtrain.objectives.objective import Objective, keeps_documents_whole
 from packtrain.recipe.fields import Flag
 from packtrain.recipe.sections import Settings, Verdicts
@@ -14,23 +15,27 @@ if TYPE_CHECKING:
 _ATTENTION = ("auto", "packtrain_varlen")
 
 
-def _pairs_are_whole(settings: Settings, strategy: Strategy) -> Verdicts:
+def _documents_are_whole(settings: Settings, strategy: Strategy) -> Verdicts:
     if settings["data.overflow"] in ("truncate", "split"):
-        fix = "drop long pairs (`overflow: drop`), or raise `data.max_length`, which counts both documents of a pair"
-        yield "data.overflow", "cuts documents, and a pair needs both of its answers whole", fix
+        fix = "drop long rows (`overflow: drop`), or raise `data.max_length`, which counts all documents of a row"
+        yield "data.overflow", "cuts documents, and the answers to a prompt are needed whole", fix
     if settings["batching.shapes"] is not None:
-        what = "pads with single documents, and this objective takes pairs"
+        what = "pads with single documents, and this objective takes the answers to a prompt together"
         yield "batching.shapes", what, "leave it out"
     if strategy.padded_to == "max_length":
-        what = "pads every row to `data.max_length`, which is that of both documents of a pair"
+        what = "pads every row to `data.max_length`, which is that of all documents of an example"
         yield "batching.strategy", what, "choose pad_longest, or a flat strategy such as balanced"
 
 
 def _answers_are_whole(settings: Settings, strategy: Strategy) -> Verdicts:
     if settings["data.completion_only_loss"] is False:
-        yield "data.completion_only_loss", "has no effect: of a pair the answers are compared", "leave it out"
+        yield (
+            "data.completion_only_loss",
+            "has no effect: answers are learnt from, and not their prompt",
+            "leave it out",
+        )
     if settings["data.assistant_only_loss"]:
-        what = "has no effect: all of both answers is compared"
+        what = "has no effect: whole answers are learnt from"
         yield "data.assistant_only_loss", what, "leave it out"
 
 
@@ -48,13 +53,18 @@ def _prefix_is_shared(settings: Settings, strategy: Strategy) -> Verdicts:
         yield key, "cannot be compiled", "leave out `training.torch_compile`, or this"
 
 
-class PairObjective(Objective):
-    """Learns from pairs of answers to one prompt: two documents to an example."""
+class AnswersObjective(Objective):
+    """Learns from answers to one prompt: as many documents to an example."""
 
     completions_only: ClassVar[bool] = True
     keeps_examples: ClassVar[bool] = False
-    pairs: ClassVar[bool] = True
-    rules = (keeps_documents_whole, _pairs_are_whole, _answers_are_whole, _prefix_is_shared)
+    rules = (keeps_documents_whole, _documents_are_whole, _answers_are_whole, _prefix_is_shared)
 
     shared_prefix: Flag = False
-    """Computes the prompt of a pair once, for both answers; the same losses. For flat strategies."""
+    """Computes a prompt once, for all its answers; the same losses. For flat strategies."""
+
+
+class PairObjective(AnswersObjective):
+    """Learns from pairs of answers to one prompt."""
+
+    row_kind: ClassVar[Kind] = "pair"

@@ -1,0 +1,51 @@
+"""Early stopping: transformers' EarlyStoppingCallback, which here survives a resume and says when it stops."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich.console import Console
+from transformers import EarlyStoppingCallback
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """Stops after as many evaluations in a row that are no better than the best before them.
+
+    Trainer writes the count into every checkpoint; a resumed run goes on counting from there.
+    """
+
+    console: Console | None = None
+    began: float = float("inf")  # the step; evaluations up to it, and after the end, don't count
+
+    @classmethod
+    def asked(cls, training: Mapping[str, Any], console: Console | None = None) -> Iterator[EarlyStopping]:
+        """Yields the callback where a recipe's `training:` asks for it."""
+        patience = training.get("early_stopping_patience")
+        if patience is not None:
+            callback = cls(patience, float(training.get("early_stopping_threshold") or 0))
+            callback.console = console
+            yield callback
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        self.began = state.global_step
+        stored = state.stateful_callbacks.get(type(self).__name__)
+        if state.global_step and stored:
+            self.early_stopping_patience_counter = stored["attributes"]["early_stopping_patience_counter"]
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        if state.global_step <= self.began:
+            return
+        super().on_evaluate(args, state, control, metrics, **kwargs)
+        stopping = self.early_stopping_patience_counter >= self.early_stopping_patience
+        if stopping and self.console is not None and state.is_world_process_zero:
+            count = self.early_stopping_patience_counter
+            self.console.print(
+                f"stopping early after step {state.global_step}: {count} evaluation{'s' * (count != 1)} in a row "
+                f"without a better {args.metric_for_best_model} (best: {state.best_metric:.4f})",
+                highlight=False,
+            )
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.began = float("inf")

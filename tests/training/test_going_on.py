@@ -1,0 +1,110 @@
+"""Runs that end early or go on: early stopping at the evaluation it should, also resumed; and a longer run's command."""
+
+from __future__ import annotations
+
+import io
+import shlex
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from packtrain.compare.experiment import load_experiment
+from packtrain.errors import CheckpointError, RecipeError
+from packtrain.recipe.reader import load_recipe
+from packtrain.training.run import build, fit, train
+
+RECIPE = """
+model:
+  config: {model_type: llama, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2}
+  tokenizer_vocab_size: 300
+data: {path: "packtrain:arithmetic", num_rows: 60, eval_size: 10, max_length: 512, overflow: drop}
+batching: {examples_per_step: 10, max_tokens: 1024}
+training: {output_dir: OUT, use_cpu: true, learning_rate: 0.3, lr_scheduler_type: constant, num_train_epochs: 2,
+  logging_steps: 1, report_to: none, save_strategy: steps, save_steps: 1, eval_strategy: steps, eval_steps: 1}
+"""
+PATIENCE = 2
+
+
+@pytest.fixture
+def file(tmp_path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(RECIPE.replace("OUT", str(tmp_path / "run")))
+    return path
+
+
+def expected_stop(losses: list[float], patience: int) -> int | None:
+    """The update after whose evaluation `patience` in a row were no better than the best before them."""
+    bad, best = 0, float("inf")
+    for step, loss in enumerate(losses, start=1):
+        bad = 0 if loss < best else bad + 1
+        best = min(best, loss)
+        if bad == patience:
+            return step
+    return None
+
+
+def test_early_stopping_stops_where_the_held_out_loss_says_and_counts_on_after_a_resume(file, tmp_path):
+    trainer = build(load_recipe(file))
+    fit(trainer)
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if entry.get("step") and "eval_loss" in entry]
+    stop = expected_stop(losses, PATIENCE)
+    assert trainer.state.global_step == len(losses) == 10  # control: without the key every update is made
+    assert stop is not None and 2 < stop < 10, losses
+
+    keys = [f"early_stopping_patience={PATIENCE}", f"output_dir={tmp_path / 'stopped'}"]
+    out = io.StringIO()
+    summary = train(load_recipe(file, keys), console=Console(file=out, width=200))
+    assert summary.updates == stop
+    assert f"stopping early after step {stop}: 2 evaluations in a row without a better loss" in out.getvalue()
+    assert out.getvalue().count("stopping early") == 1  # not by the evaluation after the end
+    resumed = train(load_recipe(file, keys), resume=str(tmp_path / f"stopped/checkpoint-{stop - 1}"))
+    assert resumed.updates == stop  # one of the two was counted before; from 0 it would be one update more
+    patient = load_recipe(file, [*keys, "early_stopping_threshold=100"])  # nothing is so much better
+    assert train(patient, resume=str(tmp_path / "stopped/checkpoint-1"), allow_changes=True).updates == 3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["early_stopping_patience=2", "eval_strategy=no"], "counts evaluations during training, and there are none"),
+        (["early_stopping_threshold=0.1"], "has no effect without `training.early_stopping_patience`"),
+        (["early_stopping_patience=0"], "must be a whole number above 0"),
+        (["early_stopping_patience=1", "early_stopping_threshold=-1"], "must be a number from 0 on"),
+    ],
+)
+def test_early_stopping_that_could_not_work_is_refused(file, overrides, expected):
+    with pytest.raises(RecipeError, match=expected):
+        load_recipe(file, overrides)
+
+
+def test_a_comparison_of_a_recipe_that_stops_early_does_not(file):
+    """It evaluates by itself."""
+    for variant in load_experiment(file, ["early_stopping_patience=2", "load_best_model_at_end=true"]).variants:
+        assert variant.recipe.training["early_stopping_patience"] is None
+        assert variant.recipe.training["load_best_model_at_end"] is False
+    assert "early_stopping_patience" not in load_experiment(file).variants[0].recipe.training  # nothing new to store
+
+
+def test_a_finished_run_goes_on_by_the_command_that_is_said(file):
+    """The one in the error of a recipe with more epochs, and the one that an unchanged recipe is told."""
+    shorter = ["num_train_epochs=1", "save_steps=5", "eval_strategy=no"]
+    assert train(load_recipe(file, shorter)).updates == 5
+    longer = load_recipe(file, [*shorter[1:], "num_train_epochs=2"])
+    with pytest.raises(CheckpointError) as refused:
+        train(longer, resume=True)
+    command = f"packtrain train {file} --set save_steps=5 --set eval_strategy=no --set num_train_epochs=2 --resume"
+    assert refused.value.fix == f"undo these changes, or accept them with {command} --allow-changes"
+
+    out = io.StringIO()
+    assert train(load_recipe(file, shorter), resume=True, console=Console(file=out, width=200)).updates == 5
+    head, _, said = next(
+        line for line in out.getvalue().splitlines() if "updates of this run are made" in line
+    ).partition("; more of them: ")
+    assert head == "all 5 updates of this run are made"
+    words = shlex.split(said)
+    assert words[:3] == ["packtrain", "train", str(file)] and words[-2:] == ["--resume", "--allow-changes"]
+    overrides = [word for before, word in zip(words, words[1:], strict=False) if before == "--set"]
+    out.truncate(0)
+    again = train(load_recipe(file, overrides), resume=True, allow_changes=True, console=Console(file=out, width=200))
+    assert again.updates == 10 and "updates of this run are made" not in out.getvalue()
