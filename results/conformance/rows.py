@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 import json
 import os
+import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,9 +128,10 @@ def as_texts(job: Job, rows: Sequence[Row]) -> list[dict[str, str]]:
     return [{"prompt": words(row.prompt), "completion": " " + words(row.completion)} for row in rows]
 
 
-def as_ids(job: Job, rows: Sequence[Row]) -> list[dict[str, list[int]]]:
-    """Rows as tokens, for a trainer that leaves tokenising to its user."""
-    return [{"input_ids": row.ids, "labels": row.labels(everywhere=job.everywhere)} for row in rows]
+def as_ids(job: Job, rows: Sequence[Row], *, labels: bool = True) -> list[dict[str, list[int]]]:
+    """Rows as tokens, for a trainer that leaves tokenising to its user; without labels for a collator that makes them."""
+    own = [{"labels": row.labels(everywhere=job.everywhere)} if labels else {} for row in rows]
+    return [{"input_ids": row.ids} | labels for row, labels in zip(rows, own, strict=True)]
 
 
 def write(path: Path, text: str) -> str:
@@ -156,15 +157,19 @@ def make_tokenizer(*, pad_is_eos: bool = False) -> PreTrainedTokenizerFast:
 
 
 def model_directory(job: Job, root: Path) -> str:
-    """Returns a directory with the model, the same weights every time, and its tokenizer; writes it where there is none."""
+    """Returns a directory with the model, the same weights every time, and its tokenizer; writes it where there is none.
+
+    The first rank writes it, and the others wait for it: once ranks know of each other, transformers saves there only.
+    """
     directory = root / f"{job.model}{'-pad-is-eos' if job.pad_is_eos else ''}"
-    if not directory.exists():
-        draft = directory.with_name(f"{directory.name}.{os.getpid()}")
+    if not directory.exists() and os.environ.get("RANK", "0") == "0":
+        draft = directory.with_name(f"{directory.name}.draft")
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(AutoConfig.for_model(**CONFIGS[job.model])).save_pretrained(draft)
         make_tokenizer(pad_is_eos=job.pad_is_eos).save_pretrained(draft)
-        with suppress(OSError):  # another rank was faster
-            draft.rename(directory)
+        draft.rename(directory)
+    while not directory.exists():
+        time.sleep(0.05)
     return str(directory)
 
 

@@ -75,7 +75,9 @@ def reproduce(script: Path) -> str:
     settings = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
     command = [sys.executable, str(script)]
     done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=PATIENCE)
-    return done.stdout.strip() if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
+    if done.returncode:
+        return done.stderr.strip().splitlines()[-1]
+    return "\n".join(line for line in done.stdout.strip().splitlines() if "[WARNING]" not in line)  # of DeepSpeed
 
 
 # The page

@@ -82,13 +82,15 @@ def stock(job: Job, collator: str, trainer: type[Trainer] = Trainer, **options: 
         "flattening": lambda: DataCollatorWithFlattening(return_flash_attn_kwargs=True),
         "leaking": lambda: leaking,
     }[collator]()
-    rows = datasets.Dataset.from_list(as_ids(job, job.rows))
+    rows = datasets.Dataset.from_list(as_ids(job, job.rows, labels=collator != "language"))
     arguments = COMMON | sizes(job, world_size(), lambda _: len(rows)) | options
     return trainer(
         model,
         TrainingArguments(**arguments),
         train_dataset=rows,
-        eval_dataset=datasets.Dataset.from_list(as_ids(job, job.held_out)) if job.held_out else None,
+        eval_dataset=datasets.Dataset.from_list(as_ids(job, job.held_out, labels=collator != "language"))
+        if job.held_out
+        else None,
         data_collator=made,
         processing_class=tokenizer,
     )
@@ -198,7 +200,7 @@ _ALL = (
     on_transformers("Trainer, batch_rebalance", "seq2seq", train_sampling_strategy="batch_rebalance"),
     on_transformers("Trainer, DataCollatorWithFlattening", "flattening"),
     on_trl("SFTTrainer, padding"),
-    on_trl("SFTTrainer, padding_free", padding_free=True),
+    on_trl("SFTTrainer, padding_free", padding_free=True, max_length=None),
     on_trl("SFTTrainer, packing bfd", packing=True, packing_strategy="bfd"),
     on_trl("SFTTrainer, packing bfd_split", packing=True, packing_strategy="bfd_split"),
     on_trl("SFTTrainer, packing wrapped", packing=True, packing_strategy="wrapped"),
