@@ -1,6 +1,6 @@
 """Token classification: one class per word, read off its first token, as transformers' examples for tagging do (NER).
 
-    row        {"tokens": ["Ada", "lives", "here"], "ner_tags": ["B-PER", "O", "O"]}
+    row        {"tokens": ["Ada", "lives", "here"], "label": ["B-PER", "O", "O"]}
     example    input_ids  <s> A da lives here </s>        labels  -  1  -  2  2  -         (- is -100)
 
 Words are put together with blanks and tokenised as text, so tokens are those that a model has seen; the further tokens of a
@@ -55,7 +55,7 @@ class TokenClassification(Objective):
     rules = (keeps_documents_whole, _words_begin_with_the_row)
 
     name: Literal["token_classification"] = "token_classification"
-    label_column: Text = "ner_tags"
+    label_column: Text = "label"
     """Column of the rows with one class for each word: a list of text or of numbers from 0 on, or text with blanks."""
     num_labels: Positive | None = None
     """Number of classes. Default: as many as the training rows have."""

@@ -162,7 +162,7 @@ def _attach_flat(
         position_start=position_start(trainer.accelerator.unwrap_model(trainer.model)),
     )
     batches = _ModelInputs(MicroBatches(examples, collator))
-    changes = [f"{strategy} lays out the training batches"]
+    changes = [f"{strategy} lays out the training batches", *_cut_rows(trainer, examples)]
     with _as_it_was_if_refused(trainer) as undo, untouched(trainer), verdicts.shared():
         changes += _without_cache(trainer)
         per_document = undo.enter_context(compute_per_document(trainer.accelerator.unwrap_model(trainer.model)))
@@ -289,6 +289,14 @@ def _examples(trainer: Trainer) -> Examples:
             raise
         fix = "correct these rows, or remove them with `train_dataset.filter`"
         raise DataError(error.what, where=error.where, key="train_dataset", value=error.value, fix=fix) from None
+
+
+def _cut_rows(trainer: Trainer, examples: Examples) -> list[str]:
+    """Says how many rows are as long as the trainer cuts them: TRL's SFTTrainer does so without a message."""
+    most = getattr(trainer.args, "max_length", None)  # of SFTConfig
+    full = int((examples.lengths == most).sum())
+    cuts = f"to which {type(trainer).__name__} cuts longer ones"
+    return [f"{full:,} of {len(examples):,} rows have max_length={most:,} tokens, {cuts}"] if full else []
 
 
 class _ModelInputs(Dataset):

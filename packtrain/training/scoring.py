@@ -173,11 +173,10 @@ def score_examples(
 
 
 def _refuse(recipe: Recipe) -> None:
-    objective = recipe.objective
-    if not objective.predicts_next or objective.row_kind != "example":
+    if not recipe.objective.predicts_next or recipe.objective.row_kind != "example":
         what = "predicts no next token of single examples, so that they have no such scores"
         fix = "score the rows with a recipe whose objective is causal_lm"
-        raise PacktrainError(what, key="objective.name", value=objective.name, fix=fix)
+        raise PacktrainError(what, key="objective.name", value=recipe.to_dict()["objective"]["name"], fix=fix)
     if (ranks := asked_world_size()) > 1:
         raise LaunchError(
             f"scores are computed by one process, and {ranks} were launched", fix="start it without torchrun"

@@ -45,7 +45,7 @@ KINDS = {
     "B-LOC": ("Ulm", "Reykjavik"),
     "O": ("lives", "in", "misunderstood", ","),
 }
-ROW = {"tokens": ["Ada", "lives", "in", "Reykjavik", "."], "ner_tags": ["B-PER", "O", "O", "B-LOC", "O"]}
+ROW = {"tokens": ["Ada", "lives", "in", "Reykjavik", "."], "label": ["B-PER", "O", "O", "B-LOC", "O"]}
 
 
 def tagged_rows(count: int) -> list[dict[str, list[str]]]:
@@ -53,7 +53,7 @@ def tagged_rows(count: int) -> list[dict[str, list[str]]]:
     rows = []
     for _ in range(count):
         tags = draw.choice([*KINDS], size=draw.integers(1, 15)).tolist()
-        rows.append({"tokens": [str(draw.choice(KINDS[tag])) for tag in tags], "ner_tags": tags})
+        rows.append({"tokens": [str(draw.choice(KINDS[tag])) for tag in tags], "label": tags})
     return rows
 
 
@@ -93,7 +93,7 @@ def as_transformers(row: dict, tokenizer, numbers: dict[str, int]) -> tuple[list
     encoded = tokenizer(row["tokens"], is_split_into_words=True)
     labels, before = [], None
     for word in encoded.word_ids():
-        labels.append(IGNORED if word is None or word == before else numbers[row["ner_tags"][word]])
+        labels.append(IGNORED if word is None or word == before else numbers[row["label"][word]])
         before = word
     return encoded["input_ids"], labels
 
@@ -117,7 +117,7 @@ def test_labels_stand_where_transformers_puts_them(tmp_path):
 def test_words_are_the_tokens_of_the_text(tmp_path, bos):
     """A byte-level tokenizer would glue words that it gets one by one; the first token may be a word's."""
     tokenizer = make_tokenizer(bos=bos)
-    task = task_of(write(tmp_path / "rows.jsonl", [ROW, {"tokens": ["Ulm"], "ner_tags": ["B-LOC"]}]), tokenizer)
+    task = task_of(write(tmp_path / "rows.jsonl", [ROW, {"tokens": ["Ulm"], "label": ["B-LOC"]}]), tokenizer)
     first = task.train[0]
     assert tokenizer.decode(first["input_ids"]) == "<s>" * bos + "Ada lives in Reykjavik .</s>"
     labelled = np.flatnonzero(first["labels"] != IGNORED)
@@ -150,11 +150,11 @@ def test_a_row_that_is_cut_keeps_its_first_labels(tmp_path):
 
 
 BAD = {
-    "too few": ({"ner_tags": ["O"]}, "'ner_tags' has 1 classes for 5 words"),
-    "too many": ({"ner_tags": ["O"] * 6}, "'ner_tags' has 6 classes for 5 words"),
-    "none": ({"ner_tags": None}, "'ner_tags' is not a list of classes"),
-    "a fraction": ({"ner_tags": ["O", 1.5, "O", "O", "O"]}, "ner_tags[1] is neither text nor a whole number: 1.5"),
-    "below 0": ({"ner_tags": [0, -100, 0, 0, 0]}, "ner_tags[1] is below 0: -100"),
+    "too few": ({"label": ["O"]}, "'label' has 1 classes for 5 words"),
+    "too many": ({"label": ["O"] * 6}, "'label' has 6 classes for 5 words"),
+    "none": ({"label": None}, "'label' is not a list of classes"),
+    "a fraction": ({"label": ["O", 1.5, "O", "O", "O"]}, "label[1] is neither text nor a whole number: 1.5"),
+    "below 0": ({"label": [0, -100, 0, 0, 0]}, "label[1] is below 0: -100"),
 }
 BAD_WORDS = {
     "no words": ({"tokens": []}, "'tokens' is empty"),
@@ -182,7 +182,7 @@ def test_a_word_that_is_no_token_is_named(tmp_path):
     from tokenizers import normalizers
 
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace("@", "")
-    path = write(tmp_path / "rows.jsonl", [ROW, {"tokens": ["Ada", "@"], "ner_tags": ["O", "O"]}, ROW])
+    path = write(tmp_path / "rows.jsonl", [ROW, {"tokens": ["Ada", "@"], "label": ["O", "O"]}, ROW])
     with pytest.raises(DataError, match=r"line 2: tokens\[1\] (becomes no token|and)"):
         task_of(path, tokenizer)
 
@@ -319,7 +319,7 @@ def test_contradictions_are_problems_of_the_recipe(rows, tmp_path, override, key
 
 
 def test_a_held_out_class_that_is_not_trained_is_named(tmp_path):
-    path = write(tmp_path / "rows.jsonl", [ROW, ROW | {"ner_tags": ["O", "O", "O", "B-MISC", "O"]}])
+    path = write(tmp_path / "rows.jsonl", [ROW, ROW | {"label": ["O", "O", "O", "B-MISC", "O"]}])
     examples = build_examples(open_rows(path), make_tokenizer(), kind="words")
     with pytest.raises(DataError) as refused:
         TokenClassification().task(make_tokenizer(), examples.take([0]), examples.take([1]), seed=0)

@@ -102,6 +102,20 @@ def test_sft_trainer_takes_the_same_steps(tmp_path, conversations, tokenizer, ch
     assert after.evaluate()["eval_loss"] == pytest.approx(before.evaluate()["eval_loss"], rel=1e-3)
 
 
+def test_rows_that_a_trainer_has_cut_are_counted(tmp_path, conversations, tokenizer, caplog):
+    """TRL cuts rows without a word before they are attached."""
+    whole = sft_trainer(tmp_path, conversations, tokenizer)
+    lengths = sorted(len(row) for row in whole.train_dataset["input_ids"])
+    most = lengths[-3] - 1  # three rows are longer, if no others are as long as the third
+    cut = sum(length >= most for length in lengths)
+    packtrain.attach(sft_trainer(tmp_path, conversations, tokenizer, max_length=most))
+    said = f"{cut} of {len(lengths)} rows have max_length={most} tokens, to which SFTTrainer cuts longer ones"
+    assert cut >= 3 and said in caplog.text
+    caplog.clear()
+    packtrain.attach(sft_trainer(tmp_path, conversations, tokenizer, max_length=lengths[-1] + 1))
+    assert "cuts longer ones" not in caplog.text  # control
+
+
 CHATML = (
     "{% for m in messages %}<{{ m['role'] }}>{% if m['role'] == 'assistant' %}"
     "{% generation %}{{ m['content'] }}.{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
