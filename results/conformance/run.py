@@ -1,6 +1,6 @@
 """Asks trainers what becomes of documents, tokens and updates, one harness for all.
 
-    python results/conformance/run.py                        # about fifteen minutes on two cores
+    python results/conformance/run.py                        # about a quarter of an hour on two cores
     python results/conformance/run.py --setting "SFTTrainer, packing bfd" --only isolated gradients   # these cells anew
 
 Every setting trains a tiny model some thirty times, and what it did is looked at: the micro-batches that reached its
