@@ -193,18 +193,30 @@ def classification_losses(
             float32 `[B, T]`; and the model's inputs.
         head: see `classification_head`; by default that of `model`.
     """
-    from torch.nn.functional import cross_entropy
-
     from packtrain.objectives.logits import head_outputs_at
 
-    labels = batch["labels"].flatten()
     index = supervised_index(batch)  # [N]
-    logits = head_outputs_at(model, batch, index, head=head or classification_head(model))  # [N, classes]
+    return losses_of_classes(
+        head_outputs_at(model, batch, index, head=head or classification_head(model)), batch, index
+    )
+
+
+def losses_of_classes(logits: torch.Tensor, batch: Mapping[str, torch.Tensor], index: torch.Tensor) -> TokenLosses:
+    """Scores classes at labelled positions by cross-entropy.
+
+    Args:
+        logits: `[N, classes]`, at these positions.
+        batch: `labels` int64 and `loss_weights` float32, `[B, T]` each.
+        index: int64 `[N]`, flat positions (row-major over `[B, T]`).
+    """
+    from torch.nn.functional import cross_entropy
+
+    targets = batch["labels"].flatten()[index]
     return TokenLosses(
-        nll=cross_entropy(logits.float(), labels[index], reduction="none"),
+        nll=cross_entropy(logits.float(), targets, reduction="none"),
         weights=batch["loss_weights"].flatten()[index],
         index=index,
-        correct=logits.argmax(dim=-1) == labels[index],
+        correct=logits.argmax(dim=-1) == targets,
     )
 
 

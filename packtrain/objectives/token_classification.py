@@ -24,7 +24,7 @@ from packtrain.errors import ModelError, shorten
 from packtrain.objectives.causal import sum_of_weights, supervised_index
 from packtrain.objectives.examples import DerivedExamples, notes_without, read_column
 from packtrain.objectives.objective import Loss, Objective, Prepared, Task, TokenLosses, keeps_documents_whole
-from packtrain.objectives.sequence_classification import accuracy, class_names
+from packtrain.objectives.sequence_classification import accuracy, class_names, losses_of_classes
 from packtrain.recipe.fields import Positive, Text
 from packtrain.recipe.sections import Settings, Verdicts
 
@@ -227,19 +227,10 @@ def token_classification_losses(
             float32 `[B, T]`; the model's inputs; and `supervised_index`.
         head: see `token_head`; by default that of `model`.
     """
-    from torch.nn.functional import cross_entropy
-
     from packtrain.objectives.logits import logits_at
 
-    labels = batch["labels"].flatten()
     index = supervised_index(batch)  # [N]
-    logits = logits_at(model, batch, index, head=head or token_head(model))  # [N, classes]
-    return TokenLosses(
-        nll=cross_entropy(logits.float(), labels[index], reduction="none"),
-        weights=batch["loss_weights"].flatten()[index],
-        index=index,
-        correct=logits.argmax(dim=-1) == labels[index],
-    )
+    return losses_of_classes(logits_at(model, batch, index, head=head or token_head(model)), batch, index)
 
 
 def token_head(model: torch.nn.Module) -> torch.nn.Module:

@@ -19,6 +19,7 @@ TASKS = {  # the class that loads the model -> what the Hub calls what it does
     "AutoModelForCausalLM": "text-generation",
     "AutoModelForMaskedLM": "fill-mask",
     "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
 }
 OWN_DATA = "packtrain:"  # generated rows
 
