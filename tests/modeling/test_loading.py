@@ -204,7 +204,6 @@ for name in sys.argv[1:]:
 """
 
 
-@pytest.mark.ci
 @pytest.mark.slow
 def test_hub_errors_say_what_to_do(tmp_path):
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)

@@ -57,7 +57,6 @@ def test_capacity_holds_with_as_few_micro_steps_as_the_plan_takes(lengths, capac
     assert max(lengths[part].sum() for part in parts) <= capacity
 
 
-@pytest.mark.ci
 @pytest.mark.slow
 @settings(max_examples=60)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=6))

@@ -37,7 +37,6 @@ problems = st.integers(1, 80).flatmap(
 )
 
 
-@pytest.mark.ci
 @pytest.mark.slow
 @settings(max_examples=1000)
 @given(problems)

@@ -101,7 +101,6 @@ def test_shards_without_padding_take_the_steps_of_those_with_it(tmp_path, config
     assert padded[0]["losses"][0] != padded[0]["losses"][-1]
 
 
-@pytest.mark.ci
 @pytest.mark.slow
 def test_where_one_rank_refuses_the_other_one_does_too(tmp_path):
     """Rank 1 alone cannot collate, runs out of memory, fails or reads padding; control: nothing is wrong."""

@@ -67,7 +67,6 @@ def test_every_task_takes_the_same_steps(tmp_path, make, caplog):
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 @pytest.mark.parametrize("lora", [False, True], ids=["reference", "lora"])
 def test_trls_own_settings_are_no_reason_to_refuse(tmp_path, lora):
     """bfloat16 and gradient checkpointing; the reference model's `forward` is wrapped in autocast already."""

@@ -75,7 +75,6 @@ def as_it_is_called(architecture: str) -> dict:
     return {"findings": []}
 
 
-@pytest.mark.ci
 @pytest.mark.slow  # starts processes that import everything
 def test_what_crashes_or_hangs_costs_its_own_row_only():
     found = dict(sweep(["llama", "lama", "bert"], seconds=60))

@@ -108,7 +108,6 @@ def test_the_command_runs_the_grid_of_a_file_and_drops_no_setting(tmp_path, caps
     assert "| rainbow K=3 | 1.00 / 5.84 |" in (out / "oracle.md").read_text()
 
 
-@pytest.mark.ci
 @pytest.mark.slow  # a minute
 def test_the_stored_grid_comes_out_again_byte_for_byte(tmp_path):
     write_oracle(run_file(HERE / "oracle.yaml"), tmp_path)

@@ -118,7 +118,6 @@ def test_a_call_that_asks_for_weights_does_not_reach_into_a_recomputation():
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 @pytest.mark.parametrize(("architecture", "head"), [("llama", "causal"), ("bert", "masked")])
 def test_torch_compile(architecture, head):
     model, batches = headed(architecture, head), (ragged(head), ragged(head, left=True), ragged(head, lengths=(4, 19)))
@@ -132,7 +131,6 @@ def test_torch_compile(architecture, head):
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_one_graph_is_refused_with_the_reason():
     """Control: without the hooks there is one graph."""
     model, batch = headed("llama", "causal"), ragged()
@@ -171,7 +169,6 @@ def test_two_processes():
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_the_proof_of_a_larger_model():
     """110 million weights: the gradients of the embeddings stand for all, and a leak is still seen."""
     model = headed("bert", "masked")
