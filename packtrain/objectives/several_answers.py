@@ -46,14 +46,11 @@ class SeveralAnswers(AnswersObjective):
 
         groups = partial(GroupExamples, layout=layout, shared=self.shared_prefix)
 
-        def begin(trainer: Any) -> None:
-            check_shared_prefix(trainer, trainer.accelerator.unwrap_model(trainer.model))
-
         return Task(
             tokenizer=tokenizer,
             train=groups(train),
             held_out=None if held_out is None else groups(held_out),
             loss=CAUSAL_LM,
             make_collator=partial(GroupCollator, shared=self.shared_prefix, loss_weighting=self.loss_weighting),
-            begin=begin,
+            begin=check_shared_prefix,
         )
