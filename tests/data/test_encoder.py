@@ -57,7 +57,7 @@ def _row(format: str) -> st.SearchStrategy[dict]:
 def test_any_row_is_an_example_or_named(format, mask, chat_tokenizer, data):
     if format in ("text", "input_ids", "tokens"):
         mask = None
-    if FORMATS[format].kind in ("pair", "answers"):
+    if FORMATS[format].kinds[0] in ("pair", "answers"):
         mask = "completion_only"
     encoder = Encoder(
         chat_tokenizer,
