@@ -186,6 +186,8 @@ def test_turns_take_the_tokens_of_the_conversation_where_the_template_leaves_not
 # ----------------------------------------------------------------------------------------------------------- training
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_losses_and_gradients_are_those_of_the_turns_written_out(rows, tmp_path, options):
     table = [json.loads(line) for line in rows.read_text().splitlines()]
     single = made(write(tmp_path / "written.jsonl", written_out(table)), tmp_path / "run", name="causal_lm", **options)
