@@ -58,6 +58,7 @@ def tokenize(
         assistant_only=assistant_only_loss,
         on_lost_content=on_lost_content,
         reading=reading,
+        kind=kind,
     )
     fingerprint = store.hash_of(
         store.STORE_VERSION,
@@ -69,6 +70,7 @@ def tokenize(
         on_lost_content,
         reading.columns,
         reading.roles,
+        kind,
     )
     found = store.find_store(fingerprint, cache_dir)
     if found is not None:
