@@ -229,7 +229,10 @@ def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _parse_csv(block: bytes, *, header: list[str], delimiter: str) -> Row:
     csv.field_size_limit(_CSV_FIELD_LIMIT)
-    fields = next(csv.reader([_decode(block)], delimiter=delimiter, strict=True))
+    try:
+        fields = next(csv.reader([_decode(block)], delimiter=delimiter, strict=True), [])
+    except csv.Error as error:  # a file that has changed since its records were found
+        raise BadRow(f"invalid CSV record: {error}") from None
     if len(fields) != len(header):
         raise BadRow(f"has {len(fields)} fields, and the header names {len(header)}")
     return dict(zip(header, fields, strict=True))
@@ -408,6 +411,12 @@ def _without_nulls(value: object) -> object:
     if isinstance(value, dict):
         return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
+def has_changed(reader: Reader) -> bool:
+    """Returns whether the file behind a reader has other contents than when it was opened; False where there is none."""
+    path = getattr(reader, "path", None)
+    return path is not None and _hash_file(path) != reader.fingerprint
 
 
 def _hash_file(path: Path) -> str:
