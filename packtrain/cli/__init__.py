@@ -15,6 +15,7 @@ Heavy libraries are imported by the verb that needs them, so that help and error
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import sys
 import warnings
@@ -127,6 +128,9 @@ def main(args: Sequence[str] | None = None) -> None:
             "error: PYTHONOPTIMIZE=2 (-OO) removes docstrings, without which transformers can't be imported: unset it"
         )
         raise SystemExit(PacktrainError.exit_code)
+    for stream in (sys.stdout, sys.stderr):  # names and rows hold what a terminal's encoding has not
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     quiet_libraries()
     app(args=args, prog_name="packtrain")
 

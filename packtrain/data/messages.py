@@ -44,6 +44,7 @@ _KNOWN_AS = {role: role for role in ROLES} | {
 _CALLS = ("function_call", "tool_call")  # roles whose content is a tool call in JSON
 SWITCHES = ("weight", "train", "training", "loss", "learn")
 REASONING = ("reasoning_content", "reasoning", "thinking")  # transformers' names, any of which a template may read
+_SMALLEST, _LARGEST = 2.0**-126, 2.0**127  # factors are kept in 32 bits
 _LIKE_SWITCHES = ("weight", "train", "learn", "loss", "mask")  # in the names of keys
 _READ = {"from", "value", "function_call", *SWITCHES}  # keys that no template sees
 
@@ -242,6 +243,8 @@ def _read_switch(value: Any, what: str, key: str) -> float:
     """Reads a switch: true, false, 0 or 1; a `weight` may be any factor from 0 on."""
     if not isinstance(value, bool | int | float) or not math.isfinite(value) or value < 0:
         raise BadRow(f"{what} is {shorten(value, 40)}, which is not true, false or a number from 0 on")
+    if value and not _SMALLEST <= value <= _LARGEST:
+        raise BadRow(f"{what} is {shorten(value, 40)}, which 32 bits can't hold: choose a factor near 1")
     if key != "weight" and value not in (0, 1):
         raise BadRow(f"{what} is {shorten(value, 40)}, and must be true or false (a factor of the loss is a 'weight')")
     return float(value)

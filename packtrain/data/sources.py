@@ -19,7 +19,7 @@ from packtrain.data.compressed import kind_of, unpacked
 from packtrain.data.files import Place, find_places, is_local, is_pattern, no_split
 from packtrain.data.formats import Kind, Reading, find_format, read_row, rename_columns
 from packtrain.data.messages import Chat
-from packtrain.data.readers import OPENERS, Reader, Row, TableReader
+from packtrain.data.readers import OPENERS, Reader, Row, TableReader, has_changed
 from packtrain.data.report import BadRow
 from packtrain.data.samples import Answers, Ids, Pair, Text, Words
 from packtrain.data.store import hash_of, stat_files
@@ -92,6 +92,10 @@ class Rows:
     def fingerprint(self) -> str:
         """A hash of the contents: the same for a file moved elsewhere, another for a file changed."""
         return hash_of(self._count, [reader.fingerprint for reader in self._readers])
+
+    def changed(self) -> str | None:
+        """Names a file whose contents are no longer those that were opened; None where all are."""
+        return next((reader.label for reader in self._readers if has_changed(reader)), None)
 
     def __len__(self) -> int:
         return self._count
