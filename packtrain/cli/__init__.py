@@ -1,4 +1,4 @@
-"""The command line: `packtrain init | train | plan | show | audit | keys | compare | report | score | sample | evaluate`.
+"""The command line, one file per verb.
 
     packtrain train recipes/quickstart.yaml
     packtrain audit gpt_oss
@@ -38,6 +38,7 @@ from packtrain.cli.keys import keys
 from packtrain.cli.merge import merge
 from packtrain.cli.options import LAST, RANK
 from packtrain.cli.plan import plan
+from packtrain.cli.prepare import prepare
 from packtrain.cli.report import report
 from packtrain.cli.sample import sample
 from packtrain.cli.score import score
@@ -116,7 +117,7 @@ def _options(
     pass
 
 
-for verb in (init, train, plan, show, audit, keys, score, compare, report, generate, merge, sample, evaluate):
+for verb in (init, train, plan, prepare, show, audit, keys, score, compare, report, generate, merge, sample, evaluate):
     app.command()(verb)
 
 
