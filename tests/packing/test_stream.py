@@ -204,6 +204,31 @@ def test_rows_that_share_themselves_out_among_workers_are_refused(shards):
         read(2)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_loader_that_would_collate_packs_again_is_refused(workers):
+    """Torch would fail to stack them, or, of one at a time, give a model three dimensions."""
+    for size in (1, 8):
+        with pytest.raises(PlanError, match="batches already(.|\n)*DataLoader.packs, batch_size=None."):
+            next(iter(DataLoader(packed(), batch_size=size, num_workers=workers)))
+    assert len(next(iter(DataLoader(packed(), batch_size=None, num_workers=workers)))["input_ids"]) == 1  # control
+
+
+@pytest.mark.parametrize("prepared", ["shard", "dispatcher"])
+def test_packs_that_would_be_dealt_to_ranks_again_are_refused(prepared):
+    """What `accelerator.prepare` makes of a loader on two ranks; each would take half of its own packs."""
+    from accelerate.data_loader import DataLoaderDispatcher, IterableDatasetShard
+
+    def read(packs: PackedStream):
+        shard = IterableDatasetShard(packs, num_processes=2, process_index=0)
+        loader = DataLoader(shard if prepared == "shard" else packs, batch_size=None)
+        if prepared == "dispatcher":
+            loader = DataLoaderDispatcher(packs, batch_size=None)
+        return next(iter(loader))
+
+    with pytest.raises(PlanError, match="rows are lost(.|\n)*don't hand it the loader"):
+        read(packed(0, 2))
+
+
 @pytest.mark.ci
 @pytest.mark.slow
 def test_a_stock_trainer_takes_the_packs_as_they_are(tmp_path):
