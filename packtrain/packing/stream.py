@@ -245,7 +245,7 @@ def _refuse_reader(world_size: int) -> None:
     fix = "read them with `DataLoader(packs, batch_size=None)`; in a Trainer let `get_train_dataloader` return that"
     frame = inspect.currentframe()
     while frame is not None:
-        reader = frame.f_locals.get("self")
+        reader: Any = frame.f_locals.get("self")
         kinds = {kind.__name__ for kind in type(reader).__mro__}
         if "_BaseDatasetFetcher" in kinds and reader.auto_collation:  # of torch's DataLoader
             what = "the packs of a PackedStream are batches already, and this data loader would collate them again"
