@@ -39,6 +39,7 @@ from packtrain.cli.merge import merge
 from packtrain.cli.options import LAST, RANK
 from packtrain.cli.plan import plan
 from packtrain.cli.prepare import prepare
+from packtrain.cli.push import push
 from packtrain.cli.report import report
 from packtrain.cli.sample import sample
 from packtrain.cli.score import score
@@ -117,7 +118,23 @@ def _options(
     pass
 
 
-for verb in (init, train, plan, prepare, show, audit, keys, score, compare, report, generate, merge, sample, evaluate):
+for verb in (
+    init,
+    train,
+    plan,
+    prepare,
+    show,
+    audit,
+    keys,
+    score,
+    compare,
+    report,
+    generate,
+    merge,
+    push,
+    sample,
+    evaluate,
+):
     app.command()(verb)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 
 from packtrain.cli.options import Overrides, RecipePath, load_checked
+from packtrain.cli.output import size_of
 
 
 def prepare(recipe: RecipePath, overrides: Overrides = None) -> None:
@@ -29,15 +30,3 @@ def prepare(recipe: RecipePath, overrides: Overrides = None) -> None:
         done = "tokenised before" if documents.found else "tokenised"
         size = f"{rows:,} rows, {tokens:,} tokens, {size_of(documents.bytes_stored)}"
         console.print(f"{done}: {size}, in {documents.directory}")
-
-
-def size_of(count: int) -> str:
-    """Writes a number of bytes.
-
-    >>> size_of(900), size_of(123_456), size_of(5 * 2**30)
-    ('900 bytes', '120.6 KiB', '5.0 GiB')
-    """
-    if count < 1024:
-        return f"{count} bytes"
-    unit = min((count.bit_length() - 1) // 10, 4)
-    return f"{count / 1024**unit:,.1f} {'KMGT'[unit - 1]}iB"
