@@ -92,11 +92,14 @@ def _is_recipe(word: str) -> bool:
     return word.endswith((".yaml", ".yml")) or Path(word).is_file()
 
 
+EXIT_CODES = (
+    "Exit codes: 0 done, 1 an audit found a leak or a rank failed, 2 an error that the message says how to fix, "
+    "75 stopped with a checkpoint to resume from, 130 interrupted."
+)
 app = typer.Typer(
     cls=Verbs,
     no_args_is_help=True,
-    epilog="Exit codes: 0 done, 1 an audit found a leak or a rank failed, 2 an error that the message says how to fix, "
-    "75 stopped with a checkpoint to resume from, 130 interrupted.",
+    epilog=EXIT_CODES,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     help="Fine-tune LLMs with packing or padding: a step is a set of examples, and a strategy only lays them out.",
@@ -135,7 +138,7 @@ for verb in (
     sample,
     evaluate,
 ):
-    app.command()(verb)
+    app.command(epilog=EXIT_CODES)(verb)
 
 
 def main(args: Sequence[str] | None = None) -> None:
