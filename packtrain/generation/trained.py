@@ -123,6 +123,9 @@ def find_model(target: str | Path) -> tuple[Recipe | None, Path | None]:
             raise ModelError("holds a run without a model yet", key="RUN_OR_MODEL", value=str(target), fix=fix)
     elif not folder.name.startswith(("model", "checkpoint-")):
         recipe = None  # a folder that happens to lie next to a recipe
+    if not any((folder / name).is_file() for name in ("config.json", _ADAPTER)):
+        fix = "train first, or name the output_dir of a run or the folder of a model"
+        raise ModelError("holds neither a run nor a model", key="RUN_OR_MODEL", value=str(target), fix=fix)
     return recipe, folder
 
 

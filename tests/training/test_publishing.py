@@ -102,7 +102,8 @@ def folder(tmp_path) -> Path:
     (model / "README.md").write_text("---\ntags: [packtrain]\n---\n# tiny\n")
     (model / "training_args.bin").write_bytes(b"pickle")
     (run / "checkpoint-3").mkdir()
-    (run / "checkpoint-3" / "trainer_state.json").write_text("{}")
+    for name in ("trainer_state.json", "config.json"):
+        (run / "checkpoint-3" / name).write_text("{}")
     places = {"BASE": tmp_path / "base", "ROWS": tmp_path / "rows.jsonl", "RUN": run, "ZERO": tmp_path / "zero.json"}
     (tmp_path / "base").mkdir()
     (tmp_path / "rows.jsonl").write_text('{"text": "2+2? 4"}\n')
@@ -193,6 +194,10 @@ def test_what_others_could_not_load_is_refused(folder, capsys):
     assert code == 2 and "is a checkpoint" in said
     code, _, said = push(capsys, "org/name", "me/model", "--dry-run")
     assert code == 2 and "is not a folder" in said
+    for command in (["push", str(folder.parent / "base"), "me/model"], ["generate", str(folder.parent / "base")]):
+        with pytest.raises(SystemExit) as ended:  # an empty folder, as of a run that never began
+            main(command)
+        assert ended.value.code == 2 and "holds neither a run nor a model" in capsys.readouterr().err
     adapter = folder.parent / "adapter"
     model = get_peft_model(tiny_model("llama"), LoraConfig(r=2, target_modules="all-linear"))
     for base, refused in ((str(folder), True), (None, True), ("org/name", False)):
