@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -102,7 +103,7 @@ def tokenize(
                 *_remarks_of(table["remarks"], rows),
             ],
         }
-        return store.publish(directory, facts, cache_dir)
+        return replace(store.publish(directory, facts, cache_dir), found=False)
 
 
 def encode_batch(batch: dict[str, list[int]], *, rows: Rows, encoder: Encoder) -> pa.Table:

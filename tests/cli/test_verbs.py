@@ -508,19 +508,6 @@ def test_python_without_docstrings_is_refused(level, code):
     assert done.returncode == code and ("PYTHONOPTIMIZE" in done.stdout) == (code == 2)
 
 
-@pytest.mark.parametrize(("typed", "offered"), [("packtrain ge", "generate"), ("packtrain train --re", "--resume")])
-def test_shells_complete_verbs_and_options(typed, offered):
-    asked = {"_PACKTRAIN_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
-    done = subprocess.run([sys.executable, "-m", "packtrain"], env=os.environ | asked, capture_output=True, text=True)
-    assert offered in done.stdout.split(), done.stderr
-
-
-def test_exit_codes_are_in_the_help(capsys):
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    assert "75 stopped" in " ".join(capsys.readouterr().out.split())
-
-
 def test_a_dtype_that_is_none_is_refused(capsys):
     for words in (["generate", "somewhere"], ["merge", "somewhere", "--out", "elsewhere"]):
         assert run(*words, "--dtype", "half") == 2

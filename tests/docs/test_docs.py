@@ -107,8 +107,8 @@ def check_launcher(program: str, words: list[str]) -> None:
 
 
 def made_in(text: str) -> frozenset[str]:
-    """The recipes that a page makes by `packtrain init`, and the default name."""
-    return frozenset({"recipe", *re.findall(r"packtrain init (\w+)", text)})
+    """The recipes that a page makes by `packtrain init` or writes in its walk, and the default name."""
+    return frozenset({"recipe", *re.findall(r"(?:packtrain init |<!-- walk: )(\w+)", text)})
 
 
 @pytest.mark.parametrize(
