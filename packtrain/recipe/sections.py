@@ -181,7 +181,7 @@ class PhaseSection(Section):
     """Most tokens of its examples; longer ones come later, whole."""
 
 
-Phases = Annotated[list[PhaseSection], Field(min_length=1), "a list of mappings with until and max_length"]
+Phases = Annotated[list[PhaseSection], Field(min_length=1), "a list of phases"]
 
 
 class BatchingSection(Section):
