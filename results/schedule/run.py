@@ -1,6 +1,6 @@
 """Measures a schedule of lengths, short examples first, against the same examples in random order.
 
-    python results/schedule/run.py                 # about ten minutes on one core
+    python results/schedule/run.py                 # about five minutes on one core
     python results/schedule/run.py --seeds 1 --rows 200
 
 The same small Llama learns the same rows (`packtrain:arithmetic`, whose lengths have a long tail) for one epoch from
