@@ -73,8 +73,9 @@ def _figures(recipe: Recipe, summary: Summary) -> list[tuple[str, str]]:
         (name, f"{first:.4f} -> {last:.4f}") for name, (first, last) in pairs.items() if None not in (first, last)
     ]
     batching = recipe.batching
+    scheduled = ", more of them in the phases of short ones" if batching.schedule else ""
     figures += [
-        ("updates", f"{summary.updates:,}, of {batching.examples_per_step:,} examples"),
+        ("updates", f"{summary.updates:,}, of {batching.examples_per_step:,} examples{scheduled}"),
         ("epochs", f"{summary.epochs:g}"),
         ("tokens", f"{summary.real_tokens:,}, {summary.supervised_tokens:,} of them supervised"),
         ("strategy", f"`{summary.strategy}`, at most {batching.max_tokens:,} tokens per micro-batch"),
