@@ -39,7 +39,7 @@ PHASES = {
     "update": "update",
 }
 CHECKS = {
-    "_hashes": "cached tokens hashed",
+    "hash_files": "cached tokens hashed",
     "tokenizer_fingerprint": "tokenizer hashed",
     "base_weights": "files of the model sampled",
     "weights_hash": "weights sampled",
@@ -47,8 +47,8 @@ CHECKS = {
     "check_agreement": "ranks compared",
 }
 PLACES = {
-    "_hashes": ["packtrain.data.store"],
-    "tokenizer_fingerprint": ["packtrain.data.store", "packtrain.data.encoding", "packtrain.training.run"],
+    "hash_files": ["packtrain.data.store"],
+    "tokenizer_fingerprint": ["packtrain.data.store", "packtrain.training.run"],
     "base_weights": ["packtrain.training.checkpoints"],
     "weights_hash": ["packtrain.training.run"],
     "check_agreement": ["packtrain.training.run"],
@@ -96,7 +96,7 @@ def work(case: Mapping[str, Any], directory: str, into: Path) -> None:
         return call
 
     for name, modules in PLACES.items():
-        for place in filter(lambda module: hasattr(module, name), map(import_module, modules)):
+        for place in map(import_module, modules):
             setattr(place, name, timed(name, getattr(place, name)))
     plan_hash = functools.cached_property(timed("hash", Plan.__dict__["hash"].func))
     plan_hash.__set_name__(Plan, "hash")
