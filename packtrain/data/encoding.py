@@ -59,6 +59,7 @@ def tokenize(
         assistant_only=assistant_only_loss,
         on_lost_content=on_lost_content,
         reading=reading,
+        kind=kind,
     )
     fingerprint = store.hash_of(
         store.STORE_VERSION,
@@ -70,6 +71,7 @@ def tokenize(
         on_lost_content,
         reading.columns,
         reading.roles,
+        kind,
     )
     found = store.find_store(fingerprint, cache_dir)
     if found is not None:

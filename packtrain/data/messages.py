@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from packtrain.data.report import BadRow
@@ -120,6 +120,31 @@ def make_chat(
         names=[message.where for message in messages],
         unknown=tuple(sorted({key for message in messages for key in message.unknown})),
     )
+
+
+def turns_of(chat: Chat) -> dict[str, Chat]:
+    """Splits a conversation into the assistant's answers, by their names, each with all messages before it as its prompt.
+
+    A turn with the weight 0 is not an answer, only part of the prompts of later ones.
+
+    Raises:
+        BadRow: no message is an answer, one has no message before it, or a switch says what can't be done.
+    """
+    found = {}
+    for number, (message, name) in enumerate(zip(chat.messages, chat.names, strict=True)):
+        switch, answers = chat.switches.get(number), message["role"] == "assistant"
+        if switch not in (None, 0, 1):
+            raise BadRow(f"{name} has the weight {switch:g}, and an answer is learnt whole or not at all (1 or 0)")
+        if switch and not answers:
+            raise BadRow(f"{name} has a switch that is on, and only what the assistant answers is learnt")
+        if not answers or switch == 0:
+            continue
+        if number == 0:
+            raise BadRow(f'{name} has no message before it that it answers (give it "weight": 0, or leave it out)')
+        found[name] = replace(chat, messages=chat.messages[: number + 1], prompt_messages=number, switches={})
+    if not found:
+        raise BadRow("none of its messages is an answer of the assistant that is learnt")
+    return found
 
 
 def make_message(role: str, content: str, where: str) -> Message:

@@ -27,6 +27,7 @@ from packtrain.errors import DataError
 
 _LOOKED_AT = 100  # rows whose keys are the columns
 _AT_ONCE = 1000  # rows read at once while iterating
+CORPUS_ROWS = 20_000  # a tokenizer is trained at every start, and more rows change its vocabulary little
 
 
 class Rows:
@@ -226,14 +227,16 @@ def _open(place: Place, name: str | None, split: str, num_rows: int | None, seed
 
 
 def texts(rows: Rows, format: str = "auto", reading: Reading | None = None, *, kind: Kind = "example") -> Iterator[str]:
-    """Yields the text of every good row, piece by piece, to train a tokenizer on; `kind` as `find_format` has it.
+    """Yields the text of the good ones among the first `CORPUS_ROWS` rows, piece by piece, to train a tokenizer on.
+
+    `kind` is as `find_format` has it.
 
     Raises:
         DataError: the rows are tokenised already, or of no known format.
     """
     reading = reading or Reading()
     format, _ = find_format(rename_columns(rows.columns, reading.columns), format, kind=kind)
-    for start in range(0, len(rows), _AT_ONCE):
+    for start in range(0, min(len(rows), CORPUS_ROWS), _AT_ONCE):
         for row in rows.read(start, start + _AT_ONCE):
             if isinstance(row, BadRow):
                 continue

@@ -62,7 +62,7 @@ class ModelSection(Section):
     tokenizer_name_or_path: Text | None = None
     """Hub name or directory of another tokenizer than the model's own."""
     tokenizer_vocab_size: VocabSize | None = None
-    """Trains a byte-level BPE of that size on the data."""
+    """Trains a byte-level BPE of that size on the data: on the first 20,000 rows of each source."""
     chat_template: Text | None = None
     """Path of a Jinja file that replaces the tokenizer's chat template."""
 
