@@ -21,7 +21,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -29,6 +29,7 @@ from packtrain.errors import PacktrainError
 
 MANIFEST, RUNS = "manifest.json", "runs"
 PICTURED_RANKS = 4
+_KNOWN = ("name", "hash", "reference", "rounds", "variants", "warmup_steps", "measure_steps")  # of a manifest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,10 +171,10 @@ def updates_so_far(path: Path) -> list[Update]:
 def _complete_records(file: Path) -> list[Record]:
     """Read a run's file up to the first line that is not complete; nothing where there is no file."""
     records: list[Record] = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+    for line in file.read_bytes().splitlines() if file.exists() else []:
         try:
             records.append(_parse(json.loads(line)))
-        except ValueError:
+        except (ValueError, KeyError, TypeError):
             break  # the line that is being written, or in which its process died
     return records
 
@@ -200,7 +201,7 @@ def read_run(path: Path, *, round: int, variant: str) -> Run:
         PacktrainError: the file is damaged.
     """
     records: dict[str, list] = {kind: [] for kind in KINDS}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             data = json.loads(line)
             records[data["kind"]].append(_parse(data))
@@ -221,7 +222,14 @@ def read_run(path: Path, *, round: int, variant: str) -> Run:
 
 
 def _parse(data: dict[str, Any]) -> Record:
-    return KINDS[data["kind"]](**{key: value for key, value in data.items() if key != "kind"})
+    """Makes a record of a line; raises KeyError or TypeError where its kind, keys or figures are not a record's."""
+    record: Record = KINDS[data["kind"]](**{key: value for key, value in data.items() if key != "kind"})
+    for field in () if isinstance(record, End) else fields(record):
+        value = getattr(record, field.name)
+        missing = value is None and "None" in str(field.type)
+        if not missing and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise TypeError(f"`{field.name}` is no number: {value!r}")
+    return record
 
 
 def run_path(directory: Path, round: int, variant: str) -> Path:
@@ -267,10 +275,13 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """
     path = directory / MANIFEST
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if missing := [key for key in _KNOWN if key not in manifest]:
+            raise ValueError(f"{MANIFEST} has no {', '.join(missing)}")
+    except (OSError, ValueError, TypeError) as error:
         fix = "name a directory that `packtrain compare` wrote"
         raise PacktrainError(f"contains no comparison: {error}", where=str(directory), fix=fix) from None
+    return manifest
 
 
 def write_atomically(path: Path, text: str) -> None:

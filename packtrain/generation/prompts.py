@@ -11,22 +11,28 @@ from packtrain.errors import DataError
 from packtrain.generation.trained import Trained
 
 Messages = list[dict[str, Any]]
+_OTHER_FORMATS = (".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".bz2", ".xz", ".zst", ".zip")  # of data files
 
 
 def read_prompts(path: str | Path) -> list[str | Messages]:
     """Reads prompts: a line each of a text file, or of a `.jsonl` file a row with `prompt` or `messages`.
 
-    The last turn of the assistant at the end of `messages` is what the model is asked for, and is left out. A `prompt` may
-    be a list of messages.
+    Lines end with a newline and with nothing else: a prompt may hold form feeds and Unicode's line separators. The last
+    turn of the assistant at the end of `messages` is what the model is asked for, and is left out. A `prompt` may be a list
+    of messages.
 
     Raises:
-        DataError: the file can't be read or is empty, or a row has no prompt.
+        DataError: the file can't be read, is empty or of another format, or a row has no prompt.
     """
+    suffix = Path(path).suffix.lower()
+    if suffix in _OTHER_FORMATS:
+        fix = "write a .jsonl file with a `prompt` per row, or a text file with a prompt per line"
+        raise DataError("is no file of prompts", key="--prompts", value=str(path), fix=fix)
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"can't be read: {error}", key="--prompts", value=str(path), fix="name a UTF-8 file") from None
-    if Path(path).suffix != ".jsonl":
+    if suffix != ".jsonl":
         found: list[str | Messages] = [line for line in lines if line.strip()]
     else:
         found = [_prompt(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
@@ -38,7 +44,7 @@ def read_prompts(path: str | Path) -> list[str | Messages]:
 def _prompt(line: str, where: str) -> str | Messages:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"is not JSON: {error}", where=where, fix="write one JSON object per line") from None
     prompt = row.get("prompt", row.get("messages")) if isinstance(row, dict) else None
     messages = isinstance(prompt, list) and all(isinstance(turn, dict) and "role" in turn for turn in prompt)
@@ -47,6 +53,11 @@ def _prompt(line: str, where: str) -> str | Messages:
     if not prompt or not (isinstance(prompt, str) or messages):
         fix = 'write for example {"prompt": "What is 2+2?"}'
         raise DataError("has no `prompt` (text or messages) and no `messages`", where=where, fix=fix)
+    try:
+        json.dumps(prompt, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        what, fix = "contains a lone surrogate, which is not a valid character", "correct the row"
+        raise DataError(what, where=where, fix=fix) from None
     return prompt
 
 
@@ -68,6 +79,10 @@ def encode_prompts(trained: Trained, prompts: Sequence[str | Messages]) -> list[
             fix = "give the prompts as text"
             raise DataError("the tokenizer has no chat template to render messages with", key="--prompts", fix=fix)
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        ids: Any = trained.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)
+        try:
+            ids: Any = trained.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)
+        except Exception as error:  # whatever a template may raise for turns that it does not know
+            what, fix = f"the chat template refuses it: {error}", "write its turns as those of the training data"
+            raise DataError(what, key=f"prompt {len(encoded) + 1}", fix=fix) from None
         encoded.append(ids["input_ids"])
     return encoded

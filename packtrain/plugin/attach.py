@@ -37,6 +37,8 @@ from packtrain.packing.plan import MicroBatch, Plan
 from packtrain.packing.strategies import resolve_strategy
 from packtrain.plugin.asking import named, not_askable, untouched
 from packtrain.plugin.checks import (
+    NoCopy,
+    SameLoss,
     agreed_settings,
     refuse_changes,
     refuse_contradictions,
@@ -113,7 +115,7 @@ def attach(
         with verdicts.shared():
             _refuse_seen_answers(trainer)
         if layout == "unpad":
-            return unpad_trainer(trainer, verdicts)
+            return _unpad(trainer, verdicts)
         try:
             return _attach_flat(trainer, verdicts, strategy, max_tokens, attn_implementation, **allowed)
         except LaunchError:
@@ -121,9 +123,15 @@ def attach(
         except PacktrainError as error:
             either = layout == "auto" and not isinstance(error, RankFailed)
             if either and rule.scope == "step" and rule.layout == "flat" and max_tokens is None:
-                return unpad_trainer(trainer, verdicts, instead_of=error)
+                return _unpad(trainer, verdicts, error)
             error.where = ": ".join(part for part in (named(trainer), error.where) if part)
             raise
+
+
+def _unpad(trainer: AnyTrainer, verdicts: Verdicts, instead_of: PacktrainError | None = None) -> AnyTrainer:
+    unpad_trainer(trainer, verdicts, instead_of=instead_of)
+    trainer.add_callback(SameLoss(trainer))
+    return trainer
 
 
 def _refuse_seen_answers(trainer: Trainer) -> None:
@@ -196,7 +204,8 @@ def _attach_flat(
     agreed, before = agreed_settings(trainer), trainer.set_initial_training_values
 
     def at_training() -> PlanLoader:
-        refuse_changes(trainer, agreed)
+        refuse_changes(agreed_settings(trainer), agreed)
+        refuse_contradictions(trainer)
         if rule.scope == "step":
             _take_todays_order(order, plan, max_tokens)
             check_order(plan, order(0))
@@ -205,6 +214,7 @@ def _attach_flat(
     ours_instead: Any = trainer  # methods of this one trainer
     ours_instead.get_train_dataloader = at_training
     ours_instead.set_initial_training_values = lambda *given: values_of_plan(plan, before(*given))
+    trainer.add_callback(NoCopy(trainer))
     trainer.add_callback(StepEnd(plan, Meter()))
     for ignored in without_effect(trainer, plan, is_sum=proof.is_sum):
         logger.warning("packtrain: %s", ignored)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping
 from numbers import Integral
 from typing import Any
 
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from packtrain.errors import PacktrainError
@@ -68,8 +69,8 @@ def refuse_contradictions(trainer: Trainer) -> None:
     if data.format["type"] == "custom":
         what, fix = "has a transform, which runs when a row is read, but packtrain reads the table", "use `dataset.map`"
         raise PacktrainError(what, key="train_dataset", value="with_transform", fix=fix)
-    if _is_own(trainer, "get_train_dataloader"):
-        owner = next(cls for cls in type(trainer).__mro__ if "get_train_dataloader" in vars(cls))
+    owner = next(cls for cls in type(trainer).__mro__ if "get_train_dataloader" in vars(cls))
+    if not owner.__module__.startswith(LIBRARIES):
         what = "has its own `get_train_dataloader`, which packtrain would replace with all of train_dataset"
         fix = "give the rows as train_dataset, and their order by a sampler with `set_epoch(epoch)`"
         raise PacktrainError(what, key="trainer", value=owner.__name__, fix=fix)
@@ -169,17 +170,57 @@ def _is_own(trainer: Trainer, method: str) -> bool:
 
 
 def agreed_settings(trainer: Trainer) -> dict[str, Any]:
-    """Returns the settings that the plan was made of, to be compared when training begins."""
-    return {name: getattr(trainer.args, name) for name in AGREED} | {"train_dataset": trainer.train_dataset}
+    """Returns what the plan was made of and the loss was compared with, to be compared when training begins."""
+    model = base(model_of(trainer))
+    objects = {"train_dataset": trainer.train_dataset, "data_collator": trainer.data_collator, "trainer.model": model}
+    attention = {"attn_implementation": model.config._attn_implementation}
+    return {name: getattr(trainer.args, name) for name in AGREED} | objects | attention | agreed_loss(trainer)
 
 
-def refuse_changes(trainer: Trainer, agreed: Mapping[str, Any]) -> None:
-    """Raises PacktrainError for a setting that has changed since the trainer was attached."""
-    for name, now in agreed_settings(trainer).items():
-        if now is not agreed[name] and (name not in AGREED or now != agreed[name]):
-            value = now if name in AGREED else type(now).__name__
+def agreed_loss(trainer: Trainer) -> dict[str, Any]:
+    """Returns what computes the loss of a trainer, to be compared when training begins."""
+    return {"compute_loss_func": trainer.compute_loss_func, "compute_loss": vars(trainer).get("compute_loss")}
+
+
+def refuse_changes(now: Mapping[str, Any], agreed: Mapping[str, Any]) -> None:
+    """Raises PacktrainError for something that has changed since the trainer was attached."""
+    for name, value in now.items():
+        plain = value is None or isinstance(value, str | int | float)
+        if value is not agreed[name] and not (plain and value == agreed[name]):
             what, fix = "has changed since the trainer was attached", "set it before you call attach"
-            raise PacktrainError(what, key=name, value=value, fix=fix)
+            raise PacktrainError(what, key=name, value=value if plain else type(value).__name__, fix=fix)
+
+
+class NoCopy(TrainerCallback):
+    """Refuses to train a copy of an attached trainer, whose methods read the progress of the first one.
+
+    Raises:
+        PacktrainError: when training begins.
+    """
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = weakref.ref(trainer)  # which a deep copy leaves as it is
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        trainer = self.trainer()
+        if trainer is None or trainer.state is not state:
+            what, fix = "is a copy of an attached trainer, and would read that one's progress", "copy it, then attach"
+            raise PacktrainError(what, key="trainer", fix=fix)
+
+
+class SameLoss(TrainerCallback):
+    """Refuses to train with another loss than the one that was compared.
+
+    Raises:
+        PacktrainError: when training begins.
+    """
+
+    def __init__(self, trainer: Trainer):
+        self.trainer, self.agreed = weakref.ref(trainer), agreed_loss(trainer)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if (trainer := self.trainer()) is not None:
+            refuse_changes(agreed_loss(trainer), self.agreed)
 
 
 def without_effect(trainer: Trainer, plan: Plan, *, is_sum: bool) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from packtrain.compare.results import (
+    MANIFEST,
     End,
     RunWriter,
     add_end,
@@ -16,6 +17,7 @@ from packtrain.compare.results import (
     remove_runs,
     run_path,
     slug,
+    updates_so_far,
     write_atomically,
 )
 from packtrain.errors import PacktrainError
@@ -71,6 +73,32 @@ def test_damaged_runs_are_named(tmp_path, text):
     path.write_text(text)
     with pytest.raises(PacktrainError, match="00-balanced.jsonl"):
         read_run(path, round=0, variant="balanced")
+
+
+def test_a_run_edited_by_hand_is_named_with_its_line(tmp_path):
+    path = run_path(tmp_path, 0, "balanced")
+    writer = RunWriter(path)
+    writer.write(make_update(1, seconds=1.0, loss=5.0))
+    writer.end(End(status="finished"))
+    whole = path.read_text()
+    assert read_run(path, round=0, variant="balanced").updates  # control
+    for now, message in (('"fast"', "`seconds` is no number: 'fast'"), ("null", "`seconds` is no number")):
+        path.write_text(whole.replace('"seconds":1.0', f'"seconds":{now}'))
+        with pytest.raises(PacktrainError, match=rf"00-balanced.jsonl:1: .*{message}"):
+            read_run(path, round=0, variant="balanced")
+    path.write_bytes(whole.encode() + b"\xff\xfe\n")
+    with pytest.raises(PacktrainError, match="00-balanced.jsonl:3"):
+        read_run(path, round=0, variant="balanced")
+    path.unlink()
+    path.with_suffix(".part").write_bytes(whole.encode().splitlines()[0] + b'\n{"kind": "of tomorrow"}\n')
+    assert len(updates_so_far(path)) == 1
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "3", '{"hash": "a"}'])
+def test_a_manifest_of_something_else_is_refused(tmp_path, text):
+    (tmp_path / MANIFEST).write_text(text)
+    with pytest.raises(PacktrainError, match="contains no comparison"):
+        read_manifest(tmp_path)
 
 
 def test_a_directory_without_an_experiment_is_refused(tmp_path):

@@ -117,6 +117,30 @@ def test_prompts_of_files(tmp_path):
             read_prompts(tmp_path / "bad.jsonl")
 
 
+@pytest.mark.parametrize("inside", ["\x0c", "\x0b", "\x1c", "\x85", "\u2028"])
+def test_a_prompt_ends_with_its_line_and_nowhere_else(tmp_path, inside):
+    (tmp_path / "p.txt").write_text(f"\ufeffone{inside}two\r\nthree\n", encoding="utf-8")
+    assert read_prompts(tmp_path / "p.txt") == [f"one{inside}two", "three"]
+    row = json.dumps({"prompt": f"one{inside}two"}, ensure_ascii=False)
+    (tmp_path / "p.JSONL").write_text(f"\ufeff{row}\n", encoding="utf-8")
+    assert read_prompts(tmp_path / "p.JSONL") == [f"one{inside}two"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("p.json", '{"prompt": "one"}', "is no file of prompts.*\n.*jsonl"),
+        ("p.jsonl.gz", "", "is no file of prompts"),
+        ("p.jsonl", '{"prompt": "\\ud800"}', "line 1: contains a lone surrogate"),
+        ("p.jsonl", "[" * 100_000, "line 1: is not JSON"),
+    ],
+)
+def test_a_file_that_holds_no_prompts_is_not_asked(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(PacktrainError, match=message):
+        read_prompts(tmp_path / name)
+
+
 def test_prompts_are_rendered_as_in_training(adapter):
     """A conversation where rows were conversations; plain text where they were plain."""
     ours = load_trained(adapter)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from typing import Any
+
 import datasets
 import numpy as np
 import pytest
@@ -281,6 +285,54 @@ def test_another_dataset_after_attaching_is_refused(tmp_path, documents):
     trainer.train_dataset = documents.select(range(10))
     with pytest.raises(PacktrainError, match="train_dataset: has changed"):
         trainer.train()
+
+
+def masked(features: list[dict]) -> dict[str, torch.Tensor]:
+    batch = pad(features)
+    batch["labels"][:, :3] = -100
+    return batch
+
+
+def loss_of_all(outputs, labels, num_items_in_batch=None):
+    return outputs.logits.float().logsumexp(-1).mean()
+
+
+OTHERS: dict[str, Callable[[Trainer], Any]] = {
+    "data_collator: has changed": lambda trainer: setattr(trainer, "data_collator", masked),
+    "compute_loss_func: has changed": lambda trainer: setattr(trainer, "compute_loss_func", loss_of_all),
+    "compute_loss: has changed": lambda trainer: setattr(trainer, "compute_loss", lambda *given, **named: None),
+    "trainer.model: has changed": lambda trainer: setattr(trainer, "model", tiny_model("llama")),
+    "attn_implementation: has changed": lambda trainer: trainer.model.set_attn_implementation("eager"),
+    "train_dataset: has a transform": lambda trainer: trainer.train_dataset.set_transform(dict),
+    "dataloader_drop_last: must be False": lambda trainer: setattr(trainer.args, "dataloader_drop_last", True),
+    "train_sampling_strategy: does not go": lambda trainer: setattr(
+        trainer.args, "train_sampling_strategy", "group_by_length"
+    ),
+}
+
+
+@pytest.mark.parametrize("message", OTHERS)
+def test_what_the_proof_was_of_does_not_change_after_attaching(tmp_path, documents, message):
+    trainer = packtrain.attach(make(tmp_path, documents.select(range(30))))
+    OTHERS[message](trainer)
+    with pytest.raises(PacktrainError, match=message):
+        trainer.train()
+
+
+def test_another_loss_does_not_read_the_padding_of_an_unpadded_model(tmp_path, documents):
+    trainer = packtrain.attach(make(tmp_path, documents, max_steps=2), layout="unpad")
+    trainer.train()  # control
+    trainer.compute_loss_func = loss_of_all
+    with pytest.raises(PacktrainError, match="compute_loss_func: has changed"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_a_copy_of_an_attached_trainer_does_not_train_on_the_progress_of_another(tmp_path, documents, copied):
+    before = losses(make(tmp_path, documents))
+    with pytest.raises(PacktrainError, match="is a copy of an attached trainer.*\n.*copy it, then attach"):
+        copied(packtrain.attach(make(tmp_path, documents))).train()
+    assert_same(losses(packtrain.attach(copied(make(tmp_path, documents)))), before)
 
 
 def test_a_seed_set_after_attaching_orders_examples_as_it_would_have(tmp_path, documents):
