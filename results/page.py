@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from packtrain.compare.statistics import Ratio
 from packtrain.training.summary import describe_machine, name_machine, package_versions
 
 RESULTS = Path(__file__).resolve().parent
@@ -42,6 +43,14 @@ def origin_lines(result: Mapping[str, Any], *packages: str) -> list[str]:
 def limits(text: str) -> list[str]:
     """The paragraph of a page about what its figures do not show."""
     return ["", *textwrap.wrap("**What this does not show.** " + text, width=118)]
+
+
+def percent(ratio: Ratio) -> str:
+    """Writes a ratio near 1 as a difference with its interval, bold where that excludes 0: `**+1.2% (+0.4 to +2.0)**`."""
+    text = f"{ratio.estimate - 1:+.1%}"
+    if ratio.low is not None and ratio.high is not None:
+        text += f" ({100 * (ratio.low - 1):+.1f} to {100 * (ratio.high - 1):+.1f})"
+    return f"**{text}**" if ratio.above_one or ratio.below_one else text
 
 
 def store(directory: Path, result: Mapping[str, Any], page: str, *, depth: int | None = None) -> None:

@@ -1,4 +1,4 @@
-"""The command line: `packtrain init | train | plan | show | audit | keys | compare | report | score | sample | evaluate`.
+"""The command line, one file per verb.
 
     packtrain train recipes/quickstart.yaml
     packtrain audit gpt_oss
@@ -15,6 +15,7 @@ Heavy libraries are imported by the verb that needs them, so that help and error
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import sys
 import warnings
@@ -38,6 +39,8 @@ from packtrain.cli.keys import keys
 from packtrain.cli.merge import merge
 from packtrain.cli.options import LAST, RANK
 from packtrain.cli.plan import plan
+from packtrain.cli.prepare import prepare
+from packtrain.cli.push import push
 from packtrain.cli.report import report
 from packtrain.cli.sample import sample
 from packtrain.cli.score import score
@@ -90,11 +93,14 @@ def _is_recipe(word: str) -> bool:
     return word.endswith((".yaml", ".yml")) or Path(word).is_file()
 
 
+EXIT_CODES = (
+    "Exit codes: 0 done, 1 an audit found a leak or a rank failed, 2 an error that the message says how to fix, "
+    "75 stopped with a checkpoint to resume from, 130 interrupted."
+)
 app = typer.Typer(
     cls=Verbs,
     no_args_is_help=True,
-    epilog="Exit codes: 0 done, 1 an audit found a leak or a rank failed, 2 an error that the message says how to fix, "
-    "75 stopped with a checkpoint to resume from, 130 interrupted.",
+    epilog=EXIT_CODES,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     help="Fine-tune LLMs with packing or padding: a step is a set of examples, and a strategy only lays them out.",
@@ -116,8 +122,24 @@ def _options(
     pass
 
 
-for verb in (init, train, plan, show, audit, keys, score, compare, report, generate, merge, sample, evaluate):
-    app.command()(verb)
+for verb in (
+    init,
+    train,
+    plan,
+    prepare,
+    show,
+    audit,
+    keys,
+    score,
+    compare,
+    report,
+    generate,
+    merge,
+    push,
+    sample,
+    evaluate,
+):
+    app.command(epilog=EXIT_CODES)(verb)
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -127,6 +149,9 @@ def main(args: Sequence[str] | None = None) -> None:
             "error: PYTHONOPTIMIZE=2 (-OO) removes docstrings, without which transformers can't be imported: unset it"
         )
         raise SystemExit(PacktrainError.exit_code)
+    for stream in (sys.stdout, sys.stderr):  # names and rows hold what a terminal's encoding has not
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     quiet_libraries()
     app(args=args, prog_name="packtrain")
 

@@ -23,7 +23,7 @@ def init(
         raise PacktrainError("exists already", key="NAME", value=str(target), fix="choose another name")
     text = (SHARE / "recipes" / "start.yaml").read_text(encoding="utf-8")
     try:
-        target.write_text(text.replace("{file}", str(target)), encoding="utf-8")
+        target.write_text(text.replace("{file}", str(target)), encoding="utf-8", errors="backslashreplace")
         target.with_name(SCHEMA_FILE).write_text(schema_text(), encoding="utf-8")
     except OSError as error:
         fix = "choose a writable directory"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from glob import escape, glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,9 +15,23 @@ if TYPE_CHECKING:
 RANK = int(os.environ.get("RANK", "0")) if os.environ.get("RANK", "0").isdecimal() else 0  # training says what is wrong
 LAST = "last"  # the value of a bare --resume
 
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """Returns the recipes that a shell may complete a word to: YAML files, and the names of those that are shipped."""
+    from packtrain.recipe.shipped import SHARE
+
+    files = glob(f"{escape(incomplete)}*.y*ml") + glob(f"{escape(incomplete)}*/")
+    shipped = sorted(file.stem for file in (SHARE / "recipes").glob("*.yaml"))
+    return [name for name in shipped if name.startswith(incomplete)] + sorted(files)
+
+
 RecipePath = Annotated[
     Path,
-    typer.Argument(metavar="RECIPE", help="YAML file, or the name of a recipe that comes with packtrain (quickstart)."),
+    typer.Argument(
+        metavar="RECIPE",
+        help="YAML file, or the name of a recipe that comes with packtrain (quickstart).",
+        autocompletion=complete_recipe,
+    ),
 ]
 Overrides = Annotated[
     list[str] | None,

@@ -1,4 +1,4 @@
-"""Standard output of a run that takes longer than whoever reads it."""
+"""What the command line prints: sizes, and the output of a run that takes longer than whoever reads it."""
 
 from __future__ import annotations
 
@@ -46,3 +46,15 @@ class LastingOutput(io.TextIOBase):
             with contextlib.suppress(OSError), open(os.devnull, "w") as nowhere:  # for what is left in its buffer, too
                 os.dup2(nowhere.fileno(), self._output.fileno())
             logger.warning("standard output is gone (%s); the run goes on without it", error.strerror)
+
+
+def size_of(count: int) -> str:
+    """Writes a number of bytes.
+
+    >>> size_of(900), size_of(123_456), size_of(5 * 2**30)
+    ('900 bytes', '120.6 KiB', '5.0 GiB')
+    """
+    if count < 1024:
+        return f"{count} bytes"
+    unit = min((count.bit_length() - 1) // 10, 4)
+    return f"{count / 1024**unit:,.1f} {'KMGT'[unit - 1]}iB"

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from packtrain.cli.options import Gpus, Overrides, load_checked
+from packtrain.cli.options import Gpus, Overrides, complete_recipe, load_checked
 from packtrain.errors import PacktrainError
 from packtrain.recipe.sections import MAX_TOKENS, STRATEGY
 
@@ -17,7 +17,9 @@ def plan(
     recipe: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[RECIPE]", help="YAML file, or the name of a shipped recipe; not needed with --lengths."
+            metavar="[RECIPE]",
+            help="YAML file, or the name of a shipped recipe; not needed with --lengths.",
+            autocompletion=complete_recipe,
         ),
     ] = None,
     overrides: Overrides = None,

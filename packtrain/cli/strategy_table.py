@@ -20,7 +20,7 @@ from packtrain.objectives.task import find_training_examples, load_task, plan_re
 from packtrain.packing.lengths import histogram, load_lengths
 from packtrain.packing.plan import Plan, make_plan
 from packtrain.packing.recommend import recommend as choose
-from packtrain.packing.report import SAMPLED_STEPS, PlanReport, describe
+from packtrain.packing.report import SAMPLED_STEPS, PhaseReport, PlanReport, describe, describe_phases
 from packtrain.packing.strategies import STRATEGIES, resolve_strategy
 from packtrain.recipe.recipe import Recipe
 
@@ -67,6 +67,8 @@ def show_plan(
             rows.append((name, error))
     lost = report.tokens_lost if report is not None else 0
     console.print(strategy_table(rows, own=own, world_size=world_size, data_lost=lost))
+    if phases := describe_phases(plans[own]):
+        console.print(phase_table(phases))
     if recommend:
         for line in choose(
             recipe.batching,
@@ -121,11 +123,14 @@ def _lengths(
 
 
 def _plan(recipe: Recipe, strategy: str, lengths: np.ndarray, world_size: int) -> Plan:
-    """Plans the recipe with another strategy; `tokens_per_step` and `shapes` are kept where they have a meaning."""
+    """Plans the recipe with another strategy; `tokens_per_step`, `shapes` and `schedule` are kept where they have a
+    meaning."""
     changed: dict[str, str | None] = {"strategy": strategy}
     rule = resolve_strategy(strategy)
     if strategy != recipe.batching.strategy and rule.scope == "step":
         changed["tokens_per_step"] = None
+    if strategy != recipe.batching.strategy and rule.scope == "epoch":
+        changed["schedule"] = None
     if strategy != recipe.batching.strategy and rule.layout != "flat":
         changed["shapes"] = None
     other = recipe.model_copy(update={"batching": recipe.batching.model_copy(update=changed)})
@@ -247,3 +252,33 @@ def strategy_table(
             None
         )
     return Group(Text(), table, Text("\n".join(["", *notes]), "dim"))
+
+
+# ----------------------------------------------------------------------------------------------------- the phases
+
+
+def phase_table(phases: list[PhaseReport]) -> RenderableType:
+    """Builds a table with a row per phase of the first epoch."""
+    table = Table(title="Phases of the first epoch", title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    table.show_edge, table.padding, table.pad_edge = False, (0, 0, 0, 2), False
+    for column in (
+        "until",
+        "longest\nexample",
+        "examples",
+        "examples\nper update",
+        "tokens per update\nmin    mean    max",
+    ):
+        table.add_column(column, justify="right", no_wrap=True, vertical="bottom")
+    table.add_column("updates", justify="right", no_wrap=True)
+    for phase in phases:
+        low, mean, high = phase.tokens_per_update
+        table.add_row(
+            f"{phase.until:.1%}",
+            f"{phase.longest:,}",
+            f"{phase.examples:,}",
+            f"{phase.examples_per_update:,}",
+            f"{low:,} {mean:7,.0f} {high:6,}",
+            f"{phase.updates:,}",
+        )
+    note = "every example of the epoch is seen once and whole; the last update of a phase may have fewer examples"
+    return Group(Text(), table, Text(f"\n{note}", "dim"))

@@ -96,6 +96,7 @@ class Variant:
             (self.of_step_scope and other.of_step_scope)
             and mine.data == theirs.data
             and mine.batching.examples_per_step == theirs.batching.examples_per_step
+            and mine.batching.schedule == theirs.batching.schedule
             and mine.training.get("data_seed") == theirs.training.get("data_seed")
         )
 
@@ -192,6 +193,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
             variants.append(Variant(name=name, trainer=trainer, recipe=recipe))
             _check_ranks(variants[-1], settings["ranks"], source)
             _check_objective(variants[-1], source)
+            _check_schedule(variants[-1], source)
     if source.problems:
         raise RecipeError(source.problems)
     return Experiment(
@@ -351,6 +353,17 @@ def _check_objective(variant: Variant, source: Source) -> None:
         what = f"is not what {variant.trainer} trains: the mean loss of the next token over supervised tokens"
         fix = "leave this variant out, or set `objective: {name: causal_lm, loss_weighting: token}` for all"
         problem = PacktrainError(what, where=f"variant {variant.name}", key=key, value=value, fix=fix)
+        source.problems.append(problem)
+
+
+def _check_schedule(variant: Variant, source: Source) -> None:
+    """Other trainers have as many examples in every update."""
+    if variant.trainer in TRAINERS and variant.recipe.batching.schedule is not None:
+        what, fix = (
+            f"is not known to {variant.trainer}",
+            "leave this variant out, or set `batching.schedule: null` for all",
+        )
+        problem = PacktrainError(what, where=f"variant {variant.name}", key="batching.schedule", fix=fix)
         source.problems.append(problem)
 
 

@@ -68,7 +68,7 @@ def render_markdown(comparison: Comparison) -> str:
     lines.append("| variant | " + " | ".join(heading for heading, _ in shown) + " |")
     lines.append("|---" * (len(shown) + 1) + "|")
     for row in comparison.rows:
-        lines.append(f"| {row.name} | " + " | ".join(_cells(row, shown)) + " |")
+        lines.append(f"| {row.name.replace('|', chr(92) + '|')} | " + " | ".join(_cells(row, shown)) + " |")
     return "\n".join([*lines, "", f"`{comparison.manifest['command']}`", ""])
 
 
@@ -77,7 +77,7 @@ def render_shown_csv(comparison: Comparison) -> str:
     shown, buffer = columns(comparison), io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["variant", *(heading for heading, _ in shown)])
-    writer.writerows([row.name, *_cells(row, shown)] for row in comparison.rows)
+    writer.writerows([_no_formula(row.name), *_cells(row, shown)] for row in comparison.rows)
     return buffer.getvalue()
 
 
@@ -97,7 +97,17 @@ def _in_latex(text: str) -> str:
     >>> print(_in_latex("pad_max 2% & more"))
     pad\\_max 2\\% \\& more
     """
-    return re.sub(r"([&%$#_{}])", r"\\\1", text)
+    words = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    return re.sub(r"[\\~^&%$#_{}]", lambda found: words.get(found[0], f"\\{found[0]}"), text)
+
+
+def _no_formula(text: str) -> str:
+    """Puts a quote before what a spreadsheet would compute.
+
+    >>> _no_formula("=cmd()"), _no_formula("balanced 8k")
+    ("'=cmd()", 'balanced 8k')
+    """
+    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
 
 
 def _cells(row: Row, shown: Sequence[Column]) -> list[str]:
@@ -121,11 +131,11 @@ def render_csv(comparison: Comparison) -> str:
 def _numbers(row: Row, phases: Sequence[str]) -> dict[str, Any]:
     low, mean, high = row.examples_per_update or (None, None, None)
     return {
-        "variant": row.name,
+        "variant": _no_formula(row.name),
         "trainer": row.trainer,
         "strategy": row.strategy,
         "keeps_updates": row.keeps_updates,
-        "failure": row.failure,
+        "failure": row.failure and _no_formula(row.failure),
         "rounds": row.rounds,
         "real_tokens_per_second": row.tokens_per_second,
         "supervised_tokens_per_second": row.supervised_per_second,

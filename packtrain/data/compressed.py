@@ -8,13 +8,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import lzma
 import os
 import tempfile
 from pathlib import Path
 from typing import IO
 
-from packtrain.data.store import SET_CACHE, cache_root, hash_of, stat_files
+from packtrain.data.store import SET_CACHE, cache_root, hash_files, hash_of
 from packtrain.errors import DataError
 
 CODECS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd", ".lz4": "lz4"}
@@ -45,17 +46,21 @@ def unpacked(path: Path, label: str) -> Path:
     if codec is None:
         return path
     root = cache_root() / "unpacked"
-    target = root / hash_of(stat_files([path]))
-    if target.exists():
-        return target
     aside = None
     try:
+        target = root / hash_of(codec, *hash_files([path]).values())
+        noted = target.with_suffix(".json")
+        if _is_whole(target, noted):
+            return target
         root.mkdir(parents=True, exist_ok=True)
         with _open(path, codec, label) as source, tempfile.NamedTemporaryFile(dir=root, delete=False) as file:
             aside = Path(file.name)
             while block := _read(source, path, label):
                 file.write(block)
+        (found,) = hash_files([aside]).values()
         os.replace(aside, target)  # whole, also where several ranks unpack at once
+        aside.write_text(json.dumps(found))
+        os.replace(aside, noted)
     except OSError as error:
         raise DataError(f"cannot unpack {label} into the cache: {error}", where=str(root), fix=SET_CACHE) from None
     finally:
@@ -65,12 +70,48 @@ def unpacked(path: Path, label: str) -> Path:
     return target
 
 
-def _open(path: Path, codec: str, label: str) -> IO[bytes]:
+def _is_whole(target: Path, noted: Path) -> bool:
+    """Returns whether a file in the cache is as it was unpacked: a drive, a crash or a hand may have changed it."""
+    try:
+        return json.loads(noted.read_text()) in hash_files([target]).values()
+    except (OSError, ValueError):
+        return False
+
+
+class _Streams:
+    """Reads the streams of a .xz file to its end. `lzma.open` leaves out, without a word, what comes after the first one
+    and can't be unpacked."""
+
+    def __init__(self, path: Path):
+        self._file, self._decoder = path.open("rb"), lzma.LZMADecompressor()
+
+    def __enter__(self) -> _Streams:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+    def read(self, size: int) -> bytes:
+        while True:
+            packed = b""
+            if self._decoder.eof:
+                packed = self._decoder.unused_data.lstrip(b"\0") or self._file.read(size).lstrip(b"\0")
+                if not packed and not self._file.peek(1):
+                    return b""
+                if packed:
+                    self._decoder = lzma.LZMADecompressor()
+            elif self._decoder.needs_input and not (packed := self._file.read(size)):
+                raise EOFError("it ends within a stream")
+            if not self._decoder.eof and (block := self._decoder.decompress(packed, size)):
+                return block
+
+
+def _open(path: Path, codec: str, label: str) -> IO[bytes] | _Streams:
     import pyarrow as pa
 
     try:
         if codec == "xz":  # which Arrow does not know
-            return lzma.open(path)
+            return _Streams(path)
         if not pa.Codec.is_available(codec):
             what, fix = f"the installed pyarrow was built without {codec}", "pip install --force-reinstall pyarrow"
             raise DataError(what, where=label, fix=fix)
@@ -79,7 +120,7 @@ def _open(path: Path, codec: str, label: str) -> IO[bytes]:
         raise _damaged(error, path, label) from None
 
 
-def _read(source: IO[bytes], path: Path, label: str) -> bytes:
+def _read(source: IO[bytes] | _Streams, path: Path, label: str) -> bytes:
     try:
         return source.read(_BLOCK)
     except (OSError, EOFError, lzma.LZMAError) as error:

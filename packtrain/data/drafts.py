@@ -30,6 +30,7 @@ class Draft:
     parts: dict[str, Draft] = field(default_factory=dict)  # answers to one prompt, tokenised one by one, then joined
     implicit: bool = False  # the prompt of the answers is what both begin with
     distinct: bool = False  # the answers must not be the same
+    turns: bool = False  # the answers have a prompt each, what was said before
 
 
 def check(draft: Draft) -> None:
@@ -45,7 +46,7 @@ def check(draft: Draft) -> None:
 
 
 def join_parts(draft: Draft) -> None:
-    """Makes one draft of the documents of its parts, which have the same prompt, or a bad row of what has none."""
+    """Makes one draft of the documents of its parts, or a bad row; all have the same prompt, if they aren't `turns`."""
     names, parts = [*draft.parts], [*draft.parts.values()]
     for name, part in draft.parts.items():
         if part.problem is not None:
@@ -56,13 +57,13 @@ def join_parts(draft: Draft) -> None:
     starts = [int((part.labels != IGNORED).argmax()) for part in parts]
     first, start = parts[0], starts[0]
     for name, part, own in zip(names, parts, starts, strict=True):
-        if not _shared_tokens(first.ids, part.ids):
+        if not draft.turns and not _shared_tokens(first.ids, part.ids):
             draft.problem = (
                 f"'{names[0]}' and '{name}' begin with different tokens, so there is no prompt that both answer"
             )
-        elif own != start or not np.array_equal(first.ids[:start], part.ids[:start]):
+        elif not draft.turns and (own != start or not np.array_equal(first.ids[:start], part.ids[:start])):
             draft.problem = f"the prompt of '{names[0]}' and that of '{name}' are not the same tokens"
-        elif (part.labels[start:] == IGNORED).any():
+        elif (part.labels[own:] == IGNORED).any():
             draft.problem = f"'{name}': a token within the answer is not supervised"
         elif draft.distinct and part is not first and np.array_equal(first.ids, part.ids):
             draft.problem = f"'{names[0]}' and '{name}' are the same tokens, so neither is preferred"
@@ -72,7 +73,7 @@ def join_parts(draft: Draft) -> None:
     draft.labels = np.concatenate([part.labels for part in parts])
     for part in parts:
         draft.flags |= part.flags
-    draft.remarks = list(dict.fromkeys(remark for part in parts for remark in part.remarks))
+    draft.remarks = list(dict.fromkeys([*draft.remarks, *(remark for part in parts for remark in part.remarks)]))
 
 
 def _shared_tokens(one: np.ndarray, other: np.ndarray) -> int:

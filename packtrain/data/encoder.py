@@ -23,6 +23,8 @@ document does.
     preference           <s> What? | Four. </s> <s> What? | Five. </s>
     learnt                0   0       1    1     0   0       1    1
 
+So do the turns of a conversation of which every one is an answer, each with all that was said before it.
+
 Assistant turns and turns with a switch are located in the text (see `packtrain.data.chat_template`), and a token is learnt
 if any of its characters is. The mask goes by position, never by token id, so a pad token that is also the eos hides
 nothing.
@@ -38,9 +40,9 @@ import numpy as np
 
 from packtrain.data.chat_template import ChatTemplate, Rendered, describe_lost
 from packtrain.data.drafts import Draft, check, join_parts
-from packtrain.data.formats import FORMATS, IGNORED, Reading, Row, read_row
+from packtrain.data.formats import FORMATS, IGNORED, Kind, Reading, Row, read_row
 from packtrain.data.limits import Endless, Limits
-from packtrain.data.messages import SWITCHES, Chat
+from packtrain.data.messages import SWITCHES, Chat, turns_of
 from packtrain.data.offsets import OffsetTokenizer, Span, factors_of, intersect, outside
 from packtrain.data.report import BadRow
 from packtrain.data.room import check_room
@@ -75,6 +77,7 @@ class Encoder:
         assistant_only: learn from assistant turns only; of completions, where both are set.
         on_lost_content: what becomes of a conversation of which the chat template leaves something out: "error" or "warn".
         reading: how rows are read.
+        kind: what a row is, one of the format's kinds; None is its first.
 
     Raises:
         DataError: the options don't go with the format or the tokenizer.
@@ -89,8 +92,9 @@ class Encoder:
         assistant_only: bool = False,
         on_lost_content: str = "error",
         reading: Reading | None = None,
+        kind: Kind | None = None,
     ):
-        self.tokenizer, self.format = tokenizer, format
+        self.tokenizer, self.format, self.kind = tokenizer, format, kind or FORMATS[format].kinds[0]
         self.reading = reading or Reading(has_template=bool(tokenizer.chat_template))
         self.template, self.offsets = ChatTemplate(tokenizer), OffsetTokenizer(tokenizer)
         self.assistant_only, self.on_lost_content = assistant_only, on_lost_content
@@ -140,7 +144,7 @@ class Encoder:
         if self.completion_only and FORMATS[self.format].completion_only is None:
             what = f"needs rows with completions, and rows of format `{self.format}` have none"
             raise DataError(what, key="data.completion_only_loss", value=True, fix="leave it out")
-        if FORMATS[self.format].kind in ("pair", "answers") and (self.assistant_only or not self.completion_only):
+        if self.kind in ("pair", "answers") and (self.assistant_only or not self.completion_only):
             key, fix = "assistant_only_loss" if self.assistant_only else "completion_only_loss", "leave it out"
             what = f"has no effect on rows of format `{self.format}`, of which whole answers are learnt from"
             raise DataError(what, key=f"data.{key}", value=self.assistant_only, fix=fix)
@@ -159,6 +163,11 @@ class Encoder:
             match read_row(row, self.format, self.reading):
                 case Text() as sample:
                     draft = self._draft_text(sample)
+                case Chat() as sample if self.kind == "answers":
+                    turns = turns_of(sample)
+                    left_out = len([*turns.values()][-1].messages) < len(sample.messages)
+                    remarks = ["the messages behind the last answer are left out"] if left_out else []
+                    draft = Draft(parts=limits.call(self._draft_answers, turns), turns=True, remarks=remarks)
                 case Chat() as sample:
                     draft = limits.call(self._draft_chat, sample)
                 case Ids() as sample:

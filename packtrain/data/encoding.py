@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from packtrain.data.formats import FORMATS, Kind, Reading, find_format, rename_c
 from packtrain.data.report import ALL_TURNS
 from packtrain.data.sources import Rows
 from packtrain.data.tokens import Documents, ListColumn, hash_table
+from packtrain.errors import DataError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -58,6 +60,7 @@ def tokenize(
         assistant_only=assistant_only_loss,
         on_lost_content=on_lost_content,
         reading=reading,
+        kind=kind,
     )
     fingerprint = store.hash_of(
         store.STORE_VERSION,
@@ -69,6 +72,7 @@ def tokenize(
         on_lost_content,
         reading.columns,
         reading.roles,
+        kind,
     )
     found = store.find_store(fingerprint, cache_dir)
     if found is not None:
@@ -78,6 +82,11 @@ def tokenize(
         if found is not None:
             return found
         table = _map(rows, encoder, directory, num_proc)
+        if (
+            changed := rows.changed()
+        ) is not None:  # else other rows would be stored as those of the file that was opened
+            what, fix = "changed while its rows were tokenised", "start again when nothing writes to it any more"
+            raise DataError(what, where=changed, key="data.path", fix=fix)
         np.save(directory / "lengths.npy", ListColumn("input_ids", table["input_ids"]).lengths())
         np.save(directory / "supervised.npy", table["supervised"].to_numpy())
         bad = np.flatnonzero(table["problem"].is_valid().to_numpy()).tolist()
@@ -94,7 +103,7 @@ def tokenize(
                 *_remarks_of(table["remarks"], rows),
             ],
         }
-        return store.publish(directory, facts, cache_dir)
+        return replace(store.publish(directory, facts, cache_dir), found=False)
 
 
 def encode_batch(batch: dict[str, list[int]], *, rows: Rows, encoder: Encoder) -> pa.Table:
@@ -110,19 +119,25 @@ def _map(rows: Rows, encoder: Encoder, directory: Path, num_proc: int | None) ->
 
     schema = encoder([]).schema
     processes = min(num_proc or 1, -(-len(rows) // _BATCH))
-    mapped = datasets.Dataset.from_dict({"row": np.arange(len(rows))}).map(
-        encode_batch,
-        batched=True,
-        batch_size=_BATCH,
-        fn_kwargs={"rows": rows, "encoder": encoder},
-        remove_columns=["row"],
-        features=datasets.Features.from_arrow_schema(schema),
-        num_proc=processes if processes > 1 else None,
-        cache_file_name=str(directory / "tokens.arrow"),
-        load_from_cache_file=False,
-        new_fingerprint=directory.name.strip("."),  # that of `datasets` would hash all rows and the tokenizer
-        desc="Tokenizing",
-    )
+    try:
+        mapped = datasets.Dataset.from_dict({"row": np.arange(len(rows))}).map(
+            encode_batch,
+            batched=True,
+            batch_size=_BATCH,
+            fn_kwargs={"rows": rows, "encoder": encoder},
+            remove_columns=["row"],
+            features=datasets.Features.from_arrow_schema(schema),
+            num_proc=processes if processes > 1 else None,
+            cache_file_name=str(directory / "tokens.arrow"),
+            load_from_cache_file=False,
+            new_fingerprint=directory.name.strip("."),  # that of `datasets` would hash all rows and the tokenizer
+            desc="Tokenizing",
+        )
+    except RuntimeError as error:
+        if processes == 1 or "abruptly died" not in str(error):
+            raise
+        what = f"one of {processes} processes that tokenise was killed, as the system does when memory runs out"
+        raise DataError(what, key="data.num_proc", value=num_proc, fix="lower it, or free memory") from error
     files = [file["filename"] for file in mapped.cache_files]
     return pa.concat_tables(pa.ipc.open_stream(pa.memory_map(file)).read_all() for file in files)
 

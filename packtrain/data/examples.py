@@ -149,6 +149,11 @@ class Examples:
         """Returns what a plan in that layout counts as the tokens of each example: `lengths`, in any."""
         return self.lengths
 
+    @property
+    def documents(self) -> Sequence[Documents]:
+        """The tokenised rows that the examples are chosen from, those of each source apart."""
+        return self._documents.parts or (self._documents,)
+
     @functools.cached_property
     def rows(self) -> np.ndarray:
         """int64 `[n]`, the source row of each example; made when it is first asked for."""

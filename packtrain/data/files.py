@@ -255,13 +255,19 @@ def _split_of(label: str) -> str:
 
 
 def _check_kinds(place: Place) -> None:
-    """Raises DataError for files of several kinds, and for the same file plain and compressed."""
+    """Raises DataError for files of several kinds, and for the same file twice: by a link, or plain and compressed."""
     kinds = sorted({kind_of(path) for path in place.files})
     if len(kinds) > 1:
         fix = f"name one kind of file by a pattern, for example {place.path.rstrip('/')}/*{kinds[0]}"
         raise DataError(f"contains several kinds of files: {', '.join(kinds)}", where=place.path, fix=fix)
     plain: dict[Path, str] = {}
+    found: dict[tuple[int, int], str] = {}
     for path, label in zip(place.files, place.labels, strict=True):
+        status = path.stat()
+        other = found.setdefault((status.st_dev, status.st_ino), label)
+        if other != label and status.st_ino:  # a file system without such numbers gives 0
+            fix = "remove the link, or name the files to read in a list"
+            raise DataError(f"contains the same file twice, by a link: {other} and {label}", where=place.path, fix=fix)
         bare = path.with_suffix("") if path.suffix.lower() in CODECS else path
         if bare in plain:
             fix = "remove one of them, or name the files to read in a list"

@@ -15,7 +15,8 @@
 
 Conversations also read `system`, `tools` (or `functions`) and `chat_template_kwargs`; Alpaca's also `history`. A format is
 found by its columns, the first of this table that fits, or named by the user, among those of the kind that the objective
-learns from (`KINDS`). Parsers check types and raise `BadRow` with the reason; they know nothing of tokens.
+learns from (`KINDS`). Where it learns from answers, a conversation of `messages` or `sharegpt` is as many as the assistant
+has turns (`messages.turns_of`). Parsers check types and raise `BadRow` with the reason; they know nothing of tokens.
 """
 
 from __future__ import annotations
@@ -101,18 +102,18 @@ class Format:
         optional: what is read where it is there.
         completion_only: whether only completions are learnt unless the user says otherwise; None where a row has no
             completion to single out.
-        kind: what a row is to an objective.
+        kinds: what a row is to an objective, one of these.
     """
 
     columns: tuple[str, ...]
     parse: Callable[[Row, Reading], Sample]
     completion_only: bool | None
     optional: tuple[str, ...] = ()
-    kind: Kind = "example"
+    kinds: tuple[Kind, ...] = ("example",)
 
 
 def read_row(row: Row, format: str, reading: Reading) -> Sample:
-    """Reads a row of a format.
+    """Reads a row of a format; a conversation as a whole, whatever learns from it.
 
     Raises:
         BadRow: with the reason.
@@ -154,14 +155,14 @@ def find_format(columns: Sequence[str], name: str = "auto", *, kind: Kind = "exa
     Raises:
         DataError: unknown name, missing columns, or columns that fit no format.
     """
-    usable = {key: fmt for key, fmt in FORMATS.items() if fmt.kind == kind}
+    usable = {key: fmt for key, fmt in FORMATS.items() if kind in fmt.kinds}
     known = "; ".join(f"{key} ({', '.join(fmt.columns)})" for key, fmt in usable.items())
     if name != "auto" and name not in FORMATS:
         near = did_you_mean(name, FORMATS)
         fix = f"did you mean `{near}`?" if near else f"formats and the columns they need: {known}"
         raise DataError("is not a row format", key="data.format", value=name, fix=fix)
     if name != "auto" and name not in usable:
-        rows, objectives = KINDS[FORMATS[name].kind]
+        rows, objectives = KINDS[FORMATS[name].kinds[0]]
         what = f"has rows that are {rows}, which the objective does not learn from"
         fix = f"choose an objective that learns from {rows} ({objectives}), or another format: {known}"
         raise DataError(what, key="data.format", value=name, fix=fix)
@@ -175,16 +176,16 @@ def find_format(columns: Sequence[str], name: str = "auto", *, kind: Kind = "exa
         return name, []
     if not fitting:
         mapping = ", ".join(f"{column}: theirs" for column in _MAPPED[kind])
-        others = [key for key, fmt in FORMATS.items() if fmt.kind != kind and set(fmt.columns) <= set(columns)]
+        others = [key for key, fmt in FORMATS.items() if kind not in fmt.kinds and set(fmt.columns) <= set(columns)]
         if others:
-            rows, objectives = KINDS[FORMATS[others[0]].kind]
+            rows, objectives = KINDS[FORMATS[others[0]].kinds[0]]
             what = f"the rows (format `{others[0]}`) are {rows}, and the objective learns from {KINDS[kind].rows}"
             fix = f"choose an objective for {rows} ({objectives}), or map columns with `data.columns: {{{mapping}}}`"
             fix += f"; formats: {known}"
             raise DataError(what, key="objective.name", fix=fix)
         fix = f"map them with `data.columns: {{{mapping}}}`, or rename them; formats: {known}"
         raise DataError(f"no format fits the columns {', '.join(columns) or '(none)'}", key="data.format", fix=fix)
-    return fitting[0], fitting[1:] if kind == "example" else []  # a prompt that has a column is no part of the answers
+    return fitting[0], fitting[1:] if kind != "pair" else []  # a prompt that has a column is no part of the answers
 
 
 def _parse_text(row: Row, reading: Reading) -> Text:
@@ -363,7 +364,13 @@ FORMATS: dict[str, Format] = {
         completion_only=None,
         optional=("labels", *MASKS, "attention_mask"),
     ),
-    "messages": Format(columns=("messages",), parse=_parse_messages, completion_only=False, optional=OF_CONVERSATIONS),
+    "messages": Format(
+        columns=("messages",),
+        parse=_parse_messages,
+        completion_only=False,
+        optional=OF_CONVERSATIONS,
+        kinds=("example", "answers"),
+    ),
     "prompt_completion": Format(
         columns=("prompt", "completion"),
         parse=_parse_prompt_completion,
@@ -371,7 +378,11 @@ FORMATS: dict[str, Format] = {
         optional=OF_CONVERSATIONS,
     ),
     "sharegpt": Format(
-        columns=("conversations",), parse=_parse_sharegpt, completion_only=False, optional=OF_CONVERSATIONS
+        columns=("conversations",),
+        parse=_parse_sharegpt,
+        completion_only=False,
+        optional=OF_CONVERSATIONS,
+        kinds=("example", "answers"),
     ),
     "alpaca": Format(
         columns=("instruction", "output"),
@@ -388,23 +399,23 @@ FORMATS: dict[str, Format] = {
         parse=_parse_preference,
         completion_only=True,
         optional=OF_CONVERSATIONS,
-        kind="pair",
+        kinds=("pair",),
     ),
     "preference_implicit": Format(
         columns=("chosen", "rejected"),
         parse=_parse_implicit,
         completion_only=True,
         optional=OF_CONVERSATIONS,
-        kind="pair",
+        kinds=("pair",),
     ),
     "prompt_completions": Format(
         columns=("prompt", "completions"),
         parse=_parse_prompt_completions,
         completion_only=True,
         optional=OF_CONVERSATIONS,
-        kind="answers",
+        kinds=("answers",),
     ),
-    "tokens": Format(columns=("tokens",), parse=_parse_tokens, completion_only=None, kind="words"),
+    "tokens": Format(columns=("tokens",), parse=_parse_tokens, completion_only=None, kinds=("words",)),
 }
 # Columns by which an error shows how others are mapped to them.
 _MAPPED: dict[Kind, tuple[str, ...]] = {

@@ -85,4 +85,5 @@ def join_documents(parts: Sequence[Documents]) -> Documents:
         supervised=np.concatenate([part.supervised for part in parts]),
         contents=hash_of([part.contents for part in parts]),
         reopen=partial(join_documents, list(parts)),
+        parts=tuple(parts),
     )

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from packtrain.data.report import BadRow
@@ -44,6 +44,7 @@ _KNOWN_AS = {role: role for role in ROLES} | {
 _CALLS = ("function_call", "tool_call")  # roles whose content is a tool call in JSON
 SWITCHES = ("weight", "train", "training", "loss", "learn")
 REASONING = ("reasoning_content", "reasoning", "thinking")  # transformers' names, any of which a template may read
+_SMALLEST, _LARGEST = 2.0**-126, 2.0**127  # factors are kept in 32 bits
 _LIKE_SWITCHES = ("weight", "train", "learn", "loss", "mask")  # in the names of keys
 _READ = {"from", "value", "function_call", *SWITCHES}  # keys that no template sees
 
@@ -119,6 +120,31 @@ def make_chat(
         names=[message.where for message in messages],
         unknown=tuple(sorted({key for message in messages for key in message.unknown})),
     )
+
+
+def turns_of(chat: Chat) -> dict[str, Chat]:
+    """Splits a conversation into the assistant's answers, by their names, each with all messages before it as its prompt.
+
+    A turn with the weight 0 is not an answer, only part of the prompts of later ones.
+
+    Raises:
+        BadRow: no message is an answer, one has no message before it, or a switch says what can't be done.
+    """
+    found = {}
+    for number, (message, name) in enumerate(zip(chat.messages, chat.names, strict=True)):
+        switch, answers = chat.switches.get(number), message["role"] == "assistant"
+        if switch not in (None, 0, 1):
+            raise BadRow(f"{name} has the weight {switch:g}, and an answer is learnt whole or not at all (1 or 0)")
+        if switch and not answers:
+            raise BadRow(f"{name} has a switch that is on, and only what the assistant answers is learnt")
+        if not answers or switch == 0:
+            continue
+        if number == 0:
+            raise BadRow(f'{name} has no message before it that it answers (give it "weight": 0, or leave it out)')
+        found[name] = replace(chat, messages=chat.messages[: number + 1], prompt_messages=number, switches={})
+    if not found:
+        raise BadRow("none of its messages is an answer of the assistant that is learnt")
+    return found
 
 
 def make_message(role: str, content: str, where: str) -> Message:
@@ -217,6 +243,8 @@ def _read_switch(value: Any, what: str, key: str) -> float:
     """Reads a switch: true, false, 0 or 1; a `weight` may be any factor from 0 on."""
     if not isinstance(value, bool | int | float) or not math.isfinite(value) or value < 0:
         raise BadRow(f"{what} is {shorten(value, 40)}, which is not true, false or a number from 0 on")
+    if value and not _SMALLEST <= value <= _LARGEST:
+        raise BadRow(f"{what} is {shorten(value, 40)}, which 32 bits can't hold: choose a factor near 1")
     if key != "weight" and value not in (0, 1):
         raise BadRow(f"{what} is {shorten(value, 40)}, and must be true or false (a factor of the loss is a 'weight')")
     return float(value)

@@ -12,6 +12,7 @@ row and a number in the next, only the odd row is bad, and it is named by its li
 
 from __future__ import annotations
 
+import codecs
 import csv
 import functools
 import hashlib
@@ -101,6 +102,7 @@ def open_jsonl(path: Path, label: str) -> TextReader:
     Raises:
         DataError: the file is JSON, but not by lines.
     """
+    _refuse_wide(path, label)
     spans, fingerprint = _scan_lines(path)
     blank = _is_blank(path, spans)
     rows = np.flatnonzero(~blank)
@@ -109,6 +111,14 @@ def open_jsonl(path: Path, label: str) -> TextReader:
     if count := int(blank.sum()):
         reader.notes = (f"{label}: skipped {count:,} empty line{'s' if count > 1 else ''}",)
     return reader
+
+
+def _refuse_wide(path: Path, label: str) -> None:
+    """Refuses a file that begins as UTF-16 and UTF-32 do, of which every byte would be read wrongly."""
+    with path.open("rb") as file:
+        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            what, fix = "is text in UTF-16 or UTF-32, and must be UTF-8", "convert it: `iconv -f UTF-16 -t UTF-8 FILE`"
+            raise DataError(what, where=label, key="data.path", fix=fix)
 
 
 def _refuse_one_document(path: Path, label: str, spans: np.ndarray) -> None:
@@ -156,6 +166,7 @@ def open_csv(path: Path, label: str, delimiter: str = ",") -> TextReader:
     Raises:
         DataError: no usable header, or quoting so broken that records cannot be told apart.
     """
+    _refuse_wide(path, label)
     csv.field_size_limit(_CSV_FIELD_LIMIT)
     line_spans, fingerprint = _scan_lines(path)
     records = []  # (first line, end line) of every record, from 0
@@ -229,7 +240,10 @@ def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _parse_csv(block: bytes, *, header: list[str], delimiter: str) -> Row:
     csv.field_size_limit(_CSV_FIELD_LIMIT)
-    fields = next(csv.reader([_decode(block)], delimiter=delimiter, strict=True))
+    try:
+        fields = next(csv.reader([_decode(block)], delimiter=delimiter, strict=True), [])
+    except csv.Error as error:  # a file that has changed since its records were found
+        raise BadRow(f"invalid CSV record: {error}") from None
     if len(fields) != len(header):
         raise BadRow(f"has {len(fields)} fields, and the header names {len(header)}")
     return dict(zip(header, fields, strict=True))
@@ -337,6 +351,10 @@ class ParquetReader:
             metadata = pq.read_metadata(path)
         except pa.ArrowException as error:
             raise DataError(f"is not a readable Parquet file: {_first_line(error)}", where=label) from None
+        names = metadata.schema.to_arrow_schema().names
+        if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+            fix = "give every column its own name"
+            raise DataError("contains several columns of one name", where=label, key="data.path", value=twice, fix=fix)
         groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
         self.path, self.label, self.fingerprint = path, label, _hash_file(path)
         self._bounds = np.cumsum([0, *groups])  # [groups + 1]
@@ -408,6 +426,12 @@ def _without_nulls(value: object) -> object:
     if isinstance(value, dict):
         return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
+def has_changed(reader: Reader) -> bool:
+    """Returns whether the file behind a reader has other contents than when it was opened; False where there is none."""
+    path = getattr(reader, "path", None)
+    return path is not None and _hash_file(path) != reader.fingerprint
 
 
 def _hash_file(path: Path) -> str:

@@ -19,7 +19,7 @@ from packtrain.data.compressed import kind_of, unpacked
 from packtrain.data.files import Place, find_places, is_local, is_pattern, no_split
 from packtrain.data.formats import Kind, Reading, find_format, read_row, rename_columns
 from packtrain.data.messages import Chat
-from packtrain.data.readers import OPENERS, Reader, Row, TableReader
+from packtrain.data.readers import OPENERS, Reader, Row, TableReader, has_changed
 from packtrain.data.report import BadRow
 from packtrain.data.samples import Answers, Ids, Pair, Text, Words
 from packtrain.data.store import hash_of, stat_files
@@ -27,6 +27,7 @@ from packtrain.errors import DataError
 
 _LOOKED_AT = 100  # rows whose keys are the columns
 _AT_ONCE = 1000  # rows read at once while iterating
+CORPUS_ROWS = 20_000  # a tokenizer is trained at every start, and more rows change its vocabulary little
 
 
 class Rows:
@@ -91,6 +92,10 @@ class Rows:
     def fingerprint(self) -> str:
         """A hash of the contents: the same for a file moved elsewhere, another for a file changed."""
         return hash_of(self._count, [reader.fingerprint for reader in self._readers])
+
+    def changed(self) -> str | None:
+        """Names a file whose contents are no longer those that were opened; None where all are."""
+        return next((reader.label for reader in self._readers if has_changed(reader)), None)
 
     def __len__(self) -> int:
         return self._count
@@ -222,14 +227,16 @@ def _open(place: Place, name: str | None, split: str, num_rows: int | None, seed
 
 
 def texts(rows: Rows, format: str = "auto", reading: Reading | None = None, *, kind: Kind = "example") -> Iterator[str]:
-    """Yields the text of every good row, piece by piece, to train a tokenizer on; `kind` as `find_format` has it.
+    """Yields the text of the good ones among the first `CORPUS_ROWS` rows, piece by piece, to train a tokenizer on.
+
+    `kind` is as `find_format` has it.
 
     Raises:
         DataError: the rows are tokenised already, or of no known format.
     """
     reading = reading or Reading()
     format, _ = find_format(rename_columns(rows.columns, reading.columns), format, kind=kind)
-    for start in range(0, len(rows), _AT_ONCE):
+    for start in range(0, min(len(rows), CORPUS_ROWS), _AT_ONCE):
         for row in rows.read(start, start + _AT_ONCE):
             if isinstance(row, BadRow):
                 continue

@@ -142,7 +142,7 @@ def read_store(directory: Path, *, verify: bool = True) -> Documents | None:
     try:
         facts = json.loads((directory / "store.json").read_text())
         files = facts.pop("files")
-        if verify and files != _hashes(directory / name for name in files):
+        if verify and files != hash_files(directory / name for name in files):
             return None
         return Documents(
             **facts,
@@ -163,7 +163,7 @@ def _reopen(directory: Path) -> Documents:
     return documents
 
 
-def _hashes(paths: Iterable[Path]) -> dict[str, list[int | str]]:
+def hash_files(paths: Iterable[Path]) -> dict[str, list[int | str]]:
     """Returns name -> [size in bytes, XXH3 of the contents], several files at a time."""
 
     def hashed(path: Path) -> tuple[str, list[int | str]]:
@@ -234,7 +234,7 @@ def publish(directory: Path, facts: dict[str, object], cache_dir: str | Path | N
         directory: holds `tokens*.arrow`, `lengths.npy`, `supervised.npy`.
         facts: `fingerprint`, `format`, `problems`, `notes` of the documents.
     """
-    files = _hashes(path for path in sorted(directory.iterdir()) if path.is_file())
+    files = hash_files(path for path in sorted(directory.iterdir()) if path.is_file())
     (directory / "store.json").write_text(json.dumps(facts | {"files": files}))
     for path in (*directory.iterdir(), directory):  # before it gets its name, also on a machine that loses power
         path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())  # `mkdtemp` makes what one user alone can read

@@ -234,6 +234,8 @@ class Documents:
         notes: statements for the report.
         directory, reopen: where they are stored, and what unpickling calls instead of copying arrays; None for
             those of a dataset.
+        parts: of each source, where they are those of several.
+        found: whether they were tokenised before, rather than just now.
     """
 
     fingerprint: str
@@ -246,9 +248,16 @@ class Documents:
     notes: Sequence[str] = ()
     directory: Path | None = None
     reopen: Callable[[], Documents] | None = None
+    parts: Sequence[Documents] = ()
+    found: bool = True
 
     def __reduce_ex__(self, protocol):
         return super().__reduce_ex__(protocol) if self.reopen is None else (self.reopen, ())
+
+    @property
+    def bytes_stored(self) -> int:
+        """Bytes of their files; 0 where they are not stored."""
+        return sum(path.stat().st_size for path in self.directory.iterdir()) if self.directory is not None else 0
 
 
 def hash_table(table: pa.Table) -> str:

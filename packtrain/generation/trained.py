@@ -65,7 +65,7 @@ def load_trained(
     Raises:
         ModelError: there is no model, it can't be loaded, or the adapter's base is not to be found.
     """
-    recipe, directory = _find(target)
+    recipe, directory = find_model(target)
     if recipe is not None and not recipe.objective.predicts_next:
         fix = (
             "`packtrain sample` and `packtrain evaluate` are for masked-diffusion models"
@@ -102,8 +102,12 @@ def is_chat(tokenizer: PreTrainedTokenizerBase, rows: str | None) -> bool:
     return bool(tokenizer.chat_template) and rows not in _PLAIN
 
 
-def _find(target: str | Path) -> tuple[Recipe | None, Path | None]:
-    """Returns the recipe of a run, and the folder of its model; (None, None) for a name on the Hub."""
+def find_model(target: str | Path) -> tuple[Recipe | None, Path | None]:
+    """Returns the recipe of a run, and the folder of its model; (None, None) for a name on the Hub.
+
+    Raises:
+        ModelError: there is no such folder, or a run without a model.
+    """
     folder = Path(target)
     if not folder.is_dir():
         if folder.exists() or str(target).startswith(("/", ".", "~")):
@@ -119,6 +123,9 @@ def _find(target: str | Path) -> tuple[Recipe | None, Path | None]:
             raise ModelError("holds a run without a model yet", key="RUN_OR_MODEL", value=str(target), fix=fix)
     elif not folder.name.startswith(("model", "checkpoint-")):
         recipe = None  # a folder that happens to lie next to a recipe
+    if not any((folder / name).is_file() for name in ("config.json", _ADAPTER)):
+        fix = "train first, or name the output_dir of a run or the folder of a model"
+        raise ModelError("holds neither a run nor a model", key="RUN_OR_MODEL", value=str(target), fix=fix)
     return recipe, folder
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -288,6 +289,20 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     for parameter in model.parameters():
         counts[parameter.requires_grad] += getattr(parameter, "ds_numel", parameter.numel())
     return counts[True], counts[False]
+
+
+def weights_not_finite(model: nn.Module) -> list[str]:
+    """Names the parameters and buffers that hold NaN or infinity, as far as this rank has them."""
+    named = (*model.named_parameters(), *model.named_buffers())
+    here = ((name, value.to_local() if isinstance(value, DTensor) else value) for name, value in named)
+    floats = ((name, value) for name, value in here if value.is_floating_point() and not value.is_meta)
+    return [name for name, value in floats if not value.isfinite().all()]
+
+
+def of_weights(names: list[str]) -> str:
+    """Says in a message which weights are not finite; nothing where all are."""
+    others = f" and {len(names) - 1} other weights" if len(names) > 1 else ""
+    return f", as its weights hold NaN or infinity: {names[0]}{others}" if names else ""
 
 
 COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")

@@ -1,4 +1,4 @@
-"""What objectives for answers to one prompt have in common: their rules, and the shared prompt. Imports no torch."""
+"""What objectives that learn from answers have in common: their rules, and the shared prefix. Imports no torch."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ def _prefix_is_shared(settings: Settings, strategy: Strategy) -> Verdicts:
 
 
 class AnswersObjective(Objective):
-    """Learns from answers to one prompt: as many documents to an example."""
+    """Learns from the answers of a row: as many documents to an example."""
 
     completions_only: ClassVar[bool] = True
     keeps_examples: ClassVar[bool] = False
     rules = (keeps_documents_whole, _documents_are_whole, _answers_are_whole, _prefix_is_shared)
 
     shared_prefix: Flag = False
-    """Computes a prompt once, for all its answers; the same losses. For flat strategies."""
+    """Computes once what the prompts of a row's answers share; the same losses. For flat strategies."""
 
 
 class PairObjective(AnswersObjective):

@@ -1,4 +1,4 @@
-"""Several answers to one prompt: examples of as many documents that are planned, balanced, weighted and resumed as one.
+"""Several answers: examples of as many documents that are planned, balanced, weighted and resumed as one.
 
     row         {"prompt": "2+2?", "completions": ["4", "four", "It is 4."]}
     example     [2+2? 4 </s>] [2+2? four </s>] [2+2? It is 4. </s>]      documents, of which the answers are supervised
@@ -7,8 +7,14 @@
     padded      a row for each, as wide as the longest document of the micro-batch
     shared      2+2? 4 </s> four </s> It is 4. </s> ...         the prompt once; see `modeling.attention.prefixes`
 
+A document may go on where the one before it does, as the turns of a conversation do. So what it shares is counted in tokens:
+those that both begin with, as far as its prompt goes.
+
+    example     [2+2? 4 </s>] [2+2? 4 </s> sure? yes </s>]
+    shared      2+2? 4 </s> sure? yes </s>
+
 What a plan counts as the tokens of an example is what its documents take in the layout: all of them in a flat row, the
-longest one as often as there are documents in padded rows, the prompt once where it is shared.
+longest one as often as there are documents in padded rows, what is shared once where it is laid out once.
 
 Batches have the keys of `packtrain.packing.collator`, with an entry of `example_ids` for every document, and `predictors`
 int64 `[N]`, the flat position whose logits predict each supervised token.
@@ -37,49 +43,46 @@ _AT_ONCE = 4096  # examples whose masks are read at once
 
 
 class GroupExamples(DerivedExamples):
-    """Answers to one prompt as a plan and a collator see them.
+    """Answers with their prompts as a plan and a collator see them.
 
     Args:
-        examples: documents end to end, each the same prompt and a supervised answer.
+        examples: documents end to end, each a prompt and a supervised answer.
         layout: "flat" or "padded".
-        shared: the prompt is laid out once.
+        shared: what a document shares with the one before it is laid out once.
 
     Attributes:
         sizes: int64 `[n]`, documents of each example.
-        prompt: int64 `[n]`, tokens of the prompt.
-        answers: int64 `[sum of sizes]`, tokens of every answer.
-        longest_answer: int64 `[n]`.
+        documents: int64 `[D]`, tokens of every document, D of all examples.
+        answers: int64 `[D]`, tokens of its answer.
+        prefixes: int64 `[D]`, tokens of its prompt that the document before it begins with; 0 for an example's first.
     """
 
     def __init__(self, examples: Examples, *, layout: Literal["flat", "padded"] = "flat", shared: bool = False):
         self.examples, self.layout, self.shared = examples, layout, shared
         self.supervised = examples.supervised
-        self.sizes, self.answers = _answers_of(examples)
-        total, answered = (np.asarray(of, dtype=np.int64) for of in (examples.lengths, examples.supervised))
-        self.prompt = (total - answered) // self.sizes
-        self.longest_answer = np.maximum.reduceat(self.answers, np.cumsum(self.sizes) - self.sizes)
+        self.sizes, self.documents, self.answers, self.prefixes = _measure(examples)
         self.lengths = self.lengths_in(layout)
         self.fingerprint = f"{examples.fingerprint} groups"
 
     def lengths_in(self, layout: str) -> np.ndarray:
         """Returns the tokens that each example takes in a layout, int64 `[n]`."""
+        firsts = np.cumsum(self.sizes) - self.sizes
         if layout == "padded":
-            return self.sizes * (self.prompt + self.longest_answer)
-        return self.prompt * (1 if self.shared else self.sizes) + self.supervised
+            return self.sizes * np.maximum.reduceat(self.documents, firsts)
+        return np.add.reduceat(self.documents - self.prefixes if self.shared else self.documents, firsts)
 
     @property
     def longest(self) -> int:
         """Tokens of the longest document."""
-        return int((self.prompt + self.longest_answer).max())
+        return int(self.documents.max())
 
     @property
     def report(self) -> DataReport:
         """The examples' own report, and what the prompts are of them."""
-        tokens = int(self.examples.lengths.sum(dtype=np.int64))
-        prompts, once = int((self.prompt * self.sizes).sum()), int(self.prompt.sum())
-        note = f"{self._counted()}; the prompts are {prompts / tokens:.1%} of their tokens"
+        tokens, answers, shared = (int(each.sum()) for each in (self.documents, self.answers, self.prefixes))
+        note = f"{self._counted()}; the prompts are {1 - answers / tokens:.1%} of their tokens"
         if self.shared:
-            note += f", and laid out once: {tokens:,} tokens become {tokens - prompts + once:,}"
+            note += f", and what they share is laid out once: {tokens:,} tokens become {tokens - shared:,}"
         if self.layout == "padded":
             note += "; a plan counts rows as wide as the longest one of an example"
         return replace(self.examples.report, notes=(*self.examples.report.notes, note))
@@ -87,7 +90,7 @@ class GroupExamples(DerivedExamples):
     def _counted(self) -> str:
         few, many = int(self.sizes.min()), int(self.sizes.max())
         each = f"{few}" if few == many else f"{few} to {many}"
-        return f"answers: {len(self.answers):,} to {len(self):,} prompts, {each} to each"
+        return f"answers: {len(self.answers):,} in {len(self):,} examples, {each} in each"
 
     def gather(
         self, example_ids: Sequence[int] | np.ndarray, starts: np.ndarray | None = None, stops: np.ndarray | None = None
@@ -96,16 +99,17 @@ class GroupExamples(DerivedExamples):
         return self.examples.gather(example_ids)
 
 
-def _answers_of(examples: Examples) -> tuple[np.ndarray, np.ndarray]:
-    """Counts the documents of each example, int64 `[n]`, and the tokens of every answer, int64 `[documents]`."""
-    sizes, answers = [], []
+def _measure(examples: Examples) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Returns `sizes`, `documents`, `answers` and `prefixes` of `GroupExamples`."""
+    parts = []
     for start in range(0, len(examples), _AT_ONCE):
-        ids = np.arange(start, min(start + _AT_ONCE, len(examples)))
-        _, labels = examples.gather(ids)
-        found = np.diff(np.cumsum(labels != IGNORED)[document_ends(labels) - 1], prepend=0)
-        sizes.append(documents_in(found, examples.supervised[ids]))
-        answers.append(found)
-    return np.concatenate(sizes), np.concatenate(answers).astype(np.int64)
+        example_ids = np.arange(start, min(start + _AT_ONCE, len(examples)))
+        ids, labels = examples.gather(example_ids)
+        lengths, answers = documents_of(labels)
+        sizes = documents_in(answers, examples.supervised[example_ids])
+        parts.append((sizes, lengths, answers, shared_with_previous(ids, lengths, answers, sizes)))
+    sizes, lengths, answers, prefixes = (np.concatenate(part).astype(np.int64) for part in zip(*parts, strict=True))
+    return sizes, lengths, answers, prefixes
 
 
 def documents_in(answers: np.ndarray, supervised: np.ndarray) -> np.ndarray:
@@ -123,21 +127,42 @@ def documents_in(answers: np.ndarray, supervised: np.ndarray) -> np.ndarray:
     return np.diff(last, prepend=-1)
 
 
-def document_ends(labels: np.ndarray) -> np.ndarray:
-    """Returns where documents end whose supervised tokens are their last, int64 `[S]`.
+def documents_of(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the tokens of documents whose supervised ones are their last, and of these answers, both int64 `[S]`.
 
-    >>> document_ends(np.array([-100, 5, 6, -100, -100, 7]))
-    array([3, 6])
+    >>> documents_of(np.array([-100, 5, 6, -100, -100, 7]))
+    (array([3, 3]), array([2, 1]))
     """
     supervised = labels != IGNORED
-    return np.flatnonzero(supervised & ~np.append(supervised[1:], False)) + 1
+    ends = np.flatnonzero(supervised & ~np.append(supervised[1:], False)) + 1
+    return np.diff(ends, prepend=0), np.diff(np.cumsum(supervised)[ends - 1], prepend=0)
+
+
+def shared_with_previous(ids: np.ndarray, lengths: np.ndarray, answers: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Counts the tokens of each prompt that the document before it begins with, too, int64 `[S]`; 0 for an example's first.
+
+    Args:
+        ids: int64 `[T]`, documents end to end.
+        lengths, answers: int64 `[S]`, tokens of each document and of its answer.
+        sizes: int64 `[E]`, documents of each example.
+
+    >>> shared_with_previous(np.array([5, 6, 5, 7, 5, 7, 8, 9]), np.array([2, 2, 4]), np.array([1, 1, 1]), np.array([3]))
+    array([0, 1, 2])
+    """
+    most = np.minimum(lengths - answers, np.roll(lengths, 1))
+    most[np.cumsum(sizes) - sizes] = 0
+    starts, offsets = offsets_of(lengths)[:-1], offsets_of(most)
+    before = np.roll(starts, 1)
+    differ = np.flatnonzero(ids[_ranges(starts, starts + most)] != ids[_ranges(before, before + most)])
+    first = np.append(differ, offsets[-1])[np.searchsorted(differ, offsets[:-1])]
+    return np.minimum(first, offsets[1:]) - offsets[:-1]
 
 
 class GroupCollator(PackCollator):
     """Turns the documents of `GroupExamples` into batches.
 
     Args:
-        shared: lays a prompt out once, for flat layouts.
+        shared: lays out once what a document shares with the one before it, for flat layouts.
         last_only: supervises the last token of each document alone, for models that score a document there.
         options: as `PackCollator`.
     """
@@ -158,42 +183,29 @@ class GroupCollator(PackCollator):
         factors: np.ndarray | None = None,
     ) -> Batch:
         """Makes a batch from documents end to end; arguments as `collate_flat`. Where they end is read off the labels."""
-        ends = document_ends(labels)
-        if not len(ends):  # of padding only
+        if not (labels != IGNORED).any():  # of padding only
             none = {"predictors": torch.zeros(0, dtype=torch.int64)}
             return super().collate(input_ids, labels, lengths, example_ids) | none
-        lengths = np.diff(ends, prepend=0)  # [S]
-        starts = ends - lengths
-        answers = np.add.reduceat((labels != IGNORED).astype(np.int64), starts)  # [S]
+        lengths, answers = documents_of(labels)  # [S]
         sizes = self.sizes(answers, supervised)  # [E]
-        first = np.repeat(np.cumsum(sizes) - sizes, sizes)  # [S], the first document of its example
-        follows = np.arange(len(ends)) != first
-        prompts = (lengths - answers)[first]
+        offsets = offsets_of(lengths)
         if self.last_only:
             labels = np.full_like(labels, IGNORED)
-            labels[ends - 1] = 0
+            labels[offsets[1:] - 1] = 0
+        prefixes = np.zeros_like(lengths)
         if self.shared:
+            prefixes = shared_with_previous(input_ids, lengths, answers, sizes)
             kept = np.ones(len(input_ids), dtype=bool)
-            kept[_ranges(starts[follows], (starts + prompts)[follows])] = False  # the prompt once more
-            input_ids, labels = input_ids[kept], labels[kept]
-            lengths = np.where(follows, answers, lengths)
+            kept[_ranges(offsets[:-1], offsets[:-1] + prefixes)] = False
+            input_ids, labels, lengths = input_ids[kept], labels[kept], lengths - prefixes
         of_example = None if supervised is None else np.repeat(supervised, sizes)
         batch = super().collate(input_ids, labels, lengths, np.repeat(example_ids, sizes), of_example)
-        predictors = batch["supervised_index"].numpy() - 1
-        if self.shared:
-            offsets = offsets_of(lengths)
-            begin = offsets[:-1][follows]
-            tokens = _ranges(begin, offsets[1:][follows])
-            batch["position_ids"][0, tokens] += torch.from_numpy(np.repeat(prompts[follows], lengths[follows]))
-            # the first token of an answer that goes on from a prompt is predicted by the prompt's last
-            prompt_ends = (offsets[first] + prompts)[follows] - 1
-            at, here = np.searchsorted(begin, predictors + 1), predictors + 1
-            starting = (at < len(begin)) & (np.append(begin, -1)[at] == here)
-            predictors[starting] = prompt_ends[at[starting]]
-            groups = np.split(lengths, np.cumsum(sizes)[:-1])
-            shared = SharedPrefixes([group.tolist() for group in groups], prompts[~follows].tolist())
-            batch |= {SHARED: shared, **shared.entries()}
-        return batch | {"predictors": torch.from_numpy(predictors)}
+        if not self.shared:
+            return batch | {"predictors": batch["supervised_index"] - 1}
+        batch["position_ids"] += torch.from_numpy(np.repeat(prefixes, lengths))
+        shared = SharedPrefixes(lengths.tolist(), prefixes.tolist())
+        batch |= {SHARED: shared, **shared.entries()}
+        return batch | {"predictors": torch.from_numpy(_predictors(batch, lengths, prefixes))}
 
     def sizes(self, answers: np.ndarray, supervised: np.ndarray | None) -> np.ndarray:
         """Returns the documents of each example, int64 `[E]`; arguments as `documents_in`."""
@@ -210,16 +222,20 @@ class GroupCollator(PackCollator):
             return super().titles(batch)
         counts = [len([*group]) for _, group in groupby(batch["example_ids"].tolist())]
         titles = [name for count in counts for name in self.names(count)]
-        if SHARED in batch:
-            firsts = (np.cumsum(counts) - counts).tolist()
-            for first, count, prompt in zip(firsts, counts, batch[SHARED].prompts, strict=True):
-                if count > 1:
-                    titles[first] += (
-                        f", after a prompt of {prompt:,} tokens that {'both' if count == 2 else 'all'} share"
-                    )
-                for number in range(first + 1, first + count):
-                    titles[number] += f", goes on from the prompt of document {first}"
+        for number, prefix in enumerate(batch[SHARED].prefixes if SHARED in batch else ()):
+            if prefix:
+                titles[number] += f", goes on from the first {prefix:,} tokens of document {number - 1}"
         return titles
+
+
+def _predictors(batch: Batch, lengths: np.ndarray, prefixes: np.ndarray) -> np.ndarray:
+    """Returns the places of the tokens that predict the supervised ones of a row with shared prefixes, int64 `[N]`: the ones
+    before them, and of an answer that begins its document, the last of the prefix."""
+    index = batch["supervised_index"].numpy()
+    offsets = offsets_of(lengths)
+    document = np.searchsorted(offsets[1:], index, side="right")
+    last = batch["cu_seq_lens_k"].numpy()[document] + prefixes[document] - 1
+    return np.where(index == offsets[document], batch["key_index"].numpy()[last], index - 1)
 
 
 def _ranges(starts: np.ndarray, stops: np.ndarray) -> np.ndarray:

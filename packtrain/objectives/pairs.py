@@ -32,7 +32,7 @@ class PairExamples(GroupExamples):
     """Pairs as a plan and a collator see them; arguments as `GroupExamples`.
 
     Attributes:
-        chosen, rejected: int64 `[n]`, tokens of either answer.
+        prompt, chosen, rejected: int64 `[n]`, tokens of the prompt and of either answer.
         reference: float32 `[n, 2]`, log-probabilities of both answers under the reference model; None until computed.
     """
 
@@ -40,6 +40,7 @@ class PairExamples(GroupExamples):
         super().__init__(examples, layout=layout, shared=shared)
         assert (self.sizes == 2).all(), "a pair has two documents"
         self.chosen, self.rejected = self.answers.reshape(-1, 2).T
+        self.prompt = self.documents[::2] - self.chosen
         self.fingerprint = f"{examples.fingerprint} pairs"
         self.reference: np.ndarray | None = None
 
@@ -59,7 +60,7 @@ class PairCollator(GroupCollator):
         batch = super().collate(*args, **options)
         index = batch["supervised_index"].numpy()
         if not len(index):  # of padding only
-            return batch | {"pairs": _nothing()}
+            return batch | {"pairs": _no_pairs()}
         count = len(batch["example_ids"])
         if self.layout == "flat":
             document = np.searchsorted(batch["cu_seq_lens_q"].numpy()[1:], index, side="right")
@@ -83,7 +84,7 @@ class PairCollator(GroupCollator):
         return ["chosen", "rejected"]
 
 
-def _nothing() -> dict[str, torch.Tensor]:
+def _no_pairs() -> dict[str, torch.Tensor]:
     none = torch.zeros(0, dtype=torch.int64)
     return {"of": none.view(0, 2), "document": none, "last": none, "tokens": torch.zeros(1)}
 

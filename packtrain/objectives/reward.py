@@ -59,9 +59,6 @@ class Reward(PairObjective):
             model.config.pad_token_id = tokenizer.pad_token_id
             return Prepared({"task_type": "SEQ_CLS"})
 
-        def begin(trainer: Any) -> None:
-            check_shared_prefix(trainer, trainer.accelerator.unwrap_model(trainer.model))
-
         def sums(found: PairLosses, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
             chosen, rejected = found.scores.unbind(dim=1)
             figures = {"accuracy": (chosen > rejected).float(), "margin": chosen - rejected}
@@ -79,7 +76,7 @@ class Reward(PairObjective):
             ),
             make_collator=partial(PairCollator, shared=self.shared_prefix, last_only=True),
             prepare=prepare,
-            begin=begin,
+            begin=check_shared_prefix,
             config_fields={"num_labels": 1},
         )
 

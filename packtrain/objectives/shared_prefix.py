@@ -1,7 +1,8 @@
-"""Does a model compute the same where a prompt is laid out once for both answers? Checked on the model itself."""
+"""Does a model compute the same where what documents share is laid out once? Checked on the model itself."""
 
 from __future__ import annotations
 
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -13,23 +14,23 @@ from packtrain.errors import ModelError
 from packtrain.modeling.attention.prefixes import KEY as SHARED
 from packtrain.modeling.isolation import cannot_ask
 from packtrain.modeling.per_document import depends_on_length, threshold_of
+from packtrain.objectives.groups import GroupCollator
 from packtrain.objectives.logits import head_outputs_at
-from packtrain.objectives.pairs import PairCollator
 
-PROBED = ((7, 5, 6), (9, 4, 8), (3, 6, 2))  # prompt, chosen and rejected of each pair
+# (prompt, answer) in tokens, of each example's documents; a prompt begins as the document before it, and goes on alone
+PROBED = (((7, 5), (7, 6)), ((9, 4), (9, 8), (9, 3)), ((3, 6), (8, 2), (13, 5)))
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative to the largest output; half precision: 2e-2
 _FIX = "set `objective.shared_prefix: false`"
 
 
-def check_shared_prefix(trainer: Any, model: nn.Module) -> None:
-    """Compares what the model computes of a few pairs with their prompts once and with all of both documents.
+def check_shared_prefix(trainer: Any) -> None:
+    """Compares what the model computes of a few answers with what they share once and with all of every document.
 
-    Does nothing where prompts are not shared. Documents that go on from no prompt at all are the control: a model that
-    ignores what it is told about prompts would compute these.
+    Does nothing where nothing is shared. Documents that go on from nothing at all are the control: a model that ignores
+    what it is told about prefixes would compute these.
 
     Args:
-        trainer: a `PackTrainer`, for its collator and loss.
-        model: that of the trainer, not wrapped by an engine yet.
+        trainer: a `PackTrainer` whose model its engine has not taken yet.
 
     Raises:
         ModelError: they differ, the model can't run before its engine takes it, or the longest document is beyond a length
@@ -38,6 +39,7 @@ def check_shared_prefix(trainer: Any, model: nn.Module) -> None:
     collator = trainer.collator
     if not getattr(collator, "shared", False):
         return
+    model = trainer.accelerator.unwrap_model(trainer.model)
     if (reason := cannot_ask(model)) is not None:
         raise ModelError(f"cannot be checked before training: {reason}", key="objective.shared_prefix", fix=_FIX)
     threshold = threshold_of(model)
@@ -45,23 +47,24 @@ def check_shared_prefix(trainer: Any, model: nn.Module) -> None:
     if threshold is not None and longest > threshold:
         raise ModelError(depends_on_length(threshold), key="objective.shared_prefix", value=True, fix=_FIX)
     whole, once = (
-        PairCollator(
+        GroupCollator(
             layout="flat",
             shared=shared,
             pad_token_id=collator.pad_token_id,
             position_start=collator.position_start,
             last_only=collator.last_only,
-        ).collate(*_pairs_of(model))
+        ).collate(*_drawn(model))
         for shared in (False, True)
     )
     alone = {name: value for name, value in once.items() if name not in (SHARED, "key_index")}
     alone |= {"cu_seq_lens_k": once["cu_seq_lens_q"], "max_length_k": once["max_length_q"]}
+    asked = "supervised_index" if collator.last_only else "predictors"
     head, was_training = trainer._head, model.training
     weight = next(model.parameters())
     model.eval()
     try:
         with torch.no_grad():
-            expected, found, control = (_outputs(model, batch, head, weight.device) for batch in (whole, once, alone))
+            expected, found, control = (_outputs(model, batch, batch[asked], head) for batch in (whole, once, alone))
     except RuntimeError as error:
         raise ModelError(
             f"cannot run with a shared prefix: {error}", key="objective.shared_prefix", fix=_FIX
@@ -78,24 +81,24 @@ def check_shared_prefix(trainer: Any, model: nn.Module) -> None:
         raise ModelError(what, key="objective.shared_prefix", value=type(model).__name__, fix=fix)
 
 
-def _pairs_of(model: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Makes pairs of drawn tokens, as `PairExamples.gather` would give them: ids, labels, lengths and example ids."""
+def _drawn(model: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Draws the tokens of examples, as `GroupExamples.gather` would give them: the arguments of `GroupCollator.collate`."""
     draw = np.random.default_rng(0)
     vocabulary = model.config.get_text_config().vocab_size
     ids, labels = [], []
-    for prompt, *answers in PROBED:
-        tokens = draw.integers(vocabulary, size=prompt)
-        for answer in answers:
-            more = draw.integers(vocabulary, size=answer)
-            ids += [tokens, more]
-            labels += [np.full(prompt, IGNORED), more]
-    lengths = np.array([2 * prompt + sum(answers) for prompt, *answers in PROBED])
-    return np.concatenate(ids), np.concatenate(labels), lengths, np.arange(len(PROBED))
+    for documents in PROBED:
+        before = draw.integers(vocabulary, size=0)
+        for prompt, answer in documents:
+            new = draw.integers(vocabulary, size=max(0, prompt - len(before)) + answer)
+            before = np.concatenate([before[:prompt], new])
+            ids.append(before)
+            labels.append(np.where(np.arange(len(before)) < prompt, IGNORED, before))
+    lengths, supervised = (np.array([sum(map(of, documents)) for documents in PROBED]) for of in (sum, itemgetter(1)))
+    return np.concatenate(ids), np.concatenate(labels), lengths, np.arange(len(PROBED)), supervised
 
 
-def _outputs(model: nn.Module, batch: dict[str, Any], head: nn.Module, device: torch.device) -> torch.Tensor:
-    """Returns what the head gives where answers are predicted or scored, float64 `[N, C]`."""
+def _outputs(model: nn.Module, batch: dict[str, Any], index: torch.Tensor, head: nn.Module) -> torch.Tensor:
+    """Returns what the head gives at places of a batch, float64 `[N, C]`."""
+    device = next(model.parameters()).device
     on_device = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
-    pairs = batch["pairs"]
-    index = batch["supervised_index"] if len(pairs["last"]) * 2 == len(pairs["document"]) else batch["predictors"]
     return head_outputs_at(model, on_device, index.to(device), head=head).double()

@@ -5,6 +5,8 @@ What `train`, `plan`, `show`, `compare`, `sample` and `evaluate` have in common.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from packtrain.data.examples import AnyExamples, Examples
@@ -17,6 +19,9 @@ from packtrain.packing.plan import Plan, plan_run
 from packtrain.packing.strategies import resolve_strategy
 from packtrain.recipe.recipe import Recipe
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 def load_task(recipe: Recipe) -> Task:
     """Reads, tokenises (or finds tokenised) and splits the recipe's data, and makes them what its objective learns from.
@@ -24,12 +29,21 @@ def load_task(recipe: Recipe) -> Task:
     Raises:
         DataError, ModelError: with file, row or key, and the fix.
     """
+    return make_task(recipe, *tokenise(recipe))
+
+
+def tokenise(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Examples, Examples | None]:
+    """Reads, tokenises (or finds tokenised) and splits the recipe's data: (tokenizer, training, held out or None).
+
+    Raises:
+        DataError, ModelError: as `load_task`.
+    """
     from packtrain.modeling.tokenizer import load_tokenizer
 
     data, objective, seed = recipe.data, recipe.objective, recipe.training["seed"]
     rows = open_section(data, seed=seed)
     tokenizer = load_tokenizer(recipe.model, corpus=section_texts(data, rows, kind=objective.row_kind))
-    train, held_out = prepare_examples(
+    return tokenizer, *prepare_examples(
         data,
         rows,
         tokenizer,
@@ -38,6 +52,15 @@ def load_task(recipe: Recipe) -> Task:
         kind=objective.row_kind,
         tokenizer_key=tokenizer_key(recipe.model),
     )
+
+
+def make_task(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, train: Examples, held_out: Examples | None) -> Task:
+    """Makes tokenised examples what the recipe's objective learns from.
+
+    Raises:
+        DataError: the objective cannot learn from them.
+    """
+    objective, seed = recipe.objective, recipe.training["seed"]
     if not objective.weighs_tokens and any(part is not None and part.has_factors for part in (train, held_out)):
         what = "a message has a fractional `weight`, and this objective does not weigh tokens"
         fix = "give messages the weight 0 or 1, or choose the objective `causal_lm`"

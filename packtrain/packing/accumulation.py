@@ -11,92 +11,87 @@ from collections.abc import Iterator
 import numpy as np
 
 from packtrain.packing.balance import balanced
-from packtrain.packing.cost import Cost
-from packtrain.packing.shuffle import shuffled
+from packtrain.packing.phases import Phase
+from packtrain.packing.scopes import StepScope
 from packtrain.packing.strategies import Strategy, equal_counts, sorted_groups
 
 BLOCK_EXAMPLES = 1 << 20  # examples looked at together
 
 
-def step_blocks(
-    lengths: np.ndarray, *, examples_per_step: int, seed: int, steps: int, equal_lengths: bool = False
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields (first step, matrix `[steps, examples]` of lengths) over the steps of a run; an epoch's short last step comes
+def step_blocks(scope: StepScope, steps: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields (first step, matrix `[steps, examples]` of lengths) over the steps of a run; a phase's short last step comes
     as its own matrix."""
-    n, size = len(lengths), examples_per_step
-    per_epoch = -(-n // size)
 
-    def matrix(ids: np.ndarray, width: int) -> np.ndarray:
-        rows = lengths[ids].reshape(-1, width)
-        return np.broadcast_to(rows.max(axis=1, keepdims=True), rows.shape) if equal_lengths else rows
+    def matrix(start: int, stop: int, width: int) -> np.ndarray:
+        rows = scope.lengths[scope.ids(epoch, start, stop)].reshape(-1, width)
+        return np.broadcast_to(rows.max(axis=1, keepdims=True), rows.shape) if scope.equal_lengths else rows
 
-    stride = max(1, BLOCK_EXAMPLES // size)
-    for first in range(0, steps, per_epoch):
-        whole = min(n // size, steps - first)
-        for index in range(0, whole, stride):
-            stop = min(index + stride, whole)
-            ids = shuffled(n, seed=seed, epoch=first // per_epoch, start=index * size, stop=stop * size)
-            yield first + index, matrix(ids, size)
-        if whole < min(per_epoch, steps - first):
-            ids = shuffled(n, seed=seed, epoch=first // per_epoch, start=whole * size)
-            yield first + whole, matrix(ids, len(ids))
+    first = epoch = 0
+    while first < steps:
+        begin = 0
+        for phase in scope.phases_of(epoch):
+            size, end = phase.per_step, begin + phase.examples
+            whole = max(0, min(phase.examples // size, steps - first))
+            stride = max(1, BLOCK_EXAMPLES // size)
+            for index in range(0, whole, stride):
+                stop = min(index + stride, whole)
+                yield first + index, matrix(begin + index * size, begin + stop * size, size)
+            if whole < min(phase.updates, steps - first):
+                start = begin + whole * size
+                yield first + whole, matrix(start, end, end - start)
+            first, begin = first + phase.updates, end
+        epoch += 1
 
 
-def smallest_accumulation(
-    lengths: np.ndarray, strategy: Strategy, *, examples_per_step: int, seed: int, steps: int, ranks: int, capacity: int,
-    width: int, cost: Cost, equal_lengths: bool = False,
-) -> int:  # fmt: skip
-    """Returns the micro-steps with which every micro-batch of every step holds at most `capacity` tokens.
+def always_enough(scope: StepScope, steps: int, ranks: int) -> int:
+    """Returns the micro-steps that would do even if every example were as long as the longest of its phase."""
+    phases = [*scope.phases_of(0), *(scope.phases_of(1) if steps > scope.steps_in_epoch(0) else ())]
 
-    Args:
-        width: the padded width of a micro-batch (`pad_max`), or the longest length.
-        Others as in `make_plan`; no length exceeds `capacity`.
-    """
-    rows = capacity // width
-    enough = -(-min(examples_per_step, len(lengths)) // (ranks * rows))  # fits even if all were as long as the longest
-    if enough == 1 or strategy.padded_to == "max_length":
+    def micro_steps(phase: Phase) -> int:
+        bounded = phase.longest is not None and scope.strategy.padded_to != "max_length"
+        width = min(phase.longest, scope.width) if bounded else scope.width
+        return -(-min(phase.per_step, phase.examples) // (ranks * (scope.max_tokens // width)))
+
+    return max(map(micro_steps, phases))
+
+
+def smallest_accumulation(scope: StepScope, *, steps: int, ranks: int) -> int:
+    """Returns the micro-steps with which every micro-batch of every step holds at most `scope.max_tokens` tokens; no length
+    exceeds them."""
+    enough = always_enough(scope, steps, ranks)
+    if enough == 1 or scope.strategy.padded_to == "max_length":
         return enough
     micro_steps, settled = 1, False
     while not settled:
         settled = True
-        for _, matrix in step_blocks(
-            lengths, examples_per_step=examples_per_step, seed=seed, steps=steps, equal_lengths=equal_lengths
-        ):
+        for _, matrix in step_blocks(scope, steps):
             before = micro_steps
-            while not (fit := fits(matrix, strategy, micro_steps, ranks, capacity, width, cost)).all():
+            while not (fit := fits(scope, matrix, micro_steps, ranks)).all():
                 matrix = matrix[~fit]
                 micro_steps += 1
             # With more, smaller chunks of the shuffle a step that fitted may not fit any more: look again.
-            settled &= before == micro_steps or strategy.function in (balanced, sorted_groups)
+            settled &= before == micro_steps or scope.strategy.function in (balanced, sorted_groups)
     return micro_steps
 
 
-def first_misfit(
-    lengths: np.ndarray, strategy: Strategy, micro_steps: int, *, examples_per_step: int, seed: int, steps: int, ranks: int,
-    capacity: int, width: int, cost: Cost, equal_lengths: bool = False,
-) -> tuple[int, int] | None:  # fmt: skip
+def first_misfit(scope: StepScope, micro_steps: int, *, steps: int, ranks: int) -> tuple[int, int] | None:
     """Returns (step, micro-steps that it needs) of the first step that doesn't fit, or None."""
-    rows = capacity // width
-    if -(-min(examples_per_step, len(lengths)) // (micro_steps * ranks)) <= rows:
+    if always_enough(scope, steps, ranks) <= micro_steps:
         return None
-    for first, matrix in step_blocks(
-        lengths, examples_per_step=examples_per_step, seed=seed, steps=steps, equal_lengths=equal_lengths
-    ):
-        fit = fits(matrix, strategy, micro_steps, ranks, capacity, width, cost)
+    for first, matrix in step_blocks(scope, steps):
+        fit = fits(scope, matrix, micro_steps, ranks)
         if not fit.all():
             row = int(np.flatnonzero(~fit)[0])
             needed = micro_steps + 1
-            while not fits(matrix[row : row + 1], strategy, needed, ranks, capacity, width, cost).all():
+            while not fits(scope, matrix[row : row + 1], needed, ranks).all():
                 needed += 1
             return first + row, needed
     return None
 
 
-def fits(
-    matrix: np.ndarray, strategy: Strategy, micro_steps: int, ranks: int, capacity: int, width: int, cost: Cost
-) -> np.ndarray:
+def fits(scope: StepScope, matrix: np.ndarray, micro_steps: int, ranks: int) -> np.ndarray:
     """Returns whether each step (row of lengths) fits into `micro_steps * ranks` micro-batches: bool `[steps]`."""
-    groups = micro_steps * ranks
+    strategy, capacity, width, groups = scope.strategy, scope.max_tokens, scope.width, micro_steps * ranks
     if groups >= matrix.shape[1]:
         return np.ones(len(matrix), dtype=bool)
     if strategy.function is equal_counts:
@@ -114,7 +109,7 @@ def fits(
     return np.array([
         all(
             micro_batch_tokens(row[part], strategy, width) <= capacity
-            for part in strategy.function(row, micro_steps=micro_steps, ranks=ranks, capacity=capacity, cost=cost)
+            for part in strategy.function(row, micro_steps=micro_steps, ranks=ranks, capacity=capacity, cost=scope.cost)
         )
         for row in matrix
     ])  # fmt: skip

@@ -25,6 +25,7 @@ from packtrain.errors import PlanError
 from packtrain.packing.accumulation import first_misfit, smallest_accumulation
 from packtrain.packing.cost import Cost
 from packtrain.packing.lengths import MOST_EPOCHS, check_lengths, chunks
+from packtrain.packing.phases import plan_phases
 from packtrain.packing.scopes import EpochScope, MicroBatch, StepScope
 from packtrain.packing.shapes import Shapes, least_padding, size_of
 from packtrain.packing.strategies import resolve_strategy
@@ -137,6 +138,7 @@ def make_plan(
     cost: Cost | None = None,
     equal_lengths: bool = False,
     shapes: int | None = None,
+    schedule: Sequence[tuple[float, int]] | None = None,
 ) -> Plan:
     """Plans a run.
 
@@ -159,6 +161,9 @@ def make_plan(
         equal_lengths: every document of an update is planned as long as the update's longest; whoever gathers it
             pads it (the tails of diffusion models). Step scope only.
         shapes: flat layouts only: pads every micro-batch up to one of so many numbers of tokens (see `Shapes`).
+        schedule: step scope only: pairs (until, max_length). The first epoch has examples of at most `max_length` tokens
+            until that share of its tokens, more of them in an update, so that its tokens stay the same on average; what
+            is left of the epoch comes after the last pair (see `phases`).
 
     Raises:
         PlanError: what can't be planned, with the key and the fix.
@@ -182,6 +187,12 @@ def make_plan(
             key="batching.tokens_per_step",
             value=tokens_per_step,
             fix="set examples_per_step, or choose a strategy that packs the whole epoch (bfd, optimal, ...)",
+        )
+    if rule.scope == "epoch" and schedule:
+        raise PlanError(
+            f"cannot be set for {strategy!r}, whose packs mix lengths over the whole epoch",
+            key="batching.schedule",
+            fix="leave it out, or choose a strategy that keeps the examples of each update (balanced, padding_free, ...)",
         )
     if max_documents is not None and "max_documents" not in inspect.signature(rule.function).parameters:
         raise PlanError(
@@ -210,7 +221,9 @@ def make_plan(
     }
 
     if rule.scope == "step":
-        scope = StepScope(**common, examples_per_step=examples_per_step, width=width, equal_lengths=equal_lengths)
+        phases = plan_phases(lengths, schedule, examples_per_step=examples_per_step) if schedule else ()
+        common |= {"width": width, "equal_lengths": equal_lengths, "phases": phases}
+        scope = StepScope(**common, examples_per_step=examples_per_step)
     else:
         if tokens_per_step is not None:
             packs_per_step = -(-tokens_per_step // max_tokens)
@@ -234,13 +247,9 @@ def make_plan(
                 fix="leave it 'auto', or lower tokens_per_step",
             )
     else:
-        run: dict[str, Any] = {
-            "examples_per_step": examples_per_step, "seed": scope.seed, "steps": total_steps, "ranks": world_size,
-            "capacity": max_tokens, "width": width, "cost": cost, "equal_lengths": equal_lengths,
-        }  # fmt: skip
         if gradient_accumulation_steps == "auto":
-            gradient_accumulation_steps = smallest_accumulation(lengths, rule, **run)
-        elif misfit := first_misfit(lengths, rule, gradient_accumulation_steps, **run):
+            gradient_accumulation_steps = smallest_accumulation(scope, steps=total_steps, ranks=world_size)
+        elif misfit := first_misfit(scope, gradient_accumulation_steps, steps=total_steps, ranks=world_size):
             step, needed = misfit
             raise PlanError(
                 f"step {step} needs {needed} micro-batches of {max_tokens} tokens per rank",
@@ -278,6 +287,7 @@ def plan_run(
         max_tokens=batching.max_tokens,
         tokens_per_step=batching.tokens_per_step,
         shapes=batching.shapes,
+        schedule=[(phase.until, phase.max_length) for phase in batching.schedule or ()],
         max_length=max_length,
         world_size=world_size,
         cost=cost,

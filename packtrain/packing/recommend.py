@@ -102,7 +102,10 @@ def recommend(
 def _model(
     strategy: str, batching: BatchingSection, schedule: Schedule, lengths: np.ndarray, run: dict[str, Any]
 ) -> Modelled:
-    batching = batching.model_copy(update={"strategy": strategy, "tokens_per_step": None, "shapes": None})
+    changed = {"strategy": strategy, "tokens_per_step": None, "shapes": None}
+    if STRATEGIES[strategy].scope == "epoch":
+        changed["schedule"] = None
+    batching = batching.model_copy(update=changed)
     plan = plan_run(batching, replace(schedule, gradient_accumulation_steps="auto"), lengths, **run)
     world_size = plan.world_size
     waited = real = computed = 0.0

@@ -15,7 +15,7 @@ import numpy as np
 
 from packtrain.packing.accumulation import micro_batch_tokens
 from packtrain.packing.plan import MicroBatch, Plan
-from packtrain.packing.scopes import EMPTY_TOKENS, EpochScope
+from packtrain.packing.scopes import EMPTY_TOKENS, EpochScope, StepScope
 
 SAMPLED_STEPS = 1000
 
@@ -126,6 +126,50 @@ def describe(plan: Plan, *, sampled_steps: int = SAMPLED_STEPS) -> PlanReport:
         attention_imbalance=float(np.mean(idle)) if idle else 0.0,
         notes=tuple(_notes(plan, spread)),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseReport:
+    """One phase of a first epoch with a schedule.
+
+    Attributes:
+        until: share of the epoch's tokens at its end.
+        longest: tokens of its longest example.
+        examples: how many it has, and
+        examples_per_update: in one update; the last may have fewer.
+        tokens_per_update: (min, mean, max) of its full updates, or of its only one.
+        updates: of the phase.
+    """
+
+    until: float
+    longest: int
+    examples: int
+    examples_per_update: int
+    tokens_per_update: tuple[int, float, int]
+    updates: int
+
+
+def describe_phases(plan: Plan) -> list[PhaseReport]:
+    """Describes the phases of a plan's first epoch, all their updates looked at; none without a schedule."""
+    scope, found, done = plan.scope, [], 0
+    if not isinstance(scope, StepScope) or not scope.phases:
+        return []
+    lengths = np.asarray(plan.lengths[scope.ids(0, 0, len(plan.lengths))], dtype=np.int64)  # in the epoch's order
+    for phase in scope.phases:
+        own = lengths[done : done + phase.examples]
+        done += phase.examples
+        tokens = np.add.reduceat(own, np.arange(0, len(own), phase.per_step))
+        full = tokens[: max(1, phase.examples // phase.per_step)]
+        report = PhaseReport(
+            until=float(lengths[:done].sum() / lengths.sum()),
+            longest=int(own.max()),
+            examples=phase.examples,
+            examples_per_update=min(phase.per_step, phase.examples),
+            tokens_per_update=(int(full.min()), float(full.mean()), int(full.max())),
+            updates=phase.updates,
+        )
+        found.append(report)
+    return found
 
 
 def _first_pieces(part: MicroBatch, lengths: np.ndarray) -> int:

@@ -1,6 +1,7 @@
 """The two ways of choosing what an update sees.
 
-* `StepScope`: the next `examples_per_step` of the epoch's shuffle. The strategy only lays them out.
+* `StepScope`: the next `examples_per_step` of the epoch's shuffle. The strategy only lays them out. The first epoch may
+  have phases, the first ones of short examples and more of them (see `phases`).
 * `EpochScope`: the whole epoch is packed, and an update is the next `packs_per_step` packs of their shuffle.
 """
 
@@ -9,16 +10,18 @@ from __future__ import annotations
 import hashlib
 import inspect
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 
 from packtrain.packing.balance import into_micro_steps
 from packtrain.packing.cost import Cost
 from packtrain.packing.packs import ListedPacks, PatternPacks
+from packtrain.packing.phases import Phase, order_by_phase
 from packtrain.packing.shuffle import derive_key, permute, shuffled
 from packtrain.packing.strategies import Strategy
 
-EXAMPLES, PACKS, CHOICES = 0, 1, 2  # what a seeded shuffle is for
+EXAMPLES, PACKS, CHOICES, PHASES = 0, 1, 2, 3  # what a seeded shuffle is for
 EMPTY_TOKENS = 2  # of a micro-batch without documents: the shortest one with something to predict, before any copies
 
 
@@ -47,7 +50,8 @@ class MicroBatch:
 class StepScope:
     """An update is the next `examples_per_step` of the shuffle; `width` is the width of `pad_max`.
 
-    With `equal_lengths` every document of an update is as long as its longest (see `make_plan`).
+    With `equal_lengths` every document of an update is as long as its longest (see `make_plan`). `phases` are those of
+    the first epoch, if there are any; then that epoch's order is held, int64 `[n]`.
     """
 
     lengths: np.ndarray
@@ -59,14 +63,34 @@ class StepScope:
     examples_per_step: int
     width: int
     equal_lengths: bool = False
+    phases: tuple[Phase, ...] = ()
+
+    def phases_of(self, epoch: int) -> tuple[Phase, ...]:
+        """Returns the phases of an epoch: one, but for a first epoch with a schedule."""
+        alike = Phase(examples=len(self.lengths), per_step=self.examples_per_step)
+        return self.phases if self.phases and epoch == 0 else (alike,)
 
     def steps_in_epoch(self, epoch: int) -> int:
-        return -(-len(self.lengths) // self.examples_per_step)
+        return sum(phase.updates for phase in self.phases_of(epoch))
 
     def examples(self, epoch: int, index: int) -> np.ndarray:
-        start = index * self.examples_per_step
-        stop = start + self.examples_per_step
+        begin = 0
+        for phase in self.phases_of(epoch):
+            if index < phase.updates:
+                break
+            index, begin = index - phase.updates, begin + phase.examples
+        start, end = begin + index * phase.per_step, begin + phase.examples
+        return self.ids(epoch, start, min(start + phase.per_step, end))
+
+    def ids(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        """Returns positions `start..stop` of an epoch's order: int64 `[stop - start]`."""
+        if self.phases and epoch == 0:
+            return self._first_order[start:stop]
         return shuffled(len(self.lengths), seed=self.seed, epoch=epoch, purpose=EXAMPLES, start=start, stop=stop)
+
+    @cached_property
+    def _first_order(self) -> np.ndarray:
+        return order_by_phase(self.lengths, self.phases, seed=self.seed, purpose=PHASES)
 
     def micro_batches(
         self, epoch: int, index: int, micro_steps: int, ranks: int, sizes: tuple[int, ...] = ()
@@ -86,7 +110,9 @@ class StepScope:
         ]
 
     def identity(self) -> tuple:
-        return "step", self.seed, self.examples_per_step, *(["equal lengths"] if self.equal_lengths else [])
+        more = ("equal lengths",) if self.equal_lengths else ()
+        phases = [(phase.examples, phase.per_step, phase.longest) for phase in self.phases]
+        return "step", self.seed, self.examples_per_step, *more, *phases
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -38,6 +38,7 @@ from packtrain.packing.lengths import histogram
 from packtrain.packing.optimal import lower_bound, near_optimal
 from packtrain.packing.packers import best_fit_decreasing, first_fit_decreasing
 from packtrain.packing.packs import ListedPacks, PatternPacks, sort_by_length
+from packtrain.packing.phases import contradictions_of
 from packtrain.packing.shuffle import permute
 from packtrain.recipe.fields import did_you_mean
 from packtrain.recipe.sections import Settings, Verdicts
@@ -308,4 +309,19 @@ def _shapes_are_flat(settings: Settings, strategy: Strategy) -> Verdicts:
         yield "batching.shapes", what, f"leave it out, or choose a flat strategy: {flat}"
 
 
-RULES = (_longest_example_fits, _noise_goes_by_rows, _shapes_are_flat)
+def _phases_follow_each_other(settings: Settings, strategy: Strategy) -> Verdicts:
+    if settings["batching.schedule"] is None:
+        return
+    if strategy.scope == "epoch":
+        keeping = ", ".join(name for name, known in STRATEGIES.items() if known.scope == "step")
+        what = "changes the examples of an update with their length, and this strategy packs the whole epoch"
+        yield "batching.schedule", what, f"leave it out, or choose a strategy that keeps updates: {keeping}"
+    phases = [(phase["until"], phase["max_length"]) for phase in map(dict, settings["batching.schedule"])]
+    for place, what, fix in contradictions_of(phases):
+        yield f"batching.schedule.{place}", what, fix
+    if phases[-1][1] >= settings["data.max_length"]:
+        what = f"is not below `data.max_length` ({settings['data.max_length']}): no example is longer"
+        yield f"batching.schedule.{len(phases) - 1}.max_length", what, "lower it, or leave the phase out"
+
+
+RULES = (_longest_example_fits, _noise_goes_by_rows, _shapes_are_flat, _phases_follow_each_other)

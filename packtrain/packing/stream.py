@@ -18,6 +18,7 @@ are tokenised on the way), tokenise once and stream the result.
 
 from __future__ import annotations
 
+import inspect
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -164,7 +165,8 @@ class PackedStream(IterableDataset):
         StreamTrainer(model, args, train_dataset=packs).train()
 
     The loader is handed to the Trainer as it is: accelerate would shard it a second time, and `PackedStream` has taken
-    this rank's packs already. `packs.state_dict()` belongs into the checkpoint.
+    this rank's packs already. `packs.state_dict()` belongs into the checkpoint; recipes/README.md has a Trainer that does
+    it. A loader that would collate the packs again, as that of a stock Trainer, or deal them out to ranks again, is refused.
 
     Rows of a streaming `datasets` dataset are read without worker processes: in a worker it gives that worker's share
     only, so several workers would lose rows, and are refused. Rows of a plain iterable may be read by several workers:
@@ -179,7 +181,8 @@ class PackedStream(IterableDataset):
         options: `capacity`, `buffer`, `window`, `max_documents` of `Stream`.
 
     Raises:
-        PlanError: no such rank; while iterating, several loader workers over rows that share themselves out among them.
+        PlanError: no such rank; while iterating, several loader workers over rows that share themselves out among them,
+            or a loader that does not take packs as they are.
     """
 
     def __init__(
@@ -202,6 +205,7 @@ class PackedStream(IterableDataset):
         self.stream = Stream(rows, length_of=_tokens, world_size=world_size, **options)
 
     def __iter__(self) -> Iterator[Batch]:
+        _refuse_reader(self.stream.world_size)
         worker = get_worker_info()
         workers, own = (worker.num_workers, worker.id) if worker else (1, 0)
         if workers > 1 and isinstance(self.stream.rows, IterableDataset):  # one of `datasets` is one of torch, too
@@ -227,6 +231,29 @@ class PackedStream(IterableDataset):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.stream.load_state_dict(state)
+
+
+def _refuse_reader(world_size: int) -> None:
+    """Looks among the callers for the data loader that reads the packs, and refuses one that would change them.
+
+    A dataset is not told who reads it, and what comes of it otherwise is an error of torch about tensors that can't be
+    stacked, or rows that are lost without one.
+
+    Raises:
+        PlanError: it collates the packs again, or deals them out to ranks again.
+    """
+    fix = "read them with `DataLoader(packs, batch_size=None)`; in a Trainer let `get_train_dataloader` return that"
+    frame = inspect.currentframe()
+    while frame is not None:
+        reader: Any = frame.f_locals.get("self")
+        kinds = {kind.__name__ for kind in type(reader).__mro__}
+        if "_BaseDatasetFetcher" in kinds and reader.auto_collation:  # of torch's DataLoader
+            what = "the packs of a PackedStream are batches already, and this data loader would collate them again"
+            raise PlanError(what, key="batch_size", fix=fix)
+        if world_size > 1 and kinds & {"IterableDatasetShard", "DataLoaderDispatcher"}:  # of accelerate
+            what = "this rank's packs would be dealt out to the ranks again, so that rows are lost"
+            raise PlanError(what, key="accelerator.prepare", fix=f"don't hand it the loader: {fix}")
+        frame = frame.f_back
 
 
 def _tokens(row: dict[str, Any]) -> int:

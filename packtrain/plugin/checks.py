@@ -14,6 +14,7 @@ from packtrain.modeling.audit.settings import base
 from packtrain.modeling.loading import has_router_loss
 from packtrain.packing.plan import Plan
 from packtrain.packing.strategies import resolve_strategy
+from packtrain.packing.stream import PackedStream
 from packtrain.plugin.asking import LIBRARIES, model_of, named
 from packtrain.plugin.proof import Proof
 from packtrain.plugin.unpadded import is_unpadded
@@ -38,6 +39,10 @@ def refuse_misuse(trainer: Trainer, strategy: str, max_tokens: int | None, layou
         what, fix = "has no effect where the trainer keeps its own batches", 'leave it out, or use layout="flat"'
         raise PacktrainError(what, key="max_tokens", value=max_tokens, fix=fix)
     _refuse_models(trainer)
+    if isinstance(trainer.train_dataset, PackedStream):
+        what = "lays its rows out without padding already, so there is nothing to attach"
+        fix = "train without attach, and let `get_train_dataloader` return `DataLoader(packs, batch_size=None)`"
+        raise PacktrainError(what, key="train_dataset", value="PackedStream", fix=fix)
     args = trainer.args
     if "get_train_dataloader" in vars(trainer) or is_unpadded(trainer):
         raise PacktrainError("is attached already", key="trainer", fix="call attach once")
@@ -57,7 +62,8 @@ def refuse_contradictions(trainer: Trainer) -> None:
     data: Any = trainer.train_dataset
     if not hasattr(data, "column_names") or not hasattr(data, "__len__"):
         what = "must be a tokenised datasets.Dataset of known length"
-        fix = "make one with datasets.Dataset.from_list" if hasattr(data, "__len__") else "load it without streaming"
+        streamed = 'load it without streaming, or use attach(layout="unpad"), which keeps its own batches'
+        fix = "make one with datasets.Dataset.from_list" if hasattr(data, "__len__") else streamed
         raise PacktrainError(what, key="train_dataset", value=type(data).__name__, fix=fix)
     if data.format["type"] == "custom":
         what, fix = "has a transform, which runs when a row is read, but packtrain reads the table", "use `dataset.map`"

@@ -7,11 +7,13 @@ right for every loss: rows stay rows, and no micro-batch is added, left empty or
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
+from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, Trainer
 
 from packtrain.errors import DataError, ModelError, PacktrainError
@@ -144,7 +146,41 @@ def _without_autocast(model: nn.Module) -> Iterator[None]:
 
 
 def _own_batches(trainer: Trainer) -> list[Any]:
-    """Returns the first batches of the trainer's own data loader."""
+    """Returns the first batches of the trainer's own data loader, which training will read once more.
+
+    Raises:
+        PacktrainError: they cannot be made, or are no longer the first ones when a stream is read again.
+    """
+    batches = _first_batches(trainer)
+    if isinstance(trainer.train_dataset, IterableDataset) and not _starts_over(trainer, batches):
+        what = (
+            "its train_dataset does not start over when it is iterated again, and training would miss the rows read now"
+        )
+        fix = "give a dataset whose __iter__ starts over, for example a datasets.IterableDataset"
+        raise PacktrainError(what, key="trainer", fix=fix)
+    return batches
+
+
+def _starts_over(trainer: Trainer, batches: list[Any]) -> bool:
+    """Reads the first batches once more; a stream that is at its end may also raise an error."""
+    try:
+        return _equal(batches, _first_batches(trainer))
+    except PacktrainError:
+        return False
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Compares batches: lists, mappings, tensors and plain values."""
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and torch.equal(one, other)
+    if isinstance(one, Mapping):
+        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return bool(one == other)
+
+
+def _first_batches(trainer: Trainer) -> list[Any]:
     batches = []
     with untouched(trainer):
         try:

@@ -62,7 +62,7 @@ class ModelSection(Section):
     tokenizer_name_or_path: Text | None = None
     """Hub name or directory of another tokenizer than the model's own."""
     tokenizer_vocab_size: VocabSize | None = None
-    """Trains a byte-level BPE of that size on the data."""
+    """Trains a byte-level BPE of that size on the data: on the first 20,000 rows of each source."""
     chat_template: Text | None = None
     """Path of a Jinja file that replaces the tokenizer's chat template."""
 
@@ -172,6 +172,18 @@ class DataSection(Section):
         return ", ".join(paths[:2]) + (f" and {len(paths) - 2} more" if len(paths) > 2 else "")
 
 
+class PhaseSection(Section):
+    """The beginning of the first epoch, or what follows it: short examples, and more of them in an update."""
+
+    until: fields.Share
+    """Share of the first epoch's tokens at which the phase ends."""
+    max_length: Positive
+    """Most tokens of its examples; longer ones come later, whole."""
+
+
+Phases = Annotated[list[PhaseSection], Field(min_length=1), "a list of phases"]
+
+
 class BatchingSection(Section):
     """How the examples of a step are laid out in memory."""
 
@@ -185,6 +197,8 @@ class BatchingSection(Section):
     """Tokens per update, for strategies that pack the whole epoch."""
     shapes: Positive | None = None
     """Pads micro-batches to at most so many numbers of tokens, for torch_compile. Default: no padding."""
+    schedule: Phases | None = None
+    """Short examples first, in the first epoch, at the same tokens per update: [{until: 0.3, max_length: 128}, ...]."""
     probe_memory: Flag | None = None
     """Tries the largest micro-batch before the first update. Default: on a GPU."""
     allow_contamination: Flag = False

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import json
 import logging
 import re
 import shlex
@@ -29,6 +30,7 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedConfig, Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 
 from packtrain.errors import HIDDEN, CheckpointError, PacktrainError, hidden, shorten
 from packtrain.modeling.stored_weights import base_weights
@@ -40,6 +42,9 @@ from packtrain.training.summary import package_versions
 
 logger = logging.getLogger(__name__)
 FULL = 2**16  # bytes; a drive that has fewer is full
+_WITHOUT_BEST = (
+    "restore it, or end with the last weights: --resume --allow-changes --set training.load_best_model_at_end=false"
+)
 PREVIOUS = ".previous"  # of a checkpoint that is being written anew, until that is complete
 
 Say = Callable[[str], None]
@@ -109,7 +114,48 @@ class Checkpoints(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.begun = True
         self.reading.close()
+        if self.chosen is not None:
+            state.best_model_checkpoint = self._best_so_far(self.chosen)
         state.compute_steps(args, state.max_steps)  # a resumed state has those of the run that it is of
+
+    def _best_so_far(self, resumed: Path) -> str | None:
+        """Returns the best checkpoint that a resumed one names, where it lies now: a run may have been moved.
+
+        Raises:
+            CheckpointError: it is gone, and the run is to end with its weights.
+        """
+        named = json.loads((resumed / TRAINER_STATE_NAME).read_text(encoding="utf-8")).get("best_model_checkpoint")
+        if not named:
+            return None
+        folders = (Path(str(self.trainer.args.output_dir)), resumed.parent, Path(named).parent)
+        for path in (folder / Path(named).name for folder in folders):
+            if is_sealed(path):
+                return str(path)
+        if self.trainer.args.load_best_model_at_end:
+            what = f"names {named} as the best checkpoint so far, which is gone"
+            raise CheckpointError(what, where=str(resumed), key="training.load_best_model_at_end", fix=_WITHOUT_BEST)
+        return None
+
+    def verify_best(self) -> None:
+        """Verifies the checkpoint that Trainer has loaded as the best one, after training; on every rank.
+
+        Raises:
+            CheckpointError: it is damaged or gone, so these are not the best weights.
+        """
+        best = self.trainer.state.best_model_checkpoint
+        if not (self.trainer.args.load_best_model_at_end and best):
+            return
+        answer: list[Any] = [None]
+        if PartialState().is_main_process:
+            try:
+                verify(Path(best), read_manifest(Path(best)), later=added_later(Path(best)))
+            except CheckpointError as error:
+                what = f"the best checkpoint, with whose weights the run was to end, {error.what}"
+                key = "training.load_best_model_at_end"
+                answer = [CheckpointError(what, where=best, key=key, fix=_WITHOUT_BEST)]
+        broadcast_object_list(answer)
+        if answer[0] is not None:
+            raise answer[0]
 
     def begin(self, directory: Path) -> None:
         """Makes an empty, marked directory, before Trainer's first file; what stands there already is moved aside."""
@@ -126,7 +172,7 @@ class Checkpoints(TrainerCallback):
         assert directory is not None, "Trainer saves a checkpoint through save_model"
         self.trainer.accelerator.wait_for_everyone()  # until every rank has written its files
         if args.should_save:
-            about = {"step": state.global_step, "sealed_at": time.time_ns(), "world_size": args.world_size}
+            about = {"step": state.global_step, "sealed_at": _after(directory), "world_size": args.world_size}
             about |= {"save_only_model": args.save_only_model}
             about |= {**self.progress(), "optimizer_steps": optimizer_steps(self.trainer)}
             seal(directory, about | self.facts() | {"versions": package_versions()})
@@ -276,6 +322,14 @@ def _choose(
                 fix=f"undo these changes, or accept them with {command or '--allow-changes'}",
             )
         say(f"resuming with changes:{lines}")
+    then = manifest.get("versions") or {}
+    other = [
+        f"{name} {then[name]} is now {found}"
+        for name, found in package_versions().items()
+        if name in then and then[name] != found
+    ]
+    if other:
+        say(f"resuming with other packages, which may round differently: {', '.join(other)}")
     say(f"resuming after step {manifest['step']} from {path.name}")
     return str(path)
 
@@ -293,6 +347,12 @@ def _sealed_in(output_dir: Path) -> list[tuple[Path, dict[str, Any]]]:
     found = [path for path in output_dir.iterdir() if path.is_dir() and is_sealed(path)] if output_dir.is_dir() else []
     pairs = [(path, read_manifest(path)) for path in found]
     return sorted(pairs, key=lambda pair: (pair[1]["sealed_at"], pair[1]["step"]), reverse=True)
+
+
+def _after(directory: Path) -> int:
+    """Returns the time in ns, later than the seals of all checkpoints next to `directory`: a clock may be set back."""
+    sealed = [manifest["sealed_at"] for _, manifest in _sealed_in(directory.parent)]
+    return max(time.time_ns(), *(at + 1 for at in sealed)) if sealed else time.time_ns()
 
 
 def _make_room(directory: Path) -> None:
@@ -323,6 +383,7 @@ def _remove(directory: Path) -> None:
 _SAFE = re.compile(
     r"""training\.(run_name|project|report_to|disable_tqdm|max_steps|num_train_epochs|use_cpu|deepspeed|fsdp|fsdp_config
         |gradient_accumulation_steps|gradient_checkpointing|gradient_checkpointing_kwargs|ddp_timeout|push_to_hub
+        |load_best_model_at_end|metric_for_best_model|greater_is_better
         |(logging|log|save|eval|dataloader|hub|trackio|early_stopping|sample)_\w+)
     |data\.(num_proc|worker_timeout|eval_path|eval_split)
     |batching\.(strategy|max_tokens|probe_memory|on_nonfinite|max_skipped_updates|allow_contamination)

@@ -11,6 +11,7 @@ decoder layers are compiled, each with the graphs of the others, and embeddings 
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any, cast
 
 import torch
@@ -19,6 +20,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from packtrain.errors import LaunchError
 from packtrain.packing.plan import Plan
 
 logger = logging.getLogger(__name__)
@@ -42,8 +44,14 @@ class CompileLayers(TrainerCallback):
         """Takes `torch_compile` out of the arguments, so that Trainer does not compile the model; None where it is not set.
 
         Raises:
+            LaunchError: the environment has accelerate compile the whole model.
             ValueError: a backend that accelerate does not know.
         """
+        backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "")
+        if backend.lower() not in ("", "no"):
+            what = "has accelerate compile the whole model, which is compiled anew for every micro-batch"
+            fix = "unset it, or remove `dynamo_config` of accelerate; training.torch_compile: true compiles the layers"
+            raise LaunchError(what, key="ACCELERATE_DYNAMO_BACKEND", value=backend, fix=fix)
         if not args.torch_compile:
             return None
         flat = plan.layout == "flat"

@@ -8,11 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from packtrain.recipe.recipe import Recipe
-from packtrain.training.portable import portable
+from packtrain.training.portable import portable, portable_text
 from packtrain.training.summary import Summary, name_machine
 
 TASKS = {  # the class that loads the model -> what the Hub calls what it does
@@ -57,7 +56,7 @@ def model_card(recipe: Recipe, summary: Summary) -> ModelCard:
         "## Recipe",
         "",
         "```yaml",
-        yaml.safe_dump(_sections(shared), sort_keys=False).rstrip(),
+        portable_text(recipe).rstrip(),
         "```",
         "",
     ]
@@ -74,8 +73,9 @@ def _figures(recipe: Recipe, summary: Summary) -> list[tuple[str, str]]:
         (name, f"{first:.4f} -> {last:.4f}") for name, (first, last) in pairs.items() if None not in (first, last)
     ]
     batching = recipe.batching
+    scheduled = ", more of them in the phases of short ones" if batching.schedule else ""
     figures += [
-        ("updates", f"{summary.updates:,}, of {batching.examples_per_step:,} examples"),
+        ("updates", f"{summary.updates:,}, of {batching.examples_per_step:,} examples{scheduled}"),
         ("epochs", f"{summary.epochs:g}"),
         ("tokens", f"{summary.real_tokens:,}, {summary.supervised_tokens:,} of them supervised"),
         ("strategy", f"`{summary.strategy}`, at most {batching.max_tokens:,} tokens per micro-batch"),
@@ -102,12 +102,3 @@ def _names(data: dict[str, Any]) -> list[str]:
 
 def _is_on_the_hub(name: str) -> bool:
     return not (name.startswith(OWN_DATA) or Path(name).exists() or Path(name).suffix or set("*?[~") & set(name))
-
-
-def _sections(shared: dict[str, Any]) -> dict[str, Any]:
-    """Returns the sections of a recipe that say something."""
-    return {
-        name: {key: value for key, value in section.items() if value is not None}
-        for name, section in shared.items()
-        if section
-    }

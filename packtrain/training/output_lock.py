@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -49,7 +50,7 @@ def only_run(output_dir: Path) -> Iterator[None]:
         yield
         return
     try:
-        if before and not _is_here(before) and time.time() - before["beat"] < SILENT:
+        if before and not _is_here(before) and _age(holder) < SILENT:
             raise _taken(path, before)
         if before:
             logger.warning("%s was locked by a run that ended without notice: %s", output_dir, _named(before))
@@ -72,7 +73,7 @@ def _beat(path: Path, stop: threading.Event) -> None:
     while not stop.is_set():
         with contextlib.suppress(OSError):  # what a full drive does to a run is said elsewhere
             aside = path.with_suffix(".new")
-            aside.write_text(json.dumps(about | {"beat": time.time()}))
+            aside.write_text(json.dumps(about))
             aside.replace(path)
         stop.wait(BEAT)
 
@@ -81,10 +82,18 @@ def _read(path: Path) -> dict[str, Any] | None:
     """Returns what the file says of a holder; None where there is none."""
     try:
         found = json.loads(path.read_text())
-        times = {name: float(found[name]) for name in ("since", "beat")}
-        return {"host": str(found["host"]), "pid": int(found["pid"]), **times}
+        return {"host": str(found["host"]), "pid": int(found["pid"]), "since": float(found["since"])}
     except (OSError, ValueError, TypeError, KeyError):
         return None
+
+
+def _age(path: Path) -> float:
+    """Returns the seconds since a file was written, by the clock of its file system: those of two hosts may differ."""
+    try:
+        with tempfile.TemporaryFile(dir=path.parent) as now:
+            return os.fstat(now.fileno()).st_mtime - path.stat().st_mtime
+    except FileNotFoundError:  # its holder has just ended
+        return SILENT
 
 
 def _is_here(holder: dict[str, Any]) -> bool:

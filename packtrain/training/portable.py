@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from packtrain.recipe.recipe import Recipe
 from packtrain.training.checkpoints import redacted
 
@@ -34,11 +36,28 @@ def portable(recipe: Recipe, show: Callable[[str], str] = shown_path, *, given: 
     for section, key in (
         *((each, "path") for each in (rows, *(rows.get("mixture") or ()))),
         (rows, "eval_path"),
+        (rows.get("keep") or {}, "scores"),
         (model, "model_name_or_path"),
         (model, "tokenizer_name_or_path"),
         (model, "chat_template"),
+        (model, "merge_adapter"),
+        (model, "continue_adapter"),
     ):
         if section.get(key) is not None:
             section[key] = written(section[key])
-    data["training"] = {key: value for key, value in data["training"].items() if key != "output_dir"}
+    data["training"] = {
+        key: show(value) if isinstance(value, str) and Path(value).is_absolute() else value
+        for key, value in data["training"].items()
+        if key != "output_dir"
+    }
     return data
+
+
+def portable_text(recipe: Recipe) -> str:
+    """Return the recipe as YAML for others: the keys that say something, without paths of this machine and secrets."""
+    sections = {
+        name: {key: value for key, value in section.items() if value is not None}
+        for name, section in portable(recipe).items()
+        if section
+    }
+    return yaml.safe_dump(sections, sort_keys=False)

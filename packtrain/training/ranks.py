@@ -15,7 +15,8 @@ from __future__ import annotations
 import atexit
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -97,6 +98,27 @@ def start_cpu_group(training: Mapping[str, Any], env: Mapping[str, str] | None =
         return
     timeout = timedelta(seconds=training.get("ddp_timeout", TrainingArguments.ddp_timeout))
     dist.init_process_group(training.get("ddp_backend") or "gloo", timeout=timeout)
+
+
+@contextmanager
+def meeting(env: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Around what starts the process group: says where the ranks were to meet when they don't.
+
+    Raises:
+        LaunchError: the port is in use, the address is wrong, or a rank has not come within `training.ddp_timeout`.
+    """
+    env = os.environ if env is None else env
+    try:
+        yield
+    except dist.DistError as error:
+        reason = str(error).split("\n", 1)[0].split(". ", 1)[0]
+        what = f"rank {asked_rank(env)} cannot meet the others there: {reason}"
+        fix = (
+            "give all ranks the address of the host of rank 0 and a port that is free there "
+            "(`torchrun --master_addr, --master_port`), and see that all of them start"
+        )
+        place = f"{env.get('MASTER_ADDR')}:{env.get('MASTER_PORT')}"
+        raise LaunchError(what, key="MASTER_ADDR:MASTER_PORT", value=place, fix=fix) from error
 
 
 def leave(accelerator: Accelerator) -> None:

@@ -47,7 +47,7 @@ from packtrain.training.meters import peak_memory, reset_peak
 from packtrain.training.model_card import write_model_card
 from packtrain.training.output_lock import only_run
 from packtrain.training.progress import RichProgress
-from packtrain.training.ranks import asked_rank, asked_world_size, check_processes, leave, start_cpu_group
+from packtrain.training.ranks import asked_rank, asked_world_size, check_processes, leave, meeting, start_cpu_group
 from packtrain.training.resharding import prepare_resume
 from packtrain.training.samples import FILE as SAMPLES_FILE
 from packtrain.training.samples import SampleAnswers
@@ -337,7 +337,7 @@ def training_arguments(recipe: Recipe, plan: Plan, *, evaluate: bool) -> Trainin
         gradient_accumulation_steps=plan.gradient_accumulation_steps,
         use_cpu=training["use_cpu"],
     )
-    with refused_by("transformers", "training", training):
+    with refused_by("transformers", "training", training), meeting():
         start_cpu_group(training)
         args = TrainingArguments(**training)
     if args.fp16 and args.device.type == "cpu" and training["deepspeed"] is None:
@@ -357,7 +357,7 @@ def fit(trainer: PackTrainer, checkpoint: str | None = None, *, console: Console
 
     Raises:
         LaunchError: the engine is not the one that was requested, or can't read the checkpoint.
-        CheckpointError: `checkpoint` is damaged, not ours or of another run, or one could not be saved.
+        CheckpointError: `checkpoint` is damaged, not ours or of another run, one could not be saved, or the best is damaged.
         DataError: a data-loading worker was killed, or hangs.
         NonFiniteError: an update's loss or gradient is not finite.
         OutOfMemory: a micro-batch or the optimizer does not fit.
@@ -394,6 +394,7 @@ def fit(trainer: PackTrainer, checkpoint: str | None = None, *, console: Console
     if (stopped := stop.early()) is not None:
         leave(trainer.accelerator)
         raise stopped
+    trainer.checkpoints.verify_best()
 
 
 def _sayer(console: Console) -> Say:

@@ -32,7 +32,8 @@ PATIENCE = timedelta(seconds=30)  # for the store
 
 @dataclass(frozen=True)
 class Told:
-    """What a rank wrote last: how far it is, what that is in words, when, and its last sign of life (seconds)."""
+    """What a rank wrote last: how far it is, what that is in words, when that and its last sign of life were first read,
+    in seconds of rank 0's `time.monotonic`: other clocks differ, and may be set."""
 
     at: tuple[int, int]
     doing: str
@@ -52,6 +53,7 @@ class Watchdog(TrainerCallback):
         self.say, self.stall = say, stall
         self._store: dist.TCPStore | None = None
         self._rank = 0
+        self._read_at: dict[str, tuple[bytes, float]] = {}  # key of the store -> what was read last, and when first
         self._stop = threading.Event()
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -92,13 +94,13 @@ class Watchdog(TrainerCallback):
             self._stop.wait(BEAT)
 
     def _watch(self, store: dist.TCPStore, ranks: int) -> None:
-        usual, newest, said = 0.0, time.time(), False
+        usual, newest, said = 0.0, time.monotonic(), False
         while not self._stop.wait(min(1.0, self.stall / 4)):
             told = [self._read(store, rank) for rank in range(ranks)]
             since = max((one.since for one in told if one), default=newest)
             if since > newest:
                 usual, newest, said = max(usual, since - newest), since, False
-            seconds = time.time() - newest
+            seconds = time.monotonic() - newest
             if not said and seconds > max(self.stall, TIMES * usual) and (ranks_behind := _behind(told)):
                 said = True
                 self.say(f"no progress for {seconds:.0f} seconds: waiting for {ranks_behind}")
@@ -107,14 +109,19 @@ class Watchdog(TrainerCallback):
         names = [f"doing/{rank}", f"alive/{rank}"]
         if not store.check(names):
             return None
-        update, step, doing, since = json.loads(store.get(names[0]))
-        return Told((update, step), doing, since, float(store.get(names[1])))
+        for name in names:
+            found = store.get(name)
+            if self._read_at.get(name, (None,))[0] != found:
+                self._read_at[name] = found, time.monotonic()
+        (doing, since), (_, alive) = (self._read_at[name] for name in names)
+        update, step, words, _ = json.loads(doing)
+        return Told((update, step), words, since, alive)
 
 
 def _behind(told: list[Told | None]) -> str:
     """Names the ranks that the others wait for: those that don't live, else those that are not so far. None is while all
     evaluate, or wait for a checkpoint."""
-    now, furthest = time.time(), max((one.at for one in told if one), default=(0, 0))
+    now, furthest = time.monotonic(), max((one.at for one in told if one), default=(0, 0))
     lifeless = [rank for rank, one in enumerate(told) if one and now - one.alive > 5 * BEAT]
     ranks = lifeless or [rank for rank, one in enumerate(told) if one is None or one.at < furthest]
     return "; ".join(f"rank {rank}, {_told_of(told[rank], lifeless=rank in lifeless)}" for rank in ranks)
@@ -123,5 +130,5 @@ def _behind(told: list[Told | None]) -> str:
 def _told_of(one: Told | None, *, lifeless: bool) -> str:
     if one is None:
         return "which has not begun to train"
-    since = time.strftime("%H:%M:%S", time.localtime(one.since))
+    since = time.strftime("%H:%M:%S", time.localtime(time.time() - (time.monotonic() - one.since)))
     return f"{one.doing} since {since}" + (" (its process gives no sign of life)" if lifeless else "")

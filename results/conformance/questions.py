@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +31,7 @@ from results.conformance.watch import Trace, output, rows_of, watch
 
 TOLERANCE = 1e-5
 SAID = re.compile(r"trunc|longer|too long|exceed|lengthy|drop|discard|cut|max_length|split", re.IGNORECASE)
-Verdict = Literal["yes", "no", "refused", "n/a"]
+Verdict = Literal["yes", "no", "refused", "n/a", "not asked"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Answer:
     """A cell of the table.
 
     Attributes:
-        verdict: `refused` where the trainer says that it can't, and trains nothing.
+        verdict: `refused` where the trainer says that it can't, and trains nothing; `not asked` where the harness can't ask.
         figure: what was measured, in a few words.
     """
 
@@ -56,12 +56,16 @@ class Setting:
         packages: what it is made of, for the versions.
         build: makes a trainer for a job; everything that prepares rows is done in it.
         everywhere: whether it supervises all tokens whatever the row says.
+        environment: where it runs, a key of `environments.PINNED`; "" for packtrain's.
+        not_asked: question -> why it can't be asked.
     """
 
     name: str
     packages: tuple[str, ...]
     build: Callable[[Job], Any]
     everywhere: bool = False
+    environment: str = ""
+    not_asked: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 class Asked:
@@ -135,7 +139,7 @@ def positions(asked: Asked) -> Answer:
 def end_tokens(asked: Asked) -> Answer:
     """Is the end token of every row supervised once, with a tokenizer that pads with it? Padding must not be."""
     rows = ragged_rows(8)
-    trace = asked.train(asked.job(rows, per_device=8, accumulation=1, pad_is_eos=True))
+    trace = asked.train(asked.job(rows, parts=1, updates=1, pad_is_eos=True))
     ends = sum(int((batch.labels[batch.targets] == EOS).sum()) for batch in trace.batches)
     return Answer("yes") if ends == len(rows) else Answer("no", f"{ends} of {len(rows)}")
 
@@ -276,6 +280,8 @@ ON_RANKS = ("ranks", "once")
 
 def ask(asked: Asked, question: str) -> Answer:
     """Asks one question; what a trainer refuses to do is an answer."""
+    if question in asked.setting.not_asked:
+        return Answer("not asked", asked.setting.not_asked[question])
     try:
         return QUESTIONS[question](asked)
     except AssertionError:

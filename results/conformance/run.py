@@ -1,11 +1,12 @@
 """Asks trainers what becomes of documents, tokens and updates, one harness for all.
 
-    python results/conformance/run.py                        # about a quarter of an hour on two cores
+    python results/conformance/run.py                        # half an hour on two cores
     python results/conformance/run.py --setting "SFTTrainer, packing bfd" --only isolated gradients   # these cells anew
 
 Every setting trains a tiny model some thirty times, and what it did is looked at: the micro-batches that reached its
 `training_step`, the gradients that its optimizer got, its losses, weights and messages (`watch.py`). Cells that are stored
-are kept, so that the command goes on where it stopped; `--again` asks all anew.
+are kept, so that the command goes on where it stopped; `--again` asks all anew. Environments of other projects are made
+under `out/conformance` (`environments.py`).
 
 Writes `results/conformance/bench.json` and `results/conformance/README.md` after every answer.
 """
@@ -20,10 +21,12 @@ import sys
 import tempfile
 import textwrap
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, as results/ is not installed
+from results.conformance.environments import PINNED, REMOVED, ROOT, make, python_of
 from results.conformance.questions import ON_RANKS, QUESTIONS, TOLERANCE
 from results.conformance.rows import CONFIGS, PACK
 from results.conformance.settings import SETTINGS
@@ -31,19 +34,22 @@ from results.page import RESULTS, limits, origin, origin_lines, store
 
 PATIENCE = 900  # seconds without an answer after which a process is ended
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
 CONTROL = "control"
 Cells = dict[str, dict[str, dict[str, str]]]
 
 
-def ask(wanted: dict[str, list[str]], *, ranks: int, keep: Any) -> None:
-    """Runs one process (or two) over cells, and gives `keep` every answer; a cell that ends it is an answer, too."""
+def ask(environment: str, wanted: dict[str, list[str]], *, ranks: int, keep: Any) -> None:
+    """Runs one process (or two) over cells of an environment, and gives `keep` every answer.
+
+    A cell that ends the process is an answer, too.
+    """
     wanted = {name: list(questions) for name, questions in wanted.items() if questions}
     while wanted:
         with tempfile.TemporaryDirectory() as directory:
             out = Path(directory) / "answers.jsonl"
             launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-            command = [sys.executable, *launcher, "-m", "results.conformance.worker", json.dumps(wanted), str(out)]
+            python = str(python_of(environment))
+            command = [python, *launcher, "-m", "results.conformance.worker", json.dumps(wanted), str(out)]
             settings = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
             settings |= {"HF_DATASETS_CACHE": str(Path(directory) / "cache"), "TOKENIZERS_PARALLELISM": "false"}
             process = subprocess.Popen(command, cwd=ROOT, env=os.environ | settings)
@@ -70,14 +76,25 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
-def reproduce(script: Path) -> str:
-    """Runs a reproducer, and returns what it prints."""
+def reproduced(environment: str, script: Path, before: dict[str, str]) -> dict[str, str]:
+    """Runs a reproducer in its environment, if it is not the one of `before`, and returns what it says and prints."""
+    _, says, code = script.read_text(encoding="utf-8").split('"""', 2)
+    if before.get("code") == code.strip():
+        return before | {"says": " ".join(says.split())}
     settings = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    command = [sys.executable, str(script)]
+    command = [str(python_of(environment)), "-W", "ignore", str(script)]
     done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=PATIENCE)
     if done.returncode:
-        return done.stderr.strip().splitlines()[-1]
-    return "\n".join(line for line in done.stdout.strip().splitlines() if "[WARNING]" not in line)  # of DeepSpeed
+        prints = (done.stderr.strip().splitlines() or ["it failed and said nothing"])[-1]
+    else:
+        prints = "\n".join(line for line in done.stdout.strip().splitlines() if "[WARNING]" not in line)  # of DeepSpeed
+    return {"says": " ".join(says.split()), "code": code.strip(), "prints": prints}
+
+
+def missing(result: dict[str, Any], names: Iterable[str]) -> list[tuple[str, str]]:
+    """Returns the settings and questions that have no answer yet."""
+    cells = result["cells"]
+    return [(name, question) for name in names for question in QUESTIONS if question not in cells.get(name, {})]
 
 
 # The page
@@ -86,7 +103,14 @@ def reproduce(script: Path) -> str:
 def symbol(cell: dict[str, str] | None) -> str:
     if cell is None:
         return ""
-    shown = {"yes": "+", "no": "**no**", "refused": "refuses", "n/a": "n/a", "failed": "fails"}[cell["verdict"]]
+    shown = {
+        "yes": "+",
+        "no": "**no**",
+        "refused": "refuses",
+        "n/a": "n/a",
+        "not asked": "not asked",
+        "failed": "fails",
+    }[cell["verdict"]]
     return f"{shown} {cell['figure']}".strip() if cell["verdict"] == "no" else shown
 
 
@@ -99,7 +123,8 @@ def markdown(result: dict[str, Any]) -> str:
             *textwrap.wrap(
                 "Do documents stay apart, are tokens lost, and is an update that of padded batches? Every cell is "
                 "measured by one harness on the same rows and the same weights: tiny models of random weights in float32 "
-                "on a CPU, with each trainer's defaults but for what makes runs comparable (`settings.py`).",
+                "on a CPU, with each trainer's defaults but for what makes runs comparable (`arguments.py`, `settings.py`, "
+                "`peers/`). Other projects run in environments of their own.",
                 width=118,
             ),
             "",
@@ -112,13 +137,15 @@ def markdown(result: dict[str, Any]) -> str:
             *notes(cells),
             *reproducer_lines(result.get("reproducers", {})),
             *versions_lines(result),
+            *environment_lines(result.get("left_out", {})),
             *limits(
                 "A CPU has no flash-attention: flat layouts ran with SDPA, and a kernel may isolate what it leaks, or the "
                 "other way round. Tiny Llama and LFM2 models; other architectures are in `results/audit`. What a trainer "
                 "does on purpose (a packer's larger updates, a collator for language modelling that supervises all) is a "
                 "**no** as well, for the question is only whether it is so. Only the settings that are named were asked; "
-                "most trainers have options that change single cells. Axolotl, LLaMA-Factory, ms-swift and torchtune have "
-                "not been asked. Speed is compared in `results/compare_long_tail`."
+                "most trainers have options that change single cells. torchtune was given the study's tokenizer, with its "
+                "own function for tokenizers without special tokens. Axolotl and ms-swift have not been asked: what their "
+                "trainers import has not been pinned here yet. Speed is compared in `results/compare_long_tail`."
             ),
             *origin_lines(result, "torch", "transformers", "trl"),
         ]
@@ -133,9 +160,8 @@ def counts(cells: Cells) -> list[str]:
         f"break: {len(failing)} of the {len(QUESTIONS)} questions see it. `+` yes; `refuses`: it says that it cannot, and "
         "trains nothing; figures of a **no** are relative differences, or counts."
     )
-    known = sum(len(answers) for answers in cells.values())
-    if (missing := len(cells) * len(QUESTIONS) - known) > 0:
-        text += f" {missing} cells are empty: they have not been asked yet, and the command goes on with them."
+    if empty := len(missing({"cells": cells}, cells)):
+        text += f" {empty} cells are empty: they have not been asked yet, and the command goes on with them."
     return textwrap.wrap(text, width=118)
 
 
@@ -161,11 +187,11 @@ def table(cells: Cells) -> list[str]:
 
 
 def notes(cells: Cells) -> list[str]:
-    """Returns why cells are `n/a`, `refuses` or `fails`."""
+    """Returns why cells are `n/a`, `not asked`, `refuses` or `fails`."""
     why: dict[str, list[str]] = {}
     for name, answers in cells.items():
         for question, cell in answers.items():
-            if cell["verdict"] in ("n/a", "refused", "failed"):
+            if cell["verdict"] in ("n/a", "not asked", "refused", "failed"):
                 why.setdefault(cell["figure"], []).append(f"{name}: {question}")
     lines = ["Not asked, refused or failed:", ""] if why else []
     for reason, where in why.items():
@@ -198,6 +224,28 @@ def versions_lines(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def environment_lines(left_out: dict[str, str]) -> list[str]:
+    lines = ["", "## Environments of other projects", ""]
+    text = "Made by the command, over packtrain's environment: what is not named here (torch among it) is that one's."
+    lines += [*textwrap.wrap(text, width=118), ""]
+    for environment, pins in PINNED.items():
+        text = f"- {environment}: {', '.join(pins)}"
+        if environment in REMOVED:
+            text += f"; without `{REMOVED[environment]}`, which were built for CUDA"
+        if environment in left_out:
+            text = f"- {environment} could not be made, and is left out: {left_out[environment]}"
+        lines += textwrap.wrap(text, width=118, subsequent_indent="  ", break_on_hyphens=False)
+    return lines
+
+
+def reproducers() -> dict[str, tuple[str, Path]]:
+    """Returns name -> environment and script; the environment is its folder, and packtrain's where it has none."""
+    scripts = [("", path) for path in sorted((HERE / "reproducers").glob("*.py"))]
+    for environment in PINNED:
+        scripts += [(environment, path) for path in sorted((HERE / "reproducers" / environment).glob("*.py"))]
+    return {f"{environment} {path.stem}".strip(): (environment, path) for environment, path in scripts}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--setting", nargs="+", choices=list(SETTINGS), help="these settings (default: all)")
@@ -209,11 +257,12 @@ def main() -> None:
     stored = arguments.out / "bench.json"
     result = json.loads(stored.read_text(encoding="utf-8")) if stored.exists() else {"cells": {}, "versions": {}}
     result |= origin("conformance") | {"command": "python results/conformance/run.py"}
+    empty = missing(result, SETTINGS)
     wanted = {
         name: [
             question
             for question in arguments.only or QUESTIONS
-            if named or arguments.again or question not in result["cells"].get(name, {})
+            if named or arguments.again or (name, question) in empty
         ]
         for name in arguments.setting or SETTINGS
     }
@@ -230,19 +279,25 @@ def main() -> None:
             result[part] = {name: result[part][name] for name in SETTINGS if name in result[part]}
         store(arguments.out, result, markdown(result), depth=3)
 
-    for ranks in (1, 2):
-        cells = {name: [one for one in wanted[name] if (one in ON_RANKS) == (ranks > 1)] for name in wanted}
-        ask(cells, ranks=ranks, keep=keep)
+    left_out: dict[str, str] = result.setdefault("left_out", {})
+    for environment in ("", *PINNED):
+        of_it = {name: questions for name, questions in wanted.items() if SETTINGS[name].environment == environment}
+        if not any(of_it.values()):
+            continue
+        if problem := make(environment):
+            left_out[environment] = problem
+            continue
+        left_out.pop(environment, None)
+        for ranks in (1, 2):
+            cells = {name: [one for one in of_it[name] if (one in ON_RANKS) == (ranks > 1)] for name in of_it}
+            ask(environment, cells, ranks=ranks, keep=keep)
     if not named:
-        result["reproducers"] = {
-            script.stem: {
-                "says": " ".join(script.read_text(encoding="utf-8").split('"""')[1].split()),
-                "code": script.read_text(encoding="utf-8").split('"""', 2)[2].strip(),
-                "prints": reproduce(script),
-            }
-            for script in sorted((HERE / "reproducers").glob("*.py"))
-        }
-        write()
+        before = {} if arguments.again else result.get("reproducers", {})
+        result["reproducers"] = {}
+        for name, (environment, script) in reproducers().items():
+            if environment not in left_out and not make(environment):
+                result["reproducers"][name] = reproduced(environment, script, before.get(name, {}))
+    write()
     print(markdown(result))
 
 

@@ -1,14 +1,10 @@
-"""The settings of transformers, TRL and packtrain, and a control that fails every question.
+"""The table of settings: those of transformers, TRL and packtrain, of peers, and a control that fails every question.
 
-What is settled for a trainer is on this page: defaults are left alone but for what lets runs be compared (float32, no
-gradient clipping, no checkpointing of activations, one log per update).
+What is settled for a trainer is on this page, and in `arguments.py` what is settled for all.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import os
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +14,6 @@ import torch
 import yaml
 from torch.nn.functional import cross_entropy
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     DataCollatorForLanguageModeling,
     DataCollatorForSeq2Seq,
     DataCollatorWithFlattening,
@@ -27,49 +21,10 @@ from transformers import (
     TrainingArguments,
 )
 
+from results.conformance.arguments import COMMON, parts, sizes, world_size
+from results.conformance.peers import PEERS
 from results.conformance.questions import Setting
 from results.conformance.rows import EOS, PACK, Job, as_ids, as_texts, model_directory, write, write_lines
-
-COMMON: dict[str, Any] = dict(
-    learning_rate=1e-3,
-    max_grad_norm=0.0,
-    logging_steps=1,
-    use_cpu=True,
-    report_to="none",
-    disable_tqdm=True,
-    seed=7,
-)
-
-
-def sizes(job: Job, ranks: int, count: Callable[[Job], int]) -> dict[str, Any]:
-    """Returns the fields of TrainingArguments that a job asks for; `count` says how many rows a packer makes of it."""
-    saving = dict(save_strategy="steps", save_steps=job.save) if job.save else dict(save_strategy="no")
-    size, accumulation = job.per_device, job.accumulation
-    if job.parts:
-        rows = count(dataclasses.replace(job, parts=0))
-        size, accumulation = -(-rows // (ranks * job.parts)), job.parts
-    return dict(
-        output_dir=job.directory,
-        per_device_train_batch_size=size,
-        gradient_accumulation_steps=accumulation,
-        per_device_eval_batch_size=job.per_device_eval,
-        max_steps=job.updates,
-        num_train_epochs=1,
-        **saving,
-    )
-
-
-def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def parts(job: Job) -> tuple[Any, Any]:
-    """Loads the model, in float32, and the tokenizer."""
-    directory = model_directory(job, Path(job.directory).parent)
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32), AutoTokenizer.from_pretrained(
-        directory
-    )
-
 
 # transformers
 
@@ -193,7 +148,7 @@ def on_packtrain(name: str, strategy: str) -> Setting:
     return Setting(name=name, packages=("packtrain", "transformers"), build=partial(recipe, strategy=strategy))
 
 
-_ALL = (
+_LIBRARIES = (
     on_transformers("Trainer, DataCollatorForSeq2Seq", "seq2seq"),
     on_transformers("Trainer, DataCollatorForLanguageModeling", "language"),
     on_transformers("Trainer, group_by_length", "seq2seq", train_sampling_strategy="group_by_length"),
@@ -204,9 +159,11 @@ _ALL = (
     on_trl("SFTTrainer, packing bfd", packing=True, packing_strategy="bfd"),
     on_trl("SFTTrainer, packing bfd_split", packing=True, packing_strategy="bfd_split"),
     on_trl("SFTTrainer, packing wrapped", packing=True, packing_strategy="wrapped"),
+)
+_OURS = (
     Setting(name="SFTTrainer, attached", packages=("packtrain", "trl"), build=partial(sft, attached=True)),
     on_packtrain("packtrain, balanced", "balanced"),
     on_packtrain("packtrain, bfd", "bfd"),
-    Setting(name="control", packages=("transformers",), build=broken),
 )
-SETTINGS = {setting.name: setting for setting in _ALL}
+_CONTROL = Setting(name="control", packages=("transformers",), build=broken)
+SETTINGS = {setting.name: setting for setting in (*_LIBRARIES, *PEERS, *_OURS, _CONTROL)}

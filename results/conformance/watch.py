@@ -87,7 +87,9 @@ class Watch(TrainerCallback):
             control.should_training_stop = True
 
 
-def gradients_of(model: torch.nn.Module) -> dict[str, Tensor]:
+def gradients_of(model: Any) -> dict[str, Tensor]:
+    if hasattr(model, "named_gradients"):  # of a trainer that names its weights otherwise
+        return {name: gradient.double() for name, gradient in model.named_gradients().items()}
     named = ((name.removeprefix("module."), weight) for name, weight in model.named_parameters())
     return {name: weight.grad.double().clone() for name, weight in named if weight.grad is not None}
 
@@ -141,13 +143,16 @@ def batch_of(inputs: Mapping[str, Any]) -> Batch:
 def probe_isolation(trainer: Any, model: Any, inputs: Mapping[str, Any], items: Any) -> tuple[float, float]:
     """Asks the trainer's own loss of one document of a batch, with other documents changed, and with its own first words.
 
-    The document is the last of its row, where a causal model could see all others.
+    The document is the last of its row, where a causal model could see all others. Its first token is not scored: whether
+    the document before it predicts that is a question of its own.
     """
     batch = batch_of(inputs)
     in_rows = [[one for one in batch.documents if one.row == row] for row in range(len(batch.ids))]
     chosen = max(in_rows, key=len)[-1]
     inside = torch.zeros_like(batch.padded)
     inside[chosen.row, chosen.start : chosen.stop] = True
+    scored = inside.clone()
+    scored[chosen.row, chosen.start] = False
     half = inside.clone()
     half[chosen.row, (chosen.start + chosen.stop) // 2 :] = False
 
@@ -155,9 +160,9 @@ def probe_isolation(trainer: Any, model: Any, inputs: Mapping[str, Any], items: 
         given = {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
         given["input_ids"] = changed(batch.ids, where)
         if "loss_weights" in given:  # a trainer that weighs positions, and has listed them
-            given["loss_weights"] = given["loss_weights"] * inside.reshape(given["loss_weights"].shape)
+            given["loss_weights"] = given["loss_weights"] * scored.reshape(given["loss_weights"].shape)
         else:
-            given["labels"] = torch.where(inside, batch.labels, -100)
+            given["labels"] = torch.where(scored, batch.labels, -100)
         return float(trainer.compute_loss(model, given, num_items_in_batch=items))
 
     base = loss(torch.zeros_like(inside))

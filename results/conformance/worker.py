@@ -1,6 +1,7 @@
 """Asks settings: `python -m results.conformance.worker CELLS OUT`.
 
-Started by `run.py`; under torchrun with two processes for what is about ranks.
+Started by `run.py` with the interpreter of the settings' environment; under torchrun with two processes for what is about
+ranks. Only settings of packtrain import packtrain.
 CELLS is JSON, setting -> questions; every answer is appended to OUT as a line of JSON as soon as it is known.
 """
 

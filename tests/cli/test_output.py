@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -41,3 +42,14 @@ def test_output_that_is_read_is_whole():
     done = subprocess.run([sys.executable, "-c", PRINT, "lasting"], capture_output=True, text=True)
     assert [line for line in done.stdout.splitlines() if line.startswith("line")][-1].startswith("line 1999")
     assert done.stderr == "done"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_a_name_that_the_terminal_can_not_show_ends_nothing(encoding, tmp_path):
+    """A file system's names are bytes: these are no UTF-8, and not ASCII either way."""
+    name = os.fsdecode("é".encode() + b"\xff.yaml")
+    command = [sys.executable, "-m", "packtrain", "init", name]
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert b"\\udcff.yaml" in done.stdout and (tmp_path / name).exists()

@@ -172,6 +172,23 @@ def test_plan_without_all_compares_with_plain_padding(tmp_path, capsys, wide):
     assert "updates see other examples" not in out
 
 
+def test_plan_prints_the_phases_of_a_schedule(tmp_path, capsys, wide):
+    """12 tokens an update: of 2 tokens in 6 examples; then of 84 tokens in 22. Control: no phases without a schedule."""
+    np.save(tmp_path / "lengths.npy", np.array([2] * 30 + [6] * 10, dtype=np.int32))
+    small = sets(["examples_per_step=4", "max_tokens=24", "max_length=6", "num_train_epochs=2"])
+    plan = ["plan", str(write(tmp_path, GOOD)), "--lengths", str(tmp_path / "lengths.npy"), *small]
+    assert run(*plan, "--all", "--set", "batching.schedule=[{until: 0.3, max_length: 2}]") == 0
+    out = capsys.readouterr().out
+    rows = [line.split() for line in out.partition("Phases of the first epoch")[2].splitlines()]
+    assert ["30.0%", "2", "18", "6", "12", "12", "12", "3"] in rows
+    assert [row[:4] + row[-1:] for row in rows if row[:1] == ["100.0%"]] == [["100.0%", "6", "22", "3", "8"]]
+    updates = {line.split()[0]: line.split()[1] for line in out.splitlines() if line.startswith(("balanced ", "bfd "))}
+    assert updates == {"balanced": "21", "bfd": "*"}  # 3 + 8 of the first epoch and 10 of the second
+    assert "seen once and whole" in out
+    assert run(*plan) == 0
+    assert "Phases" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("option", [["--strategy", "balanced"], ["--max-tokens", "16384"], ["--strategy", "bfd"]])
 def test_plan_of_a_recipe_takes_its_strategy_from_it(tmp_path, capsys, option):
     """Also where the option says what it would be without a recipe."""
@@ -506,19 +523,6 @@ def test_python_without_docstrings_is_refused(level, code):
     command = [sys.executable, "-m", "packtrain", "--version"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == code and ("PYTHONOPTIMIZE" in done.stdout) == (code == 2)
-
-
-@pytest.mark.parametrize(("typed", "offered"), [("packtrain ge", "generate"), ("packtrain train --re", "--resume")])
-def test_shells_complete_verbs_and_options(typed, offered):
-    asked = {"_PACKTRAIN_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
-    done = subprocess.run([sys.executable, "-m", "packtrain"], env=os.environ | asked, capture_output=True, text=True)
-    assert offered in done.stdout.split(), done.stderr
-
-
-def test_exit_codes_are_in_the_help(capsys):
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    assert "75 stopped" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_dtype_that_is_none_is_refused(capsys):

@@ -16,6 +16,7 @@ import pytest
 from packtrain.compare.comparison import read_comparison
 from packtrain.compare.plots import drawn_ends
 from packtrain.compare.report import write_report
+from packtrain.compare.tables import render_csv, render_latex, render_markdown, render_shown_csv
 from packtrain.errors import PacktrainError
 from tests.compare.synthetic_runs import make_manifest, make_run, store
 
@@ -160,6 +161,21 @@ def test_the_csv_has_every_variant_in_full_precision(experiment):
     assert float(rows["balanced"]["speed_estimate"]) == comparison.row("balanced").speed.estimate
     assert rows["ffd"]["failure"].startswith("ValueError") and rows["ffd"]["real_tokens_per_second"] == ""
     assert float(rows["bfd"]["equal_updates_loss"]) == pytest.approx(4.6 * 1.1)
+
+
+def test_a_name_is_no_formula_and_no_command(tmp_path):
+    """In a spreadsheet, a table of Markdown and a paper."""
+    name = r"=cmd('x')|\input{a}~^"
+    variants = [VARIANTS[0], (name, "packtrain", True), ("-safe", "packtrain", True)]
+    runs = [make_run(each, 0, rate=100.0) for each, _, _ in variants]
+    store(tmp_path / "compare", make_manifest(variants, rounds=1), runs)
+    comparison = read_comparison(tmp_path / "compare")
+    for text in (render_csv(comparison), render_shown_csv(comparison)):
+        cells = [row[0] for row in csv.reader(text.splitlines())]
+        assert cells == ["variant", "pad_longest", f"'{name}", "'-safe"]
+    (line,) = (line for line in render_markdown(comparison).splitlines() if "cmd" in line and line.startswith("|"))
+    assert re.split(r"(?<!\\)\|", line)[1].strip() == name.replace("|", r"\|")
+    assert r"=cmd('x')|\textbackslash{}input\{a\}\textasciitilde{}\textasciicircum{}" in render_latex(comparison)
 
 
 @pytest.mark.ci

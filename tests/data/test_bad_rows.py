@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from packtrain.data.examples import build_examples
@@ -206,3 +210,24 @@ def test_more_bad_rows_than_good_ones_are_no_exception(build, chat_tokenizer, to
 def test_nothing_left(build, tokenizer):
     with pytest.raises(DataError, match="none of 2 rows is left"):
         build([{"text": 1}, {"text": 2}], tokenizer, on_bad_row="skip")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv"])
+def test_a_file_in_another_unicode_is_named(name, encoding, tmp_path):
+    text = "text\none\n" if name.endswith("csv") else '{"text": "one"}\n'
+    path = tmp_path / name
+    path.write_bytes((codecs.BOM_UTF16_BE if encoding.endswith("be") else b"") + text.encode(encoding))
+    with pytest.raises(DataError, match=f"{name}: data.path: is text in UTF-16 or UTF-32") as error:
+        open_rows(path)
+    assert "iconv" in error.value.fix
+    path.write_text(text)
+    assert list(open_rows(path)) == [{"text": "one"}]  # the control
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    """Only one of them would be read, as in JSON and CSV, where that is refused, too."""
+    texts = pa.array(["one"]), pa.array(["two"])
+    pq.write_table(pa.table(list(texts), names=["text", "text"]), tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match=r"rows.parquet: data.path: contains several columns of one name.*'text'"):
+        open_rows(tmp_path / "rows.parquet")

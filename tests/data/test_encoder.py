@@ -50,20 +50,21 @@ def _row(format: str) -> st.SearchStrategy[dict]:
     return st.fixed_dictionaries({}, optional={name: known.get(name, _STRING | _ANYTHING) for name in columns})
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("format", "kind"), [(name, kind) for name, each in FORMATS.items() for kind in each.kinds])
 @pytest.mark.parametrize("mask", ["completion_only", "assistant_only", None])
 @settings(max_examples=60)
 @given(data=st.data())
-def test_any_row_is_an_example_or_named(format, mask, chat_tokenizer, data):
+def test_any_row_is_an_example_or_named(format, kind, mask, chat_tokenizer, data):
     if format in ("text", "input_ids", "tokens"):
         mask = None
-    if FORMATS[format].kind in ("pair", "answers"):
+    if kind in ("pair", "answers"):
         mask = "completion_only"
     encoder = Encoder(
         chat_tokenizer,
         format,
         completion_only=mask == "completion_only",
         assistant_only=mask == "assistant_only",
+        kind=kind,
     )
     rows = data.draw(st.lists(_row(format), min_size=1, max_size=4))
     found = encoder(rows).to_pylist()

@@ -112,6 +112,18 @@ def test_the_same_file_plain_and_compressed_is_refused(folder):
     assert read(["d/a.jsonl"]) == ["d/a.jsonl"]  # the fix
 
 
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+@pytest.mark.parametrize("path", ["d", "d/*.jsonl"])
+def test_a_file_that_has_two_names_is_refused(link, path, folder):
+    """Its rows would be trained twice, which a list of files refuses, too."""
+    write("d/a.jsonl", "d/c.jsonl")
+    link(Path("d/a.jsonl").absolute(), "d/b.jsonl")
+    with pytest.raises(DataError, match="the same file twice, by a link: (d/)?a.jsonl and (d/)?b.jsonl"):
+        open_rows(path)
+    Path("d/b.jsonl").unlink()
+    assert len(open_rows(path)) == 2  # the control, and the fix
+
+
 # --- patterns and lists ------------------------------------------------------------------------------------------
 
 

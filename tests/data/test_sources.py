@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from packtrain.data.examples import build_examples
 from packtrain.data.report import BadRow
-from packtrain.data.sources import open_rows
+from packtrain.data.sources import CORPUS_ROWS, open_rows, texts
 from packtrain.errors import DataError
 
 ROWS = [{"text": "one", "n": 1}, {"text": "zwei ü", "n": 2}, {"text": "three\nlines\r\n", "n": 3}]
@@ -348,3 +348,10 @@ def test_the_index_of_pandas_is_called_by_its_name(tmp_path, tokenizer):
         open_rows(path)
     path.write_text("Unnamed: 0,text\n0,one\n1,two\n")
     assert "columns not used: Unnamed: 0 (pandas' index)" in build_examples(open_rows(path), tokenizer).report.notes
+
+
+def test_a_tokenizer_is_trained_on_the_first_rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": str(number)}) + "\n" for number in range(CORPUS_ROWS + 5)))
+    found = list(texts(open_rows(path)))
+    assert (len(found), found[0], found[-1]) == (CORPUS_ROWS, "0", str(CORPUS_ROWS - 1))

@@ -81,6 +81,8 @@ def test_completion_that_is_switched_off_leaves_nothing(tokenizer, build):
     [
         ({"weight": -1}, "'weight' of messages[1] is -1"),
         ({"weight": "0"}, "'weight' of messages[1] is '0'"),
+        ({"weight": 1e39}, "'weight' of messages[1] is 1e+39, which 32 bits can't hold"),
+        ({"weight": 1e-300}, "'weight' of messages[1] is 1e-300, which 32 bits can't hold"),
         ({"weight": 1, "train": False}, "messages[1] has switches that contradict each other"),
     ],
 )

@@ -107,8 +107,8 @@ def check_launcher(program: str, words: list[str]) -> None:
 
 
 def made_in(text: str) -> frozenset[str]:
-    """The recipes that a page makes by `packtrain init`, and the default name."""
-    return frozenset({"recipe", *re.findall(r"packtrain init (\w+)", text)})
+    """The recipes that a page makes by `packtrain init` or writes in its walk, and the default name."""
+    return frozenset({"recipe", *re.findall(r"(?:packtrain init |<!-- walk: )(\w+)", text)})
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def tokenizer():
 def example_of(line: str, name: str, tokenizer, tmp_path: Path) -> str:
     """The text (or ids) of a row's example, with what is supervised in brackets; checks that the row is of that format."""
     (tmp_path / "rows.jsonl").write_text(line + "\n", encoding="utf-8")
-    kind = FORMATS[name].kind
+    kind = FORMATS[name].kinds[0]
     examples = build_examples(open_rows(tmp_path / "rows.jsonl"), tokenizer, kind=kind, cache_dir=tmp_path)
     assert examples.report.format == name
     if kind == "words":  # of which the first of a row has a class, too

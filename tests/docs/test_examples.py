@@ -137,6 +137,25 @@ def test_a_trained_adapter_answers_is_merged_and_trained_further(folder, capsys)
     assert second.held_out_loss_before == pytest.approx(first["held_out_loss_after"], rel=1e-5)
 
 
+def test_a_stream_resumes_bitwise(folder):
+    """Of 8 updates, from a checkpoint after the third, over the end of the rows; control: from their beginning."""
+    rows = [{"input_ids": list(range(3, 30 + 7 * (n % 9)))} for n in range(24)]
+    code = example("recipes/README.md", "stream")
+    settings = SETTINGS | {"learning_rate": 1e-2}
+    settings = {key: settings[key] for key in ("use_cpu", "report_to", "disable_tqdm", "learning_rate")}
+
+    def weights(code: str, resume: str | None) -> torch.Tensor:
+        scope = {"rows": rows, "resume": resume, "model": tiny_model("llama", vocab_size=128), "settings": settings}
+        exec(code, scope)
+        assert scope["trainer"].state.global_step == 8
+        return torch.cat([weight.detach().flatten() for weight in scope["model"].parameters()])
+
+    unbroken = weights(code, None)
+    assert torch.equal(weights(code, "out/checkpoint-3"), unbroken)
+    forgetful = code.replace("packs.load_state_dict", "str")
+    assert forgetful != code and not torch.equal(weights(forgetful, "out/checkpoint-3"), unbroken)
+
+
 def test_the_mixture_is_what_it_says(folder):
     (folder / "chats").mkdir()
     for i in range(2):

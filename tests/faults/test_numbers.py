@@ -166,3 +166,13 @@ def test_a_skipped_update_does_not_break_resuming(tmp_path, examples):
     fit(resumed, str(tmp_path / f"checkpoint-{after}"))
     assert resumed.finite.skipped == 2
     assert all(torch.equal(value, weights(first)[name]) for name, value in weights(resumed).items())
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.down_proj.weight", "model.embed_tokens.weight"])
+def test_weights_that_are_not_finite_are_named_instead_of_the_data(tmp_path, name):
+    trainer = make_trainer(tmp_path, strategy="balanced")
+    with torch.no_grad():
+        trainer.model.get_parameter(name)[-1, 0] = torch.inf
+    with pytest.raises(NonFiniteError, match=f"is not finite, as its weights hold NaN or infinity: {name}") as error:
+        trainer.train()
+    assert "start from whole weights" in error.value.fix and "data" not in error.value.fix

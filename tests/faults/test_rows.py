@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import csv
 from rich.console import Console
 
 from packtrain.data.examples import build_examples
@@ -79,6 +82,37 @@ def test_rows_that_change_during_a_run_do_not_reach_it(recipe, tmp_path):
     assert process.exitcode == 0 and same(weights(tmp_path / "again/run"), expected)
     with pytest.raises(CheckpointError, match="with different settings"):
         train(load_recipe(again), resume=True)
+
+
+MEANWHILE = {
+    "other words": lambda text: text.replace("What", "When"),
+    "a row is new": lambda text: text + json.dumps(ROWS[0]) + "\n",
+    "it is cut": lambda text: text[: len(text) // 2],
+}
+
+
+@pytest.mark.parametrize("change", MEANWHILE)
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "rows.parquet"])
+def test_a_file_that_changes_while_it_is_tokenised_is_not_stored_as_what_it_was(tmp_path, name, change):
+    """Or its tokens would be found under the old contents, by whoever has these again."""
+    path, options = tmp_path / name, {"max_length": 64, "cache_dir": tmp_path / "cache"}
+    table = pa.Table.from_pylist(ROWS)
+    whole = {
+        "rows.jsonl": lambda: write(path, ROWS),
+        "rows.json": lambda: path.write_text(json.dumps(ROWS)),
+        "rows.csv": lambda: csv.write_csv(table, path),
+        "rows.parquet": lambda: pq.write_table(table, path, compression="none", use_dictionary=False, row_group_size=9),
+    }[name]
+    whole()
+    rows = open_rows(path)
+    path.write_bytes(MEANWHILE[change](path.read_bytes().decode("latin-1")).encode("latin-1"))
+    with pytest.raises(DataError, match="changed while its rows were tokenised|damaged Parquet"):
+        build_examples(rows, TOKENIZER, **options)
+    whole()
+    examples = build_examples(open_rows(path), TOKENIZER, **options)  # the control: what is there now
+    assert len(examples) == len(ROWS)
+    other = build_examples(open_rows(path), TOKENIZER, max_length=64, cache_dir=tmp_path / "another")
+    assert examples.fingerprint == other.fingerprint
 
 
 # ------------------------------------------------------------------------------------------------------ nonsense

@@ -10,9 +10,13 @@ import time
 import pytest
 import torch
 
+from packtrain.data import synthetic
+from packtrain.data.examples import build_examples
+from packtrain.data.sources import Rows
 from packtrain.errors import DataError
 from packtrain.packing.collator import PackCollator
 from packtrain.training.run import fit
+from tests.data.helpers import make_tokenizer
 from tests.training.helpers import make_trainer
 
 
@@ -80,3 +84,21 @@ def test_workers_leave_signals_to_the_run_and_change_nothing(tmp_path):
         fit(trainer)
     one, two = (dict(trainer.model.named_parameters()) for trainer in runs)
     assert all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+class Deadly(Rows):
+    """Rows that kill the process that reads them, but for the one that opened them: as the system does without memory."""
+
+    home = os.getpid()
+
+    def read(self, start, stop):
+        if os.getpid() != self.home:
+            die()
+        return super().read(start, stop)
+
+
+def test_a_tokenising_process_that_is_killed_is_said(tmp_path):
+    rows = Deadly([synthetic.READERS["packtrain:arithmetic"](1200, seed=0, split="train")])
+    with pytest.raises(DataError, match="data.num_proc: one of 2 processes that tokenise was killed"):
+        build_examples(rows, make_tokenizer(), max_length=512, overflow="truncate", num_proc=2, cache_dir=tmp_path)
+    assert list((tmp_path / "tokens").iterdir()) == []  # nothing half done

@@ -141,6 +141,10 @@ OVERRIDES: dict[str, list[str]] = {
     "kept by nothing": ["data.keep={by: el2n, share: 0.7, seed: 3}"],
     "kept by a length": ["data.keep={by: length, share: 2, whihc: low}"],
     "kept at random by a score": ["data.keep={by: random, share: 0.7, which: low, scores: x.parquet}"],
+    "a schedule of packs, out of order": [
+        "strategy=bfd",
+        "batching.schedule=[{until: 0.4, max_length: 100}, {until: 0.1, max_length: 64}]",
+    ],
     "a share of a mixture": [
         "data.path=null",
         "data.mixture=[{path: a, weight: 1}]",
@@ -183,6 +187,7 @@ COMMANDS: dict[str, list[str]] = {
     "too long examples": ["train", "RECIPE", "--set", "data.max_length=32"],
     "all held out": ["train", "RECIPE", "--set", "data.eval_size=20"],
     "none kept": ["train", "RECIPE", "--set", "data.keep={by: random, share: 0.01}"],
+    "too few short examples": ["plan", "RECIPE", "--set", "batching.schedule=[{until: 0.9, max_length: 40}]"],
     "no such scores": ["train", "RECIPE", "--set", "data.keep={by: loss, share: 0.5, scores: nowhere.parquet}"],
     "scores of no model": ["score", "RECIPE", "--model", "./nowhere"],
     "scores of pairs": ["score", "RECIPE", "--set", "objective.name=preference"],

@@ -73,3 +73,18 @@ def test_layers_that_packtrain_varlen_cannot_compute_are_padded_inside_with_an_a
     assert found.says.startswith("isolated") and found.padding is not None
     assert found.says.endswith(f", with {attention}, as packtrain_varlen cannot compute its attention")
     assert model.config._attn_implementation == attention
+
+
+def test_outputs_that_are_not_finite_prove_nothing(caplog):
+    """No difference of NaN is above a tolerance, so a model that leaks would be called isolated."""
+    model = leaking()
+    with torch.no_grad():
+        model.model.decoder.layers[0].fc1.weight[0, 0] = torch.nan
+    with pytest.raises(ModelError, match="answers a single document with NaN, as its weights hold NaN .*layers.0.fc1"):
+        check_isolation(model, "flat", CPU)
+    model = leaking()
+    model.lm_head.register_forward_hook(
+        lambda head, args, logits: torch.cat([logits[..., 1:], logits[..., :1] / 0], -1)
+    )
+    assert check_isolation(model, "flat", CPU).says.startswith("unclear")
+    assert "is not known" in caplog.text

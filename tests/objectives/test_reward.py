@@ -18,6 +18,7 @@ from tests.objectives.preference.helpers import (
     PER_UPDATE,
     RATE,
     UPDATES,
+    LeakingPairs,
     curves,
     in_order,
     pair_recipe,
@@ -90,6 +91,10 @@ def test_every_update_is_that_of_trl(rows, tmp_path, lora, center):
     }
     for name, trainer in layouts.items():
         np.testing.assert_allclose(curves(trainer, FIGURES), expected, rtol=1e-5, atol=1e-5, err_msg=name)
+    if not center:
+        leaks = make(rows, tmp_path / "ours", lora=lora, shared=True)
+        leaks.collator = LeakingPairs(layout="flat", pad_token_id=0, shared=True, last_only=True)
+        assert np.abs(curves(leaks, FIGURES)[:, 0] / expected[:, 0] - 1).max() > 1e-3
     other = make(rows, tmp_path / "ours", lora=lora, center=0.5)  # the control: a term that TRL didn't have
     assert np.abs(curves(other, FIGURES)[:, 0] / expected[:, 0] - 1).max() > 1e-3
 

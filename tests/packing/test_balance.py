@@ -13,6 +13,7 @@ from packtrain.packing.accumulation import smallest_accumulation
 from packtrain.packing.balance import _fill, balanced, exchange, into_micro_steps, levels
 from packtrain.packing.cost import Cost
 from packtrain.packing.plan import make_plan
+from packtrain.packing.scopes import StepScope
 from packtrain.packing.strategies import STRATEGIES, equal_counts
 
 COST = Cost(linear=1, quadratic=0.02)
@@ -47,10 +48,11 @@ def test_micro_steps_share_neighbours_and_ranks_get_equal_sums():
 )
 def test_capacity_holds_with_as_few_micro_steps_as_the_plan_takes(lengths, capacity, ranks, cost):
     lengths = np.array(lengths)
-    micro_steps = smallest_accumulation(
-        lengths, STRATEGIES["balanced"], examples_per_step=len(lengths), seed=0, steps=1, ranks=ranks,
-        capacity=capacity, width=int(lengths.max()), cost=cost,
+    scope = StepScope(
+        lengths=lengths, strategy=STRATEGIES["balanced"], name="balanced", seed=0, max_tokens=capacity, cost=cost,
+        examples_per_step=len(lengths), width=int(lengths.max()),
     )  # fmt: skip
+    micro_steps = smallest_accumulation(scope, steps=1, ranks=ranks)
     parts = balanced(lengths, micro_steps=micro_steps, ranks=ranks, capacity=capacity, cost=cost)
     assert len(parts) == ranks * micro_steps
     assert sorted(i for part in parts for i in part) == list(range(len(lengths)))

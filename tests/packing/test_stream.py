@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -204,6 +206,31 @@ def test_rows_that_share_themselves_out_among_workers_are_refused(shards):
         read(2)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_loader_that_would_collate_packs_again_is_refused(workers):
+    """Torch would fail to stack them, or, of one at a time, give a model three dimensions."""
+    for size in (1, 8):
+        with pytest.raises(PlanError, match="batches already(.|\n)*DataLoader.packs, batch_size=None."):
+            next(iter(DataLoader(packed(), batch_size=size, num_workers=workers)))
+    assert len(next(iter(DataLoader(packed(), batch_size=None, num_workers=workers)))["input_ids"]) == 1  # control
+
+
+@pytest.mark.parametrize("prepared", ["shard", "dispatcher"])
+def test_packs_that_would_be_dealt_to_ranks_again_are_refused(prepared):
+    """What `accelerator.prepare` makes of a loader on two ranks; each would take half of its own packs."""
+    from accelerate.data_loader import DataLoaderDispatcher, IterableDatasetShard
+
+    def read(packs: PackedStream):
+        shard = IterableDatasetShard(packs, num_processes=2, process_index=0)
+        loader = DataLoader(shard if prepared == "shard" else packs, batch_size=None)
+        if prepared == "dispatcher":
+            loader = DataLoaderDispatcher(packs, batch_size=None)
+        return next(iter(loader))
+
+    with pytest.raises(PlanError, match="rows are lost(.|\n)*don't hand it the loader"):
+        read(packed(0, 2))
+
+
 @pytest.mark.ci
 @pytest.mark.slow
 def test_a_stock_trainer_takes_the_packs_as_they_are(tmp_path):
@@ -235,3 +262,19 @@ def test_a_stock_trainer_takes_the_packs_as_they_are(tmp_path):
     assert all(0 < loss < 20 for loss in losses)
     assert losses[len(epoch)] < losses[0]  # the same pack, an epoch later
     assert packs.state_dict()["rows_read"] > 0
+
+
+@pytest.mark.slow
+def test_two_ranks_see_every_row_once(tmp_path):
+    """Stock trainers under torchrun: 25 rows of 4 pairs of packs or fewer; the ranks keep the same weights."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    words = [*command, "tests.programs.streamed_ranks", str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr[-4000:]
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    assert [rank["ranks"] for rank in ranks] == [2, 2]
+    assert len(ranks[0]["seen"]) == len(ranks[1]["seen"]) == 4
+    pairs = [one + other for one, other in zip(*(rank["seen"] for rank in ranks), strict=True)]
+    epoch = [row for pair in pairs for row in pair][:25]
+    assert sorted(epoch) == list(range(25)), "every row once, before any a second time"
+    assert all(rank["seen"][0] for rank in ranks) and ranks[0]["weights"] == ranks[1]["weights"]

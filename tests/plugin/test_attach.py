@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
+from torch.utils.data import IterableDataset
 from transformers import (
     AutoModelForCausalLM,
     DataCollatorForLanguageModeling,
@@ -351,6 +352,40 @@ def test_what_no_plan_can_follow_keeps_its_own_batches_and_order(tmp_path, docum
     caplog.clear()
     assert_same(losses(packtrain.attach(stock_trainer(tmp_path, documents, **changes))), before)
     assert "Trainer with LlamaForCausalLM keeps its own batches" in caplog.text and reason in caplog.text
+
+
+def streamed(documents) -> datasets.IterableDataset:
+    return documents.to_iterable_dataset()
+
+
+class Once(IterableDataset):
+    """Rows that are gone once they were read."""
+
+    def __init__(self, rows):
+        self.rows = iter(rows)
+
+    def __iter__(self):
+        yield from self.rows
+
+
+def test_a_streamed_dataset_keeps_its_own_batches_and_takes_the_same_steps(tmp_path, documents):
+    before = losses(stock_trainer(tmp_path, streamed(documents), max_steps=5))
+    assert_same(losses(packtrain.attach(stock_trainer(tmp_path, streamed(documents), max_steps=5))), before)
+    with pytest.raises(PacktrainError, match="of known length(.|\n)*layout=.unpad"):
+        packtrain.attach(stock_trainer(tmp_path, streamed(documents), max_steps=5), layout="flat")
+
+
+def test_a_dataset_that_can_be_read_once_is_refused(tmp_path, documents):
+    """The batches that are compared would be missing from the training; the control above is not refused."""
+    for rows in (documents, list(documents)):
+        with pytest.raises(PacktrainError, match="train_dataset does not start over(.|\n)*__iter__ starts over"):
+            packtrain.attach(stock_trainer(tmp_path, Once(rows), max_steps=5))
+
+
+def test_a_packed_stream_needs_no_attach(tmp_path, documents):
+    packs = packtrain.PackedStream(documents, packtrain.PackCollator(), capacity=1024)
+    with pytest.raises(PacktrainError, match="train_dataset: lays its rows out without padding already"):
+        packtrain.attach(stock_trainer(tmp_path, packs, max_steps=5))
 
 
 @pytest.mark.parametrize("layout", ["flat", "unpad"])

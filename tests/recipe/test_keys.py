@@ -16,7 +16,7 @@ from packtrain.objectives import OBJECTIVES
 from packtrain.recipe.keys import SCHEMA_FILE, keys_of, schema, schema_text
 from packtrain.recipe.reader import fields_of, load_recipe
 from packtrain.recipe.recipe import DEFAULTS, OWN_SECTIONS, SECTIONS
-from packtrain.recipe.sections import KeepSection, MixtureSource
+from packtrain.recipe.sections import KeepSection, MixtureSource, PhaseSection
 from packtrain.recipe.yaml_source import Source
 
 ROOT = Path(__file__).parents[2]
@@ -131,7 +131,7 @@ def test_an_unknown_section_is_named(capsys):
 
 def test_the_schema_knows_the_keys_of_sections_within_sections():
     made = schema()
-    needed = {MixtureSource: ["path", "weight"], KeepSection: ["by", "share"]}
+    needed = {MixtureSource: ["path", "weight"], KeepSection: ["by", "share"], PhaseSection: ["until", "max_length"]}
     assert set(made["$defs"]) == {section.__name__ for section in needed}
     for section, required in needed.items():
         entry = made["$defs"][section.__name__]

@@ -619,6 +619,29 @@ def test_what_is_kept_is_read_and_comes_back(tmp_path, keep):
     assert load_recipe(write(tmp_path, GOOD)).hash != recipe.hash
 
 
+def test_a_schedule_is_read_and_comes_back(tmp_path):
+    text = "batching.schedule=[{until: 0.1, max_length: '64'}, {until: '0.4', max_length: 1e2}]"
+    recipe = load_recipe(write(tmp_path, GOOD), [text])
+    assert [(phase.until, phase.max_length) for phase in recipe.batching.schedule] == [(0.1, 64), (0.4, 100)]
+    written = json.dumps(recipe.to_dict()["batching"]["schedule"])
+    assert load_recipe(write(tmp_path, GOOD), [f"batching.schedule={written}"]).batching == recipe.batching
+    assert load_recipe(write(tmp_path, GOOD)).hash != recipe.hash
+
+
+def test_all_that_is_wrong_with_a_schedule_is_listed(tmp_path):
+    """Control: the same phases in their order, for a strategy that keeps updates, are read by the test above."""
+    phases = "[{until: 0.4, max_length: 100}, {until: 0.1, max_length: 64}, {until: 0.9, max_length: 99999}]"
+    error = problems(write(tmp_path, GOOD), [f"batching.schedule={phases}", "strategy=bfd"])
+    keys = ["", ".1.until", ".1.max_length", ".2.max_length"]
+    assert [problem.key for problem in error.problems] == [f"batching.schedule{key}" for key in keys]
+    assert all(problem.fix and problem.where for problem in error.problems)
+    phases = "[{until: 1.5, max_length: 64}, {until: 0.5}, {max_length: 5, untill: 0.6}]"
+    error = problems(write(tmp_path, GOOD), [f"batching.schedule={phases}"])
+    keys = [".0.until", ".1.max_length", ".2.untill", ".2.until"]
+    assert [problem.key for problem in error.problems] == [f"batching.schedule{key}" for key in keys]
+    assert "did you mean `until`?" in str(error)
+
+
 @pytest.mark.parametrize("value", ["1e30", "9" * 40])
 def test_numbers_that_nothing_can_count_are_refused(tmp_path, value):
     error = problems(write(tmp_path, GOOD), [f"data.num_rows={value}", f"batching.max_tokens={value}"])

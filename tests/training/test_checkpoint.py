@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from packtrain.errors import CheckpointError
-from packtrain.training.checkpoints import HIDDEN, changes, redacted
+from packtrain.training.checkpoints import HIDDEN, changes, choose_checkpoint, find_last_checkpoint, redacted
 from packtrain.training.run import fit
 from packtrain.training.sealing import MANIFEST, UNFINISHED, begin, is_sealed, read_manifest, seal, verify
+from tests.faults.runs import same
+from tests.faults.test_damage import flip
 from tests.training.helpers import make_trainer, tiny_examples
 
 
@@ -69,6 +73,84 @@ def test_the_best_checkpoint_stays(tmp_path):
     trainer.add_callback(Best())
     trainer.train()
     assert names(tmp_path) == {"checkpoint-2", "checkpoint-4"}
+
+
+def end_with_best(trainer, best) -> None:
+    """Has the run end with the weights of that checkpoint, as an evaluation would have chosen it."""
+
+    class Best(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            state.best_model_checkpoint = str(best)
+
+    trainer.add_callback(Best())
+    trainer.args.load_best_model_at_end = True
+
+
+@pytest.mark.parametrize("damage", [flip, Path.unlink, lambda file: shutil.rmtree(file.parent), None])
+def test_a_run_does_not_end_with_a_damaged_best_checkpoint(tmp_path, damage):
+    """Trainer reads it unverified, and keeps the last weights where it is gone, with a line in the log."""
+    trainer, best = saving(tmp_path, max_steps=4), tmp_path / "checkpoint-2"
+    end_with_best(trainer, best)
+
+    class Damage(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if damage and state.global_step == 3:
+                damage(best / "model.safetensors")
+
+    trainer.add_callback(Damage())
+    if damage is None:  # the control
+        fit(trainer)
+        assert same(trainer.model.state_dict(), load_file(best / "model.safetensors"))
+        return
+    with pytest.raises(CheckpointError, match="the best checkpoint, with whose weights the run was to end") as error:
+        fit(trainer)
+    assert "training.load_best_model_at_end=false" in error.value.fix
+    last = saving(tmp_path, max_steps=4)
+    fit(last, str(tmp_path / "checkpoint-4"))  # the fix
+    assert same(last.model.state_dict(), load_file(tmp_path / "checkpoint-4/model.safetensors"))
+
+
+def test_the_best_checkpoint_of_a_run_that_was_moved_is_found_where_it_lies(tmp_path):
+    first = saving(tmp_path / "before", max_steps=3)
+    end_with_best(first, tmp_path / "before/checkpoint-1")
+    fit(first)
+    (tmp_path / "before").rename(tmp_path / "after")
+    moved = saving(tmp_path / "after", max_steps=4, save_total_limit=1)
+    moved.args.load_best_model_at_end = True
+    fit(moved, str(tmp_path / "after/checkpoint-3"))
+    assert names(tmp_path / "after") == {"checkpoint-1", "checkpoint-4"}
+    best = load_file(tmp_path / "after/checkpoint-1/model.safetensors")
+    assert same(moved.model.state_dict(), best)
+    shutil.rmtree(tmp_path / "after/checkpoint-1")
+    gone = saving(tmp_path / "after", max_steps=5)
+    gone.args.load_best_model_at_end = True
+    with pytest.raises(CheckpointError, match="as the best checkpoint so far, which is gone"):
+        fit(gone, str(tmp_path / "after/checkpoint-4"))
+
+
+def test_a_clock_that_is_set_back_loses_no_checkpoint(tmp_path):
+    """The newest is the one that was sealed last, whatever the clock said."""
+    saving(tmp_path, max_steps=3).train()
+    for step in (1, 2, 3):
+        path = tmp_path / f"checkpoint-{step}"
+        about = {key: value for key, value in read_manifest(path).items() if key not in ("format", "files")}
+        seal(path, about | {"sealed_at": about["sealed_at"] + 10**9 * 86400})  # a day ahead
+    saving(tmp_path, max_steps=6, save_total_limit=2).train(resume_from_checkpoint=True)
+    assert names(tmp_path) == {"checkpoint-5", "checkpoint-6"}
+    assert find_last_checkpoint(tmp_path, pytest.fail)[0].name == "checkpoint-6"
+
+
+def test_other_packages_are_said_when_a_run_goes_on(tmp_path):
+    saving(tmp_path, max_steps=2).train()
+    path = tmp_path / "checkpoint-2"
+    about = {key: value for key, value in read_manifest(path).items() if key not in ("format", "files")}
+    said: list[str] = []
+    ask = dict(output_dir=tmp_path, facts=lambda: about, say=said.append)
+    choose_checkpoint(True, **ask)
+    assert said == ["resuming after step 2 from checkpoint-2"]  # the control
+    seal(path, about | {"versions": about["versions"] | {"torch": "1.13.1"}})
+    choose_checkpoint(True, **ask)
+    assert "resuming with other packages, which may round differently: torch 1.13.1 is now " in said[1]
 
 
 def test_what_stands_in_the_place_of_a_checkpoint_is_moved_aside(tmp_path):

@@ -34,7 +34,7 @@ def hold(directory: Path) -> subprocess.Popen:
 
 
 def holder(directory: Path, **changed) -> None:
-    about = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time(), "beat": time.time()}
+    about = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}
     (directory / f"{FILE}.json").write_text(json.dumps(about | changed))
 
 
@@ -75,10 +75,26 @@ def test_a_holder_on_another_host_counts_as_long_as_it_writes(tmp_path, caplog):
         with only_run(tmp_path):
             pass
     assert json.loads((tmp_path / f"{FILE}.json").read_text())["host"] == "node-17"
-    holder(tmp_path, host="node-17", pid=1, beat=time.time() - SILENT - 1)
+    written_before(tmp_path, SILENT + 1)
     with only_run(tmp_path):
         pass
     assert "ended without notice: process 1 on node-17" in caplog.text
+
+
+def written_before(directory: Path, seconds: float) -> None:
+    record = directory / f"{FILE}.json"
+    os.utime(record, (record.stat().st_mtime - seconds,) * 2)
+
+
+@pytest.mark.parametrize("ahead", [-86400, 86400])
+def test_the_clocks_of_two_hosts_may_differ(tmp_path, ahead):
+    """Only the file system's own clock says how long ago a holder wrote."""
+    holder(tmp_path, host="node-17", pid=1, since=time.time() + ahead, beat=time.time() + ahead)
+    with pytest.raises(PacktrainError, match="in use by another run"), only_run(tmp_path):
+        pass
+    written_before(tmp_path, SILENT + 1)
+    with only_run(tmp_path):  # the control: it has stopped to write
+        pass
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", '{"host": 1}', '{"host": "a", "pid": "x", "since": 0, "beat": 0}'])

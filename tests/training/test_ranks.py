@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from packtrain.errors import LaunchError
-from packtrain.training.ranks import PAUSE, asked_rank, asked_world_size, check_processes
+from packtrain.training.ranks import (
+    PAUSE,
+    asked_rank,
+    asked_world_size,
+    check_processes,
+    meeting,
+    start_cpu_group,
+)
+from tests.training.helpers import make_trainer
 
 ROOT = Path(__file__).parents[2]
 
@@ -94,3 +105,41 @@ def test_variables_of_a_launcher_that_are_no_numbers_are_named(text):
     with pytest.raises(LaunchError, match="RANK: is not a number of ranks"):
         asked_rank({"RANK": text})
     assert (asked_rank({"RANK": "3"}), asked_rank({})) == (3, 0)  # control
+
+
+@pytest.fixture
+def port(monkeypatch) -> Iterator[int]:
+    """A port in use, at which two ranks are to meet; this process is one of them."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
+        yield taken.getsockname()[1]
+
+
+def test_a_port_in_use_is_said(port, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(
+        LaunchError, match=rf"(?s)rank 0 cannot meet the others there.*127.0.0.1:{port}.*port that is free"
+    ):
+        with meeting():
+            start_cpu_group({"use_cpu": True, "ddp_timeout": 2})
+    assert not dist.is_initialized()
+
+
+def test_an_address_where_nobody_waits_is_said(port, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    with pytest.raises(LaunchError, match="rank 1 cannot meet the others there.*127.0.0.1:1"):
+        with meeting():
+            start_cpu_group({"use_cpu": True, "ddp_timeout": 2})
+
+
+def test_an_environment_that_compiles_the_whole_model_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")  # the control: what launchers set
+    make_trainer(tmp_path, strategy="balanced")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    with pytest.raises(LaunchError, match="ACCELERATE_DYNAMO_BACKEND: has accelerate compile the whole model"):
+        make_trainer(tmp_path, strategy="balanced")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from packtrain.errors import CheckpointError
 from packtrain.training.run import fit
 from tests.training.helpers import make_trainer
 
@@ -51,6 +52,28 @@ def test_resumed_weights_are_bitwise_those_of_an_unbroken_run(tmp_path, family, 
         assert resumed.state.epoch == pytest.approx(3.0)
         for name, value in weights(resumed).items():
             assert torch.equal(value, expected[name]), f"{name} after resuming from step {killed_after}"
+
+
+SCHEDULE = [(0.2, 10), (0.5, 15)]
+
+
+@pytest.mark.parametrize("strategy", ["balanced", pytest.param("pad_longest", marks=SLOW)])
+def test_a_run_with_a_schedule_resumes_in_its_middle(tmp_path, strategy):
+    """After one update and in each phase. Control: a plan without the schedule is refused."""
+    unbroken = trainer_at(tmp_path, "llama", strategy, schedule=SCHEDULE)
+    unbroken.train()
+    expected, plan = weights(unbroken), unbroken.plan
+    first, second, _ = (phase.updates for phase in plan.scope.phases)
+    assert first == 2 and len(plan.examples(0)) > len(plan.examples(first)) > len(plan.examples(first + second))
+    assert unbroken.state.global_step == plan.total_steps > 2 * STEPS_PER_EPOCH
+    for killed_after in (1, first + 1, first + second + 1):
+        checkpoint = str(tmp_path / f"checkpoint-{killed_after}")
+        resumed = trainer_at(tmp_path, "llama", strategy, save_strategy="no", schedule=SCHEDULE)
+        resumed.train(resume_from_checkpoint=checkpoint)
+        assert resumed.state.global_step == plan.total_steps and resumed.state.epoch == pytest.approx(3.0)
+        assert all(torch.equal(value, expected[name]) for name, value in weights(resumed).items()), killed_after
+    with pytest.raises(CheckpointError, match="which examples share a step"):
+        trainer_at(tmp_path, "llama", strategy).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
 def test_dropout_is_at_work(tmp_path):

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
 
 import pytest
+import torch.distributed as dist
 
-from packtrain.training.watchdog import BEAT, Told, _behind
+from packtrain.training.watchdog import BEAT, Told, Watchdog, _behind
 from tests.faults.runs import Reading, log_of, start_ranks, training, wait_for, write_recipe
 
 
 def told(at: tuple[int, int], *, silent: float = 0.0) -> Told:
-    return Told(at, f"in step {at[1]}", time.time() - 100, time.time() - silent)
+    return Told(at, f"in step {at[1]}", time.monotonic() - 100, time.monotonic() - silent)
 
 
 def test_who_is_behind():
@@ -69,3 +71,16 @@ def test_a_rank_that_is_stopped_is_named_and_the_run_goes_on(tmp_path):
     for rank in ranks:
         rank.join()
     assert [rank.exitcode for rank in ranks] == [0, 0], log_of(recipe)
+
+
+def test_the_clock_of_another_host_is_not_asked():
+    """What counts is when rank 0 has read something new."""
+    store, watchdog = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False), Watchdog()
+    for rank, ahead in enumerate((0, -3600, 3600)):
+        store.set(f"doing/{rank}", json.dumps([3, 1, "in step 1", time.time() + ahead]))
+        store.set(f"alive/{rank}", str(time.time() + ahead))
+    told = [watchdog._read(store, rank) for rank in range(3)]
+    assert _behind(told) == "" and max(time.monotonic() - one.since for one in told) < 600
+    assert watchdog._read(store, 1) == told[1]  # nothing new
+    store.set("alive/1", "something new")
+    assert watchdog._read(store, 1).alive > told[1].alive

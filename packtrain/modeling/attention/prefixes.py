@@ -1,14 +1,16 @@
-"""Attention over documents that share a prefix: the keys of one begin with those of another, which are computed once.
+"""Attention over documents that share a prefix: the keys of one begin with those of the one before it.
 
-    query      document        attends
-    p p p a a  prompt, chosen  itself, causally
-    r r r      rejected        the prompt's keys and then its own, causally, at the positions that go on from the prompt
+    query      document            attends
+    p p p a a  prompt, answer      itself, causally
+    b b        another answer      the first 3 keys of the document before it, and then its own, causally
+    u c        a later turn        the first 4 keys (p p p b) of the document before it, and then its own
 
-    flat row     p p p a a r r r        cu_seq_lens_q  [0, 5, 8]        position_ids  0 1 2 3 4 3 4 5
-    keys         p p p a a p p p r r r  cu_seq_lens_k  [0, 5, 11]       key_index     0 1 2 3 4 0 1 2 5 6 7
+    flat row     p p p a a b b u c      cu_seq_lens_q  [0, 5, 7, 9]      position_ids  0 1 2 3 4 3 4 4 5
+    keys         p p p a a  p p p b b  p p p b u c                       cu_seq_lens_k [0, 5, 10, 16]
+    key_index    0 1 2 3 4  0 1 2 5 6  0 1 2 5 7 8
 
-A causal prompt is the same whatever follows, so all that a document alone would compute is computed, the prompt's part of
-it once; its keys and values gather the gradients of all documents that read them. Positions being those of the document
+A causal prefix is the same whatever follows, so all that a document alone would compute is computed, what it shares
+once; its keys and values gather the gradients of all documents that read them. Positions being those of the document
 alone, a sliding window is exact, too.
 
 On any device there is one dense call per document; on CUDA a varlen kernel takes the keys gathered by `key_index`, with
@@ -33,19 +35,19 @@ KEY = "shared_prefixes"
 
 
 class SharedPrefixes:
-    """The groups of documents of a flat row that share a prefix, on the host; like `Bounds`, nothing that engines look into.
+    """What the documents of a flat row share, on the host; like `Bounds`, nothing that engines look into.
 
     Attributes:
-        groups: tokens of the documents of each group, in the order of the row: the first with the prefix, others without.
-        prompts: tokens of the prefix of each group.
+        lengths: tokens of every document, without what it shares.
+        prefixes: tokens of every document that are the first of the one before it, as that would be alone; 0 where it
+            shares nothing.
     """
 
-    def __init__(self, groups: Sequence[Sequence[int]], prompts: Sequence[int]):
-        self.groups = tuple(tuple(group) for group in groups)
-        self.prompts = tuple(prompts)
+    def __init__(self, lengths: Sequence[int], prefixes: Sequence[int]):
+        self.lengths, self.prefixes = tuple(lengths), tuple(prefixes)
 
     def __repr__(self) -> str:
-        return f"SharedPrefixes({self.groups}, {self.prompts})"
+        return f"SharedPrefixes({self.lengths}, {self.prefixes})"
 
     @property
     def longest(self) -> int:
@@ -54,14 +56,15 @@ class SharedPrefixes:
 
     def entries(self) -> dict[str, Any]:
         """Returns the entries of a batch that tell of the keys: `cu_seq_lens_k` int32 `[S + 1]`, `max_length_k` and
-        `key_index` int64 `[K]`, the place in the row of every key that a document reads."""
-        index, start = [], 0
-        for group, prompt in zip(self.groups, self.prompts, strict=True):
-            prefix = np.arange(start, start + prompt)
-            for number, length in enumerate(group):
-                own = np.arange(start, start + length)
-                index.append(own if number == 0 else np.concatenate([prefix, own]))
-                start += length
+        `key_index` int64 `[K]`, the place in the row of every key that a document reads.
+
+        >>> SharedPrefixes([5, 2, 2], [0, 3, 4]).entries()["key_index"].tolist()
+        [0, 1, 2, 3, 4, 0, 1, 2, 5, 6, 0, 1, 2, 5, 7, 8]
+        """
+        index, start = [np.zeros(0, dtype=np.int64)], 0
+        for length, prefix in zip(self.lengths, self.prefixes, strict=True):
+            index.append(np.concatenate([index[-1][:prefix], np.arange(start, start + length)]))
+            start += length
         lengths = self._key_lengths()
         return {
             "cu_seq_lens_k": torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
@@ -70,8 +73,7 @@ class SharedPrefixes:
         }
 
     def _key_lengths(self) -> list[int]:
-        pairs = zip(self.groups, self.prompts, strict=True)
-        return [n + (prompt if number else 0) for group, prompt in pairs for number, n in enumerate(group)]
+        return [length + prefix for length, prefix in zip(self.lengths, self.prefixes, strict=True)]
 
 
 def attend_shared(
@@ -97,7 +99,7 @@ def attend_shared(
         )
         fix = "set `objective.shared_prefix: false`"
         raise refusal(f"a shared prefix in a layer with {what or 'attention both ways'}", fix)
-    if [length for group in shared.groups for length in group] != documents.lengths:
+    if [*shared.lengths] != documents.lengths:
         raise refusal("shared prefixes of other documents than those of the row", "pass batches on as they are made")
     if torch.is_autocast_enabled(query.device.type):  # varlen kernels have no autocast rule
         dtype = torch.get_autocast_dtype(query.device.type)
@@ -112,26 +114,23 @@ def attend_shared(
 
 def attend_each_shared(query: Tensor, key: Tensor, value: Tensor, shared: SharedPrefixes, pattern: Pattern) -> Tensor:
     """Attends by one dense call per document; arguments and result as `attend_shared`."""
-    lengths = [length for group in shared.groups for length in group]
-    pieces = iter(zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True))
-    outputs = []
-    for group, prompt in zip(shared.groups, shared.prompts, strict=True):
-        q, first_k, first_v = next(pieces)
-        outputs.append(attend_one(q, first_k, first_v, pattern))
-        for length in group[1:]:
-            q, k, v = next(pieces)
-            k = torch.cat([first_k[:, :, :prompt], k], dim=2)  # [1, Hkv, prompt + L, D]
-            v = torch.cat([first_v[:, :, :prompt], v], dim=2)
-            mask = continued_mask(length, prompt, pattern.window, q.device)
-            outputs.append(attend_one(q, k, v, replace(pattern, mask=mask)))
+    pieces = zip(*(states.split(shared.lengths, dim=2) for states in (query, key, value)), strict=True)
+    outputs, keys, values = [], key[:, :, :0], value[:, :, :0]  # those of the document before
+    for (q, k, v), prefix in zip(pieces, shared.prefixes, strict=True):
+        if prefix:
+            keys, values = torch.cat([keys[:, :, :prefix], k], dim=2), torch.cat([values[:, :, :prefix], v], dim=2)
+        else:
+            keys, values = k, v
+        mask = continued_mask(q.shape[2], prefix, pattern.window, q.device) if prefix else None
+        outputs.append(attend_one(q, keys, values, replace(pattern, mask=mask)))
     return torch.cat([output.transpose(1, 2) for output in outputs], dim=1)
 
 
-def continued_mask(length: int, prompt: int, window: int | None, device: torch.device) -> Tensor:
-    """Makes the mask of a document that goes on from its prefix, bool `[length, prompt + length]`, True attends.
+def continued_mask(length: int, prefix: int, window: int | None, device: torch.device) -> Tensor:
+    """Makes the mask of a document that goes on from its prefix, bool `[length, prefix + length]`, True attends.
 
     >>> continued_mask(2, 2, None, torch.device("cpu")).int().tolist()
     [[1, 1, 1, 0], [1, 1, 1, 1]]
     """
-    mask = torch.ones(length, prompt + length, dtype=torch.bool, device=device).tril_(prompt)
-    return mask if window is None else mask.triu_(prompt + 1 - window)
+    mask = torch.ones(length, prefix + length, dtype=torch.bool, device=device).tril_(prefix)
+    return mask if window is None else mask.triu_(prefix + 1 - window)

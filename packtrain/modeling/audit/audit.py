@@ -337,7 +337,7 @@ def _examine(subject: Subject, implementation: str, layout: str, mode: str) -> F
     others = matrix.masked_fill(torch.eye(len(matrix), dtype=torch.bool), 0.0)
     sees = [(i, j) for i, j in (others > subject.tolerance).nonzero().tolist()]
     off = difference > 10 * subject.tolerance or (gradient or 0.0) > 100 * probe.precision(subject.dtype)
-    if subject.context <= 3 * subject.tolerance:
+    if not subject.context > 3 * subject.tolerance or subject.tolerance == float("inf"):
         verdict = UNCLEAR
     else:
         verdict = LEAKS if sees else WRONG if off else ISOLATED

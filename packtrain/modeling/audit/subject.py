@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from packtrain.errors import ModelError
 from packtrain.modeling.audit import probe
 from packtrain.modeling.audit.settings import base, in_mode, reference_implementation, using
+from packtrain.modeling.loading import of_weights, weights_not_finite
 from packtrain.modeling.positions import position_start
 
 
@@ -44,6 +45,11 @@ class Subject:
                 context = _context(model, documents, expected)
         except Exception as error:
             raise ModelError(f"cannot run a single document: {short(error)}", value=type(inner).__name__) from error
+        if any(output.isnan().any() for output in expected):
+            bad = weights_not_finite(model)
+            what = f"answers a single document with NaN{of_weights(bad)}"
+            fix = "restore these weights" if bad else "compute in bfloat16 or float32 (model.dtype, training.bf16)"
+            raise ModelError(what, key="model", value=type(inner).__name__, fix=fix)
         return cls(
             model=model,
             dtype=dtype or next(model.parameters()).dtype,

@@ -55,7 +55,7 @@ def begin(trainer: Any) -> str:
     if (reason := cannot_ask(model)) is not None:
         fix = "launch with ZeRO-2 or DDP, which leave weights whole"
         raise ModelError(f"the reference cannot be computed before training: {reason}", key="objective.name", fix=fix)
-    check_shared_prefix(trainer, model)
+    check_shared_prefix(trainer)
     weights = reference_weights(model)
     parts: list[PairExamples] = [part for part in (trainer.train_dataset, trainer.eval_dataset) if part is not None]
     computed = 0

@@ -25,6 +25,7 @@ from transformers import Trainer
 
 from packtrain.data.examples import AnyExamples
 from packtrain.errors import NonFiniteError, PacktrainError
+from packtrain.modeling.loading import of_weights, weights_not_finite
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +106,14 @@ class FiniteUpdates:
             return
         skipped = f", after {self.skipped} skipped update{'s' if self.skipped > 1 else ''}" if self.skipped else ""
         where = f"update {step} (rank {found[0]['rank']}, micro-batch {found[0]['micro_batch']})" if found else ""
+        own = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        bad = sorted({name for names in gather_object([weights_not_finite(own)]) for name in names})
+        if bad:
+            what = f"the {what} is not finite{skipped}{of_weights(bad)}"
+            fix = (
+                "start from whole weights (model.model_name_or_path) or an older checkpoint, or lower the learning rate"
+            )
+            raise NonFiniteError(what, where=where, fix=fix)
         shown = ", ".join(map(str, ids[:SHOWN])) + (f" and {len(ids) - SHOWN} more" if len(ids) > SHOWN else "")
         raise NonFiniteError(
             f"the {what} is not finite{skipped}; the weights are those before this update (examples {shown})",

@@ -15,8 +15,8 @@ from tests.modeling.attention.reference import documents
 from tests.tiny import tiny_model
 
 register()
-# the documents of each group, the first with the prefix, and the tokens of the prefix
-GROUPS, PROMPTS = [[12, 6], [9, 1, 14], [3, 2], [5]], [7, 8, 2, 4]
+# tokens of every document, and how many it shares with the one before it: pairs, three answers, and turns
+LENGTHS, PREFIXES = [12, 6, 9, 1, 14, 3, 2, 5, 4, 6, 3], [0, 7, 0, 8, 8, 0, 2, 0, 3, 6, 12]
 PATTERNS = {
     "causal": {},
     "window": {"window": 5},
@@ -26,15 +26,22 @@ PATTERNS = {
 }
 
 
-def alone(states: Tensor, groups, prompts) -> list[Tensor]:
+def alone(states: Tensor, lengths, prefixes) -> list[Tensor]:
     """Every document of a row with its prefix written out: `[1, H, T, D]` -> one tensor per document."""
-    pieces = iter(states.split([length for group in groups for length in group], dim=2))
-    found = []
-    for group, prompt in zip(groups, prompts, strict=True):
-        first = next(pieces)
-        found.append(first)
-        found += [torch.cat([first[:, :, :prompt], next(pieces)], dim=2) for _ in group[1:]]
-    return found
+    found = [states[:, :, :0]]
+    for own, prefix in zip(states.split(lengths, dim=2), prefixes, strict=True):
+        assert found[-1].shape[2] >= prefix
+        found.append(torch.cat([found[-1][:, :, :prefix], own], dim=2))
+    return found[1:]
+
+
+def leaking() -> SharedPrefixes:
+    """Prefixes that go on to the end of the document before, so that answers see other answers."""
+    whole, found = 0, []
+    for length, prefix in zip(LENGTHS, PREFIXES, strict=True):
+        found.append(whole if prefix else 0)
+        whole = found[-1] + length
+    return SharedPrefixes(LENGTHS, found)
 
 
 def shared_call(shared: SharedPrefixes, **changes) -> dict:
@@ -45,18 +52,17 @@ def shared_call(shared: SharedPrefixes, **changes) -> dict:
 @pytest.mark.parametrize("heads", [4, 2])
 def test_attention_is_that_of_documents_written_out(name, heads):
     torch.manual_seed(0)
-    tokens = sum(map(sum, GROUPS))
+    tokens = sum(LENGTHS)
     shapes = [(4, 16), (heads, 16), (heads, 16)]
     inputs = [torch.randn(1, h, tokens, d, dtype=torch.float64, requires_grad=True) for h, d in shapes]
-    pattern, shared = Pattern(scaling=0.25, **PATTERNS[name]), SharedPrefixes(GROUPS, PROMPTS)
-    lengths = [length for group in GROUPS for length in group]
-    found = attend_shared(*inputs, documents(lengths), shared_call(shared), pattern)
+    pattern, shared = Pattern(scaling=0.25, **PATTERNS[name]), SharedPrefixes(LENGTHS, PREFIXES)
+    found = attend_shared(*inputs, documents(LENGTHS), shared_call(shared), pattern)
 
-    parts = [alone(states, GROUPS, PROMPTS) for states in inputs]
+    parts = [alone(states, LENGTHS, PREFIXES) for states in inputs]
     whole = [part.shape[2] for part in parts[0]]
     rows = [torch.cat(part, dim=2) for part in parts]
     output = attend_each(*rows, documents(whole), pattern)
-    expected = torch.cat([one[:, -n:] for one, n in zip(output.split(whole, dim=1), lengths, strict=True)], dim=1)
+    expected = torch.cat([one[:, -n:] for one, n in zip(output.split(whole, dim=1), LENGTHS, strict=True)], dim=1)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     upstream = torch.randn_like(found)
     for one, other in zip(
@@ -64,10 +70,9 @@ def test_attention_is_that_of_documents_written_out(name, heads):
     ):
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
 
-    other = SharedPrefixes(GROUPS, [group[0] for group in GROUPS])  # answers that see the one before them
-    leaking = attend_shared(*inputs, documents(lengths), shared_call(other), pattern)
+    leaks = attend_shared(*inputs, documents(LENGTHS), shared_call(leaking()), pattern)
     if pattern.window is None:
-        assert (leaking - expected).abs().max() > 1e-2
+        assert (leaks - expected).abs().max() > 1e-2
 
 
 def gathered(query: Tensor, key: Tensor, value: Tensor, documents, pattern: Pattern, *, keys) -> Tensor:
@@ -86,9 +91,8 @@ def gathered(query: Tensor, key: Tensor, value: Tensor, documents, pattern: Patt
 
 def test_kernels_get_the_keys_of_every_document(monkeypatch):
     torch.manual_seed(0)
-    inputs = [torch.randn(1, 4, sum(map(sum, GROUPS)), 16, dtype=torch.float64) for _ in range(3)]
-    lengths = [length for group in GROUPS for length in group]
-    call = inputs + [documents(lengths), shared_call(SharedPrefixes(GROUPS, PROMPTS)), Pattern(scaling=0.25)]
+    inputs = [torch.randn(1, 4, sum(LENGTHS), 16, dtype=torch.float64) for _ in range(3)]
+    call = inputs + [documents(LENGTHS), shared_call(SharedPrefixes(LENGTHS, PREFIXES)), Pattern(scaling=0.25)]
     expected = attend_shared(*call)
     monkeypatch.setattr(prefixes, "fused_kernel", lambda *given: gathered)
     torch.testing.assert_close(attend_shared(*call), expected, rtol=1e-12, atol=1e-12)
@@ -100,14 +104,13 @@ def test_nothing_is_read_back_for_a_kernel(kernel, monkeypatch):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     monkeypatch.setattr(prefixes, "fused_kernel", lambda *given: kernel)
-    shared = SharedPrefixes(GROUPS, PROMPTS)
-    lengths = [length for group in GROUPS for length in group]
+    shared = SharedPrefixes(LENGTHS, PREFIXES)
     with FakeTensorMode() as mode:
         call = {key: mode.from_tensor(v) if torch.is_tensor(v) else v for key, v in shared_call(shared).items()}
-        inputs = [torch.empty(1, 4, sum(lengths), 16, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
-        output = attend_shared(*inputs, documents(lengths), call, Pattern(scaling=0.25))
+        inputs = [torch.empty(1, 4, sum(LENGTHS), 16, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+        output = attend_shared(*inputs, documents(LENGTHS), call, Pattern(scaling=0.25))
         output.sum().backward()
-    assert output.shape == (1, sum(lengths), 4, 16)
+    assert output.shape == (1, sum(LENGTHS), 4, 16)
 
 
 @pytest.mark.parametrize(
@@ -119,10 +122,11 @@ def test_nothing_is_read_back_for_a_kernel(kernel, monkeypatch):
     ],
 )
 def test_other_attention_is_refused(pattern, what):
-    states = torch.zeros(1, 4, 52, 8)
-    lengths = [length for group in GROUPS for length in group]
+    states = torch.zeros(1, 4, sum(LENGTHS), 8)
     with pytest.raises(ModelError, match=f"a shared prefix in a layer with {what}"):
-        attend_shared(states, states, states, documents(lengths), shared_call(SharedPrefixes(GROUPS, PROMPTS)), pattern)
+        attend_shared(
+            states, states, states, documents(LENGTHS), shared_call(SharedPrefixes(LENGTHS, PREFIXES)), pattern
+        )
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt2"])
@@ -130,18 +134,16 @@ def test_models_compute_the_same_in_float64(family):
     """Gemma 2 with a window of 8 and softcaps, GPT-2 with learnt positions."""
     model = tiny_model(family, attn_implementation=NAME).double()
     torch.manual_seed(1)
-    shared = SharedPrefixes(GROUPS, PROMPTS)
-    ids = torch.randint(3, 60, (1, sum(map(sum, GROUPS))))
-    lengths, positions = [n for group in GROUPS for n in group], []
-    for group, prompt in zip(GROUPS, PROMPTS, strict=True):
-        positions += [torch.arange(n) + (prompt if number else 0) for number, n in enumerate(group)]
-    offsets = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
-    call = shared_call(shared, cu_seq_lens_q=offsets, max_length_q=max(lengths))
+    shared = SharedPrefixes(LENGTHS, PREFIXES)
+    ids = torch.randint(3, 60, (1, sum(LENGTHS)))
+    positions = [torch.arange(n) + prefix for n, prefix in zip(LENGTHS, PREFIXES, strict=True)]
+    offsets = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0)], dtype=torch.int32)
+    call = shared_call(shared, cu_seq_lens_q=offsets, max_length_q=max(LENGTHS))
     found = model(input_ids=ids, position_ids=torch.cat(positions)[None], use_cache=False, **call).logits
 
-    whole = alone(ids[:, None, :, None], GROUPS, PROMPTS)
+    whole = alone(ids[:, None, :, None], LENGTHS, PREFIXES)
     parts = [model(input_ids=one[:, 0, :, 0], use_cache=False).logits for one in whole]
-    expected = torch.cat([part[:, -n:] for part, n in zip(parts, lengths, strict=True)], dim=1)
+    expected = torch.cat([part[:, -n:] for part, n in zip(parts, LENGTHS, strict=True)], dim=1)
     exact = 1e-12 if family == "gpt2" else 1e-6  # the norms of the others compute in float32, whatever they are given
     assert (found - expected).norm() <= exact * expected.norm()
     upstream = torch.randn_like(found)

@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 from torch.utils.data import SequentialSampler
 
+from packtrain.modeling.attention.prefixes import KEY as SHARED
+from packtrain.modeling.attention.prefixes import SharedPrefixes
+from packtrain.objectives.pairs import PairCollator
 from packtrain.recipe.recipe import Recipe
 from packtrain.training.trainer import PackTrainer
 
@@ -79,6 +82,27 @@ def curves(trainer: PackTrainer | Any, figures: tuple[str, ...] = FIGURES) -> np
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     return np.array([[entry[name] for name in figures] for entry in logs])
+
+
+def leaking(batch: dict[str, Any]) -> dict[str, Any]:
+    """Entries for a batch with shared prefixes by which documents go on from all of the one before, its answer included."""
+    if SHARED not in batch:
+        return {}
+    found: list[int] = []
+    whole = 0
+    for length, prefix in zip(batch[SHARED].lengths, batch[SHARED].prefixes, strict=True):
+        found.append(whole if prefix else 0)
+        whole = found[-1] + length
+    shared = SharedPrefixes(batch[SHARED].lengths, found)
+    return {SHARED: shared, **shared.entries()}
+
+
+class LeakingPairs(PairCollator):
+    """Shared prompts in which the rejected answer also sees the chosen one; nothing else is changed."""
+
+    def collate(self, *args, **kwargs):
+        batch = super().collate(*args, **kwargs)
+        return batch | leaking(batch)
 
 
 def in_order(cls: type) -> type:

@@ -115,6 +115,32 @@ def test_bad_pairs_are_named_with_row_and_reason(name, tmp_path, tokenizer):
     assert "line 1" not in said and "skip them with `data.on_bad_row: skip`" in said
 
 
+# how a template begins, which trims what is said: with a letter that the answer decides, behind bos or alone, or with bos
+TEMPLATES = {
+    "prompts that differ": (
+        "{{ bos_token }}{{ 'S' if 'sum' in messages[-1].content else 'N' }}",
+        "the prompt of 'chosen' and that of 'rejected' are not the same tokens",
+    ),
+    "nothing in common": (
+        "{{ 'S' if 'sum' in messages[-1].content else 'N' }}",
+        "'chosen' and 'rejected' begin with different tokens, so there is no prompt that both answer",
+    ),
+    "equal answers": ("{{ bos_token }}", "'chosen' and 'rejected' are the same tokens, so neither is preferred"),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_pairs_that_a_template_breaks_are_named_with_row_and_reason(name, tmp_path):
+    begins, reason = TEMPLATES[name]
+    template = CHAT_TEMPLATE.replace("{{ bos_token }}", begins).replace("message.content", "message.content | trim")
+    rejected = YES | {"content": "It is 4. "} if name == "equal answers" else NO
+    row = {"prompt": [USER], "chosen": [YES], "rejected": [rejected]}
+    with pytest.raises(DataError) as refused:
+        examples_of(tmp_path, make_tokenizer(chat_template=template), row)
+    assert f"rows.jsonl, line 1: {reason}" in str(refused.value)
+    assert len(examples_of(tmp_path, make_tokenizer(chat_template=CHAT_TEMPLATE), row)) == 1  # the control
+
+
 def test_pairs_and_other_rows_are_not_taken_for_each_other():
     assert find_format(["prompt", "chosen", "rejected"], kind="pair") == ("preference", [])
     assert find_format(["chosen", "rejected"], kind="pair") == ("preference_implicit", [])

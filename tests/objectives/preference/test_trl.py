@@ -11,15 +11,13 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer
 
-from packtrain.modeling.attention.prefixes import KEY as SHARED
-from packtrain.modeling.attention.prefixes import SharedPrefixes
-from packtrain.objectives.pairs import PairCollator
 from packtrain.training.run import build
 from tests.objectives.preference.helpers import (
     LORA,
     PER_UPDATE,
     RATE,
     UPDATES,
+    LeakingPairs,
     curves,
     in_order,
     pair_recipe,
@@ -119,18 +117,6 @@ def test_every_update_is_that_of_trl(rows, tmp_path, lora, options):
             assert np.abs(expected[0, 2:5]).max() < 1e-6
             found[0, -1] = expected[0, -1]
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5, err_msg=name)
-    leaking = ours(objective__shared_prefix=True)
-    leaking.collator = Leaking(layout="flat", pad_token_id=0, shared=True)
-    assert np.abs(curves(leaking)[1:, 0] / expected[1:, 0] - 1).max() > 1e-3
-
-
-class Leaking(PairCollator):
-    """Shared prompts in which the rejected answer also sees the chosen one; nothing else is changed."""
-
-    def collate(self, *args, **kwargs):
-        batch = super().collate(*args, **kwargs)
-        if SHARED in batch:
-            groups = batch[SHARED].groups
-            leaking = SharedPrefixes(groups, [first for first, _ in groups])
-            batch |= {SHARED: leaking, **leaking.entries()}
-        return batch
+    leaks = ours(objective__shared_prefix=True)
+    leaks.collator = LeakingPairs(layout="flat", pad_token_id=0, shared=True)
+    assert np.abs(curves(leaks)[1:, 0] / expected[1:, 0] - 1).max() > 1e-3

@@ -1,0 +1,43 @@
+"""The walk of recipes/README.md, from rows to an answer: its files are written and its commands run, one after another."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+
+from packtrain.cli import main
+from tests.docs.markdown import ROOT, blocks, commands
+from tests.docs.test_docs import missing_lines
+
+
+@pytest.mark.ci
+@pytest.mark.slow
+def test_the_walk_leads_from_rows_to_an_answer(tmp_path, monkeypatch, capsys):
+    """Every command ends well and prints what the page shows; `...` stands for what differs between machines."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "118")
+    monkeypatch.setenv("PACKTRAIN_CACHE", str(tmp_path / "cache"))
+    page = blocks((ROOT / "recipes/README.md").read_text(encoding="utf-8"))
+    printed, verbs = "", []
+    for block in (block for block in page if block.mark.startswith("walk")):
+        name = block.mark.partition(": ")[2]
+        if name:
+            Path(name).write_text(block.code, encoding="utf-8")
+            if name.endswith(".py"):
+                runpy.run_path(name)
+        elif block.language == "bash":
+            for words in commands(block.code):
+                with pytest.raises(SystemExit) as ended:
+                    main(words[1:])
+                said = capsys.readouterr()
+                assert not ended.value.code, (words, said.err)
+                printed, verbs = said.out, [*verbs, words[1]]
+        else:
+            assert missing_lines(block.code, printed) == [], f"line {block.line}"
+    order = ["show", "plan", "prepare", "train", "evaluate", "generate", "train", "merge", "generate", "push"]
+    assert verbs == order
+    summary = json.loads(Path("out/opposites/summary.json").read_text())
+    assert summary["held_out_loss_after"] < 0.2 * summary["held_out_loss_before"]
