@@ -1,4 +1,4 @@
-"""Ratios with confidence intervals from few, noisy, paired repeats, and the spread of single figures.
+"""Ratios and differences with confidence intervals from few, noisy, paired repeats, and the spread of single figures.
 
 Runs are interleaved (A B C, A B C, ...), so the rounds of an experiment pair up: whatever the machine did
 during a round, it did to all variants. A ratio is therefore taken within each round, and the rounds are
@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import t
+from scipy.stats import norm, t
 
 LEVEL = 0.95
 
@@ -85,6 +85,53 @@ def paired_ratio(
         return Ratio(estimate=math.exp(mean), low=None, high=None, pairs=1)
     half = float(t.ppf((1 + level) / 2, pairs - 1) * logs.std(ddof=1) / math.sqrt(pairs))
     return Ratio(estimate=math.exp(mean), low=math.exp(mean - half), high=math.exp(mean + half), pairs=pairs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """A mean difference over `pairs` pairs; `low` and `high` are absent (None) where one pair is all there is."""
+
+    estimate: float
+    low: float | None
+    high: float | None
+    pairs: int
+    deviation: float | None
+    """Standard deviation of the differences."""
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval leaves 0 out; False also where there is no interval."""
+        return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
+
+    def pairs_needed(self, *, power: float = 0.8, level: float = LEVEL) -> int | None:
+        """Estimate how many pairs would show a difference of this size and spread; None where it is 0 or of one pair.
+
+        Args:
+            power: chance that the interval then leaves 0 out on the right side, by the normal approximation
+                n = ((z(level) + z(power)) * deviation / difference)^2, and no fewer than 2.
+        """
+        if self.deviation is None or self.estimate == 0:
+            return None
+        z = float(norm.ppf((1 + level) / 2) + norm.ppf(power))
+        return max(2, math.ceil((z * self.deviation / self.estimate) ** 2))
+
+
+def paired_difference(values: Sequence[float], references: Sequence[float], *, level: float = LEVEL) -> Difference:
+    """Estimate how much more `values` are than `references`, pair by pair, with Student's t interval.
+
+    For shares and lengths, which may be 0; ratios are `paired_ratio`'s.
+
+    >>> paired_difference([0.9, 0.8, 0.7], [0.5, 0.5, 0.2]).is_clear
+    True
+    """
+    assert len(values) == len(references) > 0, "a difference needs pairs"
+    each = np.asarray(values, dtype=float) - np.asarray(references, dtype=float)  # [pairs]
+    pairs, mean = len(each), float(each.mean())
+    if pairs == 1:
+        return Difference(estimate=mean, low=None, high=None, pairs=1, deviation=None)
+    deviation = float(each.std(ddof=1))
+    half = float(t.ppf((1 + level) / 2, pairs - 1)) * deviation / math.sqrt(pairs)
+    return Difference(estimate=mean, low=mean - half, high=mean + half, pairs=pairs, deviation=deviation)
 
 
 @dataclass(frozen=True, kw_only=True)

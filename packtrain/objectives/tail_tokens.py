@@ -21,7 +21,7 @@ from packtrain.errors import ModelError
 from packtrain.objectives.masked_diffusion.tails import Kind, Tail
 
 PAD_NAME, MASK_NAME = "<|tail_{}|>", "<|mask|>"
-COUNTS = {"none": 0, "eos": 0, "single": 1}
+COUNTS = {"none": 0, "eos": 0, "single": 1, "void": 1}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,8 @@ without a gap from the left it reads whether the answer is complete, as a reader
 What happens: far to the right the tail is all but certain, while a content token can't be surer than 1/B. So a tail of
 one token is written first, from the right; each token of it moves the believed end to the left, which makes the next
 one as certain, and the answer ends where it began. With K tokens in turn a tail token is only sure to about 1/K as
-long as the end is unknown. When that is below 1/B, the answer is written first, and it says where it ends.
+long as the end is unknown. When that is below 1/B, the answer is written first, and it says where it ends. Where the
+tail is banned (`void`), what is left far to the right is unlikely, so the answer is written first, too.
 
 Nothing is sampled: the greedy sampler is run once per true length, and results are averaged with the prior's weights.
 """
@@ -41,8 +42,8 @@ class World:
     Attributes:
         prior: float64 `[M]`, probability of each true length 1 .. M.
         ambiguity: B, equally likely wordings of a content token.
-        tail: `eos`, `single`, `rainbow` or `random`.
-        pads: K, pad tokens; 0 for eos, 1 for single.
+        tail: `eos`, `single`, `rainbow`, `random` or `void`.
+        pads: K, pad tokens; 0 for eos, 1 for single and void.
         canvas: G, positions; more than M.
     """
 
@@ -64,7 +65,11 @@ class World:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """Holds averages over the prior. `exact` and `early` are shares of answers, lengths are in content tokens."""
+    """Holds averages over the prior.
+
+    `exact` and `early` are shares of answers, lengths are in content tokens, `evaluations` are calls of the denoiser until
+    the first end and all before it are written.
+    """
 
     tail: str
     pads: int
@@ -74,6 +79,7 @@ class Outcome:
     early: float
     mean_length: float
     true_mean_length: float
+    evaluations: float
 
 
 def length_prior(longest: int = 28, mean: float = 5.84, shape: float = 1.5) -> np.ndarray:
@@ -136,7 +142,10 @@ def decode(world: World) -> Outcome:
     """Run the sampler for every true length, and average."""
     count = len(world.prior)
     assert world.canvas > count, "the longest answer and its eos fit"
-    sampling = Sampling(steps=world.canvas, end_token_ids=(world.eos,), early_stop=True)  # which changes no answer
+    ends = {"end_token_ids": (world.eos,), "pad_token_ids": tuple(range(world.eos + 1, world.mask))}
+    policy = "ban_pad" if world.tail == "void" else "none"
+    # Stopping early changes no answer.
+    sampling = Sampling(steps=world.canvas, **ends, end_token_policy=policy, early_stop=True)
     canvas = torch.full((count, world.canvas), world.mask)
     samples = denoise(exact_denoiser(world), canvas, sampling, mask_token_id=world.mask)
     written, true = samples.lengths().numpy(), np.arange(1, count + 1)
@@ -153,6 +162,7 @@ def decode(world: World) -> Outcome:
         early=average(written < true),
         mean_length=average(written),
         true_mean_length=average(true),
+        evaluations=average(samples.evaluations.numpy()),
     )
 
 
@@ -165,7 +175,8 @@ def run_grid(
     mean_length: float = 5.84,
 ) -> list[Outcome]:
     """Decode every tail at every ambiguity and canvas."""
-    tails = [("eos", 0), ("single", 1), *(("rainbow", k) for k in rainbows), *(("random", k) for k in randoms)]
+    cycles = [("rainbow", k) for k in rainbows] + [("random", k) for k in randoms]
+    tails = [("eos", 0), ("single", 1), *cycles, ("void", 1)]
     prior = length_prior(mean=mean_length)
     return [
         decode(World(prior=prior, ambiguity=ambiguity, tail=tail, pads=pads, canvas=canvas))
@@ -180,13 +191,13 @@ def tail_name(tail: str, pads: int) -> str:
 
 
 def markdown_table(outcomes: Sequence[Outcome], canvas: int) -> str:
-    """Write one canvas: tails down, ambiguities across; `exact / mean length` in the cells."""
+    """Write one canvas: tails down, ambiguities across; `exact / mean length / evaluations` in the cells."""
     chosen = [outcome for outcome in outcomes if outcome.canvas == canvas]
     ambiguities = sorted({outcome.ambiguity for outcome in chosen})
     lines = ["| tail | " + " | ".join(f"B={b}" for b in ambiguities) + " |", "|---" * (len(ambiguities) + 1) + "|"]
     for name in dict.fromkeys(tail_name(outcome.tail, outcome.pads) for outcome in chosen):
         row = {o.ambiguity: o for o in chosen if tail_name(o.tail, o.pads) == name}
-        cells = (f"{row[b].exact:.2f} / {row[b].mean_length:.2f}" for b in ambiguities)
+        cells = (f"{row[b].exact:.2f} / {row[b].mean_length:.2f} / {row[b].evaluations:.1f}" for b in ambiguities)
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -194,8 +205,9 @@ def markdown_table(outcomes: Sequence[Outcome], canvas: int) -> str:
 def page(outcomes: Sequence[Outcome], *, command: str) -> str:
     """Write the page: one table for each canvas."""
     parts = [
-        "# Oracle: share of answers that end exactly where they should / mean length written",
-        f"True mean length {outcomes[0].true_mean_length:.2f}. B: equally likely wordings per content token. `{command}`",
+        "# Oracle: share of answers that end exactly where they should / mean length written / evaluations",
+        f"True mean length {outcomes[0].true_mean_length:.2f}. B: equally likely wordings per content token. Evaluations: "
+        f"calls of the denoiser until the first end and all before it are written. `{command}`",
     ]
     for canvas in sorted({outcome.canvas for outcome in outcomes}):
         parts += [f"## Canvas {canvas}", markdown_table(outcomes, canvas)]

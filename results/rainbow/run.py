@@ -57,7 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     grid = dict(type=Path, nargs="?", const=HERE / "oracle.yaml", metavar="GRID")
     parser.add_argument("--oracle", **grid, help="run the exact denoiser instead, over a grid (default oracle.yaml)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of trained models (default 0 1 2)")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4, 5], help="of trained models (default 0 1 2 3 4 5)"
+    )
     parser.add_argument("--out", type=Path, help="default results/rainbow/oracle, or results/rainbow/trained")
     scratch = Path(tempfile.gettempdir(), "packtrain-rainbow")
     parser.add_argument("--scratch", type=Path, default=scratch, help="where base models are kept")

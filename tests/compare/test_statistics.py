@@ -7,7 +7,13 @@ import math
 import numpy as np
 import pytest
 
-from packtrain.compare.statistics import Ratio, largest_relative_difference, paired_ratio, spread
+from packtrain.compare.statistics import (
+    Ratio,
+    largest_relative_difference,
+    paired_difference,
+    paired_ratio,
+    spread,
+)
 
 
 def test_ratio_and_interval_by_hand():
@@ -17,6 +23,28 @@ def test_ratio_and_interval_by_hand():
     assert ratio.estimate == pytest.approx(2 ** (5 / 3))
     assert (ratio.low, ratio.high) == pytest.approx((2 ** (5 / 3 - half), 2 ** (5 / 3 + half)))
     assert ratio.pairs == 3
+
+
+def test_difference_and_interval_by_hand():
+    """Differences of 0.1, 0.1 and 0.4: mean 0.2, standard deviation 0.3/sqrt(3), t(2, 97.5%) = 4.30265."""
+    found = paired_difference([0.6, 0.1, 0.4], [0.5, 0.0, 0.0])
+    half = 4.30265273 * 0.1 * math.sqrt(3) / math.sqrt(3)
+    assert (found.estimate, found.low, found.high) == pytest.approx((0.2, 0.2 - half, 0.2 + half))
+    assert not found.is_clear and found.pairs == 3
+    assert found.pairs_needed() == 6, "((1.95996 + 0.84162) * 0.173205 / 0.2)^2 = 5.89"
+    alone = paired_difference([0.6], [0.5])
+    assert alone.low is None and not alone.is_clear and alone.pairs_needed() is None
+    assert paired_difference([0.6, 0.71], [0.5, 0.6]).is_clear
+    assert paired_difference([0.6, 0.5], [0.5, 0.6]).pairs_needed() is None, "no difference takes no number of pairs"
+
+
+def test_as_many_pairs_as_needed_show_the_difference_as_often_as_asked_for():
+    random, shown = np.random.default_rng(0), 0
+    pilot = paired_difference((0.1 + 0.2 * random.standard_normal(4000)).tolist(), [0.0] * 4000)
+    needed = pilot.pairs_needed(power=0.8)
+    for _ in range(1000):
+        shown += paired_difference((0.1 + 0.2 * random.standard_normal(needed)).tolist(), [0.0] * needed).is_clear
+    assert 28 <= needed <= 36 and 0.73 <= shown / 1000 <= 0.85
 
 
 def test_noise_common_to_a_round_cancels():

@@ -45,6 +45,7 @@ def test_reserved_tokens_and_a_mask_the_model_knows(tokenizer):
     [
         dict(kind="rainbow", reserved=["<|user|>"], count=2),
         dict(kind="single", reserved=["<|nobody|>"]),
+        dict(kind="void", reserved=[]),
         dict(kind="single", mask_token="<|nothing|>"),
         dict(kind="eos", mask_token="<|eos|>"),
     ],

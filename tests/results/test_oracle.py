@@ -24,6 +24,7 @@ def all_answers(w: World):
         fills = {
             "eos": [(w.eos,) * behind],
             "single": [(w.eos + 1,) * behind],
+            "void": [(w.eos + 1,) * behind],
             "rainbow": [tuple(w.eos + 1 + i % max(w.pads, 1) for i in range(behind))],
             "random": list(itertools.product(range(w.eos + 1, w.mask), repeat=behind)),
         }[w.tail]
@@ -32,7 +33,7 @@ def all_answers(w: World):
             yield probability / len(words) / len(fills), length, (*word, w.eos, *fill)
 
 
-@pytest.mark.parametrize(("tail", "pads"), [("eos", 0), ("single", 1), ("rainbow", 2), ("random", 2)])
+@pytest.mark.parametrize(("tail", "pads"), [("eos", 0), ("single", 1), ("rainbow", 2), ("random", 2), ("void", 1)])
 def test_the_denoiser_is_exact(tail, pads):
     """Marginals of every reachable kind of canvas, counted over all answers."""
     w = world(tail, pads, ambiguity=2, canvas=5, prior=np.array([0.5, 0.3, 0.2]))
@@ -66,7 +67,7 @@ def test_the_prior():
     assert np.ptp(odds) < 1e-9, "a negative binomial of shape 1.5: one ratio throughout"
 
 
-@pytest.mark.parametrize("tail", [("eos", 0), ("single", 1), ("rainbow", 3), ("rainbow", 7)])
+@pytest.mark.parametrize("tail", [("eos", 0), ("single", 1), ("rainbow", 3), ("rainbow", 7), ("void", 1)])
 def test_without_ambiguity_every_tail_is_fine(tail):
     assert decode(world(*tail, ambiguity=1)).exact == pytest.approx(1)
 
@@ -81,6 +82,16 @@ def test_one_tail_token_collapses_and_more_than_the_ambiguity_do_not():
     assert seven.exact > 0.99 and seven.mean_length == pytest.approx(seven.true_mean_length, abs=0.02)
 
 
+def test_a_banned_tail_is_never_written_and_leaves_the_end_as_the_surest_bet():
+    """The same probabilities as a single pad's: fine at B = 3, until with B = 8 an end is surer than any wording."""
+    void, single = (decode(world(tail, 1, ambiguity=3, canvas=64)) for tail in ("void", "single"))
+    assert void.exact > 0.99 and single.exact < 0.15
+    assert void.evaluations == pytest.approx(void.mean_length + 1, abs=0.01), "each token of the answer, and its end"
+    assert single.evaluations > 60, "the tail comes first"
+    many = decode(world("void", 1, ambiguity=8, canvas=64))
+    assert many.exact < 0.2 and many.early > 0.7 and many.evaluations < 4
+
+
 def test_more_room_does_not_help_a_single_tail():
     short, long = (decode(world("eos", 0, ambiguity=3, canvas=canvas)) for canvas in (32, 64))
     assert long.mean_length == short.mean_length == pytest.approx(1)
@@ -92,8 +103,9 @@ def test_it_is_deterministic_and_written_down(tmp_path):
     assert first == second
     write_oracle(first, tmp_path)
     table = (tmp_path / "oracle.md").read_text()
-    assert "| eos | 1.00 / 5.84 | 0.24 / 1.89 |" in table
-    assert "| rainbow K=3 | 1.00 / 5.84 | 1.00 / 5.84 |" in table
+    assert "| eos | 1.00 / 5.84 / 6.8 | 0.24 / 1.89 / 30.0 |" in table
+    assert "| rainbow K=3 | 1.00 / 5.84 / 6.8 | 1.00 / 5.84 / 6.8 |" in table
+    assert "| void | 1.00 / 5.84 / 6.8 | 1.00 / 5.84 / 6.8 |" in table
 
 
 def test_the_command_runs_the_grid_of_a_file_and_drops_no_setting(tmp_path, capsys):
@@ -105,7 +117,7 @@ def test_the_command_runs_the_grid_of_a_file_and_drops_no_setting(tmp_path, caps
     assert ended.value.code == 2 and "prompts" in capsys.readouterr().err and not out.exists()
     path.write_text(grid + "}\n")
     main(["--oracle", str(path), "--out", str(out)])
-    assert "| rainbow K=3 | 1.00 / 5.84 |" in (out / "oracle.md").read_text()
+    assert "| rainbow K=3 | 1.00 / 5.84 / 6.8 |" in (out / "oracle.md").read_text()
 
 
 @pytest.mark.slow  # a minute

@@ -15,7 +15,7 @@ from packtrain.objectives.masked_diffusion.evaluation import Verdict, markdown, 
 from packtrain.objectives.masked_diffusion.sampling import Samples
 from results.rainbow.report import load_results, page, settings_of, table, verdict
 from results.rainbow.run import COMMAND, HERE, write_trained
-from results.rainbow.trained import TAILS, Settings, judge_of, new_model, read_along, run
+from results.rainbow.trained import TAILS, Settings, answer, ceiling, judge_of, new_model, read_along, run
 from results.rainbow.walks import EOS, FIRST_PAD, FIRST_WORD, Walks
 
 
@@ -111,6 +111,15 @@ def test_a_run_is_stored_and_not_repeated(tmp_path):
     assert all(path.read_text() == before[path] for path in paths[1:])
 
 
+def test_void_is_never_written(tmp_path):
+    settings = Settings(walks=Walks(longest=5), hidden_size=16)
+    prompts, model = settings.walks.draw(20, seed=0)[0], new_model(settings, 0).eval()
+    with torch.no_grad():
+        model.lm_head.weight[FIRST_PAD] = 40 * model.lm_head.weight[FIRST_PAD]
+    written = {name: answer(model, prompts, 8, TAILS[name]).tokens for name in ("void", "single")}
+    assert not (written["void"] == FIRST_PAD).any() and (written["single"] == FIRST_PAD).any()
+
+
 def test_the_stored_page_is_what_the_stored_runs_say():
     directory = HERE / "trained"
     results, pictures = load_results(directory / "runs", list(TAILS)), sorted(directory.glob("unmasking-*.png"))
@@ -119,28 +128,64 @@ def test_the_stored_page_is_what_the_stored_runs_say():
     assert (directory / "README.md").read_text() == text + "\n"
 
 
-def stored(tail: str, seed: int, early: float, *, length: float = 3.0, reading: float = 1.0) -> dict:
-    row = dict(canvas=16, blocks=1, answers=10, mean_length=length, reference_length=5.0, early=early, late=0.0)
-    row |= dict(exact=1 - early, content=1 - early, ends_in_first_half=0.5, evaluations=16.0)
-    read = {"next_place": reading, "stops_when_done": 1.0, "stops_before": 0.0}
-    return {"tail": tail, "seed": seed, "measured": [row], "reading": read}
+def stored(tail: str, seed: int, exact: float, *, length: float = 3.0, ceiling: float = 1.0) -> dict:
+    row = dict(canvas=16, blocks=1, answers=10, mean_length=length, reference_length=5.0, early=1 - exact, late=0.0)
+    row |= dict(exact=exact, content=exact, ends_in_first_half=0.5, evaluations=16.0)
+    read = {"next_place": 1.0, "stops_when_done": 1.0, "stops_before": 0.0}
+    return {"tail": tail, "seed": seed, "measured": [row], "reading": read, "ceiling": ceiling}
 
 
-def test_a_verdict_claims_a_difference_only_where_all_seeds_agree():
-    eos = [stored("eos", seed, early) for seed, early in enumerate((0.8, 0.9, 0.7))]
-    better = [stored("rainbow K=7", seed, early, length=4.5) for seed, early in enumerate((0.7, 0.6, 0.5))]
-    mixed = [stored("single", seed, early) for seed, early in enumerate((0.1, 0.91, 0.2))]  # a lower mean, yet
+def test_a_verdict_claims_a_difference_only_where_the_interval_leaves_zero_out():
+    eos = [stored("eos", seed, exact) for seed, exact in enumerate((0.2, 0.1, 0.3))]
+    better = [stored("rainbow K=7", seed, exact, length=4.5) for seed, exact in enumerate((0.5, 0.41, 0.6))]
+    mixed = [stored("single", seed, exact) for seed, exact in enumerate((0.9, 0.09, 0.8))]  # a higher mean, yet
     learnt, *said, chance = verdict([*eos, *mixed, *better])
-    assert learnt.startswith("Content and stop are learnable here") and "in about 100% at worst" in learnt
-    assert chance.startswith("With 3 seeds") and "in 25% of cases, and there are 6 comparisons" in chance
-    assert said[0] == "**eos** stops early in 0.80 at 16 tokens (late in 0.00; exact 0.20; mean length 3.00)."
-    assert "Early stops against eos: at 16 no difference (2 of 3 seeds less, 1 more)" in said[1]
-    assert "Early stops against eos: at 16 0.20 less in every seed" in said[2]
-    assert "Exact answers against eos: at 16 0.20 more in every seed" in said[2]
-    assert "Mean length against eos: at 16 1.50 more in every seed" in said[2]
-    not_learnt = verdict([*eos[:2], stored("eos", 2, 0.7, reading=0.9)])[0]
-    assert not_learnt.startswith("Content or stop are not learnt") and "90.0%" in not_learnt
+    assert learnt.startswith("The task is learnt") and "100.0% of the base model's answers" in learnt
+    assert chance.startswith("10 intervals of 95% are given: about 0 would")
+    assert said[0] == (
+        "**eos** is exact in 0.20 at 16 tokens (early in 0.80; late in 0.00; mean length 3.00; 16.0 evaluations)."
+    )
+    assert "3 seeds can't tell it from eos: exact answers +0.40 (" in said[2]
+    assert "would take about" in said[2] and "seeds to see (power 80%)" in said[2]
+    assert "it is better than eos: exact answers +0.30 (+0.29 to +0.32); early stops -0.30" in said[4]
+    assert "mean length +1.50 (+1.50 to +1.50)" in said[4] and "evaluations" not in said[4], "these are the same"
+    assert (
+        "it is worse than eos"
+        in verdict([*[r | {"tail": "eos"} for r in better], *[r | {"tail": "x"} for r in eos]])[3]
+    )
+    not_learnt = verdict([*eos[:2], stored("eos", 2, 0.3, ceiling=0.8)])[0]
+    assert not_learnt.startswith("The task is not learnt everywhere") and "80.0% in the worst seed" in not_learnt
     assert "| eos | 16 | 1 | 3.00 (3.00 to 3.00) | 0.80 (0.70 to 0.90) |" in table(settings_of(eos))
+
+
+class Walker(nn.Module):
+    """Knows the whole answer from the prompt, and not where the canvas ends."""
+
+    def __init__(self, walks: Walks):
+        super().__init__()
+        self.walks, self.scale = walks, nn.Parameter(torch.tensor(9.0))
+        self.config, self.head = SimpleNamespace(_attn_implementation="sdpa"), nn.Identity()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def forward(self, input_ids: torch.Tensor, **kwargs) -> SimpleNamespace:
+        logits, walks = torch.zeros(*input_ids.shape, self.walks.vocab_size), self.walks
+        for row, ids in enumerate(input_ids.tolist()):
+            place, keys = walks.places_of([ids[walks.longest]])[0], ids[: walks.longest]
+            for i in range(walks.longest + 1, len(ids)):
+                if walks.is_last(place) or i - walks.longest > walks.longest:
+                    logits[row, i, EOS] = 1
+                else:
+                    place = walks.next_place[place, keys[i - walks.longest - 1] - walks.first_key]
+                    logits[row, i, FIRST_WORD + place * walks.wordings] = 1
+        return SimpleNamespace(logits=self.head(logits * self.scale))
+
+
+def test_the_ceiling_is_that_of_the_true_length():
+    settings = Settings(walks=Walks(longest=5), prompts=40)
+    assert ceiling(Walker(settings.walks), settings) == 1
+    assert ceiling(new_model(settings, 0).eval(), settings) < 0.3, "control: an untrained model"
 
 
 class Reader(nn.Module):

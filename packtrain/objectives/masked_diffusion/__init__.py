@@ -69,7 +69,7 @@ class MaskedDiffusion(Objective):
     """Logits predict the next token (Dream)."""
     mask_token: Text | None = None
     """The mask. Default: the tokenizer's own, or a new token."""
-    tail: Literal["none", "eos", "single", "rainbow", "random"] = "none"
+    tail: Literal["none", "eos", "single", "rainbow", "random", "void"] = "none"
     """Supervised padding that belongs to an answer."""
     pad_count: Positive = 7
     """Padding tokens of rainbow and random tails."""

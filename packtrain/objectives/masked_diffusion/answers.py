@@ -53,9 +53,23 @@ class Trained:
     shift: bool
 
     def sampling(self, **options: Any) -> Sampling:
-        """Makes a `Sampling` that knows the model's end and pads: any of them ends an answer."""
+        """Makes a `Sampling` that knows the model's end and pads: any of them ends an answer, and sampling stops there.
+
+        Args:
+            options: of `Sampling`. A tail that isn't sampled (`void`) is banned.
+
+        Raises:
+            PacktrainError: another `end_token_policy` for such a tail.
+        """
         tail = self.tokens.tail
         ends = (tail.eos_token_id, *tail.pad_token_ids)
+        if not tail.is_sampled:
+            policy = options.get("end_token_policy", "none")
+            if policy not in ("none", "ban_pad"):
+                what = f"does not go with the tail `{tail.kind}`, whose padding token is always banned"
+                raise PacktrainError(what, key="end_token_policy", value=policy, fix="leave it out")
+            options["end_token_policy"] = "ban_pad"
+        options.setdefault("early_stop", True)
         return Sampling(end_token_ids=ends, pad_token_ids=tail.pad_token_ids, **options)
 
     def generate(self, prompts: Sequence[Sequence[int]], length: int, sampling: Sampling, *, seed: int = 0) -> Samples:
@@ -138,7 +152,7 @@ def sample(recipe: Recipe, prompts: Sequence[str], *, length: int = 128, seed: i
         turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
         encoded: Any = tokenizer.apply_chat_template(turns, add_generation_prompt=True)
         ids = encoded["input_ids"]
-    sampling = trained.sampling(**{"steps": length, "early_stop": True} | options)
+    sampling = trained.sampling(**{"steps": length} | options)
     return [str(tokenizer.decode(answer)) for answer in trained.generate(ids, length, sampling, seed=seed).answers()]
 
 

@@ -40,7 +40,8 @@ class Measured:
         exact: the answer is right and stops where it should.
         content: all that the answer should contain is there, whatever follows.
         ends_in_first_half: of the tokens written in the first half of the steps, the share of ends and pads.
-        evaluations: forward passes of the model per answer.
+        evaluations: forward passes of the model per answer, until its end and all before it are written (where samples
+            stop early).
     """
 
     canvas: int

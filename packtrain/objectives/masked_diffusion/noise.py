@@ -3,6 +3,8 @@
     epoch 0, example 7        q q | a b c E 0 1        prompt | canvas, supervised from end to end
     t = 0.52, p = 0.52        q q | a M c M 0 M        M is the mask token; only masked positions are scored
 
+With the tail `void` the eos is masked in every example, and scored as a token that is masked at p = 1.
+
 Every draw comes from a generator keyed by (seed, epoch, example id): a batch is the same whatever it is packed
 with, on whichever rank or data worker, and a resumed run sees bitwise the noise it would have seen.
 """
@@ -16,7 +18,7 @@ import numpy as np
 import torch
 
 from packtrain.data.formats import IGNORED
-from packtrain.objectives.masked_diffusion.tails import Tail, parts_of
+from packtrain.objectives.masked_diffusion.tails import EOS, Tail, parts_of
 from packtrain.packing.collator import Batch, PackCollator, without_first_labels
 from packtrain.packing.shuffle import derive_key
 
@@ -78,7 +80,7 @@ class NoisingCollator(PackCollator):
 
     Args:
         masking: how to mask and weigh.
-        tail: the tail of the documents, to tell the parts.
+        tail: the tail of the documents, to tell the parts, and whether the eos is always masked.
         seed, epoch: of the noise.
         layout: the arguments of `PackCollator`.
     """
@@ -103,17 +105,21 @@ class NoisingCollator(PackCollator):
         labels = without_first_labels(labels, lengths)  # [T]
         masking, canvas = self.masking, labels != IGNORED  # [T]
         levels, coins = draw_masks(lengths, example_ids, seed=self.seed, epoch=self.epoch, eps=masking.eps)
-        masked = canvas & coins  # [T]
+        parts = parts_of(input_ids, labels, lengths, self.tail)  # [T]
+        always = (parts == EOS) & self.tail.hides_end  # [T]
+        masked = canvas & (coins | always)  # [T]
         batch = super().collate(np.where(masked, masking.mask_token_id, input_ids), labels, lengths, example_ids)
         document = np.repeat(np.arange(len(lengths)), lengths)  # [T]
-        per_document = 1 / levels if masking.weight == "1/p" else np.ones_like(levels)  # [S]
+        weights = np.ones(len(labels))  # [T]
+        if masking.weight == "1/p":
+            weights = weights / np.where(always, 1.0, levels[document])
         if masking.norm == "sequence":
-            per_document = per_document / np.maximum(np.bincount(document, canvas, len(lengths)), 1)
-        weights = np.where(masked, per_document[document], 0.0).astype(np.float32)
+            weights = weights / np.maximum(np.bincount(document, canvas, len(lengths)), 1)[document]
+        weights = np.where(masked, weights, 0.0).astype(np.float32)
         batch["loss_weights"] = lay_out(weights, batch)
         batch["supervised_index"] = batch["loss_weights"].flatten().nonzero().flatten()
         batch["has_padding"] = batch["labels"].numel() > len(labels)
-        batch["parts"] = lay_out(parts_of(input_ids, labels, lengths, self.tail), batch)
+        batch["parts"] = lay_out(parts, batch)
         return batch
 
 

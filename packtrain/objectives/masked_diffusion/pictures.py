@@ -68,8 +68,9 @@ def draw_unmasking(samples: Samples, path: Path, *, eos: int, pads: Sequence[int
     colours[tokens == eos] = (0.8, 0.1, 0.1)
     for number, pad in enumerate(pads):
         colours[tokens == pad] = plt.get_cmap("turbo")(0.15 + 0.6 * number / max(len(pads) - 1, 1))[:3]
+    colours[when < 0] = 1.0
     axes[1].imshow(colours, aspect="auto")
-    axes[1].set_title("what: grey content, red eos, pads in colour", fontsize=10)
+    axes[1].set_title("what: grey content, red eos, pads in colour, white what was left unwritten", fontsize=10)
     for axis in axes:
         axis.set_xlabel("position")
         axis.set_ylabel("answer")

@@ -45,9 +45,12 @@ class Sampling:
         end_token_ids: an answer ends before the first of these, and early stop waits for it.
         pad_token_ids: the tail's other tokens.
         end_token_policy: `none`; `suppress_logits`: end tokens are never chosen; `suppress_confidence`: positions
-            that chose an end or a pad are written last in their block; `ban_pad`: pad tokens are never chosen.
+            that chose an end or a pad are written last in their block; `ban_pad`: pad tokens are never chosen, and
+            count in how sure a token is, so that positions that are all but certainly padding are written last (see
+            `certainty_of`).
         early_stop: stop with a row when its first end token and all before it are written; nothing before an end
-            can change any more, so the answer is the same.
+            can change any more, so the answer is the same, and `Samples.evaluations` what it took. With a temperature
+            or `random` the answers are other draws of the same kind.
 
     Raises:
         PacktrainError: a `remasking` or `end_token_policy` that is none of these.
@@ -162,11 +165,12 @@ def choose(
     """Chooses the token of each position, int64 `[R, L]`, never a mask, and says how sure it is, float64 `[R, L]`."""
     logits = logits.to(torch.float64, copy=True)
     logits[..., mask_token_id : mask_token_id + 1] = -torch.inf  # nothing, where it is beyond the vocabulary
-    banned = {"suppress_logits": sampling.end_token_ids, "ban_pad": sampling.pad_token_ids}
-    if forbidden := banned.get(sampling.end_token_policy):
-        logits[..., list(forbidden)] = -torch.inf
-    tokens = add_gumbel_noise(logits, sampling.temperature, generator).argmax(dim=-1)
-    certainty = certainty_of(logits, tokens, sampling.remasking, generator)
+    if sampling.end_token_policy == "suppress_logits":
+        logits[..., list(sampling.end_token_ids)] = -torch.inf
+    banned = list(sampling.pad_token_ids) if sampling.end_token_policy == "ban_pad" else []
+    noisy = add_gumbel_noise(logits, sampling.temperature, generator)
+    tokens = noisy.index_fill(-1, noisy.new_tensor(banned, dtype=torch.int64), -torch.inf).argmax(dim=-1)
+    certainty = certainty_of(logits, tokens, sampling.remasking, generator, banned=banned)
     if sampling.end_token_policy == "suppress_confidence":
         ends = torch.isin(tokens, tokens.new_tensor([*sampling.end_token_ids, *sampling.pad_token_ids]))
         certainty = certainty.masked_fill(ends, SUPPRESSED)
@@ -185,18 +189,36 @@ def add_gumbel_noise(logits: Tensor, temperature: float, generator: torch.Genera
     return logits - temperature * torch.log(-torch.log(noise))
 
 
-def certainty_of(logits: Tensor, tokens: Tensor, remasking: str, generator: torch.Generator | None) -> Tensor:
-    """Returns how sure each token is, float64 `[R, L]`; see `Sampling.remasking`."""
+def certainty_of(
+    logits: Tensor,
+    tokens: Tensor,
+    remasking: str,
+    generator: torch.Generator | None,
+    *,
+    banned: Sequence[int] = (),
+) -> Tensor:
+    """Returns how sure each token is, float64 `[R, L]`; see `Sampling.remasking`.
+
+    Args:
+        logits: of all tokens, `[R, L, V]`.
+        tokens: the chosen ones, `[R, L]`.
+        banned: tokens that were no choice. They keep their share of the probability, so that what is chosen where one of
+            them belongs is unsure: the code of VoidPadding (arXiv:2606.17999) measures a token's probability so for
+            LLaDA. Lead and entropy are ours: p(first) - p(second) of the allowed, and their mean log p.
+    """
     if remasking == "random":
         return torch.rand(tokens.shape, dtype=torch.float64, device=tokens.device, generator=generator)
     probabilities = logits.softmax(dim=-1)  # [R, L, V]
+    probabilities[..., list(banned)] = 0.0
     if remasking == "low_confidence":
         return probabilities.gather(-1, tokens[..., None])[..., 0]
     if remasking == "margin":
         best, second = probabilities.topk(2, dim=-1).values.unbind(-1)
         return best - second
     assert remasking == "entropy"
-    return torch.xlogy(probabilities, probabilities).sum(dim=-1)
+    allowed = probabilities / probabilities.sum(dim=-1, keepdim=True)
+    certainty = torch.xlogy(allowed, probabilities).sum(dim=-1)
+    return certainty.nan_to_num(nan=SUPPRESSED)  # where nothing is possible but the banned
 
 
 def surest(certainty: Tensor, count: Tensor) -> Tensor:

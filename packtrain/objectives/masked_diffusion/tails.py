@@ -39,7 +39,7 @@ from packtrain.objectives.examples import DerivedExamples
 PROMPT, CONTENT, EOS, TAIL = 0, 1, 2, 3  # the parts of a document
 _CANVAS, _FILL = 0x63616E76, 0x66696C6C  # "canv", "fill": keep these draws apart from others of the same seed
 _TOKENS_AT_ONCE = 1 << 22
-Kind = Literal["none", "eos", "single", "rainbow", "random"]
+Kind = Literal["none", "eos", "single", "rainbow", "random", "void"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +49,8 @@ class Tail:
     Attributes:
         kind: see the module's table.
         eos_token_id: the end of an answer; exactly one follows every answer.
-        pad_token_ids: one for `single`, K for `rainbow` and `random`, none for `eos` and `none`. No answer may
-            contain them.
+        pad_token_ids: one for `single` and `void`, K for `rainbow` and `random`, none for `eos` and `none`. No answer
+            may contain them.
     """
 
     kind: Kind
@@ -58,7 +58,7 @@ class Tail:
     pad_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
-        expected = {"none": "0", "eos": "0", "single": "1"}.get(self.kind, "2 or more")
+        expected = {"none": "0", "eos": "0", "single": "1", "void": "1"}.get(self.kind, "2 or more")
         count = len(self.pad_token_ids)
         if not (count >= 2 if expected == "2 or more" else count == int(expected)):
             what = f"a tail of kind {self.kind!r} must have {expected} pad tokens"
@@ -66,6 +66,16 @@ class Tail:
         if len({self.eos_token_id, *self.pad_token_ids}) != count + 1:
             what = "eos and pad tokens of a tail must all differ"
             raise DataError(what, key="objective.pad_tokens", value=(self.eos_token_id, *self.pad_token_ids))
+
+    @property
+    def hides_end(self) -> bool:
+        """Whether the eos is masked in every example, whatever the noise level, so that no model reads one."""
+        return self.kind == "void"
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether the tail is written when answers are sampled."""
+        return self.kind != "void"
 
     def tokens(self, length: int, *, seed: int = 0, example_id: int = 0) -> np.ndarray:
         """Returns the eos and what follows it: int64 `[length]`. Longer tails of an example begin with its shorter ones."""

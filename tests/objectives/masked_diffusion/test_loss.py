@@ -21,20 +21,24 @@ from tests.tiny import CONFIGS, random_documents, tiny_model
 
 E, MASK, PADS = 2, 63, (60, 61, 62)
 TAIL_OF_THREE = Tail(kind="rainbow", eos_token_id=E, pad_token_ids=PADS)
+VOID = Tail(kind="void", eos_token_id=E, pad_token_ids=PADS[:1])
+SINGLE = Tail(kind="single", eos_token_id=E, pad_token_ids=PADS[:1])
 
 
-def tailed_examples(lengths=(9, 4, 14, 6, 7), canvas=16) -> TailedExamples:
+def tailed_examples(lengths=(9, 4, 14, 6, 7), canvas=16, tail=TAIL_OF_THREE) -> TailedExamples:
     rows = random_documents(list(lengths), prompt=3, seed=1)
     for row in rows:  # keep eos, pads and mask out of the text
         row["input_ids"] = [3 + (token - 3) % 57 for token in row["input_ids"]]
         row["labels"] = [-100] * 3 + row["input_ids"][3:]
     examples = Examples.from_dataset(datasets.Dataset.from_list(rows))
-    return TailedExamples(examples, TAIL_OF_THREE, Canvas(policy="sampled", size=canvas))
+    return TailedExamples(examples, tail, Canvas(policy="sampled", size=canvas))
 
 
-def collator(masking: Masking | None = None, *, layout="flat", seed=5, epoch=0, **options) -> NoisingCollator:
+def collator(
+    masking: Masking | None = None, *, layout="flat", seed=5, epoch=0, tail=TAIL_OF_THREE, **options
+) -> NoisingCollator:
     masking = masking or Masking(mask_token_id=MASK)
-    return NoisingCollator(masking, TAIL_OF_THREE, seed=seed, epoch=epoch, layout=layout, **options)
+    return NoisingCollator(masking, tail, seed=seed, epoch=epoch, layout=layout, **options)
 
 
 def micro_batch(examples: TailedExamples, ids) -> MicroBatch:
@@ -43,7 +47,7 @@ def micro_batch(examples: TailedExamples, ids) -> MicroBatch:
 
 
 def batch_of(examples, ids, *args, **options):
-    return MicroBatches(examples, collator(*args, **options))[micro_batch(examples, ids)]
+    return MicroBatches(examples, collator(*args, tail=examples.tail, **options))[micro_batch(examples, ids)]
 
 
 def bidirectional(family: str = "llama"):
@@ -141,6 +145,30 @@ def test_the_prompt_is_never_masked_and_the_tail_is():
     assert seen[PROMPT] == 0 and (seen[[CONTENT, EOS, TAIL]] > 30).all()
 
 
+def test_the_end_before_void_is_masked_in_every_example_and_nowhere_else():
+    ends = {tail.kind: [0, 0] for tail in (VOID, SINGLE)}
+    for tail in (VOID, SINGLE):
+        examples = tailed_examples(tail=tail)
+        for epoch in range(20):
+            batch = batch_of(examples, range(5), epoch=epoch)
+            end = batch["parts"] == EOS
+            ends[tail.kind][0] += int(end.sum())
+            ends[tail.kind][1] += int((batch["input_ids"][end] == MASK).sum())
+    assert ends["void"] == [100, 100] and 30 < ends["single"][1] < 70, "control: by a coin"
+    pair = [batch_of(tailed_examples(tail=tail), range(5)) for tail in (VOID, SINGLE)]
+    rest = pair[0]["parts"] != EOS
+    for key in ("input_ids", "loss_weights"):
+        assert torch.equal(pair[0][key][rest], pair[1][key][rest]), "answer and tail have the same noise and weights"
+
+
+@pytest.mark.parametrize(("weight", "norm"), [("1/p", "sequence"), ("1/p", "token"), ("none", "sequence")])
+def test_an_end_that_is_always_masked_weighs_one(weight, norm):
+    examples = tailed_examples(tail=VOID)
+    batch = batch_of(examples, range(5), Masking(mask_token_id=MASK, weight=weight, norm=norm))
+    canvas = [(examples[i]["labels"] != -100).sum() if norm == "sequence" else 1 for i in range(5)]
+    assert batch["loss_weights"][batch["parts"] == EOS].tolist() == pytest.approx([1 / size for size in canvas])
+
+
 # ------------------------------------------------------------------------------------------------------ loss
 
 
@@ -151,26 +179,31 @@ def literal_loss(model, examples, ids, *, seed, epoch, weight="1/p", norm="seque
         row = examples[i]
         clean, labels = torch.tensor(row["input_ids"]), torch.tensor(row["labels"])
         levels, coins = draw_masks(np.array([len(clean)]), np.array([i]), seed=seed, epoch=epoch)
-        masked = torch.tensor(coins) & (labels != -100)
+        masked, share = torch.tensor(coins) & (labels != -100), torch.full(clean.shape, levels[0])
+        if examples.tail.kind == "void":
+            end = len(clean) - int((clean == PADS[0]).sum()) - 1
+            masked[end], share[end] = True, 1.0
         noisy = torch.where(masked, MASK, clean)
         logits = model(noisy[None], use_cache=False).logits[0]
         if shift:
             logits = torch.cat([logits[:1], logits[:-1]])
         nll = F.cross_entropy(logits[masked], clean[masked], reduction="none")
-        token_loss = nll / levels[0] if weight == "1/p" else nll
+        token_loss = nll / share[masked] if weight == "1/p" else nll
         canvas = int((labels != -100).sum())
         canvases += canvas
         total = total + token_loss.sum() / (canvas if norm == "sequence" else 1)
     return total / (len(ids) if norm == "sequence" else canvases)
 
 
+@pytest.mark.parametrize("tail", [TAIL_OF_THREE, VOID], ids=lambda tail: tail.kind)
 @pytest.mark.parametrize(
     "options",
     [{}, {"weight": "none"}, {"norm": "token"}, {"shift": True}, {"weight": "none", "norm": "token", "shift": True}],
     ids=str,
 )
-def test_the_loss_is_the_published_one(options):
-    model, examples, ids = bidirectional(), tailed_examples(), [0, 1, 2, 3, 4]
+def test_the_loss_is_the_published_one(options, tail):
+    """LLaDA's, and VoidPadding's (arXiv:2606.17999): the end masked with certainty, so its p is 1."""
+    model, examples, ids = bidirectional(), tailed_examples(tail=tail), [0, 1, 2, 3, 4]
     masking = Masking(mask_token_id=MASK, **options)
     batches = [batch_of(examples, part, masking, epoch=3) for part in ([0, 1], [2, 3, 4])]
     loss, _ = loss_and_gradient(model, batches, masked_diffusion(masking))
@@ -189,10 +222,12 @@ def test_options_change_the_loss():
     assert len(results) == 4
 
 
-@pytest.mark.parametrize("family", sorted(CONFIGS))
-def test_packed_equals_separate(family):
+@pytest.mark.parametrize(
+    ("family", "tail"), [*((family, TAIL_OF_THREE) for family in sorted(CONFIGS)), ("llama", VOID)]
+)
+def test_packed_equals_separate(family, tail):
     """Loss and gradient of a step are those of its documents alone, in every layout."""
-    model, examples = bidirectional(family), tailed_examples()
+    model, examples = bidirectional(family), tailed_examples(tail=tail)
     masking = Masking(mask_token_id=MASK)
     objective = masked_diffusion(masking)
     separate = loss_and_gradient(model, [batch_of(examples, [i]) for i in range(5)], objective)
@@ -208,9 +243,10 @@ def test_packed_equals_separate(family):
         assert (gradient - separate[1]).norm() < 1e-5 * separate[1].norm()
 
 
-def test_leaking_documents_would_be_noticed():
+@pytest.mark.parametrize("tail", [TAIL_OF_THREE, VOID], ids=lambda tail: tail.kind)
+def test_leaking_documents_would_be_noticed(tail):
     """Control: the same tokens as one long document are another loss."""
-    model, examples = bidirectional(), tailed_examples()
+    model, examples = bidirectional(), tailed_examples(tail=tail)
     objective = masked_diffusion(Masking(mask_token_id=MASK))
     batch = batch_of(examples, range(5))
     packed, _ = loss_and_gradient(model, [batch], objective)

@@ -9,18 +9,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
 from packtrain.cli import main
 from packtrain.errors import ModelError, PacktrainError, PlanError, RecipeError
+from packtrain.modeling.attention.varlen import NAME, register
 from packtrain.modeling.loading import load_config
-from packtrain.objectives.masked_diffusion.answers import evaluate, sample
+from packtrain.objectives.masked_diffusion.answers import Trained, evaluate, sample
+from packtrain.objectives.masked_diffusion.loss import make_bidirectional
 from packtrain.objectives.task import load_task
 from packtrain.packing.plan import Plan, make_plan, plan_evaluation, plan_run
 from packtrain.recipe.reader import load_recipe
 from packtrain.recipe.recipe import Recipe
 from packtrain.recipe.sections import ModelSection
 from packtrain.training.run import build, train
+from tests.tiny import tiny_model
 
 QUIET = Console(quiet=True)
 RECIPES = Path(__file__).parents[3] / "recipes"
@@ -59,8 +63,9 @@ def plan_held_out(recipe: Recipe, lengths: np.ndarray, *, layout: str) -> Plan:
         ["lora={r: 4, target_modules: all-linear}", "batching.strategy=group_by_length", "objective.canvas=batch_max",
          "objective.canvas_size=null"],
         ["objective.tail=eos", "objective.norm=token", "objective.shift=true"],
+        ["objective.tail=void"],
     ],
-    ids=["lora, batch_max, padded", "full, eos, Dream's"],
+    ids=["lora, batch_max, padded", "full, eos, Dream's", "void"],
 )  # fmt: skip
 def test_train_sample_evaluate(recipe_path, overrides):
     recipe = load_recipe(recipe_path, overrides)
@@ -71,6 +76,26 @@ def test_train_sample_evaluate(recipe_path, overrides):
     assert table.count("\n") == 3 and (Path(summary.output_dir) / "evaluation/evaluation.json").exists()
     with pytest.raises(PacktrainError, match="different tokens"):
         sample(load_recipe(recipe_path, [*overrides, "data.num_rows=50"]), ["Mia has 3 coins.\n"], length=8)
+
+
+def test_void_is_never_sampled_and_other_tails_are(recipe_path):
+    for tail in ("void", "single"):
+        task = load_task(load_recipe(recipe_path, [f"objective.tail={tail}"]))
+        tokens, size = task.tokens, len(task.tokenizer)
+        scores = torch.zeros(size)  # the tail is likeliest everywhere, then the end
+        scores[[tokens.tail.eos_token_id, *tokens.tail.pad_token_ids]] = torch.tensor([50.0, 90.0])
+        register()
+        model = make_bidirectional(tiny_model("llama", vocab_size=size, attn_implementation=NAME))
+        model.lm_head.register_forward_hook(lambda module, args, output, scores=scores: output + scores)
+        trained = Trained(model=model, tokenizer=task.tokenizer, tokens=tokens, examples=task.train, shift=False)
+        samples = trained.generate([[5, 6]], 4, trained.sampling(steps=4))
+        assert samples.tokens[0, 0] == (tokens.tail.eos_token_id if tail == "void" else tokens.tail.pad_token_ids[0])
+        assert trained.sampling().early_stop
+        if tail == "void":
+            with pytest.raises(PacktrainError, match="`void`, whose padding token is always banned"):
+                trained.sampling(end_token_policy="suppress_logits")
+        else:
+            assert trained.sampling(end_token_policy="suppress_logits").end_token_policy == "suppress_logits"
 
 
 def test_a_model_without_spare_rows_gets_some(recipe_path):

@@ -64,12 +64,12 @@ def literal_llada(
             logits = logits[start : start + block_length]
             if policy == "suppress_logits":
                 logits[:, END] = -math.inf
-            if policy == "ban_pad":
-                logits[:, PAD] = -math.inf
-            noisy = logits
+            noisy = logits.clone()
             if temperature:
                 uniform = torch.rand(1, *logits.shape, dtype=torch.float64, generator=generator)[0]
                 noisy = logits.exp() / (-uniform.log()) ** temperature
+            if policy == "ban_pad":
+                noisy[:, PAD] = -math.inf
             if remasking == "random":
                 uniform = torch.rand(1, block_length, dtype=torch.float64, generator=generator)[0]
             candidates = []
@@ -78,13 +78,15 @@ def literal_llada(
                     continue
                 token = int(noisy[j].argmax())
                 p = logits[j].softmax(0)
+                if policy == "ban_pad":
+                    p[PAD] = 0.0  # the others don't share out what it had
                 if remasking == "low_confidence":
                     sure = p[token].item()
                 elif remasking == "margin":
                     first, second = sorted(p.tolist(), reverse=True)[:2]
                     sure = first - second
                 elif remasking == "entropy":
-                    sure = sum(q * math.log(q) for q in p.tolist() if q > 0)
+                    sure = sum(q * math.log(q) for q in p.tolist() if q > 0) / p.sum().item()
                 else:
                     sure = uniform[j].item()
                 if policy == "suppress_confidence" and token in (END, PAD):
@@ -110,8 +112,10 @@ CASES += [
         dict(policy="suppress_logits"),
         dict(policy="suppress_confidence"),
         dict(policy="ban_pad"),
+        dict(policy="ban_pad", temperature=0.8),
     )
 ]
+CASES += [dict(remasking=how, steps=12, block_length=6, policy="ban_pad") for how in ("margin", "entropy")]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -183,6 +187,37 @@ def test_early_stop_saves_evaluations_and_changes_no_answer(block_length):
     assert full.evaluations.tolist() == [8, 8, 8] and early.evaluations.tolist() == [2, 3, 4]
     assert full.lengths().tolist() == [1, 2, 3]
     assert (early.unmasked_at[0] == torch.tensor([0, 1, -1, -1, -1, -1, -1, -1])).all()
+
+
+def a_model_of_mostly_void(rows, canvases, start, stop):
+    """Position 0 is a word, the end is position 1 or, much less likely, 2; a pad is all but certain from there on."""
+    table = {0: {10: 0.5, 11: 0.4, END: 0.1}, 1: {END: 0.6, 10: 0.4}, 2: {PAD: 0.8, END: 0.12, 10: 0.08}}
+    probabilities = torch.zeros(len(rows), stop - start, VOCABULARY, dtype=torch.float64)
+    for i in range(start, stop):
+        for token, share in table.get(i, {PAD: 0.99, 10: 0.01}).items():
+            probabilities[:, i - start, token] = share
+    return probabilities.log()
+
+
+@pytest.mark.parametrize("remasking", ["low_confidence", "margin", "entropy"])
+def test_a_position_that_is_all_but_certainly_a_banned_pad_is_written_last(remasking):
+    options = dict(steps=6, remasking=remasking, end_token_ids=(END,), pad_token_ids=(PAD,), early_stop=True)
+    canvas = torch.full((1, 6), MASK)
+    banning = Sampling(**options, end_token_policy="ban_pad")
+    banned = denoise(a_model_of_mostly_void, canvas, banning, mask_token_id=MASK)
+    assert banned.tokens.tolist() == [[10, END, MASK, MASK, MASK, MASK]] and banned.evaluations.tolist() == [2]
+    plain = denoise(a_model_of_mostly_void, canvas, Sampling(**options), mask_token_id=MASK)
+    assert plain.tokens[0, 3:].tolist() == [PAD] * 3 and plain.evaluations.tolist() == [6], "control: they come first"
+
+
+def test_where_nothing_is_possible_but_a_banned_pad_nothing_breaks():
+    """An exact denoiser gives probabilities of 0."""
+    logits = torch.full((1, 3, VOCABULARY), -torch.inf, dtype=torch.float64)
+    logits[0, :2, 10], logits[0, 2, PAD] = 0.0, 0.0
+    for remasking in ("low_confidence", "margin", "entropy"):
+        sampling = Sampling(steps=3, remasking=remasking, pad_token_ids=(PAD,), end_token_policy="ban_pad")
+        samples = denoise(lambda *_: logits, torch.full((1, 3), MASK), sampling, mask_token_id=MASK)
+        assert samples.unmasked_at[0, 2] == 2 and not (samples.tokens == PAD).any(), remasking
 
 
 def test_written_tokens_are_never_changed_and_every_mask_is_written():

@@ -38,6 +38,7 @@ TWO = (([1, 2], [3, 4, 5]), ([1], [6]))
     [
         ("eos", (), [1, 2, 3, 4, 5, E, E, E, E], [1, 6, E, E, E, E, E, E]),
         ("single", P[:1], [1, 2, 3, 4, 5, E, 20, 20, 20], [1, 6, E, 20, 20, 20, 20, 20]),
+        ("void", P[:1], [1, 2, 3, 4, 5, E, 20, 20, 20], [1, 6, E, 20, 20, 20, 20, 20]),
         ("rainbow", P, [1, 2, 3, 4, 5, E, 20, 21, 22], [1, 6, E, 20, 21, 22, 20, 21]),
         ("rainbow", P[:2], [1, 2, 3, 4, 5, E, 20, 21, 20], [1, 6, E, 20, 21, 20, 21, 20]),
     ],
@@ -171,6 +172,8 @@ def test_the_report_counts_the_tails():
     "make",
     [
         lambda: Tail(kind="single", eos_token_id=E, pad_token_ids=P),
+        lambda: Tail(kind="void", eos_token_id=E, pad_token_ids=P),
+        lambda: Tail(kind="void", eos_token_id=E),
         lambda: Tail(kind="rainbow", eos_token_id=E, pad_token_ids=(E, 20)),
         lambda: Tail(kind="rainbow", eos_token_id=E, pad_token_ids=(20, 20)),
         lambda: Canvas(policy="fixed"),
