@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 from transformers.utils import ModelOutput
 
 from packtrain.data.formats import IGNORED
@@ -30,6 +31,25 @@ _between_graphs = torch.compiler.disable(
     "between compiled graphs: compile with fullgraph=False, or remove them first (`.remove()`)"
 )
 
+
+class NoCache(DynamicCache):
+    """Stands in an output where the padded model would have its cache, which a flat row does not fill.
+
+    Without it a loop that gives `outputs.past_key_values` to the next call would go on without what came before.
+
+    Raises:
+        ModelError: it is used.
+    """
+
+    def refuse(self, *given: Any, **named: Any) -> Any:
+        what = "was not filled: the layers ran without padding"
+        raise ModelError(
+            what, key="past_key_values", fix="call the model with use_cache=True, or `.remove()` the hooks"
+        )
+
+    update = get_seq_length = get_mask_sizes = refuse
+
+
 register()  # a model that was saved with its hooks names the attention, and is loaded where nobody has registered it
 
 
@@ -41,12 +61,14 @@ class Rows:
         rows, width: B and T.
         index: int64 `[N]`, the real tokens among the `B * T`, in order.
         as_tuple: whether the caller wants a tuple for an output.
+        caches: whether the padded model would have returned a cache.
     """
 
     rows: int
     width: int
     index: Tensor
     as_tuple: bool = False
+    caches: bool = False
 
     def flat(self, values: Tensor, at: int = 0) -> Tensor:
         """Returns `[..., 1, N, ...]` of `[..., B, T, ...]`, of which B is dimension `at`."""
@@ -98,6 +120,8 @@ class Flatten:
         given |= given.pop(_rest(signature), {})
         weights = _asked(module, given, "output_attentions")
         use_attention(module, self.attention if weights else self.within)
+        if isinstance(given.get("past_key_values"), NoCache):
+            given["past_key_values"].refuse()
         mask: Any = given.get("attention_mask")
         if weights or not _is_rows(mask, given):
             return None
@@ -105,7 +129,8 @@ class Flatten:
         if not _is_ragged(real) or not (self.left or bool(real[:, 0].all())):
             return None
         index = real.flatten().nonzero().flatten().to(mask.device)
-        rows = Rows(*mask.shape, index, as_tuple=not _asked(module, given, "return_dict", default=True))
+        as_tuple = not _asked(module, given, "return_dict", default=True)
+        rows = Rows(*mask.shape, index, as_tuple=as_tuple, caches=_caches(module, given))
         positions = given.get("position_ids")
         if positions is None:
             positions = self._positions(module, given.get("input_ids"), mask)
@@ -157,6 +182,8 @@ class Scatter:
         done = {name: rows.scattered(value) for name, value in output.items()}
         if done.get("pooler_output") is not None:
             done["pooler_output"] = _pooled(module, done["last_hidden_state"])
+        if rows.caches and not rows.as_tuple and hasattr(output, "past_key_values"):
+            done["past_key_values"] = NoCache()
         whole = type(output)(**done)
         return whole.to_tuple() if rows.as_tuple else whole
 
@@ -204,6 +231,12 @@ def _rest(signature: inspect.Signature) -> str:
 def _asked(module: Any, given: dict[str, Any], name: str, default: bool = False) -> bool:
     asked = given.get(name)
     return bool(getattr(module.config, name, default) if asked is None else asked)
+
+
+def _caches(module: nn.Module, given: dict[str, Any]) -> bool:
+    """Returns whether a decoder that is not asked whether to return a cache would do so by its config."""
+    by_config = given.get("use_cache") is None and getattr(module.config, "use_cache", False)
+    return bool(by_config) and any(getattr(inner, "is_causal", False) for inner in module.modules())
 
 
 def _is_rows(mask: Any, given: dict[str, Any]) -> bool:

@@ -221,6 +221,32 @@ def test_generation(architecture):
     assert torch.equal(before, model.generate(**prompt, **options))
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_loop_that_goes_on_from_a_cache_hears_that_there_is_none(architecture):
+    model, batch = headed(architecture, "causal"), ragged(left=True)
+    prompt = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    one = torch.ones(len(batch["input_ids"]), 1, dtype=torch.long)
+    mask = torch.cat([prompt["attention_mask"], one], 1)
+
+    def decode(**asked):
+        first = model(**prompt, **asked)
+        return model(input_ids=one, attention_mask=mask, past_key_values=first.past_key_values).logits
+
+    before, keys = decode(), model(**prompt).keys()
+    with unpad(model):
+        assert model(**prompt).keys() == keys
+        with pytest.raises(ModelError, match="past_key_values: was not filled.*\n.*use_cache=True"):
+            decode()
+        assert torch.equal(decode(use_cache=True), before)
+
+
+def test_an_encoder_has_no_cache_to_miss():
+    model, batch = headed("bert", "token"), ragged("token")
+    keys = model(**batch).keys()
+    with unpad(model):
+        assert model(**batch).keys() == keys
+
+
 # --------------------------------------------------------------------------------- labels that padding predicts
 
 
