@@ -57,6 +57,7 @@ KEYS: dict[str, Any] = {
     "measure_steps": Positive,
 }
 DEFAULTS: dict[str, Any] = {"set": {}, "seeds": [42], "repeats": 3, "ranks": 1, "warmup_steps": 2, "measure_steps": 10}
+LONGEST_NAME = 200  # characters of a file's name, of 255
 USUAL = ("pad_longest", "group_by_length", "padding_free", "balanced", "bfd")
 FORCED = {  # a comparison evaluates, logs and stores by itself, alike for every trainer
     "training.save_strategy": "no",
@@ -324,6 +325,8 @@ def _is_a_strategy(name: str, source: Source, key: str) -> bool:
 def _check_names(names: list[str], reference: str, source: Source) -> None:
     files = [slug(name) for name in names]
     for name, file in zip(names, files, strict=True):
+        if len(file) > LONGEST_NAME:
+            _problem(source, "variants", "has a variant whose name is too long for a file", name, fix="shorten it")
         if files.count(file) > 1:
             _problem(
                 source,

@@ -25,6 +25,7 @@ from packtrain.compare.progress import Progress
 from packtrain.compare.results import End, add_end, read_run, remove_logs, remove_runs, run_path, write_manifest
 from packtrain.errors import require
 from packtrain.recipe.shipped import find_recipe
+from packtrain.training.output_lock import only_run
 
 Say = Callable[[str], None]
 LOOKS = 1.0  # seconds between looks at a run
@@ -50,7 +51,7 @@ def run_comparison(
         console: a terminal that shows how far a run is.
 
     Raises:
-        PacktrainError: the recipe is wrong, or the directory holds another experiment.
+        PacktrainError: the recipe is wrong, or the directory holds another experiment or is in use by another process.
     """
     require("jinja2", "matplotlib", extra="plots")
     from packtrain.compare.comparison import read_comparison
@@ -61,12 +62,14 @@ def run_comparison(
     path = find_recipe(path, below="compare")
     experiment = load_experiment(path, overrides)
     directory = Path(output_dir) if output_dir else Path("out") / f"compare_{experiment.name}"
-    manifest = make_manifest(experiment, path, overrides)
-    if restart:
-        remove_runs(directory)
-    check_same(directory, manifest)
-    write_manifest(directory, manifest)
-    run_rounds(experiment, directory, say, console)
+    directory.mkdir(parents=True, exist_ok=True)
+    with only_run(directory, key="--out"):  # two would write into each other's runs
+        manifest = make_manifest(experiment, path, overrides)
+        if restart:
+            remove_runs(directory)
+        check_same(directory, manifest)
+        write_manifest(directory, manifest)
+        run_rounds(experiment, directory, say, console)
     report, comparison = write_report([directory]), read_comparison(directory)
     say("verdict:")
     for text in (*(sentence.text for sentence in verdict(comparison)), note(comparison)):

@@ -32,8 +32,11 @@ LINGER = 15.0  # seconds that data-loading workers may outlive a killed run, who
 
 
 @contextlib.contextmanager
-def only_run(output_dir: Path) -> Iterator[None]:
+def only_run(output_dir: Path, key: str = "training.output_dir") -> Iterator[None]:
     """Holds the lock of a directory while open; called by one rank.
+
+    Args:
+        key: by which the user chooses another directory.
 
     Raises:
         PacktrainError: another run holds it.
@@ -44,14 +47,14 @@ def only_run(output_dir: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=LINGER if dead else 0)
     except Timeout:
-        raise _taken(path, before) from None
+        raise _taken(path, before, key) from None
     except (OSError, NotImplementedError) as error:  # a file system without locks
         logger.warning("%s can't be locked (%s); make sure that no other run writes there", output_dir, error)
         yield
         return
     try:
         if before and not _is_here(before) and _age(holder) < SILENT:
-            raise _taken(path, before)
+            raise _taken(path, before, key)
         if before:
             logger.warning("%s was locked by a run that ended without notice: %s", output_dir, _named(before))
         stop = threading.Event()
@@ -113,9 +116,9 @@ def _named(holder: dict[str, Any]) -> str:
     return f"process {holder['pid']} on {holder['host']}, since {since}"
 
 
-def _taken(path: Path, holder: dict[str, Any] | None) -> PacktrainError:
-    fix = "wait until it has ended, stop it, or choose another training.output_dir"
+def _taken(path: Path, holder: dict[str, Any] | None, key: str) -> PacktrainError:
+    fix = f"wait until it has ended, stop it, or choose another {key}"
     if holder is not None and not _is_here(holder):
         fix += f"; if that host is gone, wait {SILENT / 60:.0f} minutes, or remove {path}.json"
     what = "is in use by another run" + (f": {_named(holder)}" if holder else "")
-    return PacktrainError(what, key="training.output_dir", value=str(path.parent), fix=fix)
+    return PacktrainError(what, key=key, value=str(path.parent), fix=fix)

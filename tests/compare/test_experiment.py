@@ -186,6 +186,7 @@ def test_runs_go_together_only_with_runs_of_the_same(tmp_path):
         ({"reference": "pad_longst"}, "did you mean pad_longest"),
         ({"variants": ["pad_longest", "balancd"]}, "did you mean balanced"),
         ({"variants": ["pad_longest", {"batching.max_tokens": 600}]}, "has no name"),
+        ({"variants": ["pad_longest", {"name": "x" * 300}]}, "name is too long for a file"),
         ({"variants": ["pad_longest", "pad_longest"]}, "has two variants with this name"),
         ({"variants": ["pad_longest", {"name": "x", "trainer": "trl:paddin"}]}, "did you mean trl:padding"),
         ({"variants": ["pad_longest", {"name": "x", "batching.max_tokns": 600}]}, "did you mean `max_tokens`"),

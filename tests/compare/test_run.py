@@ -16,6 +16,7 @@ from packtrain.compare.comparison import read_comparison
 from packtrain.compare.run import run_comparison
 from packtrain.compare.verdict import verdict
 from packtrain.errors import PacktrainError
+from packtrain.training.output_lock import only_run
 from tests.compare.tiny_experiment import write_experiment
 
 NAN = {"name": "nan", "training.learning_rate": 1e30, "training.max_grad_norm": 0}
@@ -101,6 +102,14 @@ def test_killed_in_the_middle_it_continues(tmp_path):
     run_comparison(path, ["variants=[pad_longest]"], output_dir=out, restart=True, say=lambda line: None)
     assert [file.name for file in (out / "runs").iterdir()] == [first.name] and first.read_bytes() != kept
     assert (out / "notes.txt").exists()
+
+
+def test_two_comparisons_in_one_folder_do_not_mix_their_runs(tmp_path):
+    path, out = write_experiment(tmp_path), tmp_path / "out"
+    out.mkdir()
+    with only_run(out), pytest.raises(PacktrainError, match="--out: is in use by another run"):
+        run_comparison(path, output_dir=out, say=lambda line: None)
+    assert not (out / "manifest.json").exists()
 
 
 @pytest.mark.ci
