@@ -7,6 +7,7 @@ whole generations): one long prompt stands alone, and short ones fill a batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 MAX_TOKENS = 8192  # positions of a batch
 NEW_TOKENS = 256
+COLDEST = 1e-6  # a temperature above 0: logits divided by less may overflow
 
 
 def batches(lengths: Sequence[int], *, max_new_tokens: int, max_tokens: int = MAX_TOKENS) -> list[list[int]]:
@@ -71,8 +73,14 @@ def generate(
         seed: of the sampling.
 
     Raises:
-        PacktrainError: an empty prompt, or one with which an answer exceeds the positions that the model has.
+        PacktrainError: a temperature or seed that can't be sampled with, an empty prompt, or one with which an answer
+            exceeds the positions that the model has.
     """
+    if not math.isfinite(temperature) or 0 < temperature < COLDEST:
+        fix = f"0 takes the most likely token; sampling takes {COLDEST} or more"
+        raise PacktrainError("can't be sampled at", key="--temperature", value=temperature, fix=fix)
+    if not 0 <= seed < 1 << 63:
+        raise PacktrainError("must be from 0 to 2^63 - 1", key="--seed", value=seed)
     max_new_tokens = room_for_answers(model, [len(prompt) for prompt in prompts], max_new_tokens)
     ends = end_token_ids(model, tokenizer)
     pad = tokenizer.pad_token_id

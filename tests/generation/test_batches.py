@@ -75,3 +75,17 @@ def test_sampling_follows_the_seed():
 def test_prompts_that_cannot_be_answered(asked, new, message):
     with pytest.raises(PacktrainError, match=message):
         list(generate(tiny_model("llama"), make_tokenizer(), asked, max_new_tokens=new))
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"temperature": float("nan")}, "--temperature: can't be sampled at"),
+        ({"temperature": float("inf")}, "--temperature: can't be sampled at"),
+        ({"temperature": 1e-320}, "--temperature: can't be sampled at"),
+        ({"seed": 2**70}, "--seed: must be from 0"),
+    ],
+)
+def test_how_nothing_can_be_sampled(how, message):
+    with pytest.raises(PacktrainError, match=message):
+        list(generate(tiny_model("llama"), make_tokenizer(), [[3]], max_new_tokens=2, **how))

@@ -149,3 +149,13 @@ def test_prompts_are_rendered_as_in_training(adapter):
     assert ("<|user|>" in text) == ours.chat and "What is 2+2?" in text
     other = encode_prompts(replace(ours, chat=not ours.chat), ["What is 2+2?"])[0]
     assert ("<|user|>" in ours.tokenizer.decode(other)) != ("<|user|>" in text)
+
+
+def test_turns_that_the_template_refuses_are_named(adapter):
+    ours = replace(load_trained(adapter), chat=True)
+    ours.tokenizer.chat_template = (
+        "{% if messages[0].role == 'tool' %}{{ raise_exception('no call before it') }}{% endif %}"
+    )
+    turns = [[{"role": role, "content": "4"}] for role in ("user", "tool")]
+    with pytest.raises(PacktrainError, match="prompt 2: the chat template refuses it: no call before it"):
+        encode_prompts(ours, turns)
