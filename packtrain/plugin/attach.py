@@ -45,6 +45,7 @@ from packtrain.plugin.checks import (
     refuse_empty,
     refuse_means,
     refuse_misuse,
+    refuse_own_methods,
     refuse_unproved,
     without_effect,
 )
@@ -156,6 +157,7 @@ def _attach_flat(
 ) -> AnyTrainer:
     with verdicts.shared():
         refuse_contradictions(trainer)
+        refuse_own_methods(trainer)
         rule, examples = resolve_strategy(strategy), _examples(trainer)
         order = TrainersOrder(trainer)
         plan = plan_attached(trainer, examples, strategy, max_tokens, order)

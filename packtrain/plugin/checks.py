@@ -58,7 +58,7 @@ def refuse_misuse(trainer: Trainer, strategy: str, max_tokens: int | None, layou
 
 
 def refuse_contradictions(trainer: Trainer) -> None:
-    """Raises PacktrainError for settings that cannot be combined with a plan."""
+    """Raises PacktrainError for settings that cannot be combined with a plan, also where they come after attaching."""
     args = trainer.args
     data: Any = trainer.train_dataset
     if not hasattr(data, "column_names") or not hasattr(data, "__len__"):
@@ -69,16 +69,6 @@ def refuse_contradictions(trainer: Trainer) -> None:
     if data.format["type"] == "custom":
         what, fix = "has a transform, which runs when a row is read, but packtrain reads the table", "use `dataset.map`"
         raise PacktrainError(what, key="train_dataset", value="with_transform", fix=fix)
-    owner = next(cls for cls in type(trainer).__mro__ if "get_train_dataloader" in vars(cls))
-    if not owner.__module__.startswith(LIBRARIES):
-        what = "has its own `get_train_dataloader`, which packtrain would replace with all of train_dataset"
-        fix = "give the rows as train_dataset, and their order by a sampler with `set_epoch(epoch)`"
-        raise PacktrainError(what, key="trainer", value=owner.__name__, fix=fix)
-    for method in SEES_ROWS:
-        if _is_own(trainer, method):
-            what = f"has its own `{method}`, which may depend on which row a token is in"
-            fix = 'use attach(layout="unpad"), which keeps the rows of its batches'
-            raise PacktrainError(what, key="trainer", value=type(trainer).__name__, fix=fix)
     if getattr(trainer.data_collator, "mlm", False):
         what, fix = (
             "must be False: packtrain's batches have no randomly masked tokens",
@@ -108,6 +98,20 @@ def refuse_contradictions(trainer: Trainer) -> None:
     if shared > 1:
         what = "makes ranks share their examples, and packtrain gives every rank its own"
         raise PacktrainError(what, key="parallelism_config", value=shared, fix="use data parallelism (DDP, FSDP, ZeRO)")
+
+
+def refuse_own_methods(trainer: Trainer) -> None:
+    """Raises PacktrainError for methods of a trainer's own that packtrain would replace, or that may read rows."""
+    if _is_own(trainer, "get_train_dataloader"):
+        owner = next(cls for cls in type(trainer).__mro__ if "get_train_dataloader" in vars(cls))
+        what = "has its own `get_train_dataloader`, which packtrain would replace with all of train_dataset"
+        fix = "give the rows as train_dataset, and their order by a sampler with `set_epoch(epoch)`"
+        raise PacktrainError(what, key="trainer", value=owner.__name__, fix=fix)
+    for method in SEES_ROWS:
+        if _is_own(trainer, method):
+            what = f"has its own `{method}`, which may depend on which row a token is in"
+            fix = 'use attach(layout="unpad"), which keeps the rows of its batches'
+            raise PacktrainError(what, key="trainer", value=type(trainer).__name__, fix=fix)
 
 
 def _refuse_models(trainer: Trainer) -> None:
