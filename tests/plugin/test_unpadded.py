@@ -15,6 +15,8 @@ from packtrain.modeling.unpad import Flatten
 from packtrain.plugin.unpadded import models_of
 from tests.plugin.trainers import LONG, QUICK, answering, classification, preference, tagging
 
+IN_CI = ("question answering", "embedding", "token classification", "DPO with LoRA", "reward", "KTO")
+
 
 def trained(trainer: Trainer) -> tuple[np.ndarray, list[torch.Tensor]]:
     """Returns losses and gradient norms of all updates, `[2, updates]`, and the weights."""
@@ -47,10 +49,15 @@ def apart(one: np.ndarray, other: np.ndarray) -> float:
     return float((np.abs(one - other) / np.maximum(np.abs(one), 1e-6)).max())
 
 
+def marks_of(name: str) -> list[pytest.MarkDecorator]:
+    """Marks the tasks that take seconds; CI runs one with each kind of loss."""
+    return [pytest.mark.slow, *([pytest.mark.ci] if name in IN_CI else [])]
+
+
 @pytest.mark.parametrize(
     "make",
     [pytest.param(make, id=name) for name, make in QUICK.items()]
-    + [pytest.param(make, id=name, marks=[pytest.mark.slow, pytest.mark.ci]) for name, make in LONG.items()],
+    + [pytest.param(make, id=name, marks=marks_of(name)) for name, make in LONG.items()],
 )
 def test_every_task_takes_the_same_steps(tmp_path, make, caplog):
     curve, weights = trained(make(tmp_path))
