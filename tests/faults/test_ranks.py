@@ -56,7 +56,7 @@ def test_a_checkpoint_of_two_ranks_has_the_files_of_both(two_ranks, tmp_path, re
 @pytest.mark.slow
 @needs_deepspeed
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("config", ["zero1", "zero2", pytest.param("zero3", marks=pytest.mark.ci)])
+@pytest.mark.parametrize("config", ["zero1", "zero2", "zero3"])
 def test_every_damaged_shard_is_found(tmp_path, config, record_property):
     run(tmp_path, config, 2, "training.max_steps=3", "stop=2", "training.save_strategy=steps", "training.save_steps=2")
     whole = tmp_path / "run/checkpoint-2"

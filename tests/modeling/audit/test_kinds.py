@@ -103,7 +103,6 @@ def test_what_is_missing_is_seen():
     assert missing_kinds("smollm3", no_rope_layers=[1, 1, 1, 1]) == ["model.layers"]
 
 
-@pytest.mark.ci
 @pytest.mark.slow
 def test_tiny_models_of_all_architectures_have_every_kind():
     """Some default configurations cannot be built, and are compared by the classes of their files alone."""
