@@ -350,12 +350,15 @@ def _parse_input_ids(row: Row, reading: Reading) -> Ids:
     return Ids(input_ids=ids, labels=labels)
 
 
-OF_CONVERSATIONS = (
-    "system",
-    "tools",
-    "functions",
-    "chat_template_kwargs",
-)  # columns that they read where they are there
+# columns that they read where they are there
+OF_CONVERSATIONS = ("system", "tools", "functions", "chat_template_kwargs")
+
+
+def _conversations(column: str, parse: Callable[[Row, Reading], Sample]) -> Format:
+    """Returns a format of whole conversations, which may also be learnt as one answer for each turn."""
+    kinds: tuple[Kind, ...] = ("example", "answers")
+    return Format(columns=(column,), parse=parse, completion_only=False, optional=OF_CONVERSATIONS, kinds=kinds)
+
 
 FORMATS: dict[str, Format] = {
     "input_ids": Format(
@@ -364,26 +367,14 @@ FORMATS: dict[str, Format] = {
         completion_only=None,
         optional=("labels", *MASKS, "attention_mask"),
     ),
-    "messages": Format(
-        columns=("messages",),
-        parse=_parse_messages,
-        completion_only=False,
-        optional=OF_CONVERSATIONS,
-        kinds=("example", "answers"),
-    ),
+    "messages": _conversations("messages", _parse_messages),
     "prompt_completion": Format(
         columns=("prompt", "completion"),
         parse=_parse_prompt_completion,
         completion_only=True,
         optional=OF_CONVERSATIONS,
     ),
-    "sharegpt": Format(
-        columns=("conversations",),
-        parse=_parse_sharegpt,
-        completion_only=False,
-        optional=OF_CONVERSATIONS,
-        kinds=("example", "answers"),
-    ),
+    "sharegpt": _conversations("conversations", _parse_sharegpt),
     "alpaca": Format(
         columns=("instruction", "output"),
         parse=_parse_alpaca,

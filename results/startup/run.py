@@ -1,6 +1,6 @@
 """Measures where the seconds go from the command to the end of the first update, and what the checks before it take.
 
-    python results/startup/run.py                  # about five minutes on two cores
+    python results/startup/run.py                  # about eleven minutes on two cores
     python results/startup/run.py --rounds 1 --rows 2000
 
 Every case is a process of its own that does what `packtrain train` does, with one update: imports, rows and tokens, plan,
