@@ -83,9 +83,10 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hashes everything that decides a tokenizer's output, whatever it is called and wherever it lies: its backend, chat
     template and special tokens, and every attribute that may (`split_special_tokens`, `add_bos_token`, ...)."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    contents: Any = tokenizer.get_vocab()
-    if backend is not None:
-        contents = json.loads(backend.to_str()) | {"truncation": None, "padding": None}  # left behind by earlier calls
+    if backend is None:
+        contents: Any = tokenizer.get_vocab()
+    else:  # JSON; before its tokens stands how it pads and truncates, left behind by earlier calls
+        contents = backend.to_str().split('"added_tokens":', 1)[-1]
     attributes = {name: value for name, value in vars(tokenizer).items() if name not in _WITHOUT_EFFECT}
     return hash_of(
         type(tokenizer).__name__,

@@ -202,6 +202,10 @@ def test_fingerprints_of_equal_tokenizers_are_equal(tmp_path):
     tokenizer = make_tokenizer(chat_template=CHAT_TEMPLATE)
     expected = store.tokenizer_fingerprint(tokenizer)
     tokenizer.padding_side = "left"
+    tokenizer(
+        ["one", "one two"], padding="max_length", truncation=True, max_length=2
+    )  # its backend keeps both settings
+    assert tokenizer.backend_tokenizer.truncation and tokenizer.backend_tokenizer.padding
     assert store.tokenizer_fingerprint(tokenizer) == expected
     for name in ("here", "there"):
         tokenizer.save_pretrained(tmp_path / name)
