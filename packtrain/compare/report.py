@@ -79,7 +79,8 @@ def write_report(
     if len(paths) == 1 and out is None:
         return paths[0] / REPORT
     target = Path(out) if out else paths[0].parent / REPORT
-    write_atomically(target, render_page(chapters, side_by_side(comparisons)))
+    overview = side_by_side(comparisons) if len(comparisons) > 1 else ()
+    write_atomically(target, render_page(chapters, overview))
     return target
 
 

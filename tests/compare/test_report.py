@@ -192,6 +192,9 @@ def test_several_experiments_side_by_side(experiment, tmp_path):
     assert len(page.ids) == len(set(page.ids)) and {"e0", "e1"} <= set(page.ids)
     assert "<td>3.00x</td>" in text.replace("</td><td>", "</td>\n<td>")
     assert (other / "report.html").exists() and (other / "summary.md").exists()
+    assert "Speed in every experiment" in text
+    alone = write_report([other], out=tmp_path / "alone.html").read_text()
+    assert "Speed in every experiment" not in alone and "The variants" in alone  # its own table says the same
 
 
 def test_an_experiment_without_runs_yet_has_a_page(tmp_path):
