@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
+from packtrain.data.encoder import added_in_front
+from packtrain.data.formats import WORDINGS
 from packtrain.errors import DataError
-from packtrain.generation.trained import Trained
+from packtrain.generation.trained import is_chat
 
 Messages = list[dict[str, Any]]
 _OTHER_FORMATS = (".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".bz2", ".xz", ".zst", ".zip")  # of data files
@@ -61,28 +65,59 @@ def _prompt(line: str, where: str) -> str | Messages:
     return prompt
 
 
-def encode_prompts(trained: Trained, prompts: Sequence[str | Messages]) -> list[list[int]]:
-    """Turns prompts into token ids, as the model was trained on them.
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | Messages], rows: Sequence[str]
+) -> list[list[int]]:
+    """Turns prompts into token ids, as the rows were that the model was trained on.
 
-    Text becomes the user's turn of a conversation with the generation prompt behind it, or stays plain where the model was
-    trained on plain text.
+    Text becomes the user's turn of a conversation with the generation prompt behind it. Where the model was trained on plain
+    text it stays plain, in the wording of their format, with what the tokenizer puts in front and nothing behind.
+
+    Args:
+        rows: how they were written out, see `DataReport.prompts`.
 
     Raises:
         DataError: messages for a tokenizer without a chat template.
     """
-    encoded = []
+    chat, encoded = is_chat(tokenizer, rows), []
+    prefix, wording = added_in_front(tokenizer), wording_of(rows)
     for prompt in prompts:
-        if isinstance(prompt, str) and not trained.chat:
-            encoded.append(trained.tokenizer(prompt)["input_ids"])
+        if isinstance(prompt, str) and not chat:
+            ids: Any = tokenizer(wording(prompt), add_special_tokens=False)["input_ids"]
+            encoded.append(ids if ids[: len(prefix)] == prefix else prefix + ids)
             continue
-        if not trained.tokenizer.chat_template:
+        if not tokenizer.chat_template:
             fix = "give the prompts as text"
             raise DataError("the tokenizer has no chat template to render messages with", key="--prompts", fix=fix)
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         try:
-            ids: Any = trained.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)
+            rendered: Any = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)
         except Exception as error:  # whatever a template may raise for turns that it does not know
             what, fix = f"the chat template refuses it: {error}", "write its turns as those of the training data"
             raise DataError(what, key=f"prompt {len(encoded) + 1}", fix=fix) from None
-        encoded.append(ids["input_ids"])
+        encoded.append(rendered["input_ids"])
     return encoded
+
+
+def wording_of(rows: Sequence[str]) -> Callable[[str], str]:
+    """Returns what makes a text the prompt of such rows, where they were not conversations."""
+    return WORDINGS.get(rows[0], str) if len(rows) == 1 else str
+
+
+def how_asked(tokenizer: PreTrainedTokenizerBase, rows: Sequence[str]) -> str:
+    """Says in a line as what the model is given a prompt, and why.
+
+    Args:
+        rows: as `encode_prompts`.
+    """
+    chat = is_chat(tokenizer, rows)
+    plain = f"text in the wording of `{rows[0]}`" if wording_of(rows) is not str else "plain text"
+    asked = "a prompt is a user's turn of a conversation" if chat else f"a prompt is {plain}"
+    if not rows:
+        has = "has a chat template" if chat else "has no chat template"
+        return f"{asked}: nothing says what rows the model was trained on, and its tokenizer {has}"
+    if rows == ("input_ids",):
+        return f"{asked}: the rows that the model was trained on were token ids"
+    if chat and len(rows) > 1:
+        return f"{asked}: the model was trained on conversations, and on plain text as well"
+    return f"{asked}, as in the rows that the model was trained on"

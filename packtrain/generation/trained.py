@@ -8,6 +8,7 @@ Qwen/Qwen3-0.6B           a model of the Hub
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from packtrain.errors import ModelError
 from packtrain.modeling.hub import explained
 from packtrain.modeling.loading import load_config, load_model
 from packtrain.modeling.tokenizer import load_tokenizer
+from packtrain.modeling.trained_on import read_trained_on
 from packtrain.recipe.reader import load_recipe
 from packtrain.recipe.recipe import Recipe
 from packtrain.recipe.sections import Dtype, ModelSection
@@ -26,7 +28,6 @@ from packtrain.recipe.sections import Dtype, ModelSection
 if TYPE_CHECKING:
     from peft import PeftModel
 
-_PLAIN = ("prompt_completion", "text", "input_ids")  # formats of rows that use no chat template
 _ADAPTER = "adapter_config.json"
 
 
@@ -38,13 +39,18 @@ class Trained:
         model: the model, or its base with the adapter on it.
         tokenizer: the one it was trained with.
         recipe: that of the run; None where only a model was named.
-        chat: whether prompts are the user's turns of a conversation.
+        prompts: how the rows were written out that it was trained on, see `DataReport.prompts`; empty where nothing says it.
     """
 
     model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
     recipe: Recipe | None
-    chat: bool
+    prompts: tuple[str, ...] = ()
+
+    @property
+    def chat(self) -> bool:
+        """Whether prompts are the user's turns of a conversation."""
+        return is_chat(self.tokenizer, self.prompts)
 
     @property
     def has_adapter(self) -> bool:
@@ -93,13 +99,17 @@ def load_trained(
         model = _load(own, tokenizer)
     model.config.use_cache = True
     model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
-    chat = is_chat(tokenizer, _format_of(target))
-    return Trained(model=model.eval(), tokenizer=tokenizer, recipe=recipe, chat=chat)
+    known = read_trained_on(name)
+    return Trained(model=model.eval(), tokenizer=tokenizer, recipe=recipe, prompts=known.prompts if known else ())
 
 
-def is_chat(tokenizer: PreTrainedTokenizerBase, rows: str | None) -> bool:
-    """Whether prompts are the user's turns of a conversation, for a model trained on rows of that format."""
-    return bool(tokenizer.chat_template) and rows not in _PLAIN
+def is_chat(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> bool:
+    """Returns whether prompts are the user's turns of a conversation, for a model that was trained on such rows.
+
+    Args:
+        prompts: how the rows were written out; where nothing says it, a chat template decides.
+    """
+    return bool(tokenizer.chat_template) and (not prompts or "conversation" in prompts)
 
 
 def find_model(target: str | Path) -> tuple[Recipe | None, Path | None]:
@@ -127,16 +137,6 @@ def find_model(target: str | Path) -> tuple[Recipe | None, Path | None]:
         fix = "train first, or name the output_dir of a run or the folder of a model"
         raise ModelError("holds neither a run nor a model", key="RUN_OR_MODEL", value=str(target), fix=fix)
     return recipe, folder
-
-
-def _format_of(target: str | Path) -> str | None:
-    """Returns the format of the rows that a run was trained on."""
-    for folder in (Path(target), Path(target).parent):
-        try:
-            return json.loads((folder / "summary.json").read_text(encoding="utf-8"))["data"]["format"]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return None
 
 
 def _load(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

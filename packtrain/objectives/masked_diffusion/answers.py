@@ -20,6 +20,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from packtrain.errors import PacktrainError
+from packtrain.generation.prompts import encode_prompts
 from packtrain.generation.scores import FINAL
 from packtrain.modeling.attention.varlen import NAME
 from packtrain.modeling.loading import load_config, load_model
@@ -38,8 +39,6 @@ from packtrain.recipe.sections import ModelSection
 
 if TYPE_CHECKING:
     from peft import PeftModel
-
-PLAIN_TEXT = ("prompt_completion", "text", "input_ids")  # formats that use no chat template
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,11 +146,7 @@ def sample(recipe: Recipe, prompts: Sequence[str], *, length: int = 128, seed: i
     """
     trained = load_trained(recipe)
     tokenizer = trained.tokenizer
-    ids: Any = tokenizer(list(prompts))["input_ids"]
-    if tokenizer.chat_template and trained.examples.report.format not in PLAIN_TEXT:
-        turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        encoded: Any = tokenizer.apply_chat_template(turns, add_generation_prompt=True)
-        ids = encoded["input_ids"]
+    ids = encode_prompts(tokenizer, prompts, trained.examples.report.prompts)
     sampling = trained.sampling(**{"steps": length} | options)
     return [str(tokenizer.decode(answer)) for answer in trained.generate(ids, length, sampling, seed=seed).answers()]
 
