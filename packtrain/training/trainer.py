@@ -32,7 +32,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from packtrain.data.examples import AnyExamples
 from packtrain.errors import PacktrainError, hidden, refused_by
-from packtrain.modeling.trained_on import TrainedOn
+from packtrain.modeling.trained_on import TrainedOn, base_of_adapter
 from packtrain.objectives.causal import CAUSAL_LM
 from packtrain.objectives.objective import Loss
 from packtrain.packing.collator import MicroBatches, PackCollator
@@ -141,7 +141,8 @@ class PackTrainer(Trainer):
             keep,
             progress=lambda: {"skipped_updates": self.finite.skipped},
         )
-        self.trained_on = TrainedOn(prompts=train_examples.report.prompts)
+        base = base_of_adapter(recipe.model, self.model.config) if recipe and recipe.lora else None
+        self.trained_on = TrainedOn(prompts=train_examples.report.prompts, base_weights=base)
         self.probe: ProbeMemory | None = None
         if ProbeMemory.wanted(self, probe_memory):
             self.probe = ProbeMemory(self, plan, MicroBatches(train_examples, collator, plan.shapes), self.rehearse)

@@ -54,6 +54,19 @@ def test_an_adapter_of_a_base_from_scratch_is_loaded_with_that_base(adapter):
         assert torch.allclose(logits(began.eval()), logits(base.model), atol=1e-6)
 
 
+def test_a_base_from_scratch_is_drawn_in_the_dtype_that_it_was_trained_in(tmp_path):
+    """Random numbers of bfloat16 are not those of float32, rounded."""
+    given = [*LORA, "model.dtype=bfloat16", "max_steps=1", "save_strategy=no"]
+    out = trained(tmp_path, *given)
+    began = build(load_recipe(tmp_path / "tiny.yaml", [f"training.output_dir={out}-again", *given])).model
+    with began.disable_adapter():
+        expected = logits(began.eval()).float()
+    for dtype in ("auto", "float32"):
+        base = load_trained(out, base=True, dtype=dtype).model
+        assert (logits(base).float() - expected).abs().max() < 2e-2 * expected.abs().max(), dtype
+        assert base.dtype == (torch.float32 if dtype == "float32" else torch.bfloat16)
+
+
 def test_merging_keeps_the_function(adapter, tmp_path):
     """Control: the base alone is another one."""
     ours = load_trained(adapter)
