@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
@@ -65,7 +66,8 @@ def generate(
     how = dict(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed
     )  # fmt: skip
-    asked = _asked(prompt or [], prompts)
+    roles = trained.recipe.data.roles if trained.recipe is not None else None
+    asked = _asked(prompt or [], prompts, roles)
     if not asked:
         _chat(trained, how)
         return
@@ -101,10 +103,10 @@ def answer(trained: Trained, prompts: list[str | Messages], how: dict) -> list[s
     return [str(trained.tokenizer.decode(found[number], skip_special_tokens=True)) for number in range(len(ids))]
 
 
-def _asked(given: list[str], path: Path | None) -> list[str | Messages]:
+def _asked(given: list[str], path: Path | None, roles: Mapping[str, str] | None) -> list[str | Messages]:
     from packtrain.generation.prompts import read_prompts
 
-    return [*given, *([] if path is None else read_prompts(path))]
+    return [*given, *([] if path is None else read_prompts(path, roles))]
 
 
 def _chat(trained: Trained, how: dict) -> None:

@@ -126,10 +126,21 @@ def test_prompts_of_files(tmp_path):
         ('{"text": "a"}', "line 1: has no `prompt`"),
         ("{", "line 1: is not JSON"),
         ("", "no prompts"),
+        ('{"messages": [{"role": "customer", "content": "hi"}]}', "line 1: .*customer"),
+        ('{"messages": [{"role": "assistant", "content": "hi"}]}', "line 1: has no `prompt`"),
+        ('{"system": "Be short.", "prompt": "hi"}', "line 1: has a column `system`, and would be asked without it"),
     ):
         (tmp_path / "bad.jsonl").write_text(text)
         with pytest.raises(PacktrainError, match=message):
             read_prompts(tmp_path / "bad.jsonl")
+
+
+def test_prompts_name_speakers_as_rows_of_data_do(tmp_path):
+    """Otherwise a template renders a speaker that the model has never met, or leaves the turn out."""
+    turns = [{"from": "customer", "value": "hi"}, {"from": "gpt", "value": "yes"}, {"from": "human", "value": "no"}]
+    (tmp_path / "p.jsonl").write_text(json.dumps({"messages": turns}))
+    (read,) = read_prompts(tmp_path / "p.jsonl", {"customer": "user"})
+    assert [(turn["role"], turn["content"]) for turn in read] == [("user", "hi"), ("assistant", "yes"), ("user", "no")]
 
 
 @pytest.mark.parametrize("inside", ["\x0c", "\x0b", "\x1c", "\x85", "\u2028"])
