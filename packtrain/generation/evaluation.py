@@ -18,7 +18,7 @@ import numpy as np
 
 from packtrain.data.formats import IGNORED, KINDS
 from packtrain.errors import DataError, PacktrainError
-from packtrain.generation.batches import MAX_TOKENS, end_token_ids, generate, room_for_answers
+from packtrain.generation.batches import MAX_TOKENS, end_token_ids, generate, rooms_for_answers
 from packtrain.generation.scores import Score, exact
 from packtrain.generation.trained import load_trained
 from packtrain.objectives.task import load_task
@@ -86,7 +86,7 @@ def evaluate(
     examples = [task.held_out[number] for number in range(min(prompts, len(task.held_out)))]
     asked, references = zip(*(split(e["input_ids"], e["labels"]) for e in examples), strict=True)
     model, tokenizer = trained.model, trained.tokenizer
-    max_new_tokens = room_for_answers(model, [len(prompt) for prompt in asked], max_new_tokens)
+    rooms = rooms_for_answers(model, [len(prompt) for prompt in asked], max_new_tokens)
     answers = dict(generate(model, tokenizer, asked, max_new_tokens=max_new_tokens, max_tokens=max_tokens))
     ends = end_token_ids(model, tokenizer)
     rows: list[dict[str, object]] = []
@@ -106,7 +106,7 @@ def evaluate(
         score=float(np.mean(scores)),
         low=low,
         high=high,
-        ended=float(np.mean([len(answer) < max_new_tokens for answer in answers.values()])),
+        ended=float(np.mean([len(answer) < rooms[number] for number, answer in answers.items()])),
         tokens=float(np.mean([len(answer) for answer in answers.values()])),
         reference_tokens=float(np.mean([sum(token not in ends for token in reference) for reference in references])),
     )

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from packtrain.errors import PacktrainError, shorten
-from packtrain.generation.batches import generate, room_for_answers
+from packtrain.generation.batches import generate, rooms_for_answers
 from packtrain.generation.prompts import encode_prompts
 from packtrain.generation.trained import Trained
 from packtrain.recipe.recipe import Recipe
@@ -48,7 +48,7 @@ class SampleAnswers(TrainerCallback):
         model = trainer.accelerator.unwrap_model(trainer.model)
         self.trained = Trained(model=model, tokenizer=tokenizer, recipe=recipe, prompts=trainer.trained_on.prompts)
         self.encoded = encode_prompts(tokenizer, self.prompts, self.trained.prompts)
-        self.room = min(MOST_TOKENS, room_for_answers(model, [len(ids) for ids in self.encoded], None))
+        self.room = min(MOST_TOKENS, *rooms_for_answers(model, [len(ids) for ids in self.encoded], None))
         self.answered: int | None = None  # the step
 
     def on_train_begin(self, args, state, control, **kwargs):
