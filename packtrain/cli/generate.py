@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
@@ -54,16 +55,19 @@ def generate(
 ) -> None:
     """Answer prompts with a trained model, or chat with it.
 
-    A prompt is a user's turn of a conversation, or plain text where the model was trained on plain text. Prompts of like
-    length are answered together.
+    A prompt is a user's turn of a conversation, or plain text where the model was trained on plain text; which of both is
+    said on stderr. Prompts of like length are answered together.
     """
+    from packtrain.generation.prompts import how_asked
     from packtrain.generation.trained import load_trained
 
     trained = load_trained(target, base=base, dtype=dtype_of(dtype))
+    typer.echo(how_asked(trained.tokenizer, trained.prompts), err=True)
     how = dict(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed
     )  # fmt: skip
-    asked = _asked(prompt or [], prompts)
+    roles = trained.recipe.data.roles if trained.recipe is not None else None
+    asked = _asked(prompt or [], prompts, roles)
     if not asked:
         _chat(trained, how)
         return
@@ -94,15 +98,15 @@ def answer(trained: Trained, prompts: list[str | Messages], how: dict) -> list[s
     from packtrain.generation.batches import generate as run
     from packtrain.generation.prompts import encode_prompts
 
-    ids = encode_prompts(trained, prompts)
+    ids = encode_prompts(trained.tokenizer, prompts, trained.prompts)
     found = dict(run(trained.model, trained.tokenizer, ids, **how))
     return [str(trained.tokenizer.decode(found[number], skip_special_tokens=True)) for number in range(len(ids))]
 
 
-def _asked(given: list[str], path: Path | None) -> list[str | Messages]:
+def _asked(given: list[str], path: Path | None, roles: Mapping[str, str] | None) -> list[str | Messages]:
     from packtrain.generation.prompts import read_prompts
 
-    return [*given, *([] if path is None else read_prompts(path))]
+    return [*given, *([] if path is None else read_prompts(path, roles))]
 
 
 def _chat(trained: Trained, how: dict) -> None:

@@ -40,7 +40,7 @@ import numpy as np
 
 from packtrain.data.chat_template import ChatTemplate, Rendered, describe_lost
 from packtrain.data.drafts import Draft, check, join_parts
-from packtrain.data.formats import FORMATS, IGNORED, Kind, Reading, Row, read_row
+from packtrain.data.formats import FORMATS, IGNORED, WORDINGS, Kind, Reading, Row, read_row
 from packtrain.data.limits import Endless, Limits
 from packtrain.data.messages import SWITCHES, Chat, turns_of
 from packtrain.data.offsets import OffsetTokenizer, Span, factors_of, intersect, outside
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 
 _AT_ONCE = 1 << 24  # characters that are tokenised in one call
 _BYTES_PER_CHARACTER = 200  # that a fast tokenizer takes meanwhile
-MERGED, UNLIKE, NO_EOS = 1, 2, 4  # flags of a row, in the column `flags`
+MERGED, UNLIKE, NO_EOS, RENDERED = 1, 2, 4, 8  # flags of a row, in the column `flags`
 _PLURALS = {
     "content": "what messages say",
     "reasoning": "the reasoning of turns that are learnt",
@@ -222,7 +222,7 @@ class Encoder:
         if self.assistant_only and not self.template.has_markers:
             asked |= {n for n, role in enumerate(roles) if role == "assistant"}
         rendered = self.template.render(chat, sorted(asked))
-        draft = Draft(text=rendered.text, remarks=self._remarks(chat, rendered))
+        draft = Draft(text=rendered.text, remarks=self._remarks(chat, rendered), flags=RENDERED)
         if self.completion_only:
             completion = range(chat.prompt_messages, len(roles))
             if rendered.lost and not self.template.render(chat, completion).turns:
@@ -439,6 +439,17 @@ def added_in_front(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     full = tokenizer("a")["input_ids"]
     starts = (i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare)
     return list(full[: next(starts, 0)])
+
+
+def prompts_of(flags: np.ndarray, format: str) -> list[str]:
+    """Says how the rows with these `flags`, uint8 `[rows]`, were written out: see `DataReport.prompts`.
+
+    >>> prompts_of(np.array([RENDERED, RENDERED | UNLIKE, 0]), "prompt_completion")
+    ['conversation', 'text']
+    """
+    rendered = (flags & RENDERED) != 0
+    plain = format if format in (*WORDINGS, "input_ids", "tokens") else "text"
+    return [*(["conversation"] if rendered.any() else []), *([] if rendered.all() else [plain])]
 
 
 def notes_of(flags: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from packtrain.data import store
-from packtrain.data.encoder import Encoder, notes_of
+from packtrain.data.encoder import Encoder, notes_of, prompts_of
 from packtrain.data.formats import FORMATS, Kind, Reading, find_format, rename_columns
 from packtrain.data.report import ALL_TURNS
 from packtrain.data.sources import Rows
@@ -89,11 +89,13 @@ def tokenize(
             raise DataError(what, where=changed, key="data.path", fix=fix)
         np.save(directory / "lengths.npy", ListColumn("input_ids", table["input_ids"]).lengths())
         np.save(directory / "supervised.npy", table["supervised"].to_numpy())
-        bad = np.flatnonzero(table["problem"].is_valid().to_numpy()).tolist()
+        is_bad = table["problem"].is_valid().to_numpy()
+        bad = np.flatnonzero(is_bad).tolist()
         facts = {
             "fingerprint": fingerprint,
             "format": format,
             "contents": hash_table(table),
+            "prompts": prompts_of(table["flags"].to_numpy()[~is_bad], format),
             "problems": [(row, table["problem"][row].as_py()) for row in bad],
             "notes": [
                 *rows.skipped,

@@ -323,6 +323,7 @@ class Examples:
             lengths=lengths,
             supervised=supervised,
             contents=dataset._fingerprint,
+            prompts=["input_ids"],
             problems=sorted(problems.items()),
         )
         chosen = select(

@@ -56,6 +56,10 @@ ALPACA_PROMPT_WITH_INPUT = (
     "\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
 QUESTION_PROMPT = "Question: {question}\nAnswer:"
+WORDINGS: dict[str, Callable[[str], str]] = {  # format -> the prompt of a text, where there is no chat template
+    "alpaca": lambda text: ALPACA_PROMPT.format(instruction=text),
+    "question_answer": lambda text: QUESTION_PROMPT.format(question=text),
+}
 
 
 Row = dict[str, Any]

@@ -84,6 +84,7 @@ def join_documents(parts: Sequence[Documents]) -> Documents:
         lengths=np.concatenate([part.lengths for part in parts]),
         supervised=np.concatenate([part.supervised for part in parts]),
         contents=hash_of([part.contents for part in parts]),
+        prompts=[*dict.fromkeys(kind for part in parts for kind in part.prompts)],
         reopen=partial(join_documents, list(parts)),
         parts=tuple(parts),
     )

@@ -79,11 +79,14 @@ class DataReport:
     `dropped_rows` and `split_rows` (a split loses the label at the start of every further piece, and pieces
     without a supervised token). `skipped` lists every bad row as (where, reason); their tokens count nowhere.
     `files` are (file, its rows), `not_read` (file, reason) of those next to them. In a `mixture` rows and losses are those
-    of all sources, examples and tokens those of an epoch.
+    of all sources, examples and tokens those of an epoch. `prompts` says how the rows were written out: `conversation` by
+    the chat template, `text` as they are, `alpaca` or `question_answer` in the wording of that format, `input_ids` and
+    `tokens` without a prompt.
     """
 
     format: str
     rows: int
+    prompts: tuple[str, ...] = ()
     examples: int = 0
     tokens: int = 0
     supervised_tokens: int = 0
@@ -166,6 +169,7 @@ def merge_reports(reports: Sequence[tuple[str, DataReport]]) -> DataReport:
             by_note.setdefault(note, []).append(name)
     return DataReport(
         format=", ".join(dict.fromkeys(report.format for report in only)),
+        prompts=tuple(dict.fromkeys(kind for report in only for kind in report.prompts)),
         **{name: sum(getattr(report, name) for report in only) for name in counted},
         skipped=tuple(row for report in only for row in report.skipped),
         notes=tuple(

@@ -91,6 +91,7 @@ def select(
     changed = np.setdiff1d(long, hopeless)
     report = DataReport(
         format=documents.format,
+        prompts=tuple(documents.prompts),
         rows=count,
         skipped=skipped,
         truncated_rows=len(changed) if overflow == "truncate" else 0,

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-STORE_VERSION = 4  # raise it when the same rows and options would give other tokens
+STORE_VERSION = 5  # raise it when the same rows and options would give other tokens, or other facts of them
 _ABANDONED_AFTER = 24 * 3600  # seconds after which a staging directory is a dead process's
 SET_CACHE = "set the environment variable PACKTRAIN_CACHE to a directory that can be written to"
 _READ_AT_ONCE = 1 << 22  # bytes
@@ -233,7 +233,7 @@ def publish(directory: Path, facts: dict[str, object], cache_dir: str | Path | N
 
     Args:
         directory: holds `tokens*.arrow`, `lengths.npy`, `supervised.npy`.
-        facts: `fingerprint`, `format`, `problems`, `notes` of the documents.
+        facts: `fingerprint`, `format`, `prompts`, `problems`, `notes` of the documents.
     """
     files = hash_files(path for path in sorted(directory.iterdir()) if path.is_file())
     (directory / "store.json").write_text(json.dumps(facts | {"files": files}))

@@ -230,6 +230,7 @@ class Documents:
     Attributes:
         lengths, supervised: int32 `[documents]`, tokens and supervised tokens.
         contents: a hash of the tokens, of which are supervised and of their factors: the same whatever made them.
+        prompts: see `DataReport.prompts`.
         problems: (row, reason) of every bad row.
         notes: statements for the report.
         directory, reopen: where they are stored, and what unpickling calls instead of copying arrays; None for
@@ -244,6 +245,7 @@ class Documents:
     lengths: np.ndarray
     supervised: np.ndarray
     contents: str
+    prompts: Sequence[str] = ()
     problems: Sequence[tuple[int, str]] = ()
     notes: Sequence[str] = ()
     directory: Path | None = None

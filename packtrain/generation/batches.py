@@ -7,6 +7,7 @@ whole generations): one long prompt stands alone, and short ones fill a batch.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,34 +16,45 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from packtrain.errors import PacktrainError
+from packtrain.modeling.audit.settings import base
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+logger = logging.getLogger(__name__)
 
 MAX_TOKENS = 8192  # positions of a batch
 NEW_TOKENS = 256
 COLDEST = 1e-6  # a temperature above 0: logits divided by less may overflow
 
 
-def batches(lengths: Sequence[int], *, max_new_tokens: int, max_tokens: int = MAX_TOKENS) -> list[list[int]]:
+def batches(
+    lengths: Sequence[int], *, new_tokens: Sequence[int], max_tokens: int = MAX_TOKENS, padded: bool = True
+) -> list[list[int]]:
     """Deals prompts to batches: longest first, each batch as many of the next ones as fit.
 
     Args:
         lengths: tokens of each prompt.
-        max_new_tokens: most tokens of an answer.
+        new_tokens: most tokens of each answer; only those with as many share a batch.
         max_tokens: most positions of a batch; a prompt that exceeds it stands alone.
+        padded: whether prompts of other lengths may share a batch.
 
     Returns:
         Prompt numbers, batch by batch.
 
-    >>> batches([5, 50, 6, 7], max_new_tokens=10, max_tokens=60)
+    >>> batches([5, 50, 6, 7], new_tokens=[10] * 4, max_tokens=60)
     [[1], [3, 2, 0]]
     """
     order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
     dealt: list[list[int]] = []
     for number in order:
-        rows = len(dealt[-1]) + 1 if dealt else 1
-        if not dealt or rows * (lengths[dealt[-1][0]] + max_new_tokens) > max_tokens:
+        first = dealt[-1][0] if dealt else None
+        if (
+            first is None
+            or new_tokens[first] != new_tokens[number]
+            or (len(dealt[-1]) + 1) * (lengths[first] + new_tokens[first]) > max_tokens
+            or not (padded or lengths[first] == lengths[number])
+        ):
             dealt.append([])
         dealt[-1].append(number)
     return dealt
@@ -62,11 +74,13 @@ def generate(
 ) -> Iterator[tuple[int, list[int]]]:
     """Answers tokenised prompts; yields (prompt number, token ids of the answer without its end), batch by batch.
 
-    At temperature 0 an answer is that of its prompt alone, up to rounding. Above it, one also depends on the batch.
+    At temperature 0 an answer is that of its prompt alone, up to rounding. Above it, one also depends on the batch. A model
+    that padding changes (RWKV, which reads it) is asked prompts of one length at a time.
 
     Args:
         model: a causal language model, in eval mode.
-        max_new_tokens: most tokens of an answer; 256 by default, or fewer where the model has fewer positions.
+        max_new_tokens: most tokens of an answer; 256 by default, or fewer where the model has fewer positions behind its
+            prompt.
         temperature: 0 takes the most likely token.
         top_p: samples among the most likely tokens that reach this probability.
         max_tokens: most positions of a batch.
@@ -81,12 +95,12 @@ def generate(
         raise PacktrainError("can't be sampled at", key="--temperature", value=temperature, fix=fix)
     if not 0 <= seed < 1 << 63:
         raise PacktrainError("must be from 0 to 2^63 - 1", key="--seed", value=seed)
-    max_new_tokens = room_for_answers(model, [len(prompt) for prompt in prompts], max_new_tokens)
+    lengths = [len(prompt) for prompt in prompts]
+    rooms = rooms_for_answers(model, lengths, max_new_tokens)
     ends = end_token_ids(model, tokenizer)
     pad = tokenizer.pad_token_id
     # instead of the model's own defaults, which may sample, penalise or bias: an answer follows from its arguments
     how = GenerationConfig(
-        max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,
         temperature=temperature or None,
         top_p=top_p if temperature > 0 else None,
@@ -99,21 +113,44 @@ def generate(
         pad_token_id=pad,
         bos_token_id=tokenizer.bos_token_id,
     )
-    torch.manual_seed(seed)
-    answering: Any = model  # whose `generate` is annotated as a module
-    device = next(model.parameters()).device
-    for numbers in batches([len(prompt) for prompt in prompts], max_new_tokens=max_new_tokens, max_tokens=max_tokens):
-        width = max(len(prompts[number]) for number in numbers)
-        rows = [[pad] * (width - len(prompts[number])) + list(prompts[number]) for number in numbers]
-        real = [[0] * (width - len(prompts[number])) + [1] * len(prompts[number]) for number in numbers]
-        written = answering.generate(
-            input_ids=torch.tensor(rows, device=device),
-            attention_mask=torch.tensor(real, device=device),
-            generation_config=how,
+    most = max(lengths, default=0) - min(lengths, default=0)
+    padded = not most or padding_is_not_read(model, min(prompts, key=len), min(most, 5), pad)
+    if not padded:
+        logger.warning(
+            "%s reads the padding of a batch, so only prompts of one length are answered together",
+            type(base(model)).__name__,
         )
+    torch.manual_seed(seed)
+    for numbers in batches(lengths, new_tokens=rooms, max_tokens=max_tokens, padded=padded):
+        width = max(lengths[number] for number in numbers)
+        how.max_new_tokens = rooms[numbers[0]]
+        written = _write(model, [prompts[number] for number in numbers], width, pad, how)
         for number, answer in zip(numbers, written[:, width:].tolist(), strict=True):
             end = next((place for place, token in enumerate(answer) if token in ends), len(answer))
             yield number, answer[:end]
+
+
+def _write(model: Any, prompts: Sequence[Sequence[int]], width: int, pad: int | None, how: GenerationConfig) -> Any:
+    """Calls `generate` with prompts padded on the left to `width`."""
+    device = next(model.parameters()).device
+    rows = [[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+    real = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return model.generate(
+        input_ids=torch.tensor(rows, device=device),
+        attention_mask=torch.tensor(real, device=device),
+        generation_config=how,
+    )
+
+
+def padding_is_not_read(model: PreTrainedModel | PeftModel, prompt: Sequence[int], count: int, pad: int | None) -> bool:
+    """Returns whether a model goes on from a prompt behind `count` tokens of padding as without, by the logits of the next
+    token."""
+    how = GenerationConfig(
+        max_new_tokens=1, do_sample=False, pad_token_id=pad, output_logits=True, return_dict_in_generate=True
+    )
+    alone, behind = (_write(model, [prompt], len(prompt) + more, pad, how).logits[0].float() for more in (0, count))
+    close = 1e-3 if model.dtype == torch.float32 else 6e-2  # of the largest
+    return bool((alone - behind).abs().max() <= close * alone.abs().max())
 
 
 def end_token_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -123,11 +160,11 @@ def end_token_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedToken
     return list(dict.fromkeys(end for end in ends if end is not None))
 
 
-def room_for_answers(model: PreTrainedModel | PeftModel, lengths: Sequence[int], asked: int | None) -> int:
-    """Returns how many tokens an answer may have behind prompts of these lengths.
+def rooms_for_answers(model: PreTrainedModel | PeftModel, lengths: Sequence[int], asked: int | None) -> list[int]:
+    """Returns how many tokens each answer may have, behind prompts of these lengths.
 
     Args:
-        asked: None for 256, or fewer where the model has fewer positions.
+        asked: None for 256, or fewer where the model has fewer positions behind a prompt.
 
     Raises:
         PacktrainError: a prompt is empty, or the model has too few positions.
@@ -137,10 +174,8 @@ def room_for_answers(model: PreTrainedModel | PeftModel, lengths: Sequence[int],
             raise PacktrainError("is empty", key=f"prompt {number + 1}", fix="write at least one token")
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     room = limit - max(lengths, default=0) if limit else NEW_TOKENS
-    if asked is None and room > 0:
-        return min(NEW_TOKENS, room)
     if limit and (asked or 1) > room:
         what = f"exceeds the {limit:,} positions of the model behind a prompt of {limit - room:,} tokens"
         fix = f"at most {room:,} fit" if room > 0 else "shorten the prompt"
         raise PacktrainError(what, key="--max-new-tokens", value=asked, fix=fix)
-    return asked or NEW_TOKENS
+    return [asked or min(NEW_TOKENS, limit - length if limit else NEW_TOKENS) for length in lengths]

@@ -17,8 +17,9 @@ from statistics import NormalDist
 import numpy as np
 
 from packtrain.data.formats import IGNORED, KINDS
-from packtrain.errors import DataError, PacktrainError
-from packtrain.generation.batches import MAX_TOKENS, end_token_ids, generate, room_for_answers
+from packtrain.errors import DataError, ModelError, PacktrainError
+from packtrain.generation.batches import MAX_TOKENS, end_token_ids, generate, rooms_for_answers
+from packtrain.generation.held_out import check_held_out
 from packtrain.generation.scores import Score, exact
 from packtrain.generation.trained import load_trained
 from packtrain.objectives.task import load_task
@@ -73,7 +74,8 @@ def evaluate(
         base: asks the model that the run started from.
 
     Raises:
-        PacktrainError: nothing is held out or trained yet, an example has no prompt, or the score is not a number.
+        PacktrainError: nothing is held out or trained yet, the run held out other examples or had another tokenizer, an
+            example has no prompt, or the score is not a number.
     """
     if recipe.objective.row_kind != "example":
         rows = KINDS[recipe.objective.row_kind].rows
@@ -81,12 +83,17 @@ def evaluate(
         raise PacktrainError(what, key="objective", fix=fix)
     out = Path(recipe.training["output_dir"])
     trained, task = load_trained(out, base=base), load_task(recipe)
-    if task.held_out is None:
-        raise DataError("needs held-out examples", key="data.eval_size", fix="set it, for example to 100 rows")
+    check_held_out(recipe, task.held_out)
+    assert task.held_out is not None
+    if trained.tokenizer.get_vocab() != task.tokenizer.get_vocab():
+        what = "was trained with another vocabulary than the recipe's tokenizer has, so that it can't read the examples"
+        raise ModelError(
+            what, key="training.output_dir", value=str(out), fix="evaluate the recipe that it was trained by"
+        )
     examples = [task.held_out[number] for number in range(min(prompts, len(task.held_out)))]
     asked, references = zip(*(split(e["input_ids"], e["labels"]) for e in examples), strict=True)
     model, tokenizer = trained.model, trained.tokenizer
-    max_new_tokens = room_for_answers(model, [len(prompt) for prompt in asked], max_new_tokens)
+    rooms = rooms_for_answers(model, [len(prompt) for prompt in asked], max_new_tokens)
     answers = dict(generate(model, tokenizer, asked, max_new_tokens=max_new_tokens, max_tokens=max_tokens))
     ends = end_token_ids(model, tokenizer)
     rows: list[dict[str, object]] = []
@@ -106,7 +113,7 @@ def evaluate(
         score=float(np.mean(scores)),
         low=low,
         high=high,
-        ended=float(np.mean([len(answer) < max_new_tokens for answer in answers.values()])),
+        ended=float(np.mean([len(answer) < rooms[number] for number, answer in answers.items()])),
         tokens=float(np.mean([len(answer) for answer in answers.values()])),
         reference_tokens=float(np.mean([sum(token not in ends for token in reference) for reference in references])),
     )

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from packtrain.errors import ModelError
 from packtrain.generation.trained import Trained
+from packtrain.modeling.trained_on import TrainedOn
 
 _TOKENS = 64  # of the probe
 _CLOSE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}  # of the logits' largest value
@@ -45,6 +46,8 @@ def merge(trained: Trained, directory: str | Path) -> float:
         raise ModelError(what, key="RUN_OR_MODEL", fix="keep the adapter apart, or merge in float32 (--dtype float32)")
     merged.save_pretrained(str(target))
     trained.tokenizer.save_pretrained(str(target))
+    if trained.prompts:
+        TrainedOn(prompts=trained.prompts).save(target)
     read = type(merged).from_pretrained(str(target), dtype=merged.dtype).to(before.device).eval()
     difference = _difference(_logits(read, probe), before)
     if not difference <= limit:

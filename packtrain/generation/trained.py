@@ -8,6 +8,7 @@ Qwen/Qwen3-0.6B           a model of the Hub
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +17,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from packtrain.errors import ModelError
+from packtrain.modeling.adapters import merge_adapter
 from packtrain.modeling.hub import explained
 from packtrain.modeling.loading import load_config, load_model
 from packtrain.modeling.tokenizer import load_tokenizer
+from packtrain.modeling.trained_on import check_base, read_trained_on
 from packtrain.recipe.reader import load_recipe
 from packtrain.recipe.recipe import Recipe
 from packtrain.recipe.sections import Dtype, ModelSection
@@ -26,7 +29,6 @@ from packtrain.recipe.sections import Dtype, ModelSection
 if TYPE_CHECKING:
     from peft import PeftModel
 
-_PLAIN = ("prompt_completion", "text", "input_ids")  # formats of rows that use no chat template
 _ADAPTER = "adapter_config.json"
 
 
@@ -38,13 +40,18 @@ class Trained:
         model: the model, or its base with the adapter on it.
         tokenizer: the one it was trained with.
         recipe: that of the run; None where only a model was named.
-        chat: whether prompts are the user's turns of a conversation.
+        prompts: how the rows were written out that it was trained on, see `DataReport.prompts`; empty where nothing says it.
     """
 
     model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
     recipe: Recipe | None
-    chat: bool
+    prompts: tuple[str, ...] = ()
+
+    @property
+    def chat(self) -> bool:
+        """Whether prompts are the user's turns of a conversation."""
+        return is_chat(self.tokenizer, self.prompts)
 
     @property
     def has_adapter(self) -> bool:
@@ -59,11 +66,11 @@ def load_trained(
     Args:
         target: the folder of a run, of a model or of an adapter, or a name on the Hub.
         base: leaves the adapter out, or takes the pretrained model that the run started from.
-        dtype: of the weights: auto (as stored), float32, bfloat16 or float16.
+        dtype: of the weights: auto (as stored; of a base from scratch as it was trained), float32, bfloat16 or float16.
         device: where the model is put; CUDA where there is one, by default.
 
     Raises:
-        ModelError: there is no model, it can't be loaded, or the adapter's base is not to be found.
+        ModelError: there is no model, it can't be loaded, or the adapter's base is not to be found, or not what it was.
     """
     recipe, directory = find_model(target)
     if recipe is not None and not recipe.objective.predicts_next:
@@ -88,18 +95,22 @@ def load_trained(
                 "has no base: it was trained from scratch" if recipe else "is not a run or an adapter, and has no base"
             )
             raise ModelError(what, key="--base", value=str(target), fix="leave --base out")
-        model = _load(section.model_copy(update={"dtype": dtype}), tokenizer)
+        model = _load_first(section, tokenizer, dtype)
     else:
         model = _load(own, tokenizer)
     model.config.use_cache = True
     model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
-    chat = is_chat(tokenizer, _format_of(target))
-    return Trained(model=model.eval(), tokenizer=tokenizer, recipe=recipe, chat=chat)
+    known = read_trained_on(name)
+    return Trained(model=model.eval(), tokenizer=tokenizer, recipe=recipe, prompts=known.prompts if known else ())
 
 
-def is_chat(tokenizer: PreTrainedTokenizerBase, rows: str | None) -> bool:
-    """Whether prompts are the user's turns of a conversation, for a model trained on rows of that format."""
-    return bool(tokenizer.chat_template) and rows not in _PLAIN
+def is_chat(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> bool:
+    """Returns whether prompts are the user's turns of a conversation, for a model that was trained on such rows.
+
+    Args:
+        prompts: how the rows were written out; where nothing says it, a chat template decides.
+    """
+    return bool(tokenizer.chat_template) and (not prompts or "conversation" in prompts)
 
 
 def find_model(target: str | Path) -> tuple[Recipe | None, Path | None]:
@@ -129,19 +140,18 @@ def find_model(target: str | Path) -> tuple[Recipe | None, Path | None]:
     return recipe, folder
 
 
-def _format_of(target: str | Path) -> str | None:
-    """Returns the format of the rows that a run was trained on."""
-    for folder in (Path(target), Path(target).parent):
-        try:
-            return json.loads((folder / "summary.json").read_text(encoding="utf-8"))["data"]["format"]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return None
-
-
 def _load(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     config = load_config(section, tokenizer=tokenizer, new_tokens=range(len(tokenizer)))
     return load_model(section, config, attn_implementation=None)
+
+
+def _load_first(section: ModelSection, tokenizer: PreTrainedTokenizerBase, dtype: Dtype) -> PreTrainedModel:
+    """Loads what a run started from, with the adapter that it merged into its model, if any; draws one from scratch as the
+    run did, in the dtype of its recipe."""
+    if section.model_name_or_path is not None and section.merge_adapter is None:
+        return _load(section.model_copy(update={"dtype": dtype}), tokenizer)
+    model = merge_adapter(_load(section, tokenizer), section)
+    return model if dtype == "auto" else model.to(getattr(torch, dtype))
 
 
 def _load_base(
@@ -150,17 +160,20 @@ def _load_base(
     """Loads the model that an adapter was trained on; one that was made from scratch is made again, from the same seed."""
     settings: dict[str, Any] = json.loads((directory / _ADAPTER).read_text(encoding="utf-8"))
     name = settings.get("base_model_name_or_path")
-    if name and (recipe is None or recipe.model.model_name_or_path is not None):
+    own = recipe is None or (recipe.model.model_name_or_path is not None and recipe.model.merge_adapter is None)
+    if name and own:
         trust = recipe is not None and recipe.model.trust_remote_code
         revision = settings.get("revision") or (recipe.model.revision if recipe is not None else None)
-        return _load(
-            ModelSection(model_name_or_path=name, revision=revision, trust_remote_code=trust, dtype=dtype), tokenizer
-        )
-    if recipe is None:
+        section = ModelSection(model_name_or_path=name, revision=revision, trust_remote_code=trust)
+    elif recipe is None:
         fix = "name the output_dir of its run, whose recipe says how its base was made"
         raise ModelError("is an adapter that names no base model", key="RUN_OR_MODEL", value=str(directory), fix=fix)
-    set_seed(int(recipe.training.get("seed", 42)))
-    return _load(recipe.model.model_copy(update={"dtype": dtype}), tokenizer)
+    else:
+        section = recipe.model
+        set_seed(int(recipe.training.get("seed", 42)))
+    model = _load_first(section, tokenizer, dtype)
+    check_base(directory, section, model.config)
+    return model
 
 
 def _with_adapter(model: PreTrainedModel, directory: Path) -> PeftModel:

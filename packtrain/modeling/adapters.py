@@ -11,6 +11,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from packtrain.errors import ModelError
 from packtrain.modeling.hub import explained
+from packtrain.modeling.stored_weights import base_weights
+from packtrain.modeling.trained_on import read_trained_on
 from packtrain.recipe.adapters import CONFIG, adapter_folder, read_config
 from packtrain.recipe.sections import ModelSection
 
@@ -50,6 +52,7 @@ def merge_adapter(model: PreTrainedModel, section: ModelSection) -> PreTrainedMo
         merged = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
     for name, weight in merged.named_parameters():  # peft has frozen the base
         weight.requires_grad_(name in trained)
+    merged.name_or_path = ""  # no longer the model of that name: a new adapter must not say that it fits it
     return merged
 
 
@@ -87,4 +90,11 @@ def _folder(section: ModelSection, name: str) -> Path:
     base = read_config(folder).get("base_model_name_or_path")
     if base and Path(base).absolute() != Path(str(section.model_name_or_path)).absolute():
         logger.warning("%s was trained on %s, and is used on %s", key, base, section.model_name_or_path)
+    alone = section.model_copy(update={"merge_adapter": None, "continue_adapter": None})
+    known = read_trained_on(folder)
+    if known and known.base_weights and Path(str(section.model_name_or_path)).is_dir():
+        if known.base_weights != base_weights(alone):
+            logger.warning(
+                "%s was trained on other weights than those of %s, and is used on them", key, section.model_name_or_path
+            )
     return folder

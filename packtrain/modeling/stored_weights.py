@@ -21,11 +21,11 @@ _BLOCK = 1024  # bytes read at one place
 _PLACES = 256  # in a file that does not say where its tensors are
 
 
-def base_weights(section: ModelSection, config: PreTrainedConfig) -> str | None:
+def base_weights(section: ModelSection, config: PreTrainedConfig | None = None) -> str | None:
     """Returns what identifies the weights that a recipe names; None for a model from scratch.
 
     Args:
-        config: that of the model, as it was loaded.
+        config: that of the model, as it was loaded; only a model of the Hub needs it.
     """
     name = section.model_name_or_path
     if name is None:

@@ -488,6 +488,7 @@ def _summarise(trainer: PackTrainer, recipe: Recipe, model_dir: Path, after: flo
         attn_implementation=trainer.model.config._attn_implementation,
         data=trainer.train_dataset.report.to_dict(),
         evaluation_data=trainer.eval_dataset.report.to_dict() if trainer.eval_dataset is not None else None,
+        held_out_fingerprint=trainer.eval_dataset.fingerprint if trainer.eval_dataset is not None else None,
         machine=describe_machine(),
         versions=package_versions(),
     )

@@ -18,9 +18,9 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from packtrain.errors import PacktrainError, shorten
-from packtrain.generation.batches import generate, room_for_answers
+from packtrain.generation.batches import generate, rooms_for_answers
 from packtrain.generation.prompts import encode_prompts
-from packtrain.generation.trained import Trained, is_chat
+from packtrain.generation.trained import Trained
 from packtrain.recipe.recipe import Recipe
 from packtrain.training.trainer import PackTrainer
 
@@ -45,11 +45,10 @@ class SampleAnswers(TrainerCallback):
             what, fix = "can't be answered while weights are split over ranks", "leave it out, or train by ddp or zero2"
             raise PacktrainError(what, key="training.sample_prompts", fix=fix)
         tokenizer = cast(PreTrainedTokenizerBase, trainer.processing_class)
-        chat = is_chat(tokenizer, trainer.train_dataset.report.format)
         model = trainer.accelerator.unwrap_model(trainer.model)
-        self.trained = Trained(model=model, tokenizer=tokenizer, recipe=recipe, chat=chat)
-        self.encoded = encode_prompts(self.trained, self.prompts)
-        self.room = min(MOST_TOKENS, room_for_answers(model, [len(ids) for ids in self.encoded], None))
+        self.trained = Trained(model=model, tokenizer=tokenizer, recipe=recipe, prompts=trainer.trained_on.prompts)
+        self.encoded = encode_prompts(tokenizer, self.prompts, self.trained.prompts)
+        self.room = min(MOST_TOKENS, *rooms_for_answers(model, [len(ids) for ids in self.encoded], None))
         self.answered: int | None = None  # the step
 
     def on_train_begin(self, args, state, control, **kwargs):

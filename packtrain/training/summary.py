@@ -48,6 +48,7 @@ class Summary:
     attn_implementation: str
     data: dict
     evaluation_data: dict | None = None
+    held_out_fingerprint: str | None = None  # of the held-out examples
     machine: dict
     versions: dict
 

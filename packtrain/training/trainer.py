@@ -32,6 +32,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from packtrain.data.examples import AnyExamples
 from packtrain.errors import PacktrainError, hidden, refused_by
+from packtrain.modeling.trained_on import TrainedOn, base_of_adapter
 from packtrain.objectives.causal import CAUSAL_LM
 from packtrain.objectives.objective import Loss
 from packtrain.packing.collator import MicroBatches, PackCollator
@@ -140,6 +141,8 @@ class PackTrainer(Trainer):
             keep,
             progress=lambda: {"skipped_updates": self.finite.skipped},
         )
+        base = base_of_adapter(recipe.model, self.model.config) if recipe and recipe.lora else None
+        self.trained_on = TrainedOn(prompts=train_examples.report.prompts, base_weights=base)
         self.probe: ProbeMemory | None = None
         if ProbeMemory.wanted(self, probe_memory):
             self.probe = ProbeMemory(self, plan, MicroBatches(train_examples, collator, plan.shapes), self.rehearse)
@@ -300,6 +303,8 @@ class PackTrainer(Trainer):
         token, self.args.hub_token = self.args.hub_token, None  # `training_args.bin` would have it in clear
         try:
             super().save_model(output_dir, _internal_call=True)
+            if self.args.should_save:
+                self.trained_on.save(Path(output_dir or str(self.args.output_dir)))
         finally:
             self.args.hub_token = token
         if self.args.push_to_hub and not _internal_call:

@@ -202,3 +202,32 @@ def test_texts_for_a_tokenizer(write_rows):
     assert list(texts(rows)) == ["one two"]
     with pytest.raises(DataError, match="token ids"):
         list(texts(open_rows(write_rows({"input_ids": [1, 2]}))))
+
+
+_TURN = [{"role": "user", "content": "2+2?"}]
+_ANSWER = [{"role": "assistant", "content": "4"}]
+
+
+@pytest.mark.parametrize(
+    ("rows", "kind", "chat", "expected"),
+    [
+        ([{"prompt": _TURN, "completion": _ANSWER}], "example", True, ("conversation",)),
+        ([{"prompt": "2+2?", "completion": "4"}], "example", True, ("text",)),
+        (
+            [{"prompt": _TURN, "completion": _ANSWER}, {"prompt": "2+2?", "completion": "4"}],
+            "example",
+            True,
+            ("conversation", "text"),
+        ),
+        ([{"prompt": "2+2?", "chosen": "4", "rejected": "5"}], "pair", True, ("text",)),
+        ([{"prompt": _TURN, "completions": [_ANSWER]}], "answers", True, ("conversation",)),
+        ([{"question": "2+2?", "answer": "4"}], "example", True, ("conversation",)),
+        ([{"question": "2+2?", "answer": "4"}], "example", False, ("question_answer",)),
+        ([{"input_ids": [5, 6]}], "example", True, ("input_ids",)),
+        ([{"text": "one two"}, {"text": ""}], "example", True, ("text",)),  # what a bad row would be counts nowhere
+    ],
+)
+def test_it_is_known_how_rows_were_written_out(rows, kind, chat, expected, build, tokenizer, chat_tokenizer):
+    examples = build(rows, chat_tokenizer if chat else tokenizer, kind=kind, on_bad_row="skip")
+    assert examples.report.prompts == expected
+    assert Examples.join([examples, examples.take([0])], examples.report)._documents.prompts == list(expected)

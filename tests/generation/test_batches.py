@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from packtrain.errors import PacktrainError
 from packtrain.generation.batches import batches, generate
@@ -16,7 +17,7 @@ from tests.tiny import tiny_model
 
 @given(st.lists(st.integers(1, 90), max_size=40), st.integers(1, 20), st.integers(20, 400))
 def test_every_prompt_is_dealt_once_and_batches_fit(lengths, new, budget):
-    dealt = batches(lengths, max_new_tokens=new, max_tokens=budget)
+    dealt = batches(lengths, new_tokens=[new] * len(lengths), max_tokens=budget)
     assert sorted(number for batch in dealt for number in batch) == list(range(len(lengths)))
     for batch in dealt:
         assert len(batch) == 1 or len(batch) * (max(lengths[number] for number in batch) + new) <= budget
@@ -38,6 +39,33 @@ def test_answers_are_those_of_each_prompt_alone(family):
     assert together == alone
     assert dict(generate(model, tokenizer, prompts(1), max_new_tokens=12)) != alone
     assert len(set(map(tuple, alone.values()))) > 1
+
+
+def test_a_model_that_reads_padding_is_asked_prompts_of_one_length(caplog):
+    """RWKV takes no mask. Control: in one batch with others it writes something else."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "rwkv", vocab_size=64, hidden_size=32, attention_hidden_size=32, intermediate_size=48, num_hidden_layers=2
+    )
+    model, tokenizer = AutoModelForCausalLM.from_config(config).eval(), make_tokenizer()
+    enlarge(model)
+    asked = prompts()
+    together = dict(generate(model, tokenizer, asked, max_new_tokens=8))
+    assert "reads the padding of a batch" in caplog.text
+    assert together == {n: dict(generate(model, tokenizer, [p], max_new_tokens=8))[0] for n, p in enumerate(asked)}
+    behind = [[tokenizer.pad_token_id] * (40 - len(prompt)) + prompt for prompt in asked]  # as one batch would be
+    assert dict(generate(model, tokenizer, behind, max_new_tokens=8)) != together
+
+
+def test_a_long_prompt_leaves_others_their_room():
+    """An answer is as long as behind its prompt alone."""
+    model, tokenizer = tiny_model("gpt2"), make_tokenizer()
+    enlarge(model)
+    model.generation_config.eos_token_id = tokenizer.eos_token = None
+    long = [3 + n % 60 for n in range(230)]
+    short, last = dict(sorted(generate(model, tokenizer, [[5, 9, 30], long]))).values()
+    assert len(last) == 26 and len(short) == 253
+    assert short == dict(generate(model, tokenizer, [[5, 9, 30]]))[0]
 
 
 def test_an_answer_stops_at_its_end():

@@ -51,6 +51,10 @@ def lengths_agree(answer: str, reference: str) -> float:
     return 1 / (1 + abs(len(answer) - len(reference)))
 
 
+def own_rows(tmp_path) -> list[str]:
+    return ["data.eval_size=0", f"data.eval_path={tmp_path}/others.jsonl"]
+
+
 def test_a_run_is_asked_its_held_out_prompts(tmp_path):
     (tmp_path / "tiny.yaml").write_text(RECIPE)
     given = [f"training.output_dir={tmp_path}/out", "max_steps=2", "training.save_strategy=no"]
@@ -68,6 +72,20 @@ def test_a_run_is_asked_its_held_out_prompts(tmp_path):
     again = load_recipe(tmp_path / "out/recipe.yaml")  # as the run has written it
     assert evaluate(again, prompts=6, max_new_tokens=8) == done
     assert load_trained(tmp_path / "out").recipe is not None
+    for change in ("data.eval_size=40", "data.eval_size=19"):
+        with pytest.raises(PacktrainError, match="holds out other examples than the run did"):
+            evaluate(load_recipe(tmp_path / "tiny.yaml", [*given, change]), prompts=1, max_new_tokens=2)
+    rows = "".join(json.dumps({"prompt": f"{n}+1? ", "completion": "#### 2"}) + "\n" for n in range(3))
+    (tmp_path / "others.jsonl").write_text(rows)
+    own = load_recipe(tmp_path / "tiny.yaml", [*given, *own_rows(tmp_path)])
+    assert evaluate(own, prompts=9, max_new_tokens=2).prompts == 3
+    with pytest.raises(PacktrainError, match="another vocabulary"):
+        evaluate(
+            load_recipe(
+                tmp_path / "out/recipe.yaml",
+                ["model.tokenizer_vocab_size=280", "data.on_bad_row=skip", *own_rows(tmp_path)],
+            )
+        )
     with pytest.raises(PacktrainError, match="failed on an answer: ZeroDivisionError"):
         evaluate(recipe, prompts=1, max_new_tokens=2, score=lambda answer, reference: 1 / 0)
     with pytest.raises(PacktrainError, match="has no base"):

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 import torch
 from peft import PeftModel
+from tokenizers.processors import TemplateProcessing
 
 from packtrain.errors import PacktrainError
 from packtrain.generation import load_trained, merge
-from packtrain.generation.prompts import encode_prompts, read_prompts
+from packtrain.generation.prompts import encode_prompts, how_asked, read_prompts
+from packtrain.modeling.trained_on import read_trained_on
 from packtrain.recipe.reader import load_recipe
 from packtrain.training.run import build, train
 from tests.tiny import tiny_model
@@ -50,6 +52,19 @@ def test_an_adapter_of_a_base_from_scratch_is_loaded_with_that_base(adapter):
     began = build(load_recipe(adapter.parent / "tiny.yaml", [f"training.output_dir={adapter}-again", *LORA])).model
     with began.disable_adapter():
         assert torch.allclose(logits(began.eval()), logits(base.model), atol=1e-6)
+
+
+def test_a_base_from_scratch_is_drawn_in_the_dtype_that_it_was_trained_in(tmp_path):
+    """Random numbers of bfloat16 are not those of float32, rounded."""
+    given = [*LORA, "model.dtype=bfloat16", "max_steps=1", "save_strategy=no"]
+    out = trained(tmp_path, *given)
+    began = build(load_recipe(tmp_path / "tiny.yaml", [f"training.output_dir={out}-again", *given])).model
+    with began.disable_adapter():
+        expected = logits(began.eval()).float()
+    for dtype in ("auto", "float32"):
+        base = load_trained(out, base=True, dtype=dtype).model
+        assert (logits(base).float() - expected).abs().max() < 2e-2 * expected.abs().max(), dtype
+        assert base.dtype == (torch.float32 if dtype == "float32" else torch.bfloat16)
 
 
 def test_merging_keeps_the_function(adapter, tmp_path):
@@ -111,10 +126,21 @@ def test_prompts_of_files(tmp_path):
         ('{"text": "a"}', "line 1: has no `prompt`"),
         ("{", "line 1: is not JSON"),
         ("", "no prompts"),
+        ('{"messages": [{"role": "customer", "content": "hi"}]}', "line 1: .*customer"),
+        ('{"messages": [{"role": "assistant", "content": "hi"}]}', "line 1: has no `prompt`"),
+        ('{"system": "Be short.", "prompt": "hi"}', "line 1: has a column `system`, and would be asked without it"),
     ):
         (tmp_path / "bad.jsonl").write_text(text)
         with pytest.raises(PacktrainError, match=message):
             read_prompts(tmp_path / "bad.jsonl")
+
+
+def test_prompts_name_speakers_as_rows_of_data_do(tmp_path):
+    """Otherwise a template renders a speaker that the model has never met, or leaves the turn out."""
+    turns = [{"from": "customer", "value": "hi"}, {"from": "gpt", "value": "yes"}, {"from": "human", "value": "no"}]
+    (tmp_path / "p.jsonl").write_text(json.dumps({"messages": turns}))
+    (read,) = read_prompts(tmp_path / "p.jsonl", {"customer": "user"})
+    assert [(turn["role"], turn["content"]) for turn in read] == [("user", "hi"), ("assistant", "yes"), ("user", "no")]
 
 
 @pytest.mark.parametrize("inside", ["\x0c", "\x0b", "\x1c", "\x85", "\u2028"])
@@ -141,21 +167,51 @@ def test_a_file_that_holds_no_prompts_is_not_asked(tmp_path, name, text, message
         read_prompts(tmp_path / name)
 
 
-def test_prompts_are_rendered_as_in_training(adapter):
-    """A conversation where rows were conversations; plain text where they were plain."""
-    ours = load_trained(adapter)
-    plain = encode_prompts(ours, ["What is 2+2?"])[0]
-    text = ours.tokenizer.decode(plain)
-    assert ("<|user|>" in text) == ours.chat and "What is 2+2?" in text
-    other = encode_prompts(replace(ours, chat=not ours.chat), ["What is 2+2?"])[0]
-    assert ("<|user|>" in ours.tokenizer.decode(other)) != ("<|user|>" in text)
+def asked(tokenizer, rows: tuple[str, ...], prompt="What is 2+2?") -> str:
+    return tokenizer.decode(encode_prompts(tokenizer, [prompt], rows)[0])
+
+
+def test_what_was_trained_decides_how_a_prompt_is_rendered(adapter, tmp_path):
+    """Rows of plain text, although the tokenizer has a chat template; wherever the model lies, and whoever trains it on."""
+    merge(load_trained(adapter), tmp_path / "merged")
+    copytree(adapter / "model", tmp_path / "elsewhere" / "adapter")
+    assert read_trained_on(tmp_path / "elsewhere" / "adapter") == read_trained_on(adapter / "model")
+    for place in (adapter, *adapter.glob("checkpoint-*"), tmp_path / "merged"):
+        ours = load_trained(place)
+        assert ours.tokenizer.chat_template and ours.prompts == ("text",) and not ours.chat
+        assert asked(ours.tokenizer, ours.prompts) == "What is 2+2?"
+    assert (
+        how_asked(ours.tokenizer, ours.prompts)
+        == "a prompt is plain text, as in the rows that the model was trained on"
+    )
+    (tmp_path / "merged" / "packtrain.json").unlink()  # as of a model of another trainer
+    ours = load_trained(tmp_path / "merged")
+    assert ours.chat and asked(ours.tokenizer, ours.prompts).endswith("<|user|>What is 2+2?<|assistant|>")
+    assert "nothing says" in how_asked(ours.tokenizer, ours.prompts)
+
+
+def test_a_prompt_gets_what_the_tokenizer_puts_in_front_and_nothing_behind():
+    from tests.data.helpers import make_tokenizer
+
+    tokenizer = make_tokenizer()
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    ids = [(token, tokenizer.convert_tokens_to_ids(token)) for token in (bos, eos)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos} $A {eos}", special_tokens=ids)
+    assert tokenizer("2+2? ")["input_ids"][-1] == tokenizer.eos_token_id  # what the tokenizer itself does
+    (plain,) = encode_prompts(tokenizer, ["2+2? "], ("text",))
+    assert plain == [tokenizer.bos_token_id, *tokenizer("2+2? ", add_special_tokens=False)["input_ids"]]
+    assert encode_prompts(tokenizer, [f"{bos}2+2? "], ("text",)) == [plain]
+    tokenizer.chat_template = None
+    assert asked(tokenizer, ("question_answer",), "2+2?").endswith("Question: 2+2?\nAnswer:")
+    assert "### Instruction:\n2+2?" in asked(tokenizer, ("alpaca",), "2+2?")
+    assert "Question" not in asked(tokenizer, ("question_answer", "text"), "2+2?")
 
 
 def test_turns_that_the_template_refuses_are_named(adapter):
-    ours = replace(load_trained(adapter), chat=True)
+    ours = load_trained(adapter)
     ours.tokenizer.chat_template = (
         "{% if messages[0].role == 'tool' %}{{ raise_exception('no call before it') }}{% endif %}"
     )
     turns = [[{"role": role, "content": "4"}] for role in ("user", "tool")]
     with pytest.raises(PacktrainError, match="prompt 2: the chat template refuses it: no call before it"):
-        encode_prompts(ours, turns)
+        encode_prompts(ours.tokenizer, turns, ours.prompts)

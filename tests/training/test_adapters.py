@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shutil import copytree
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from packtrain.errors import PacktrainError, RecipeError
 from packtrain.generation import load_trained, merge
 from packtrain.recipe.reader import load_recipe
 from packtrain.training.run import build, train
+from tests.generation.test_merging import logits
 from tests.training.test_run import RECIPE
 
 LORA = "lora={target_modules: all-linear, r: 4}"
@@ -52,6 +55,41 @@ def test_going_on_begins_with_what_was_learnt(home, tmp_path):
     assert abs(held_out(home, "new", LORA) - ended) > 1e-3
     merge(load_trained(home / "first"), tmp_path / "merged")
     assert held_out(home, "named", f"model.model_name_or_path={tmp_path / 'merged'}") == pytest.approx(ended, rel=1e-5)
+
+
+def test_an_adapter_finds_the_weights_that_it_was_trained_on(home, tmp_path):
+    """Those with another adapter merged into them. Without its run, or with other weights in their place, it is refused."""
+    merged = f"model.merge_adapter={home / 'first'}"
+    train(tuned(home, "second", merged, LORA, "max_steps=2"))
+    began = build(tuned(home, "second-again", merged, LORA)).model
+    with began.disable_adapter():
+        expected = logits(began.eval())
+    assert torch.allclose(logits(load_trained(home / "second", base=True).model), expected, atol=1e-5)
+    plain = logits(load_trained(home / "base").model)
+    assert (plain - expected).abs().max() > 1e-2  # control: what peft alone would put it on
+    assert merge(load_trained(home / "second"), tmp_path / "merged") < 1e-4
+    copytree(home / "second/model", tmp_path / "moved")
+    with pytest.raises(PacktrainError, match="names no base model"):
+        load_trained(tmp_path / "moved")
+
+    path = home / "base/model/model.safetensors"
+    stored, weights = path.read_bytes(), load_file(path)
+    save_file({name: weight + 1 for name, weight in weights.items()}, path, metadata={"format": "pt"})
+    try:
+        for name in ("first", "second"):
+            with pytest.raises(PacktrainError, match="trained on other weights than those of .*base/model"):
+                load_trained(home / name)
+    finally:
+        path.write_bytes(stored)
+    assert load_trained(home / "first").has_adapter
+
+
+def test_an_adapter_that_was_trained_on_a_merged_one_is_not_merged_alone_without_a_word(home, caplog):
+    recipe = tuned(home, "third", f"model.merge_adapter={home / 'second'}", LORA)
+    assert build(recipe) and "trained on other weights than those of" in caplog.text
+    caplog.clear()
+    assert build(tuned(home, "fourth", f"model.merge_adapter={home / 'first'}", LORA))
+    assert "other weights" not in caplog.text  # control
 
 
 def test_an_adapter_that_is_trained_further_keeps_its_settings(home):

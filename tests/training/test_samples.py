@@ -47,7 +47,7 @@ def test_samples_are_the_answers_of_the_model_and_change_nothing(file, tmp_path)
     assert out.getvalue().count("sample at step ") == 6
 
     trained = load_trained(tmp_path / "run")
-    prompts = encode_prompts(trained, PROMPTS)
+    prompts = encode_prompts(trained.tokenizer, PROMPTS, trained.prompts)
     found = dict(generate(trained.model, trained.tokenizer, prompts, max_new_tokens=128))
     answers = [trained.tokenizer.decode(found[number], skip_special_tokens=True) for number in (0, 1)]
     assert [row["answer"] for row in rows[-2:]] == answers

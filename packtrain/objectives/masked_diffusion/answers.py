@@ -20,10 +20,14 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from packtrain.errors import PacktrainError
+from packtrain.generation.held_out import check_held_out
+from packtrain.generation.prompts import encode_prompts
 from packtrain.generation.scores import FINAL
+from packtrain.modeling.adapters import merge_adapter
 from packtrain.modeling.attention.varlen import NAME
 from packtrain.modeling.loading import load_config, load_model
 from packtrain.modeling.tokenizer import load_tokenizer
+from packtrain.modeling.trained_on import check_base
 from packtrain.objectives.masked_diffusion import MaskedDiffusion
 from packtrain.objectives.masked_diffusion.evaluation import Judge, Measured, Verdict, markdown, measure
 from packtrain.objectives.masked_diffusion.generation import generate
@@ -38,8 +42,6 @@ from packtrain.recipe.sections import ModelSection
 
 if TYPE_CHECKING:
     from peft import PeftModel
-
-PLAIN_TEXT = ("prompt_completion", "text", "input_ids")  # formats that use no chat template
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +119,8 @@ def load_trained(recipe: Recipe) -> Trained:
 
         config = load_config(section, tokenizer=task.tokenizer, new_tokens=task.new_tokens)
         set_seed(int(recipe.training.get("seed", 42)))  # which draws the weights of a base from scratch, as in training
-        base = load_model(section, config, attn_implementation=attention)
+        base = merge_adapter(load_model(section, config, attn_implementation=attention), section)
+        check_base(directory, section, config)
         task.prepare(base)
         model = PeftModel.from_pretrained(base, str(directory))
     else:
@@ -147,11 +150,7 @@ def sample(recipe: Recipe, prompts: Sequence[str], *, length: int = 128, seed: i
     """
     trained = load_trained(recipe)
     tokenizer = trained.tokenizer
-    ids: Any = tokenizer(list(prompts))["input_ids"]
-    if tokenizer.chat_template and trained.examples.report.format not in PLAIN_TEXT:
-        turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        encoded: Any = tokenizer.apply_chat_template(turns, add_generation_prompt=True)
-        ids = encoded["input_ids"]
+    ids = encode_prompts(tokenizer, prompts, trained.examples.report.prompts)
     sampling = trained.sampling(**{"steps": length} | options)
     return [str(tokenizer.decode(answer)) for answer in trained.generate(ids, length, sampling, seed=seed).answers()]
 
@@ -166,6 +165,7 @@ def evaluate(
         options: of `Sampling`; one step per token by default.
     """
     trained = load_trained(recipe)
+    check_held_out(recipe, load_task(recipe).held_out)
     examples, tail = trained.examples, trained.tokens.tail
     ids = [i for i in range(len(examples)) if examples.answers[i] < min(lengths)][:prompts]
     if not ids:

@@ -74,6 +74,8 @@ def test_train_sample_evaluate(recipe_path, overrides):
     assert len(sample(recipe, ["Mia has 3 coins.\n"], length=8)) == 1
     table = evaluate(recipe, lengths=[64], blocks=[1, 4], prompts=2, steps=8)
     assert table.count("\n") == 3 and (Path(summary.output_dir) / "evaluation/evaluation.json").exists()
+    with pytest.raises(PacktrainError, match="holds out other examples than the run did"):
+        evaluate(load_recipe(recipe_path, [*overrides, "data.eval_size=20"]), lengths=[64], prompts=2, steps=8)
     with pytest.raises(PacktrainError, match="different tokens"):
         sample(load_recipe(recipe_path, [*overrides, "data.num_rows=50"]), ["Mia has 3 coins.\n"], length=8)
 
