@@ -1,6 +1,6 @@
 """Measures what pruning by scores does to a small model on GSM8K: the experiment of Data Diet, on fine-tuning rows.
 
-    python results/scores/run.py                   # about ten minutes on one core
+    python results/scores/run.py                   # about half an hour on one core
     python results/scores/run.py --seeds 1 --updates 4 --real-rows 0
 
 A small Llama is trained on some rows: the base. Each seed then trains it on other rows, all of them first; that run's
@@ -11,8 +11,7 @@ one with fewer rows sees them more often, and what they reach on held-out rows i
 the random choice of the same size. Perplexity orders rows as the loss does, so that it would keep the same ones.
 
 SmolLM2-135M-Instruct, where `results/real_model/prepare.py` has made it, scores some of the rows too, untrained on them.
-Costs are CPU seconds of scoring over those of training in the same seed, and computed FLOPs: no seconds are reported, as
-other programs may share the machine. Finished runs are kept in `out/`: a study that was stopped goes on behind them. Sizes
+Costs are CPU seconds of one thread, those of scoring also over those of training in the same seed, and computed FLOPs. Finished runs are kept in `out/`: a study that was stopped goes on behind them. Sizes
 that `--minutes` leaves no time for are not on the page.
 
 Writes `results/scores/bench.json` and `results/scores/README.md`.
@@ -56,12 +55,12 @@ from results.real_model.prepare import MODEL, ROOT, missing
 GSM8K = Path(os.environ.get("PACKTRAIN_GSM8K", ROOT.parent / "shared/data/gsm8k/train.jsonl"))
 PARTS = {
     "held_out": (0, 100),
-    "pool": (100, 228),
-    "base": (340, 1940),
+    "pool": (100, 740),
+    "base": (740, 3940),
 }  # rows to evaluate on, choose from, and start with
-VOCABULARY, EXAMPLES, UPDATES = 1024, 16, 8  # entries; examples and updates of a run on all rows
+VOCABULARY, EXAMPLES, UPDATES = 1024, 16, 40  # entries; examples and updates of a run on all rows
 LLAMA = {
-    "model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 1,
+    "model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024, "tie_word_embeddings": True,
 }  # fmt: skip
 RATE, EARLY = 3e-3, (0.1, 0.2, 0.3)  # learning rate; shares of the run after which a checkpoint scores
@@ -169,8 +168,10 @@ def score_real(folder: Path, rows: int) -> dict[str, Any] | None:
     lines = (folder / "pool.jsonl").read_text(encoding="utf-8").splitlines()[:rows]
     (folder / "real.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     recipe = recipe_of(folder, "real", {"model_name_or_path": str(MODEL)})
+    began = time.process_time()
     scored = score(recipe, out=folder / "real.parquet")
     return {
+        "scoring_seconds": time.process_time() - began,
         "lengths": scored.lengths.tolist(),
         "scores": {name: values.tolist() for name, values in scored.scores.items()},
     }
@@ -265,12 +266,14 @@ def summarise(found: Mapping[str, Any]) -> dict[str, Any]:
                                 float(np.max([one[name] for one in each]))] for name in each[0]},
         "overlap": {f"{name}, {pruned}%": overlap([one["scores"][name] for one in full], pruned, "high")
                     for name in ("loss", "el2n") for pruned in PRUNED},
-        "cost": {"relative": asdict(relative), "gflops": float(np.mean(passes)) / len(full[0]["lengths"]) * 1000 / 1e9},
+        "cost": {"relative": asdict(relative), "gflops": float(np.mean(passes)) / len(full[0]["lengths"]) * 1000 / 1e9,
+                 "seconds": float(np.median([one["scoring_seconds"] / len(one["lengths"]) * 1000 for one in full]))},
         "real": None,
     }  # fmt: skip
     if real is not None:
         rows = len(real["lengths"])
         summary["real"] = {"rows": rows, "correlations": correlations(real["scores"], real["lengths"])}
+        summary["real"]["seconds"] = real["scoring_seconds"] / rows * 1000
         summary["real"]["small model"] = {
             name: float(spearmanr(real["scores"][name], mean[name][:rows]).statistic) for name in SCORES
         }
@@ -287,7 +290,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         "",
         "Does a small model learn more from the rows of GSM8K that score high or low than from as many at random?",
         "",
-        f"The base is a Llama of one layer (hidden 64), {base['tokens']:,} tokens from scratch: held-out loss "
+        f"The base is a Llama of two layers (hidden 64), {base['tokens']:,} tokens from scratch: held-out loss "
         f"{before_after}.",
         f"Trained further on all {full['rows']} rows of a pool ({full['updates']} updates, {full['tokens']:,.0f} tokens) it "
         f"reaches {full['mean']:.4f}. Every other run has",
@@ -319,12 +322,14 @@ def markdown(result: Mapping[str, Any]) -> str:
         "",
         f"Scores are means over the checkpoints after updates {early}. One of these passes costs "
         f"{Ratio(**found['cost']['relative']).text()} the CPU seconds of",
-        f"training on the same tokens (a third by FLOPs: {found['cost']['gflops']:.1f} GFLOPs per 1,000 rows).",
+        f"training on the same tokens (a third by FLOPs: {found['cost']['gflops']:.1f} GFLOPs per 1,000 rows), and "
+        f"{found['cost']['seconds']:.1f} CPU seconds",
+        "per 1,000 rows" + (f"; of SmolLM2-135M-Instruct, loading included, {real['seconds']:,.0f}." if real else "."),
     ]
     lines += limits(
-        "A model that has hardly learnt arithmetic, a pool of few rows, one epoch's worth of tokens, one base for all seeds "
+        "A model that has hardly learnt arithmetic, a pool of 640 rows, one epoch's worth of tokens, one base for all seeds "
         "and a learning rate that was not tuned for any choice; Data Diet pruned images, and trained for many epochs. One "
-        "in twenty intervals excludes 0 by chance. The machine was shared: hence ratios of CPU seconds, and no seconds."
+        "in twenty intervals excludes 0 by chance. The machine was shared: CPU seconds are those of one thread."
     )
     return "\n".join([*lines, *origin_lines(result, "torch", "transformers")])
 
