@@ -77,10 +77,15 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def reproduced(environment: str, script: Path, before: dict[str, str]) -> dict[str, str]:
-    """Runs a reproducer in its environment, if it is not the one of `before`, and returns what it says and prints."""
+    """Runs a reproducer in its environment, if it is not the one of `before`, and returns what it says and prints.
+
+    Nothing is returned where its environment can't be made.
+    """
     _, says, code = script.read_text(encoding="utf-8").split('"""', 2)
     if before.get("code") == code.strip():
         return before | {"says": " ".join(says.split())}
+    if make(environment):
+        return {}
     settings = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
     command = [str(python_of(environment)), "-W", "ignore", str(script)]
     done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=PATIENCE)
@@ -295,8 +300,8 @@ def main() -> None:
         before = {} if arguments.again else result.get("reproducers", {})
         result["reproducers"] = {}
         for name, (environment, script) in reproducers().items():
-            if environment not in left_out and not make(environment):
-                result["reproducers"][name] = reproduced(environment, script, before.get(name, {}))
+            if environment not in left_out and (found := reproduced(environment, script, before.get(name, {}))):
+                result["reproducers"][name] = found
     write()
     print(markdown(result))
 

@@ -171,3 +171,11 @@ def test_answers_of_a_process_are_kept_and_a_cell_that_ends_it_is_one(tmp_path, 
     kept = []
     study.ask("peer", {"peer": ["size", "once"]}, ranks=1, keep=kept.append)
     assert [(one["question"], one["verdict"]) for one in kept] == [("size", "yes"), ("once", "failed")]
+
+
+def test_a_stored_reproducer_needs_no_environment(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "make", lambda environment: "pip failed")
+    (script := tmp_path / "one.py").write_text('"""It prints\none."""\n\nprint(1)\n', encoding="utf-8")
+    before = {"says": "It prints.", "code": "print(1)", "prints": "1"}
+    assert study.reproduced("peer", script, before) == before | {"says": "It prints one."}
+    assert study.reproduced("peer", script, before | {"code": "print(2)"}) == {}  # and where it can't be run anew
