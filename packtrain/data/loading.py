@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from packtrain.data import store
-from packtrain.data.blocks import Blocks, StreamedExamples
+from packtrain.data.blocks import Blocks
 from packtrain.data.encoding import make_encoder
 from packtrain.data.examples import CHOICES, TOKENS, Examples, build_examples, request_of
 from packtrain.data.files import find_places, is_local
@@ -34,6 +34,7 @@ from packtrain.data.sources import (
     refuse_unreadable,
     texts,
 )
+from packtrain.data.streamed_examples import StreamedExamples
 from packtrain.data.streams import Source, open_stream
 from packtrain.errors import DataError
 from packtrain.recipe.sections import BUFFER_SIZE, DataSection

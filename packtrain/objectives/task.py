@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from packtrain.data.blocks import StreamedExamples
 from packtrain.data.examples import AnyExamples, Examples
 from packtrain.data.loading import (
     find_examples,
@@ -21,6 +20,7 @@ from packtrain.data.loading import (
     stream_examples,
 )
 from packtrain.data.store import tokenizer_key
+from packtrain.data.streamed_examples import StreamedExamples
 from packtrain.errors import DataError
 from packtrain.objectives.objective import Task
 from packtrain.packing.cost import Cost

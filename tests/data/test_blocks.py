@@ -8,10 +8,11 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
-from packtrain.data.blocks import Block, Blocks, Start, StreamedExamples
+from packtrain.data.blocks import Block, Blocks, Start
 from packtrain.data.encoding import make_encoder
 from packtrain.data.examples import Examples, build_examples
 from packtrain.data.sources import open_rows
+from packtrain.data.streamed_examples import StreamedExamples
 from packtrain.data.streams import open_stream
 from packtrain.errors import DataError
 

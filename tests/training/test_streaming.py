@@ -71,6 +71,8 @@ def run(output_dir: str, *overrides: str, **options) -> tuple[list[float], bytes
     return [entry["loss"] for entry in Logged.logs], weights, json.loads(json.dumps(summary.data))
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_rows_of_one_block_are_trained_as_if_they_were_counted(folder):
     """Bitwise, over the end of the rows, with the same counts; control: blocks of 12 give other updates after the first."""
     same = ["training.gradient_accumulation_steps=2"]
@@ -85,15 +87,17 @@ def test_rows_of_one_block_are_trained_as_if_they_were_counted(folder):
         if name not in ("files", "notes"):
             assert report[name] == told[name], name
     assert report["notes"][1:] == told["notes"]
-    in_blocks, _, report = run("in_blocks", *same)
-    assert in_blocks != counted and {**report, "notes": []} == {**report, "notes": []}
+    in_blocks, _, told = run("in_blocks", *same)
+    assert in_blocks != counted and told == report
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_a_run_resumes_bitwise_and_refuses_other_rows(folder):
-    """In the middle of a block, at its end and in the second epoch; rows that nobody has read yet may change."""
+    """In the middle of a block, and in the second epoch; rows that nobody has read yet may change."""
     losses, weights, report = run("whole")
     assert 0 < report["rows"] == ROWS and report["examples"] == 44
-    for step in (4, 6, 12):
+    for step in (4, 12):
         shutil.copytree(f"whole/checkpoint-{step}", f"from-{step}/checkpoint-{step}")
         again, same, counts = run(f"from-{step}", resume=True)
         assert again == losses[step:] and same == weights and counts == report
@@ -111,9 +115,12 @@ def test_a_run_resumes_bitwise_and_refuses_other_rows(folder):
     for row in (14, 28):  # of a block before, and of the one that it is in the middle of
         with pytest.raises(CheckpointError, match="data.path: was saved by a run that has read other rows"):
             resumed(row)
-    assert resumed(44)[:2] == losses[7:9] and resumed(44) != losses[7:]
+    again = resumed(44)
+    assert again[:2] == losses[7:9] and again != losses[7:]
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_a_row_that_ends_a_run_can_be_left_out_by_the_one_that_resumes(folder):
     """Where `overflow` was an error, no row before was too long; control: other choices are other examples."""
     texts = [text for n, text in enumerate(lines()) if n != 11]  # the first long row is number 39
