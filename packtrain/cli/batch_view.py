@@ -30,9 +30,9 @@ from packtrain.errors import PacktrainError
 from packtrain.modeling.cost import cost_of
 from packtrain.modeling.loading import load_config
 from packtrain.objectives.objective import Task
-from packtrain.objectives.task import load_task, plan_recipe
+from packtrain.objectives.task import load_task, plan_training
 from packtrain.packing.collator import IGNORED, MicroBatches
-from packtrain.packing.plan import MicroBatch, Plan
+from packtrain.packing.plan import AnyPlan, MicroBatch
 from packtrain.packing.strategies import resolve_strategy
 from packtrain.recipe.recipe import Recipe
 from packtrain.recipe.sections import ModelSection
@@ -183,7 +183,7 @@ def show_batch(
         head = f"{len(ids)} example{'s' if len(ids) > 1 else ''}"
     else:
         cost = cost_of(config)
-        plan = plan_recipe(recipe, task.train.lengths, world_size=world_size, cost=cost)
+        plan = plan_training(recipe, task.train, world_size=world_size, cost=cost)
         chosen, head = _micro_batch(plan, step, rank, micro_batch)
         (epoch, _), shapes = plan.locate(step), plan.shapes
     strategy = resolve_strategy(recipe.batching.strategy)
@@ -273,7 +273,7 @@ def _position_start(recipe: Recipe, config: PreTrainedConfig) -> int:
         return position_start(model)
 
 
-def _micro_batch(plan: Plan, step: int, rank: int, number: int) -> tuple[MicroBatch, str]:
+def _micro_batch(plan: AnyPlan, step: int, rank: int, number: int) -> tuple[MicroBatch, str]:
     """Returns the micro-batch, and its place in words."""
     for name, value, count in (
         ("step", step, plan.total_steps),

@@ -22,6 +22,7 @@ from packtrain.packing.plan import Plan, make_plan
 from packtrain.packing.recommend import recommend as choose
 from packtrain.packing.report import SAMPLED_STEPS, PhaseReport, PlanReport, describe, describe_phases
 from packtrain.packing.strategies import STRATEGIES, resolve_strategy
+from packtrain.packing.streamed_plan import always_enough_for
 from packtrain.recipe.recipe import Recipe
 
 PERCENTILES = (0, 10, 50, 90, 99, 100)
@@ -126,14 +127,22 @@ def _plan(recipe: Recipe, strategy: str, lengths: np.ndarray, world_size: int) -
     """Plans the recipe with another strategy; `tokens_per_step`, `shapes` and `schedule` are kept where they have a
     meaning."""
     changed: dict[str, str | None] = {"strategy": strategy}
-    rule = resolve_strategy(strategy)
+    rule, schedule = resolve_strategy(strategy), {}
+    if recipe.data.streaming:
+        if rule.scope == "epoch":
+            raise PlanError(f"{strategy!r} packs the whole epoch, and streamed rows are never all there")
+        if recipe.schedule.gradient_accumulation_steps == "auto":
+            schedule = {
+                "gradient_accumulation_steps": always_enough_for(recipe.batching, recipe.data.max_length, world_size)
+            }
     if strategy != recipe.batching.strategy and rule.scope == "step":
         changed["tokens_per_step"] = None
     if strategy != recipe.batching.strategy and rule.scope == "epoch":
         changed["schedule"] = None
     if strategy != recipe.batching.strategy and rule.layout != "flat":
         changed["shapes"] = None
-    other = recipe.model_copy(update={"batching": recipe.batching.model_copy(update=changed)})
+    batching, training = recipe.batching.model_copy(update=changed), dict(recipe.training) | schedule
+    other = recipe.model_copy(update={"batching": batching, "training": training})
     return plan_recipe(other, lengths, world_size=world_size, cost=find_cost(recipe.model))
 
 

@@ -38,6 +38,7 @@ from pydantic import Field
 from packtrain.compare.results import slug
 from packtrain.compare.trainers import PACKTRAIN, TRAINERS
 from packtrain.errors import PacktrainError, PlanError, RecipeError
+from packtrain.objectives.task import refuse_streaming
 from packtrain.packing.strategies import STRATEGIES, resolve_strategy
 from packtrain.recipe.fields import Mapping, Positive, Text, Whole, check, did_you_mean
 from packtrain.recipe.reader import load_recipe
@@ -57,6 +58,7 @@ KEYS: dict[str, Any] = {
     "measure_steps": Positive,
 }
 DEFAULTS: dict[str, Any] = {"set": {}, "seeds": [42], "repeats": 3, "ranks": 1, "warmup_steps": 2, "measure_steps": 10}
+STREAMED = "is not compared: other trainers take rows that are counted and tokenised"
 LONGEST_NAME = 200  # characters of a file's name, of 255
 USUAL = ("pad_longest", "group_by_length", "padding_free", "balanced", "bfd")
 FORCED = {  # a comparison evaluates, logs and stores by itself, alike for every trainer
@@ -177,6 +179,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     base = Path(path).parent / settings["base"]
     common = [*_overrides(settings["set"]), *of_base]
     learning = load_recipe(base, common)
+    refuse_streaming(learning, STREAMED)
     forced = FORCED | {key: off for key, off in NEEDS_EVALUATION.items() if learning.training.get(key.split(".")[1])}
     entries = [_read_variant(item, source, f"variants.{number}") for number, item in enumerate(settings["variants"])]
     entries = [entry for entry in entries if entry is not None]
@@ -226,6 +229,7 @@ def _of_recipe(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
         RecipeError: the recipe is wrong.
     """
     recipe = load_recipe(path, overrides)
+    refuse_streaming(recipe, STREAMED)
     updates = DEFAULTS["warmup_steps"] + DEFAULTS["measure_steps"]
     given = recipe.training.get("max_steps", -1)
     variants: list[Any] = []

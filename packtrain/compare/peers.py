@@ -28,7 +28,7 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 from packtrain.compare.measure import RunFailed, Timed
 from packtrain.compare.trainers import TRAINERS
 from packtrain.data.examples import AnyExamples
-from packtrain.packing.plan import Plan
+from packtrain.packing.plan import AnyPlan, Plan
 from packtrain.recipe.recipe import Recipe
 from packtrain.recipe.sections import library_arguments
 from packtrain.training.trainer import PackTrainer
@@ -156,7 +156,9 @@ def build_peer(peer: str, recipe: Recipe, packtrain: PackTrainer) -> tuple[Timed
     """
     trainer = _trl_trainer if TRAINERS[peer].package == "trl" else _stock_trainer
     built = trainer(peer, recipe, packtrain)
-    plan, accumulation, rank = packtrain.plan, built.args.gradient_accumulation_steps, built.args.process_index
+    plan = packtrain.plan
+    assert isinstance(plan, Plan), "rows are counted before they are compared"
+    accumulation, rank = built.args.gradient_accumulation_steps, built.args.process_index
     if built.args.train_sampling_strategy == "batch_rebalance":
         built.planned_order = PlannedRebalance(plan, accumulation, rank)
     elif TRAINERS[peer].keeps_order:
@@ -204,7 +206,7 @@ def _arguments(recipe: Recipe, **sizes: int) -> dict[str, Any]:
     return library_arguments(recipe.training) | {"disable_tqdm": True, "logging_nan_inf_filter": False} | sizes
 
 
-def _sizes(peer: str, recipe: Recipe, plan: Plan) -> dict[str, int]:
+def _sizes(peer: str, recipe: Recipe, plan: AnyPlan) -> dict[str, int]:
     """Size micro-batches no larger than packtrain's.
 
     They get as many examples as ranks and the plan's accumulation leave each, so that an update sees `examples_per_step`;

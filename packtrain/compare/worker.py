@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -137,7 +137,7 @@ def _train_in(job: Job, recipe: Recipe, write: Callable[[Record], None], began: 
         threads=torch.get_num_threads(),
         dtype=_dtype(trainer, model),
         layout=[{"width": shape.width, "rows": shape.rows} for shape in recorder.layout],
-        over_ranks=None if is_peer or job.updates is not None else over_ranks(recipe, packtrain.plan),
+        over_ranks=None if is_peer or job.updates is not None else over_ranks(recipe, cast(Plan, packtrain.plan)),
     )
     return trainer, end
 

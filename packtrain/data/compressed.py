@@ -53,9 +53,9 @@ def unpacked(path: Path, label: str) -> Path:
         if _is_whole(target, noted):
             return target
         root.mkdir(parents=True, exist_ok=True)
-        with _open(path, codec, label) as source, tempfile.NamedTemporaryFile(dir=root, delete=False) as file:
+        with open_packed(path, codec, label) as source, tempfile.NamedTemporaryFile(dir=root, delete=False) as file:
             aside = Path(file.name)
-            while block := _read(source, path, label):
+            while block := read_packed(source, path, label):
                 file.write(block)
         (found,) = hash_files([aside]).values()
         os.replace(aside, target)  # whole, also where several ranks unpack at once
@@ -106,7 +106,12 @@ class _Streams:
                 return block
 
 
-def _open(path: Path, codec: str, label: str) -> IO[bytes] | _Streams:
+def open_packed(path: Path, codec: str, label: str) -> IO[bytes] | _Streams:
+    """Opens a compressed file, to be read by `read_packed`.
+
+    Raises:
+        DataError: it is not compressed so, or nothing here reads that.
+    """
     import pyarrow as pa
 
     try:
@@ -120,9 +125,14 @@ def _open(path: Path, codec: str, label: str) -> IO[bytes] | _Streams:
         raise _damaged(error, path, label) from None
 
 
-def _read(source: IO[bytes] | _Streams, path: Path, label: str) -> bytes:
+def read_packed(source: IO[bytes] | _Streams, path: Path, label: str, size: int = _BLOCK) -> bytes:
+    """Reads at most so many bytes of what was packed; none at the end.
+
+    Raises:
+        DataError: it is damaged.
+    """
     try:
-        return source.read(_BLOCK)
+        return source.read(size)
     except (OSError, EOFError, lzma.LZMAError) as error:
         raise _damaged(error, path, label) from None
 

@@ -452,9 +452,15 @@ def prompts_of(flags: np.ndarray, format: str) -> list[str]:
     return [*(["conversation"] if rendered.any() else []), *([] if rendered.all() else [plain])]
 
 
-def notes_of(flags: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Puts what `flags` (uint8 `[rows]`) say into words, for the report."""
+def count_flags(flags: np.ndarray) -> tuple[int, int, int]:
+    """Counts the rows of each flag, of uint8 `[rows]`: merged, unlike, without an eos."""
     merged, unlike, no_eos = (int(np.count_nonzero(flags & flag)) for flag in (MERGED, UNLIKE, NO_EOS))
+    return merged, unlike, no_eos
+
+
+def notes_of(counts: tuple[int, int, int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Puts what `count_flags` has counted into words, for the report."""
+    merged, unlike, no_eos = counts
     notes = []
     if merged:
         notes.append(

@@ -7,8 +7,7 @@ holds row numbers only; every process reads and parses its own rows. The result 
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from packtrain.data import store
-from packtrain.data.encoder import Encoder, notes_of, prompts_of
+from packtrain.data.encoder import Encoder, count_flags, notes_of, prompts_of
 from packtrain.data.formats import FORMATS, Kind, Reading, find_format, rename_columns
 from packtrain.data.report import ALL_TURNS
 from packtrain.data.sources import Rows
@@ -50,28 +49,27 @@ def tokenize(
     Raises:
         DataError: columns, options and tokenizer don't go together. Bad rows are in `problems`.
     """
-    reading = Reading(has_template=bool(tokenizer.chat_template), roles=roles or {}, columns=columns or {})
-    names = rename_columns(rows.columns, reading.columns)
-    format, also = find_format(names, format, kind=kind)
-    encoder = Encoder(
+    encoder, notes = make_encoder(
+        rows.columns,
         tokenizer,
-        format,
-        completion_only=completion_only_loss,
-        assistant_only=assistant_only_loss,
+        format=format,
+        completion_only_loss=completion_only_loss,
+        assistant_only_loss=assistant_only_loss,
         on_lost_content=on_lost_content,
-        reading=reading,
+        columns=columns,
+        roles=roles,
         kind=kind,
     )
     fingerprint = store.hash_of(
         store.STORE_VERSION,
         rows.fingerprint,
         store.tokenizer_fingerprint(tokenizer),
-        format,
+        encoder.format,
         encoder.completion_only,
         encoder.assistant_only,
         on_lost_content,
-        reading.columns,
-        reading.roles,
+        encoder.reading.columns,
+        encoder.reading.roles,
         kind,
     )
     found = store.find_store(fingerprint, cache_dir)
@@ -89,23 +87,59 @@ def tokenize(
             raise DataError(what, where=changed, key="data.path", fix=fix)
         np.save(directory / "lengths.npy", ListColumn("input_ids", table["input_ids"]).lengths())
         np.save(directory / "supervised.npy", table["supervised"].to_numpy())
-        is_bad = table["problem"].is_valid().to_numpy()
-        bad = np.flatnonzero(is_bad).tolist()
+        flags = table["flags"].to_numpy()
         facts = {
             "fingerprint": fingerprint,
-            "format": format,
+            "format": encoder.format,
             "contents": hash_table(table),
-            "prompts": prompts_of(table["flags"].to_numpy()[~is_bad], format),
-            "problems": [(row, table["problem"][row].as_py()) for row in bad],
+            "prompts": prompts_of(flags[table["problem"].is_null().to_numpy()], encoder.format),
+            "problems": problems_of(table),
             "notes": [
                 *rows.skipped,
-                *_notes(names, format, also),
-                *([ALL_TURNS] if FORMATS[format].completion_only is False and encoder.learns_all_turns else []),
-                *notes_of(table["flags"].to_numpy(), tokenizer),
-                *_remarks_of(table["remarks"], rows),
+                *notes,
+                *notes_of(count_flags(flags), tokenizer),
+                *notes_of_remarks(count_remarks(table["remarks"], rows.where)),
             ],
         }
         return replace(store.publish(directory, facts, cache_dir), found=False)
+
+
+def make_encoder(
+    names: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    format: str = "auto",
+    completion_only_loss: bool | None = None,
+    assistant_only_loss: bool = False,
+    on_lost_content: str = "error",
+    columns: Mapping[str, str | None] | None = None,
+    roles: Mapping[str, str] | None = None,
+    kind: Kind = "example",
+) -> tuple[Encoder, list[str]]:
+    """Makes the encoder of rows with these columns, and what the report says of it; arguments as for `build_examples`.
+
+    Raises:
+        DataError: columns, options and tokenizer don't go together.
+    """
+    reading = Reading(has_template=bool(tokenizer.chat_template), roles=roles or {}, columns=columns or {})
+    names = rename_columns(names, reading.columns)
+    format, also = find_format(names, format, kind=kind)
+    encoder = Encoder(
+        tokenizer,
+        format,
+        completion_only=completion_only_loss,
+        assistant_only=assistant_only_loss,
+        on_lost_content=on_lost_content,
+        reading=reading,
+        kind=kind,
+    )
+    all_turns = FORMATS[format].completion_only is False and encoder.learns_all_turns
+    return encoder, [*_notes(names, format, also), *([ALL_TURNS] if all_turns else [])]
+
+
+def problems_of(table: pa.Table) -> list[tuple[int, str]]:
+    """Returns (row, reason) of every bad row of an encoder's table."""
+    return [(row, table["problem"][row].as_py()) for row in np.flatnonzero(table["problem"].is_valid()).tolist()]
 
 
 def encode_batch(batch: dict[str, list[int]], *, rows: Rows, encoder: Encoder) -> pa.Table:
@@ -155,16 +189,22 @@ def _notes(columns: Sequence[str], format: str, also: Sequence[str]) -> list[str
     return notes
 
 
-def _remarks_of(column: pa.ChunkedArray, rows: Rows) -> list[str]:
-    """Counts what was said of rows, and names the first row of each."""
-    said = np.flatnonzero(column.is_valid().to_numpy()).tolist()
-    counts: Counter[str] = Counter()
-    first: dict[str, int] = {}
-    for row in said:
+Remarks = dict[str, tuple[int, str]]  # what was said of rows -> of how many, and the first of them
+
+
+def count_remarks(column: pa.ChunkedArray, where: Callable[[int], str], before: Remarks | None = None) -> Remarks:
+    """Counts what was said of rows, on top of what was said before."""
+    counts = dict(before or {})
+    for row in np.flatnonzero(column.is_valid()).tolist():
         for remark in column[row].as_py().split("\n"):
-            counts[remark] += 1
-            first.setdefault(remark, row)
+            count, first = counts.get(remark, (0, ""))
+            counts[remark] = count + 1, first or where(row)
+    return counts
+
+
+def notes_of_remarks(remarks: Remarks) -> list[str]:
+    """Puts what `count_remarks` has counted into words, the most frequent first."""
     return [
-        f"{remark}: {count:,} row{'s' if count > 1 else ''} (the first is {rows.where(first[remark])})"
-        for remark, count in counts.most_common()
+        f"{remark}: {count:,} row{'s' if count > 1 else ''} (the first is {first})"
+        for remark, (count, first) in sorted(remarks.items(), key=lambda item: -item[1][0])
     ]

@@ -2,6 +2,7 @@
 
     rows = open_section(data, seed=42)
     train, held_out = prepare_examples(data, rows, tokenizer, seed=42)
+    train, held_out = stream_examples(data, open_source(data, seed=42), tokenizer, seed=42, examples_per_step=64)
     train, why = find_examples(data, key, seed=42)      # the same without rows and tokenizer, if they were loaded before
 
 Every source of a mixture is tokenised and cached by itself, so that changing a weight tokenises nothing.
@@ -16,15 +17,27 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from packtrain.data import store
-from packtrain.data.examples import CHOICES, Examples, build_examples, request_of
+from packtrain.data.blocks import Blocks
+from packtrain.data.encoding import make_encoder
+from packtrain.data.examples import CHOICES, TOKENS, Examples, build_examples, request_of
 from packtrain.data.files import find_places, is_local
 from packtrain.data.formats import FORMATS, Kind, Reading, find_format, rename_columns
 from packtrain.data.mixture import mix, sections_of
 from packtrain.data.pruning import prune
 from packtrain.data.selection import select
-from packtrain.data.sources import Rows, describe_request, open_rows, texts
+from packtrain.data.sources import (
+    CORPUS_ROWS,
+    LOOKED_AT,
+    Rows,
+    describe_request,
+    open_rows,
+    refuse_unreadable,
+    texts,
+)
+from packtrain.data.streamed_examples import StreamedExamples
+from packtrain.data.streams import Source, open_stream
 from packtrain.errors import DataError
-from packtrain.recipe.sections import DataSection
+from packtrain.recipe.sections import BUFFER_SIZE, DataSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,27 +92,95 @@ def prepare_examples(
     Raises:
         DataError: with file and row, or key and value, and the fix.
     """
-
-    def build(own: DataSection, these: Rows, key: str | None) -> Examples:
-        return build_examples(
-            these,
-            tokenizer,
-            completion_only_loss=_completion_only(own, these, completions_only, kind),
-            kind=kind,
-            num_proc=own.num_proc,
-            tokenizer_key=key,
-            **own.model_dump(include=CHOICES - {"completion_only_loss"}),
-        )
-
     # First: what is wrong with it is said before rows are tokenised.
     evaluation = _open_evaluation(section, seed) if section.eval_path or section.eval_split else None
     key = tokenizer_key and _key_of_sources(section, tokenizer_key, seed)
     parts = []
     for number, (own, these) in enumerate(zip(_sections(section), rows.parts, strict=True)):
         with _of_source(number if section.mixture else None):
-            parts.append(build(own, these, key))
+            parts.append(_build(own, these, tokenizer, completions_only, kind, key))
     train, held_out = _arrange(section, parts, seed)
-    return train, held_out if evaluation is None else build(section, evaluation, tokenizer_key)
+    if evaluation is not None:
+        held_out = _build(section, evaluation, tokenizer, completions_only, kind, tokenizer_key)
+    return train, held_out
+
+
+def open_source(section: DataSection, *, seed: int) -> Source:
+    """Opens the rows of a recipe's `data:` to be streamed.
+
+    Raises:
+        DataError: as `open_rows`, and for files that can't be read in order.
+    """
+    return open_stream(section.paths, **_place(section, seed))
+
+
+def source_texts(section: DataSection, source: Source, *, kind: Kind = "example") -> Iterator[str]:
+    """Yields the texts of the first rows of a source, to train a tokenizer on: those that `section_texts` yields."""
+    yield from texts(Rows([source.head(CORPUS_ROWS)]), section.format, _reading(section), kind=kind)
+
+
+def stream_examples(
+    section: DataSection,
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+    examples_per_step: int,
+    completions_only: bool = False,
+    kind: Kind = "example",
+    tokenizer_key: str | None = None,
+) -> tuple[StreamedExamples, Examples | None]:
+    """Reads the first block of a recipe's streamed rows, and the rows to evaluate on: (training, held out or None).
+
+    Args:
+        source: of `open_source`.
+        examples_per_step: of an update; a block is whole updates.
+        seed, completions_only, kind, tokenizer_key: as `prepare_examples`.
+
+    Raises:
+        DataError: with file and row, or key and value, and the fix.
+    """
+    evaluation = _open_evaluation(section, seed) if section.eval_path or section.eval_split else None
+    first = Rows([source.head(LOOKED_AT)])
+    refuse_unreadable(first, section.shown)
+    encoder, notes = make_encoder(
+        first.columns,
+        tokenizer,
+        completion_only_loss=_completion_only(section, first, completions_only, kind),
+        kind=kind,
+        **section.model_dump(include=TOKENS - {"completion_only_loss"}),
+    )
+    blocks = Blocks(
+        source,
+        encoder,
+        notes=notes,
+        buffer_size=section.buffer_size or BUFFER_SIZE,
+        examples_per_step=examples_per_step,
+        **section.model_dump(include=CHOICES - TOKENS),
+    )
+    train, held_out = StreamedExamples(blocks, section.max_length), None
+    if evaluation is not None:
+        held_out = _build(section, evaluation, tokenizer, completions_only, kind, tokenizer_key)
+    return train, held_out
+
+
+def _build(
+    section: DataSection,
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    completions_only: bool,
+    kind: Kind,
+    tokenizer_key: str | None,
+) -> Examples:
+    return build_examples(
+        rows,
+        tokenizer,
+        completion_only_loss=_completion_only(section, rows, completions_only, kind),
+        kind=kind,
+        num_proc=section.num_proc,
+        tokenizer_key=tokenizer_key,
+        **section.model_dump(include=CHOICES - {"completion_only_loss"}),
+    )
 
 
 def _open_evaluation(section: DataSection, seed: int) -> Rows:

@@ -30,12 +30,13 @@ from packtrain.errors import DataError, shorten
 if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 
 Row = dict[str, object]
 _BLOCK = 1 << 24  # bytes read at once while scanning
-_BOM = b"\xef\xbb\xbf"
-_CSV_FIELD_LIMIT = 2**31 - 1  # csv's own guard of 131,072 characters is less than a long document
+BOM = b"\xef\xbb\xbf"
+CSV_FIELD_LIMIT = 2**31 - 1  # csv's own guard of 131,072 characters is less than a long document
 
 
 class Reader(Protocol):
@@ -90,7 +91,7 @@ class TextReader:
         with self.path.open("rb") as file:
             file.seek(first)
             block = file.read(int(spans[-1, 1]) - first)
-        return [_attempt(self._parse, block[a:b]) for a, b in (spans - first).tolist()]
+        return [attempt(self._parse, block[a:b]) for a, b in (spans - first).tolist()]
 
     def where(self, row: int) -> str:
         return f"{self.label}, line {self._lines[row]}"
@@ -107,7 +108,7 @@ def open_jsonl(path: Path, label: str) -> TextReader:
     blank = _is_blank(path, spans)
     rows = np.flatnonzero(~blank)
     _refuse_one_document(path, label, spans[rows])
-    reader = TextReader(path, label, spans=spans[rows], lines=rows + 1, parse=_parse_json, fingerprint=fingerprint)
+    reader = TextReader(path, label, spans=spans[rows], lines=rows + 1, parse=parse_json, fingerprint=fingerprint)
     if count := int(blank.sum()):
         reader.notes = (f"{label}: skipped {count:,} empty line{'s' if count > 1 else ''}",)
     return reader
@@ -116,9 +117,14 @@ def open_jsonl(path: Path, label: str) -> TextReader:
 def _refuse_wide(path: Path, label: str) -> None:
     """Refuses a file that begins as UTF-16 and UTF-32 do, of which every byte would be read wrongly."""
     with path.open("rb") as file:
-        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-            what, fix = "is text in UTF-16 or UTF-32, and must be UTF-8", "convert it: `iconv -f UTF-16 -t UTF-8 FILE`"
-            raise DataError(what, where=label, key="data.path", fix=fix)
+        refuse_wide(file.read(2), label)
+
+
+def refuse_wide(start: bytes, label: str) -> None:
+    """Raises DataError where the first bytes of a file are those of UTF-16 or UTF-32."""
+    if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        what, fix = "is text in UTF-16 or UTF-32, and must be UTF-8", "convert it: `iconv -f UTF-16 -t UTF-8 FILE`"
+        raise DataError(what, where=label, key="data.path", fix=fix)
 
 
 def _refuse_one_document(path: Path, label: str, spans: np.ndarray) -> None:
@@ -128,6 +134,11 @@ def _refuse_one_document(path: Path, label: str, spans: np.ndarray) -> None:
     with path.open("rb") as file:
         file.seek(int(spans[0, 0]))
         first = file.read(int(min(spans[0, 1] - spans[0, 0], _BLOCK))).strip()
+    refuse_one_document(first, label)
+
+
+def refuse_one_document(first: bytes, label: str) -> None:
+    """Raises DataError where the first of several lines opens a JSON object or array that the others go on with."""
     if first == b"{":
         what, fix = (
             "is pretty-printed JSON, and every line must be an object",
@@ -146,7 +157,7 @@ def open_json(path: Path, label: str) -> TextReader:
         DataError: the array is broken (rows after the break cannot be told apart).
     """
     with path.open("rb") as file:
-        start = file.read(1 << 12).removeprefix(_BOM).lstrip()
+        start = file.read(1 << 12).removeprefix(BOM).lstrip()
     if not start.startswith(b"["):
         return open_jsonl(path, label)
     contents = path.read_bytes()
@@ -157,7 +168,7 @@ def open_json(path: Path, label: str) -> TextReader:
         raise DataError(f"invalid UTF-8 at byte {error.start}", where=f"{label}, line {line}") from None
     spans, lines = _scan_array(text, label)
     fingerprint = hashlib.sha256(contents).hexdigest()
-    return TextReader(path, label, spans=spans, lines=lines, parse=_parse_json, fingerprint=fingerprint)
+    return TextReader(path, label, spans=spans, lines=lines, parse=parse_json, fingerprint=fingerprint)
 
 
 def open_csv(path: Path, label: str, delimiter: str = ",") -> TextReader:
@@ -167,11 +178,11 @@ def open_csv(path: Path, label: str, delimiter: str = ",") -> TextReader:
         DataError: no usable header, or quoting so broken that records cannot be told apart.
     """
     _refuse_wide(path, label)
-    csv.field_size_limit(_CSV_FIELD_LIMIT)
+    csv.field_size_limit(CSV_FIELD_LIMIT)
     line_spans, fingerprint = _scan_lines(path)
     records = []  # (first line, end line) of every record, from 0
     with path.open("rb") as file:
-        if file.read(len(_BOM)) != _BOM:
+        if file.read(len(BOM)) != BOM:
             file.seek(0)
         text = (line.decode("utf-8", "surrogateescape") for line in file)
         reader = csv.reader(text, delimiter=delimiter, strict=True)
@@ -185,6 +196,15 @@ def open_csv(path: Path, label: str, delimiter: str = ",") -> TextReader:
                 start = reader.line_num
         except csv.Error as error:
             raise DataError(f"invalid CSV record: {error}", where=f"{label}, line {start + 1}") from None
+    check_header(header, label)
+    bounds = np.array(records, dtype=np.int64).reshape(-1, 2)
+    spans = np.stack([line_spans[bounds[:, 0], 0], line_spans[bounds[:, 1] - 1, 1]], axis=1)
+    parse = functools.partial(parse_csv, header=header, delimiter=delimiter)
+    return TextReader(path, label, spans=spans, lines=bounds[:, 0] + 1, parse=parse, fingerprint=fingerprint)
+
+
+def check_header(header: list[str], label: str) -> None:
+    """Raises DataError for the names of a table's columns where some are empty or repeated."""
     if header and not header[0] and all(header[1:]):
         fix = "write it with `to_csv(..., index=False)`, or give the column a name"
         raise DataError(
@@ -195,13 +215,10 @@ def open_csv(path: Path, label: str, delimiter: str = ",") -> TextReader:
         raise DataError(
             "the header has empty or repeated column names", where=f"{label}, line 1", value=header, fix=fix
         )
-    bounds = np.array(records, dtype=np.int64).reshape(-1, 2)
-    spans = np.stack([line_spans[bounds[:, 0], 0], line_spans[bounds[:, 1] - 1, 1]], axis=1)
-    parse = functools.partial(_parse_csv, header=header, delimiter=delimiter)
-    return TextReader(path, label, spans=spans, lines=bounds[:, 0] + 1, parse=parse, fingerprint=fingerprint)
 
 
-def _attempt(parse: Callable[[bytes], Row], block: bytes) -> Row | BadRow:
+def attempt(parse: Callable[[bytes], Row], block: bytes) -> Row | BadRow:
+    """Parses a row, or returns what is wrong with it."""
     try:
         return parse(block)
     except BadRow as bad:
@@ -215,7 +232,8 @@ def _decode(block: bytes) -> str:
         raise BadRow(f"invalid UTF-8 at byte {error.start} of the row") from None
 
 
-def _parse_json(block: bytes) -> Row:
+def parse_json(block: bytes) -> Row:
+    """Reads a line of JSON; raises BadRow where it is no object."""
     text = _decode(block)
     try:
         row = json.loads(text, object_pairs_hook=_object_of)
@@ -238,8 +256,9 @@ def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _parse_csv(block: bytes, *, header: list[str], delimiter: str) -> Row:
-    csv.field_size_limit(_CSV_FIELD_LIMIT)
+def parse_csv(block: bytes, *, header: list[str], delimiter: str) -> Row:
+    """Reads a record of a table of text; raises BadRow where it has other fields than the header."""
+    csv.field_size_limit(CSV_FIELD_LIMIT)
     try:
         fields = next(csv.reader([_decode(block)], delimiter=delimiter, strict=True), [])
     except csv.Error as error:  # a file that has changed since its records were found
@@ -255,8 +274,8 @@ def _scan_lines(path: Path) -> tuple[np.ndarray, str]:
     start = 0
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
-            if size == 0 and block.startswith(_BOM):
-                start = len(_BOM)
+            if size == 0 and block.startswith(BOM):
+                start = len(BOM)
             digest.update(block)
             ends.append(np.flatnonzero(np.frombuffer(block, dtype=np.uint8) == ord("\n")) + size)
             size += len(block)
@@ -334,27 +353,37 @@ class TableReader:
         return len(self._dataset)
 
     def read(self, start: int, stop: int) -> list[Row | BadRow]:
-        return _rows_of_table(self._dataset[start:stop])
+        return rows_of_table(self._dataset[start:stop])
 
     def where(self, row: int) -> str:
         return f"{self.label}, row {row}"
+
+
+def read_parquet_metadata(path: Path, label: str) -> pq.FileMetaData:
+    """Reads the end of a Parquet file, which says what is in it.
+
+    Raises:
+        DataError: there is none, or several columns have one name.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        metadata = pq.read_metadata(path)
+    except pa.ArrowException as error:
+        raise DataError(f"is not a readable Parquet file: {first_line(error)}", where=label) from None
+    names = metadata.schema.to_arrow_schema().names
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        fix = "give every column its own name"
+        raise DataError("contains several columns of one name", where=label, key="data.path", value=twice, fix=fix)
+    return metadata
 
 
 class ParquetReader:
     """Rows of a Parquet file, one row group in memory at a time."""
 
     def __init__(self, path: Path, label: str):
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        try:
-            metadata = pq.read_metadata(path)
-        except pa.ArrowException as error:
-            raise DataError(f"is not a readable Parquet file: {_first_line(error)}", where=label) from None
-        names = metadata.schema.to_arrow_schema().names
-        if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
-            fix = "give every column its own name"
-            raise DataError("contains several columns of one name", where=label, key="data.path", value=twice, fix=fix)
+        metadata = read_parquet_metadata(path, label)
         groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
         self.path, self.label, self.fingerprint = path, label, _hash_file(path)
         self._bounds = np.cumsum([0, *groups])  # [groups + 1]
@@ -371,7 +400,7 @@ class ParquetReader:
         while start < min(stop, len(self)):
             group = int(np.searchsorted(self._bounds, start, side="right")) - 1
             first, end = self._bounds[group : group + 2].tolist()
-            rows += _rows_of_table(self._group(group).slice(start - first, min(stop, end) - start))
+            rows += rows_of_table(self._group(group).slice(start - first, min(stop, end) - start))
             start = end
         return rows
 
@@ -384,7 +413,7 @@ class ParquetReader:
                 self._loaded = group, pq.ParquetFile(self.path).read_row_group(group)
             except (pa.ArrowException, OSError) as error:
                 where = f"{self.label}, from row {self._bounds[group]} on"
-                raise DataError(f"damaged Parquet row group: {_first_line(error)}", where=where) from None
+                raise DataError(f"damaged Parquet row group: {first_line(error)}", where=where) from None
         return self._loaded[1]
 
     def where(self, row: int) -> str:
@@ -401,7 +430,7 @@ OPENERS: dict[str, Callable[[Path, str], Reader]] = {
 }
 
 
-def _rows_of_table(table: pa.Table) -> list[Row | BadRow]:
+def rows_of_table(table: pa.Table) -> list[Row | BadRow]:
     """Returns rows as they were before Arrow gave all structs of a column the same keys, with nulls where one had none."""
     try:
         rows = table.to_pylist()
@@ -412,7 +441,7 @@ def _rows_of_table(table: pa.Table) -> list[Row | BadRow]:
     except UnicodeDecodeError as error:
         if len(table) == 1:
             return [BadRow(f"invalid UTF-8 at byte {error.start} of a column")]
-        return [row for i in range(len(table)) for row in _rows_of_table(table.slice(i, 1))]
+        return [row for i in range(len(table)) for row in rows_of_table(table.slice(i, 1))]
 
 
 def _holds_structs(type: pa.DataType) -> bool:
@@ -439,5 +468,6 @@ def _hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Returns the first line of what an error says."""
     return str(error).split("\n", 1)[0]

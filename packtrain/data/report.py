@@ -77,7 +77,8 @@ class DataReport:
 
     `tokens_lost` and `supervised_lost` count what `overflow` took from the rows in `truncated_rows`,
     `dropped_rows` and `split_rows` (a split loses the label at the start of every further piece, and pieces
-    without a supervised token). `skipped` lists every bad row as (where, reason); their tokens count nowhere.
+    without a supervised token). `skipped` lists every bad row as (where, reason), of streamed rows the first ones, and
+    `more_skipped` counts the others; their tokens count nowhere.
     `files` are (file, its rows), `not_read` (file, reason) of those next to them. In a `mixture` rows and losses are those
     of all sources, examples and tokens those of an epoch. `prompts` says how the rows were written out: `conversation` by
     the chat template, `text` as they are, `alpaca` or `question_answer` in the wording of that format, `input_ids` and
@@ -91,6 +92,7 @@ class DataReport:
     tokens: int = 0
     supervised_tokens: int = 0
     skipped: tuple[tuple[str, str], ...] = ()
+    more_skipped: int = 0
     truncated_rows: int = 0
     dropped_rows: int = 0
     split_rows: int = 0
@@ -126,10 +128,11 @@ class DataReport:
                 lost = f"{self.tokens_lost:,} tokens lost, {self.supervised_lost:,} of them supervised"
                 result.append(f"rows {done}: {count:,} ({lost})")
         if self.skipped:
-            result.append(f"bad rows, skipped: {len(self.skipped):,}")
+            skipped = len(self.skipped) + self.more_skipped
+            result.append(f"bad rows, skipped: {skipped:,}")
             result += [f"  {where}: {reason}" for where, reason in self.skipped[:SHOWN]]
-            if len(self.skipped) > SHOWN:
-                result.append(f"  ... and {len(self.skipped) - SHOWN:,} more")
+            if skipped > SHOWN:
+                result.append(f"  ... and {skipped - SHOWN:,} more")
         return result + [self._with_share(note) for note in self.notes]
 
     def _with_share(self, note: str) -> str:

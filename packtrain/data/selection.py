@@ -45,7 +45,13 @@ class View:
 
 
 def select(
-    documents: Documents, *, max_length: int | None, overflow: str, on_bad_row: str, where: Callable[[int], str]
+    documents: Documents,
+    *,
+    max_length: int | None,
+    overflow: str,
+    on_bad_row: str,
+    where: Callable[[int], str],
+    part: bool = False,
 ) -> tuple[View | None, DataReport]:
     """Chooses the examples of some documents, in order of their rows.
 
@@ -54,6 +60,7 @@ def select(
         max_length: most tokens of an example; None for no limit.
         overflow, on_bad_row: see `build_examples`.
         where: names a row in messages.
+        part: whether more documents follow, so that none of these need be left.
 
     Returns:
         The view, None where every document is an example as a whole; and the report without its totals.
@@ -83,10 +90,10 @@ def select(
         )
     whole = np.ones(count, dtype=bool)
     whole[long] = whole[[row for row, _ in problems]] = False
-    if len(problems) + len(long) and not whole.any() and not len(pieces.rows):
+    if not part and len(problems) + len(long) and not whole.any() and not len(pieces.rows):
         raise DataError(f"none of {count:,} rows is left to train on", key="data.path")
-    if 2 * len(documents.problems) > count and documents.format != "input_ids":  # tokenised rows have no other format
-        raise _mostly_bad(documents, where)
+    if not part:
+        refuse_mostly_bad(documents, where)
 
     changed = np.setdiff1d(long, hopeless)
     report = DataReport(
@@ -132,10 +139,12 @@ def _merge(documents: Documents, whole: np.ndarray, pieces: View) -> View:
     )[np.argsort(rows, kind="stable")]
 
 
-def _mostly_bad(documents: Documents, where: Callable[[int], str]) -> DataError:
-    """Makes the error for rows that are rather of another format, or broken throughout, than bad by exception."""
+def refuse_mostly_bad(documents: Documents, where: Callable[[int], str]) -> None:
+    """Raises DataError for rows that are rather of another format, or broken throughout, than bad by exception."""
     problems = documents.problems
-    return bad_rows_error(
+    if 2 * len(problems) <= len(documents.lengths) or documents.format == "input_ids":  # tokenised: no other format
+        return
+    raise bad_rows_error(
         [(where(row), reason) for row, reason in problems[:SHOWN]],
         len(problems),
         what=f"{len(problems):,} of {len(documents.lengths):,} rows, more than half, cannot be trained on as the format "

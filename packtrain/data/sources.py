@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,7 @@ from packtrain.data.samples import Answers, Ids, Pair, Text, Words
 from packtrain.data.store import hash_of, stat_files
 from packtrain.errors import DataError
 
-_LOOKED_AT = 100  # rows whose keys are the columns
+LOOKED_AT = 100  # rows whose keys are the columns
 _AT_ONCE = 1000  # rows read at once while iterating
 CORPUS_ROWS = 20_000  # a tokenizer is trained at every start, and more rows change its vocabulary little
 
@@ -61,7 +62,7 @@ class Rows:
         self._readers = readers
         self._bounds = np.cumsum([0, *map(len, readers)])
         self._count = int(self._bounds[-1]) if num_rows is None else min(num_rows, int(self._bounds[-1]))
-        found = {column: None for row in self.read(0, _LOOKED_AT) if isinstance(row, dict) for column in row}
+        found = {column: None for row in self.read(0, LOOKED_AT) if isinstance(row, dict) for column in row}
         self.columns: list[str] = list(found)
 
     @classmethod
@@ -181,15 +182,19 @@ def open_rows(
         not_read=[each for place in places for each in place.not_read],
         notes=[note for place in places for note in place.notes],
     )
-    shown = ", ".join(place.path for place in places)
+    refuse_unreadable(rows, ", ".join(place.path for place in places))
+    return rows
+
+
+def refuse_unreadable(rows: Rows, shown: str) -> None:
+    """Raises DataError where there are no rows, or the first ones are all broken; `shown` names their source."""
     if not len(rows):
         raise DataError("contains no rows", where=shown, key="data.path")
-    first = rows.read(0, _LOOKED_AT)
+    first = rows.read(0, LOOKED_AT)
     if all(isinstance(row, BadRow) for row in first):
         raise DataError(
             f"none of the first {len(first):,} rows can be read: {first[0]}", where=rows.where(0), key="data.path"
         )
-    return rows
 
 
 def describe_request(
@@ -219,9 +224,9 @@ def _open(place: Place, name: str | None, split: str, num_rows: int | None, seed
         count = synthetic.DEFAULT_ROWS if num_rows is None else num_rows
         return [synthetic.READERS[place.path](count, seed=seed, split=split)]
     if place.on_hub:
-        return [_open_hub(place.path, name, split)]
+        return [TableReader(load_from_hub(place.path, name, split), f"{place.path}/{split}")]
     if place.saved:
-        return [_open_saved(Path(place.path).expanduser(), place.labels[0], split)]
+        return [open_saved(Path(place.path).expanduser(), place.labels[0], split)]
     named = zip(place.files, place.labels, strict=True)
     return [OPENERS[kind_of(file)](unpacked(file, label), label) for file, label in named]
 
@@ -262,7 +267,12 @@ def _pieces(sample: Text | Chat | Pair | Answers | Words) -> list[str]:
     return [sample.prompt + sample.completion]
 
 
-def _open_saved(path: Path, label: str, split: str) -> TableReader:
+def open_saved(path: Path, label: str, split: str) -> TableReader:
+    """Opens a directory that `save_to_disk` of `datasets` has written.
+
+    Raises:
+        DataError: it is damaged, or has no such split.
+    """
     import datasets
 
     try:
@@ -278,13 +288,17 @@ def _open_saved(path: Path, label: str, split: str) -> TableReader:
     return TableReader(saved, label)
 
 
-def _open_hub(path: str, name: str | None, split: str) -> TableReader:
+def load_from_hub(path: str, name: str | None, split: str, *, streaming: bool = False) -> Any:
+    """Loads a dataset of the Hub: a `datasets.Dataset`, or an `IterableDataset` that is downloaded while it is read.
+
+    Raises:
+        DataError: it can't be loaded.
+    """
     import datasets
 
     try:
-        dataset = datasets.load_dataset(path, name, split=split)
+        return datasets.load_dataset(path, name, split=split, streaming=streaming)
     except Exception as error:  # network, spelling, permission, configuration: its message says which
         what = f"cannot be loaded: {type(error).__name__}: {error}"
         fix = "check its name on the Hub, `data.name` (configuration), `data.split` and the network"
         raise DataError(what, key="data.path", value=path, fix=fix) from None
-    return TableReader(dataset, f"{path}/{split}")

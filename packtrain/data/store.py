@@ -142,7 +142,7 @@ def read_store(directory: Path, *, verify: bool = True) -> Documents | None:
     """
     try:
         facts = json.loads((directory / "store.json").read_text())
-        files = facts.pop("files")
+        files, facts["problems"] = facts.pop("files"), [(row, reason) for row, reason in facts["problems"]]
         if verify and files != hash_files(directory / name for name in files):
             return None
         return Documents(

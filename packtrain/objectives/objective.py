@@ -41,6 +41,7 @@ class Objective(Section):
         weighs_tokens: its loss takes factors of tokens (a fractional `weight` of a message).
         predicts_next: it predicts every token from those before it, so that its model must be causal.
         row_kind: what its rows are, see `packtrain.data.formats.KINDS`.
+        streams: its examples are those of `packtrain.data`, each made of its row alone, so that rows can be streamed.
         answers: its models answer `packtrain sample` and `packtrain evaluate`.
         rules: what its keys contradict in other sections and in a strategy.
     """
@@ -55,6 +56,7 @@ class Objective(Section):
     weighs_tokens: ClassVar[bool] = False
     predicts_next: ClassVar[bool] = False
     row_kind: ClassVar[Kind] = "example"
+    streams: ClassVar[bool] = False
     answers: ClassVar[bool] = False
     rules: ClassVar[tuple[Rule, ...]] = ()
 

@@ -5,18 +5,28 @@ What `train`, `plan`, `show`, `compare`, `sample` and `evaluate` have in common.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from packtrain.data.examples import AnyExamples, Examples
-from packtrain.data.loading import find_examples, open_section, prepare_examples, section_texts
+from packtrain.data.loading import (
+    find_examples,
+    open_section,
+    open_source,
+    prepare_examples,
+    section_texts,
+    source_texts,
+    stream_examples,
+)
 from packtrain.data.store import tokenizer_key
+from packtrain.data.streamed_examples import StreamedExamples
 from packtrain.errors import DataError
 from packtrain.objectives.objective import Task
 from packtrain.packing.cost import Cost
 from packtrain.packing.plan import Plan, plan_run
 from packtrain.packing.strategies import resolve_strategy
+from packtrain.packing.streamed_plan import StreamedPlan, plan_stream
 from packtrain.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -29,7 +39,33 @@ def load_task(recipe: Recipe) -> Task:
     Raises:
         DataError, ModelError: with file, row or key, and the fix.
     """
-    return make_task(recipe, *tokenise(recipe))
+    return make_task(recipe, *(_stream if recipe.data.streaming else tokenise)(recipe))
+
+
+def _stream(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, StreamedExamples, Examples | None]:
+    """Reads the first block of the recipe's rows; others are read while it trains. Returns as `tokenise`."""
+    from packtrain.modeling.tokenizer import load_tokenizer
+
+    data, objective, seed = recipe.data, recipe.objective, recipe.training["seed"]
+    source = open_source(data, seed=seed)
+    tokenizer = load_tokenizer(recipe.model, corpus=source_texts(data, source, kind=objective.row_kind))
+    return tokenizer, *stream_examples(
+        data,
+        source,
+        tokenizer,
+        seed=seed,
+        examples_per_step=recipe.batching.examples_per_step,
+        completions_only=objective.completions_only,
+        kind=objective.row_kind,
+        tokenizer_key=tokenizer_key(recipe.model),
+    )
+
+
+def refuse_streaming(recipe: Recipe, why: str) -> None:
+    """Raises DataError where the recipe streams its rows, which whoever calls this can't do, and says why."""
+    if recipe.data.streaming:
+        fix = "add `--set data.streaming=false`, which tokenises all rows and stores them"
+        raise DataError(why, key="data.streaming", value=True, fix=fix)
 
 
 def tokenise(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Examples, Examples | None]:
@@ -38,6 +74,7 @@ def tokenise(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Examples, Example
     Raises:
         DataError, ModelError: as `load_task`.
     """
+    refuse_streaming(recipe, "reads rows while a model trains, and leaves nothing stored")
     from packtrain.modeling.tokenizer import load_tokenizer
 
     data, objective, seed = recipe.data, recipe.objective, recipe.training["seed"]
@@ -54,7 +91,12 @@ def tokenise(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Examples, Example
     )
 
 
-def make_task(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, train: Examples, held_out: Examples | None) -> Task:
+def make_task(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Examples | StreamedExamples,
+    held_out: Examples | None,
+) -> Task:
     """Makes tokenised examples what the recipe's objective learns from.
 
     Raises:
@@ -66,7 +108,7 @@ def make_task(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, train: Example
         fix = "give messages the weight 0 or 1, or choose the objective `causal_lm`"
         raise DataError(what, key="objective.name", value=objective.name, fix=fix)
     layout = resolve_strategy(recipe.batching.strategy).layout
-    return objective.task(tokenizer, train, held_out, seed=seed, layout=layout)
+    return objective.task(tokenizer, cast(Any, train), held_out, seed=seed, layout=layout)
 
 
 def load_examples(recipe: Recipe) -> tuple[AnyExamples, AnyExamples | None]:
@@ -92,6 +134,9 @@ def load_examples(recipe: Recipe) -> tuple[AnyExamples, AnyExamples | None]:
         DataError: rows that can't be read or trained on, with file and row, or key and value, and the fix.
         ModelError: no tokenizer, or one without a chat template that the rows need.
     """
+    refuse_streaming(
+        recipe, "gives examples while they train; packtrain.PackedStream packs rows for a loop of your own"
+    )
     task = load_task(recipe)
     return task.train, task.held_out
 
@@ -104,9 +149,27 @@ def find_training_examples(recipe: Recipe) -> tuple[Examples | None, str]:
     Raises:
         DataError: what is wrong with the data, as far as it can be known without tokenising.
     """
+    if recipe.data.streaming:
+        return None, "rows are streamed, and the first block of them stands for all"
     if not recipe.objective.keeps_examples:
         return None, "the objective makes its own of the rows"
     return find_examples(recipe.data, tokenizer_key(recipe.model), seed=recipe.training["seed"])
+
+
+def plan_training(
+    recipe: Recipe, examples: AnyExamples, *, world_size: int = 1, cost: Cost | None = None
+) -> Plan | StreamedPlan:
+    """Plans the recipe's whole run over its training examples, streamed or not."""
+    if isinstance(examples, StreamedExamples):
+        return plan_stream(
+            recipe.batching,
+            recipe.schedule,
+            examples.blocks,
+            max_length=recipe.data.max_length,
+            world_size=world_size,
+            cost=cost,
+        )
+    return plan_recipe(recipe, examples.lengths, world_size=world_size, cost=cost)
 
 
 def plan_recipe(recipe: Recipe, lengths: np.ndarray, *, world_size: int = 1, cost: Cost | None = None) -> Plan:

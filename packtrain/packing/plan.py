@@ -14,10 +14,10 @@ import hashlib
 import inspect
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -31,10 +31,68 @@ from packtrain.packing.shapes import Shapes, least_padding, size_of
 from packtrain.packing.strategies import resolve_strategy
 from packtrain.recipe.sections import EXAMPLES_PER_STEP, MAX_TOKENS, BatchingSection, Schedule
 
-__all__ = ["MicroBatch", "Plan", "make_plan", "plan_evaluation", "plan_run"]
+__all__ = ["AnyPlan", "MicroBatch", "Plan", "make_plan", "plan_evaluation", "plan_run"]
 
 SHAPED_STEPS = 1024  # updates that shapes are found from; of a longer run, so many of them evenly spaced
 EVALUATION = {"flat": "balanced", "padded": "group_by_length"}  # layout -> strategy that lays held-out examples out
+
+
+class AnyPlan(Protocol):
+    """What training asks of a plan: of a `Plan`, or of one whose rows are read while it trains (`StreamedPlan`)."""
+
+    @property
+    def strategy(self) -> str: ...
+
+    @property
+    def layout(self) -> Literal["padded", "flat"]: ...
+
+    @property
+    def world_size(self) -> int: ...
+
+    @property
+    def gradient_accumulation_steps(self) -> int: ...
+
+    @property
+    def total_steps(self) -> int: ...
+
+    @property
+    def scope(self) -> StepScope | EpochScope: ...
+
+    @property
+    def shapes(self) -> Shapes | None: ...
+
+    @property
+    def hash(self) -> str: ...
+
+    @property
+    def num_passes(self) -> int: ...
+
+    @property
+    def num_examples(self) -> int | None: ...
+
+    def steps_in_pass(self, number: int, /) -> int: ...
+
+    def stretches(self, step: int, /) -> Iterator[tuple[int, range]]: ...
+
+    def sampled_steps(self, number: int, /) -> list[int]: ...
+
+    def locate(self, step: int, /) -> tuple[int, int]: ...
+
+    def layout_of(self, step: int, /) -> list[MicroBatch]: ...
+
+    def micro_batches(self, step: int, rank: int) -> list[MicroBatch]: ...
+
+    def epochs_after(self, steps: int, /) -> float: ...
+
+    def examples_after(self, steps: int, /) -> int: ...
+
+    def figures_after(self, steps: int, /) -> dict[str, int]: ...
+
+    def state_after(self, steps: int, /) -> dict[str, Any]: ...
+
+    def go_on_from(self, state: Mapping[str, Any], /) -> None: ...
+
+    def said_before(self, step: int, /) -> str | None: ...
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -66,11 +124,11 @@ class Plan:
         """The shapes that micro-batches are padded to, found when they are first asked for; None where there are none."""
         if self.most_shapes is None:
             return None
-        steps = np.linspace(0, self.total_steps - 1, min(SHAPED_STEPS, self.total_steps)).round().astype(np.int64)
+        steps = self.sampled_steps(SHAPED_STEPS)
         capacity, every = self.scope.max_tokens, len(steps) == self.total_steps
-        sizes = [size_of(part.lengths) for step in steps.tolist() for part in self._lay_out(step)]
+        sizes = [size_of(part.lengths) for step in steps for part in self._lay_out(step)]
         tokens = least_padding(np.array(sizes), self.most_shapes, max(sizes) if every else capacity)
-        aimed = [part.lengths for step in steps.tolist() for part in self._lay_out(step, tokens)]
+        aimed = [part.lengths for step in steps for part in self._lay_out(step, tokens)]
         return Shapes.of(aimed, tokens, longest=0 if every else min(int(self.lengths.max()), capacity))
 
     @property
@@ -91,6 +149,53 @@ class Plan:
             raise IndexError(f"step {step} is out of range for a run of {self.total_steps} steps")
         epoch = bisect_right(self.epoch_starts, step) - 1
         return epoch, step - self.epoch_starts[epoch]
+
+    def sampled_steps(self, number: int) -> list[int]:
+        """Returns at most so many steps, evenly spaced over the run, to be looked at instead of all."""
+        number = min(number, self.total_steps)
+        return np.unique(np.linspace(0, self.total_steps - 1, number).round().astype(np.int64)).tolist()
+
+    def stretches(self, step: int) -> Iterator[tuple[int, range]]:
+        """Yields what a loader reads in one go from a step on, (epoch, steps): the rest of its epoch; nothing at the end."""
+        if step < self.total_steps:
+            epoch, index = self.locate(step)
+            yield epoch, range(step, min(step + self.steps_in_epoch(epoch) - index, self.total_steps))
+
+    def steps_in_pass(self, number: int) -> int:
+        """Counts the updates of a loader's pass of that number: of an epoch."""
+        return self.steps_in_epoch(number)
+
+    @property
+    def num_passes(self) -> int:
+        return self.num_epochs
+
+    def epochs_after(self, steps: int) -> float:
+        """Returns how many epochs the first `steps` updates are, at least one of them."""
+        epoch, index = self.locate(steps - 1)
+        return epoch + (index + 1) / self.steps_in_epoch(epoch)
+
+    def examples_after(self, steps: int) -> int:
+        """Counts the examples of an epoch, however many updates are made."""
+        return len(self.lengths)
+
+    @property
+    def num_examples(self) -> int:
+        return len(self.lengths)
+
+    def figures_after(self, steps: int) -> dict[str, int]:
+        """Returns what the plan adds to the logs: nothing."""
+        return {}
+
+    def state_after(self, steps: int) -> dict[str, Any]:
+        """Returns what a checkpoint keeps of the plan, next to the number of updates: nothing."""
+        return {}
+
+    def go_on_from(self, state: Mapping[str, Any]) -> None:
+        """Takes what a checkpoint has kept; any step can be asked for without it."""
+
+    def said_before(self, step: int) -> str | None:
+        """Returns what people should know before a step: nothing."""
+        return None
 
     def examples(self, step: int) -> np.ndarray:
         """Returns the ids of the examples that an update sees: int64, each once, whatever the world size."""

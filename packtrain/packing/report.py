@@ -80,7 +80,7 @@ class PlanReport:
 def describe(plan: Plan, *, sampled_steps: int = SAMPLED_STEPS) -> PlanReport:
     """Describes the updates of a plan, or `sampled_steps` of them spaced evenly."""
     number = min(sampled_steps, plan.total_steps)
-    steps = np.unique(np.linspace(0, plan.total_steps - 1, number).round().astype(np.int64))
+    steps = np.array(plan.sampled_steps(number))
     strategy, width = plan.scope.strategy, getattr(plan.scope, "width", 0)
     empty = width if strategy.padded_to == "max_length" else EMPTY_TOKENS
     examples, real = [], []  # of each update

@@ -273,6 +273,76 @@ def _samples_can_be_answered(settings: Settings, strategy: Strategy | None) -> V
         yield key, "is answered at every evaluation, and the recipe has no evaluation data", fix
 
 
+def _streamed_without_an_end(settings: Settings, strategy: Strategy | None) -> Verdicts:
+    if not settings["data.streaming"]:
+        if settings["data.buffer_size"] is not None:
+            fix = "leave it out: rows that are counted are shuffled all together; or set `data.streaming: true`"
+            yield "data.buffer_size", "has no effect without `data.streaming`", fix
+        return
+    if settings.get("training.max_steps", -1) <= 0:
+        fix = "set it to the number of updates that you want; where the rows end before, the next epoch begins"
+        yield "training.max_steps", "must be set with `data.streaming`: rows that are not counted have no epochs", fix
+    for key, given, what, fix in (
+        (
+            "data.mixture",
+            settings["data.mixture"],
+            "cannot be streamed: its weights count the examples of every source",
+            "name the rows in `data.path`, which takes a list, or leave `data.streaming` out",
+        ),
+        (
+            "data.keep",
+            settings["data.keep"],
+            "chooses among all examples, and streamed rows are never all there",
+            "leave it out, or leave `data.streaming` out",
+        ),
+        (
+            "data.eval_size",
+            settings["data.eval_size"],
+            "chooses among all rows, and streamed rows are never all there",
+            "name rows to evaluate on in `data.eval_path`",
+        ),
+        (
+            "data.num_proc",
+            settings["data.num_proc"],
+            "has no effect with `data.streaming`: a thread tokenises while the model trains",
+            "leave it out",
+        ),
+        (
+            "batching.schedule",
+            settings["batching.schedule"],
+            "takes the short examples of an epoch first, and streamed rows have no epoch to choose from",
+            "leave it out, or leave `data.streaming` out",
+        ),
+        (
+            "batching.shapes",
+            settings["batching.shapes"],
+            "is found from the lengths of all examples, and nobody knows those of streamed rows",
+            "leave it out, or leave `data.streaming` out",
+        ),
+        (
+            "training.dataloader_num_workers",
+            settings.get("training.dataloader_num_workers"),
+            "has no effect with `data.streaming`: a thread reads ahead",
+            "leave it out",
+        ),
+    ):
+        if given:
+            yield key, what, fix
+    for name in ("eval_strategy", "save_strategy", "logging_strategy"):
+        if settings.get(f"training.{name}") == "epoch":
+            what = "cannot be `epoch` with `data.streaming`: nobody knows when one ends"
+            yield f"training.{name}", what, f"set it to `steps`, with `training.{name.replace('strategy', 'steps')}`"
+    if strategy is not None and strategy.scope == "epoch":
+        keeping = ", ".join(name for name, known in strategies.STRATEGIES.items() if known.scope == "step")
+        what = "packs the whole epoch, and streamed rows are never all there"
+        yield "batching.strategy", what, f"choose a strategy that keeps the examples of each update: {keeping}"
+    objective = OBJECTIVES.get(settings["objective.name"])
+    if objective is not None and not objective.streams:
+        able = ", ".join(name for name, known in OBJECTIVES.items() if known.streams)
+        what = f"`{settings['objective.name']}` looks at all examples first, and streamed rows are never all there"
+        yield "objective.name", what, f"choose one that takes streamed rows ({able}), or leave `data.streaming` out"
+
+
 def _longest_can_be_packed(settings: Settings, strategy: Strategy | None) -> Verdicts:
     if settings["data.max_length"] > LONGEST:
         yield "data.max_length", f"must be at most {LONGEST:,}", "set it to what the model can read"
@@ -301,6 +371,7 @@ RULES = (
     _evaluation_has_data,
     _stopping_early_needs_evaluations,
     _samples_can_be_answered,
+    _streamed_without_an_end,
     _longest_can_be_packed,
 )
 

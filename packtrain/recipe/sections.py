@@ -26,6 +26,7 @@ STRATEGY = "balanced"
 EXAMPLES_PER_STEP = 64
 MAX_SKIPPED_UPDATES = 10
 WORKER_TIMEOUT = 300
+BUFFER_SIZE = 10_000
 SCORES = ("loss", "perplexity", "el2n")  # of examples, as `packtrain score` writes them
 
 
@@ -150,6 +151,10 @@ class DataSection(Section):
     """Trains on a share of the examples, {by: el2n, share: 0.7, which: high, scores: out/scores.parquet}."""
     num_proc: Positive | None = None
     """Processes that tokenise."""
+    streaming: Flag = False
+    """Reads and tokenises rows while the model trains, without counting or storing them; needs training.max_steps."""
+    buffer_size: Positive | None = None
+    """Of streamed rows, how many examples are read at once and shuffled together. Default: 10,000."""
     worker_timeout: Positive = WORKER_TIMEOUT
     """Seconds to wait for a batch of a data-loading worker."""
 

@@ -34,7 +34,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from packtrain.errors import HIDDEN, CheckpointError, PacktrainError, hidden, shorten
 from packtrain.modeling.stored_weights import base_weights
-from packtrain.packing.plan import Plan
+from packtrain.packing.plan import AnyPlan
 from packtrain.recipe.recipe import DEFAULTS, Recipe
 from packtrain.training.resharding import added_later, optimizer_steps
 from packtrain.training.sealing import MANIFEST, UNFINISHED, begin, is_sealed, read_manifest, seal, verify
@@ -51,7 +51,7 @@ Say = Callable[[str], None]
 
 
 def facts_of(
-    recipe: Recipe | None, plan: Plan, examples: Any, config: PreTrainedConfig | None = None
+    recipe: Recipe | None, plan: AnyPlan, examples: Any, config: PreTrainedConfig | None = None
 ) -> dict[str, Any]:
     """Returns what identifies a run: written into manifests, and compared when one is resumed.
 
@@ -256,7 +256,7 @@ def resume_command(recipe: Recipe, *overrides: str) -> str | None:
     return hidden(shlex.join(["packtrain", "train", recipe.sources.path, *sets, "--resume", "--allow-changes"]))
 
 
-def say_whether_done(checkpoint: str, plan: Plan, recipe: Recipe, say: Say) -> None:
+def say_whether_done(checkpoint: str, plan: AnyPlan, recipe: Recipe, say: Say) -> None:
     """Says, of a run whose updates are all made, how it goes on."""
     if read_manifest(Path(checkpoint))["step"] < plan.total_steps:
         return
@@ -390,6 +390,7 @@ _SAFE = re.compile(
     |model\.attn_implementation""",
     re.VERBOSE,
 )
+_ONCE_ERRORS = ("data.overflow", "data.on_bad_row")  # no row has met one, or the run would have ended there
 _PLACE = "training.output_dir"  # where a run lies is no part of it: it may be moved
 _SECRET = re.compile(r"(?i)(.*_)?(hub_token|password|passwd|secret|api_key|access_key)")
 _ABSENT = object()
@@ -417,7 +418,7 @@ def changes(manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> list[Chang
             # A key that came with a later release has its default's effect where it is absent.
             pair = then.get(key, DEFAULTS.get(key, _ABSENT)), now.get(key, DEFAULTS.get(key, _ABSENT))
             if pair[0] != pair[1] and key != _PLACE:
-                safe = _SAFE.fullmatch(key) is not None
+                safe = _SAFE.fullmatch(key) is not None or (key in _ONCE_ERRORS and pair[0] == "error")
                 found.append(Change(key=key, then=pair[0], now=pair[1], safe=safe))
     words = {
         "data_fingerprint": "the tokenised examples (by the changes above, or in the files)",

@@ -21,7 +21,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from packtrain.errors import LaunchError
-from packtrain.packing.plan import Plan
+from packtrain.packing.plan import AnyPlan
 
 logger = logging.getLogger(__name__)
 KINDS = 8  # graphs of one shape: kinds of layers, training and evaluation, with and without gradients
@@ -40,7 +40,7 @@ class CompileLayers(TrainerCallback):
         self._compiled: set[int] = set()
 
     @classmethod
-    def asked(cls, args: TrainingArguments, plan: Plan) -> CompileLayers | None:
+    def asked(cls, args: TrainingArguments, plan: AnyPlan) -> CompileLayers | None:
         """Takes `torch_compile` out of the arguments, so that Trainer does not compile the model; None where it is not set.
 
         Raises:

@@ -1,8 +1,8 @@
 """Plan -> data loader: `global_step` is the whole data state.
 
 `PlanLoader` keeps no position. Every time a trainer starts an epoch it asks for the current
-`global_step` and yields the micro-batches from there to the end of that epoch, so a resumed run and an
-unbroken one read the same batches with nothing replayed and nothing skipped:
+`global_step` and yields the micro-batches from there to the end of that epoch (of streamed rows, of the run), so a
+resumed run and an unbroken one read the same batches with nothing replayed and nothing skipped:
 
     epoch 0             | epoch 1             |
     s0 s1 s2 s3 s4 s5   | s6 s7 s8 s9 ...
@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import TrainingArguments
 
 from packtrain.errors import DataError
-from packtrain.packing.plan import MicroBatch, Plan
+from packtrain.packing.plan import AnyPlan, MicroBatch
 from packtrain.recipe.sections import WORKER_TIMEOUT
 
 _DIED = "DataLoader worker was killed"
@@ -53,7 +53,7 @@ class PlanLoader:
     def __init__(
         self,
         *,
-        plan: Plan,
+        plan: AnyPlan,
         dataset: Any,  # MicroBatches, or one that gives its batches on
         rank: int,
         global_step: Callable[[], int],
@@ -65,27 +65,23 @@ class PlanLoader:
 
     def __len__(self) -> int:
         """Counts the micro-batches of this rank in the first epoch (order-dependent packers vary a little after it)."""
-        return self.plan.steps_in_epoch(0) * self.plan.gradient_accumulation_steps
+        return self.plan.steps_in_pass(0) * self.plan.gradient_accumulation_steps
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        start = self.global_step()
-        if start >= self.plan.total_steps:  # resumed at the end
-            return
-        epoch, index = self.plan.locate(start)
-        stop = min(start + self.plan.steps_in_epoch(epoch) - index, self.plan.total_steps)
-        batches = DataLoader(
-            self.dataset.at_epoch(epoch),
-            sampler=PlanSampler(self.plan, rank=self.rank, start_step=start, stop_step=stop),
-            batch_size=None,
-            generator=torch.Generator(),  # its own, or starting an iterator would advance the model's dropout
-            **self.dataloader_kwargs,
-        )
-        try:
-            yield from batches
-        except (ConnectionError, EOFError) as error:
-            if "Caught" in str(error):  # by a worker that is alive, in the data
-                raise
-            raise RuntimeError(f"{_DIED} while its batch was on the way ({error})") from error
+        for epoch, steps in self.plan.stretches(self.global_step()):
+            batches = DataLoader(
+                self.dataset.at_epoch(epoch),
+                sampler=PlanSampler(self.plan, rank=self.rank, start_step=steps.start, stop_step=steps.stop),
+                batch_size=None,
+                generator=torch.Generator(),  # its own, or starting an iterator would advance the model's dropout
+                **self.dataloader_kwargs,
+            )
+            try:
+                yield from batches
+            except (ConnectionError, EOFError) as error:
+                if "Caught" in str(error):  # by a worker that is alive, in the data
+                    raise
+                raise RuntimeError(f"{_DIED} while its batch was on the way ({error})") from error
 
 
 def loader_options(args: TrainingArguments, worker_timeout: int = WORKER_TIMEOUT) -> dict[str, Any]:
@@ -104,18 +100,18 @@ def loader_options(args: TrainingArguments, worker_timeout: int = WORKER_TIMEOUT
     }
 
 
-def values_of_plan(plan: Plan, values: tuple) -> tuple:
+def values_of_plan(plan: AnyPlan, values: tuple) -> tuple:
     """Returns what `Trainer.set_initial_training_values` gives, with epochs, updates and micro-batches as the plan has them.
 
     Trainer takes every epoch to be as long as the first. Order-dependent packers vary: it would begin too few epochs,
     and end before the plan does. An epoch that ends before its longest does not matter.
     """
     *_, batch_size, _, _ = values
-    examples, (epoch, index) = len(plan.lengths), plan.locate(plan.total_steps - 1)
-    samples = round(examples * (epoch + (index + 1) / plan.steps_in_epoch(epoch)))
-    per_epoch = max(plan.steps_in_epoch(epoch) for epoch in range(plan.num_epochs))
+    examples = 0 if plan.num_examples is None else plan.num_examples
+    samples = round(examples * plan.epochs_after(plan.total_steps)) if examples else 0
+    per_epoch = max(map(plan.steps_in_pass, range(plan.num_passes)))
     micro_batches = per_epoch * plan.gradient_accumulation_steps
-    return plan.num_epochs, per_epoch, examples, samples, batch_size, micro_batches, plan.total_steps
+    return plan.num_passes, per_epoch, examples, samples, batch_size, micro_batches, plan.total_steps
 
 
 def leave_signals_to_the_run(worker: int) -> None:
@@ -159,7 +155,7 @@ class PlanSampler(Sampler[MicroBatch]):
     Its length is a multiple of `plan.gradient_accumulation_steps` and the same on every rank.
     """
 
-    def __init__(self, plan: Plan, rank: int = 0, start_step: int = 0, stop_step: int | None = None):
+    def __init__(self, plan: AnyPlan, rank: int = 0, start_step: int = 0, stop_step: int | None = None):
         assert 0 <= rank < plan.world_size, f"rank {rank} of {plan.world_size}"
         self.plan, self.rank = plan, rank
         self.steps = range(start_step, plan.total_steps if stop_step is None else min(stop_step, plan.total_steps))

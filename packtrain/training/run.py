@@ -5,6 +5,7 @@ It is what `packtrain train quickstart` does, and on every rank `torchrun --npro
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 import warnings
@@ -29,8 +30,8 @@ from packtrain.modeling.loading import add_lora, count_parameters, load_config, 
 from packtrain.modeling.per_document import compute_per_document
 from packtrain.modeling.positions import check_positions, position_start
 from packtrain.objectives.objective import Task
-from packtrain.objectives.task import load_task, plan_recipe
-from packtrain.packing.plan import Plan, plan_evaluation
+from packtrain.objectives.task import load_task, plan_training
+from packtrain.packing.plan import AnyPlan, plan_evaluation
 from packtrain.packing.strategies import resolve_strategy
 from packtrain.recipe.recipe import Recipe
 from packtrain.recipe.sections import library_arguments
@@ -110,7 +111,11 @@ def _train_in(
         sections = {name: section for name, section in redacted(recipe.to_dict()).items() if section is not None}
         (output_dir / "recipe.yaml").write_text(yaml.safe_dump(sections, sort_keys=False))
     reset_peak()
+    told = trainer.train_dataset.report
     fit(trainer, None if checkpoint is None else str(checkpoint), console=console)
+    if trainer.is_world_process_zero() and trainer.train_dataset.report != told:  # rows were read while it trained
+        for line in trainer.train_dataset.report.lines():
+            _sayer(console)(line)
     after = trainer.evaluate() if trainer.eval_dataset is not None else {}
     model_dir = output_dir / "model"
     trainer.model.config.use_cache = True  # Trainer turns it off for training; whoever generates wants it on
@@ -144,7 +149,7 @@ def build(
     if console and asked_rank() == 0:
         _say_data(task, _sayer(console))
     config = load_config(recipe.model, tokenizer=task.tokenizer, new_tokens=task.new_tokens, fields=task.config_fields)
-    plan = plan_recipe(recipe, task.train.lengths, world_size=ranks, cost=cost_of(config))
+    plan = plan_training(recipe, task.train, world_size=ranks, cost=cost_of(config))
     args = training_arguments(recipe, plan, evaluate=task.held_out is not None)
     check_processes(world_size=args.world_size, n_gpu=args.n_gpu)
     facts = facts_of(recipe, plan, task.train, config)
@@ -242,7 +247,7 @@ def prepare_model(
 def make_trainer(
     recipe: Recipe,
     task: Task,
-    plan: Plan,
+    plan: AnyPlan,
     args: TrainingArguments,
     model: PreTrainedModel | PeftModel,
     *,
@@ -315,7 +320,7 @@ def _longest_row(recipe: Recipe, trainer: PackTrainer) -> int:
     return max(part.longest for part in parts if part is not None)
 
 
-def training_arguments(recipe: Recipe, plan: Plan, *, evaluate: bool) -> TrainingArguments:
+def training_arguments(recipe: Recipe, plan: AnyPlan, *, evaluate: bool) -> TrainingArguments:
     """Returns the recipe's `training:` section as TrainingArguments, with what the plan decides."""
     decided = {
         "gradient_accumulation_steps": plan.gradient_accumulation_steps,
@@ -366,7 +371,9 @@ def fit(trainer: PackTrainer, checkpoint: str | None = None, *, console: Console
     if checkpoint is not None:
         checkpoint = trainer.checkpoints.admit(checkpoint)
         prepare_resume(trainer, checkpoint)
-        trainer.finite.skipped = read_manifest(Path(checkpoint)).get("skipped_updates", 0)
+        manifest = read_manifest(Path(checkpoint))
+        trainer.finite.skipped = manifest.get("skipped_updates", 0)
+        _find_place(trainer.plan, checkpoint, manifest)
     if trainer.is_deepspeed_enabled:  # 0.19 calls what torch 2.13 has renamed, in every layer of every step
         warnings.filterwarnings("ignore", message=r".torch\.distributed\.", category=FutureWarning)
     config: Any = trainer.args.deepspeed  # a mapping, by `training_arguments`
@@ -395,6 +402,22 @@ def fit(trainer: PackTrainer, checkpoint: str | None = None, *, console: Console
         leave(trainer.accelerator)
         raise stopped
     trainer.checkpoints.verify_best()
+
+
+def _find_place(plan: AnyPlan, checkpoint: str, manifest: Mapping[str, Any]) -> None:
+    """Goes on where a checkpoint stands, and checks that the rows before are those that its run has read; collective.
+
+    Raises:
+        CheckpointError: they are others.
+        LaunchError: on some ranks they are.
+    """
+    plan.go_on_from(manifest)
+    found = json.loads(json.dumps(plan.state_after(manifest["step"])))
+    check_agreement({"the rows read so far": found})
+    if found != {name: manifest.get(name) for name in found}:
+        what = "was saved by a run that has read other rows than there are now"
+        fix = "restore the rows, or start a new run from the saved model (model.model_name_or_path)"
+        raise CheckpointError(what, where=checkpoint, key="data.path", fix=fix)
 
 
 def _sayer(console: Console) -> Say:
@@ -473,7 +496,7 @@ def _summarise(trainer: PackTrainer, recipe: Recipe, model_dir: Path, after: flo
         updates=trainer.state.global_step,
         skipped_updates=trainer.finite.skipped,
         micro_batches_per_update=plan.gradient_accumulation_steps,
-        examples=len(trainer.train_dataset),
+        examples=plan.examples_after(trainer.state.global_step),
         epochs=round(trainer.state.epoch or 0, 4),
         world_size=trainer.args.world_size,
         real_tokens=real,

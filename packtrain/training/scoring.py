@@ -41,7 +41,7 @@ from packtrain.objectives.causal import supervised_index
 from packtrain.objectives.difficulty import token_difficulty
 from packtrain.objectives.logits import output_head
 from packtrain.objectives.objective import Task
-from packtrain.objectives.task import load_task
+from packtrain.objectives.task import load_task, refuse_streaming
 from packtrain.packing.collator import MicroBatches
 from packtrain.packing.plan import Plan, plan_evaluation
 from packtrain.packing.strategies import resolve_strategy
@@ -173,6 +173,7 @@ def score_examples(
 
 
 def _refuse(recipe: Recipe) -> None:
+    refuse_streaming(recipe, "has no scores: they are of all examples, by their numbers")
     if not recipe.objective.predicts_next or recipe.objective.row_kind != "example":
         what = "predicts no next token of single examples, so that they have no such scores"
         fix = "score the rows with a recipe whose objective is causal_lm"

@@ -75,7 +75,10 @@ class Summary:
         return lines + [
             ("updates", f"{self.updates:,} of {self._micro_batches()}"),
             *([("skipped", f"{self.skipped_updates:,} updates that were not finite")] if self.skipped_updates else []),
-            ("examples", f"{self.examples:,} x {self.epochs:g} epochs"),
+            (
+                "examples",
+                f"{self.examples:,} x {self.epochs:g} epochs" if self.epochs else f"{self.examples:,}, streamed",
+            ),
             ("time in updates", f"{self.seconds:.1f} s"),
             ("peak memory", f"{self.peak_memory / 2**20:,.0f} MiB ({self.peak_memory_of})"),
             ("parameters", f"{self.trainable_parameters:,} trained{frozen}"),

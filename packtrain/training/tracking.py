@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from packtrain.packing.plan import Plan
+from packtrain.packing.plan import AnyPlan
 from packtrain.recipe.recipe import OWN_SECTIONS, Recipe
 from packtrain.recipe.sections import library_arguments
 from packtrain.training.checkpoints import redacted
@@ -46,12 +46,11 @@ def reporting_arguments(args: TrainingArguments, facts: Mapping[str, Any]) -> Tr
     return told
 
 
-def facts_for_trackers(recipe: Recipe | None, plan: Plan, examples: int) -> dict[str, Any]:
+def facts_for_trackers(recipe: Recipe | None, plan: AnyPlan) -> dict[str, Any]:
     """Returns flat `section.key` -> plain value, without secrets: the recipe as far as it says something, and the plan.
 
     Args:
         recipe: the settings of the run; None for one put together in Python. The rest of `training:` is in the arguments.
-        examples: training examples.
     """
     tree = redacted(recipe.to_dict()) if recipe is not None else {}
     arguments = library_arguments(tree.get("training", {}))
@@ -66,7 +65,7 @@ def facts_for_trackers(recipe: Recipe | None, plan: Plan, examples: int) -> dict
         "plan.strategy": plan.strategy,
         "plan.max_tokens": plan.scope.max_tokens,
         "plan.layout": plan.layout,
-        "plan.examples": examples,
+        **({} if plan.num_examples is None else {"plan.examples": plan.num_examples}),
         "plan.updates": plan.total_steps,
         "plan.micro_batches_per_update": plan.gradient_accumulation_steps,
         "plan.world_size": plan.world_size,

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from itertools import islice
@@ -36,7 +37,7 @@ from packtrain.modeling.trained_on import TrainedOn, base_of_adapter
 from packtrain.objectives.causal import CAUSAL_LM
 from packtrain.objectives.objective import Loss
 from packtrain.packing.collator import MicroBatches, PackCollator
-from packtrain.packing.plan import Plan
+from packtrain.packing.plan import AnyPlan
 from packtrain.recipe.recipe import Recipe
 from packtrain.recipe.sections import MAX_SKIPPED_UPDATES, WORKER_TIMEOUT
 from packtrain.training.checkpoints import Checkpoints, facts_of
@@ -52,6 +53,8 @@ from packtrain.training.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+logger = logging.getLogger(__name__)
 
 
 class PackTrainer(Trainer):
@@ -83,11 +86,11 @@ class PackTrainer(Trainer):
         args: TrainingArguments,
         *,
         train_examples: AnyExamples,
-        plan: Plan,
+        plan: AnyPlan,
         collator: PackCollator,
         loss: Loss = CAUSAL_LM,
         eval_examples: AnyExamples | None = None,
-        eval_plan: Plan | None = None,
+        eval_plan: AnyPlan | None = None,
         recipe: Recipe | None = None,
         probe_memory: bool | None = None,
         on_nonfinite: Literal["stop", "skip"] = "stop",
@@ -114,7 +117,7 @@ class PackTrainer(Trainer):
         self._sums: dict[str, torch.Tensor] = {}  # of the loss's own figures, since the last log
         keep, args = (
             args.save_total_limit,
-            reporting_arguments(args, facts_for_trackers(recipe, plan, len(train_examples))),
+            reporting_arguments(args, facts_for_trackers(recipe, plan)),
         )
         args.run_name = hidden(args.run_name) if args.run_name else None  # written by loggers and in training_args.bin
         args.save_total_limit = None  # Trainer would remove the last good checkpoint before the new one is complete
@@ -139,10 +142,9 @@ class PackTrainer(Trainer):
             self,
             functools.partial(facts_of, recipe, plan, train_examples, self.model.config),
             keep,
-            progress=lambda: {"skipped_updates": self.finite.skipped},
+            progress=lambda: {"skipped_updates": self.finite.skipped, **plan.state_after(self.state.global_step)},
         )
-        base = base_of_adapter(recipe.model, self.model.config) if recipe and recipe.lora else None
-        self.trained_on = TrainedOn(prompts=train_examples.report.prompts, base_weights=base)
+        self.base_weights = base_of_adapter(recipe.model, self.model.config) if recipe and recipe.lora else None
         self.probe: ProbeMemory | None = None
         if ProbeMemory.wanted(self, probe_memory):
             self.probe = ProbeMemory(self, plan, MicroBatches(train_examples, collator, plan.shapes), self.rehearse)
@@ -150,6 +152,11 @@ class PackTrainer(Trainer):
         for callback in (StepEnd(plan, self.meter), self.checkpoints, self.probe, self.watchdog):
             if callback is not None:
                 self.add_callback(callback)
+
+    @property
+    def trained_on(self) -> TrainedOn:
+        """What is saved next to the weights: of streamed rows, how those read so far were written out."""
+        return TrainedOn(prompts=self.train_dataset.report.prompts, base_weights=self.base_weights)
 
     # Data
 
@@ -163,7 +170,7 @@ class PackTrainer(Trainer):
             )
         return self._loader(self.eval_plan, self.eval_dataset, lambda: 0)
 
-    def _loader(self, plan: Plan, examples: AnyExamples, global_step: Callable[[], int]) -> PlanLoader:
+    def _loader(self, plan: AnyPlan, examples: AnyExamples, global_step: Callable[[], int]) -> PlanLoader:
         return PlanLoader(
             plan=plan,
             dataset=MicroBatches(examples, self.collator, plan.shapes),
@@ -319,6 +326,7 @@ class PackTrainer(Trainer):
         """Adds real tokens/s, padding share and the loss's own figures since the last log, over all ranks."""
         if "loss" in logs:
             logs |= self.meter.since(self._logged_meter, self._over_ranks)
+            logs |= self.plan.figures_after(self.state.global_step)
             self._logged_meter = copy.copy(self.meter)
             sums = {name: self.accelerator.reduce(self._sums[name], reduction="sum") for name in sorted(self._sums)}
             logs |= means_of(sums, skip=("loss",))
@@ -327,12 +335,17 @@ class PackTrainer(Trainer):
 
 
 class StepEnd(TrainerCallback):
-    """Stops the clock after every update, and sets the epoch from the plan (Trainer counts from where it resumed)."""
+    """Stops the clock after every update, sets the epoch from the plan (Trainer counts from where it resumed), and logs what
+    the plan has to say."""
 
-    def __init__(self, plan: Plan, meter: Meter):
+    def __init__(self, plan: AnyPlan, meter: Meter):
         self.plan, self.meter = plan, meter
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        said = self.plan.said_before(state.global_step)
+        if said and state.is_world_process_zero:
+            logger.warning(said)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.meter.end_step()
-        epoch, index = self.plan.locate(state.global_step - 1)
-        state.epoch = epoch + (index + 1) / self.plan.steps_in_epoch(epoch)
+        state.epoch = self.plan.epochs_after(state.global_step)

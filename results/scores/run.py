@@ -11,8 +11,9 @@ one with fewer rows sees them more often, and what they reach on held-out rows i
 the random choice of the same size. Perplexity orders rows as the loss does, so that it would keep the same ones.
 
 SmolLM2-135M-Instruct, where `results/real_model/prepare.py` has made it, scores some of the rows too, untrained on them.
-Costs are CPU seconds of one thread, those of scoring also over those of training in the same seed, and computed FLOPs. Finished runs are kept in `out/`: a study that was stopped goes on behind them. Sizes
-that `--minutes` leaves no time for are not on the page.
+Costs are CPU seconds of one thread, those of scoring also over those of training in the same seed, and computed FLOPs.
+Finished runs are kept in `out/`: a study that was stopped goes on behind them. Sizes that `--minutes` leaves no time for
+are not on the page.
 
 Writes `results/scores/bench.json` and `results/scores/README.md`.
 """

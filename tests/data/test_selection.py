@@ -31,6 +31,15 @@ WHOLE_0 = (0, [10, 11, 12], [-100, 11, 12])
 WHOLE_2 = (2, [30, 31, 32, 33], [-100, -100, 32, 33])
 
 
+def test_bad_rows_are_listed_next_to_those_of_which_a_cut_leaves_nothing(build, tokenizer):
+    """In the order of the rows."""
+    texts = [{"prompt": "one two three four " * 4, "completion": "seven"}, {"prompt": 3, "completion": "x"}]
+    rows = [{"prompt": "?", "completion": "one"}, *texts, {"prompt": "?", "completion": "two"}, texts[0]]
+    examples = build(rows, tokenizer, max_length=8, overflow="truncate", on_bad_row="skip")
+    assert [where for where, _ in examples.report.skipped] == [f"rows.jsonl, line {number}" for number in (2, 3, 5)]
+    assert examples.rows.tolist() == [0, 3]
+
+
 def test_drop(build, tokenizer):
     examples = build(ROWS, tokenizer, max_length=4, overflow="drop")
     assert pieces(examples) == [WHOLE_0, WHOLE_2]

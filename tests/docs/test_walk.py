@@ -41,3 +41,20 @@ def test_the_walk_leads_from_rows_to_an_answer(tmp_path, monkeypatch, capsys):
     assert verbs == order
     summary = json.loads(Path("out/opposites/summary.json").read_text())
     assert summary["held_out_loss_after"] < 0.2 * summary["held_out_loss_before"]
+
+
+@pytest.mark.ci
+@pytest.mark.slow
+def test_streamed_rows_are_trained_and_counted_as_the_page_shows(tmp_path, monkeypatch, capsys):
+    """The command runs over a trillion rows, and prints what it has read of them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "118")
+    page = {block.mark: block for block in blocks((ROOT / "recipes/README.md").read_text(encoding="utf-8"))}
+    (words,) = commands(page["streamed"].code)
+    with pytest.raises(SystemExit) as ended:
+        main(words[1:])
+    said = capsys.readouterr()
+    assert not ended.value.code, said.err
+    assert missing_lines(page["streamed: output"].code, said.out) == []
+    rows = json.loads(Path("out/quickstart/summary.json").read_text())["data"]["rows"]
+    assert 96 <= rows < 300  # of 6 updates of 16 examples, and the block that is read with the last one

@@ -72,7 +72,7 @@ def test_no_secret_reaches_a_tracker(recipe):
     from packtrain.training.tracking import facts_for_trackers
 
     other, plan = type(recipe).model_validate(config), build(recipe).plan
-    assert token not in json.dumps(facts_for_trackers(other, plan, 1)) and token in json.dumps(other.to_dict())
+    assert token not in json.dumps(facts_for_trackers(other, plan)) and token in json.dumps(other.to_dict())
 
 
 def test_a_run_put_together_in_python_tells_its_plan(tmp_path):

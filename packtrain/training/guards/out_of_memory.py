@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 
 from packtrain.errors import OutOfMemory, PacktrainError
 from packtrain.packing.collator import MicroBatches
-from packtrain.packing.plan import MicroBatch, Plan
+from packtrain.packing.plan import AnyPlan, MicroBatch
 from packtrain.training.memory.activations import activation_formula
 from packtrain.training.memory.plan import MicroBatchSize, logit_bytes, sampled_micro_batches
 from packtrain.training.meters import peak_memory
@@ -100,7 +100,7 @@ class ProbeMemory(TrainerCallback):
     """
 
     def __init__(
-        self, trainer: Trainer, plan: Plan, batches: MicroBatches, rehearse: Callable[[Mapping[str, Any], int], None]
+        self, trainer: Trainer, plan: AnyPlan, batches: MicroBatches, rehearse: Callable[[Mapping[str, Any], int], None]
     ):
         self.trainer, self.plan, self.batches, self.rehearse, self.said = trainer, plan, batches, rehearse, ""
         self._again = True
@@ -166,7 +166,7 @@ def without_a_trace(model: torch.nn.Module, device: torch.device) -> Iterator[No
 
 
 def heaviest_micro_batch(
-    plan: Plan, supervised: np.ndarray, model: PreTrainedModel | PeftModel, args: TrainingArguments
+    plan: AnyPlan, supervised: np.ndarray, model: PreTrainedModel | PeftModel, args: TrainingArguments
 ) -> tuple[int, MicroBatch, MicroBatchSize]:
     """Returns the micro-batch of any rank that needs the most memory by the formulas of `memory`, and its update.
 

@@ -25,7 +25,7 @@ import numpy as np
 from packtrain.errors import ModelError, PlanError
 from packtrain.modeling.counting import cache_path, keep_count, stack_of
 from packtrain.packing.accumulation import micro_batch_tokens
-from packtrain.packing.plan import MicroBatch, Plan
+from packtrain.packing.plan import AnyPlan, MicroBatch, Plan
 from packtrain.recipe.recipe import Recipe
 from packtrain.recipe.sections import ModelSection
 from packtrain.training.memory.activations import (
@@ -194,10 +194,9 @@ def largest_sizes(plan: Plan, supervised: np.ndarray) -> MicroBatchSize:
     return MicroBatchSize(**most)
 
 
-def sampled_micro_batches(plan: Plan, supervised: np.ndarray) -> Iterator[tuple[int, MicroBatch, MicroBatchSize]]:
+def sampled_micro_batches(plan: AnyPlan, supervised: np.ndarray) -> Iterator[tuple[int, MicroBatch, MicroBatchSize]]:
     """Yields (update, micro-batch, its size) of all ranks, of `SAMPLED_STEPS` evenly spaced updates in a long plan."""
-    steps = np.linspace(0, plan.total_steps - 1, min(SAMPLED_STEPS, plan.total_steps)).round().astype(np.int64)
-    for step in np.unique(steps).tolist():
+    for step in plan.sampled_steps(SAMPLED_STEPS):
         for micro_batch in plan.layout_of(step):
             if not len(micro_batch):
                 continue
