@@ -37,6 +37,7 @@ from packtrain.modeling.stored_weights import base_weights
 from packtrain.packing.plan import Plan
 from packtrain.recipe.recipe import DEFAULTS, Recipe
 from packtrain.training.resharding import added_later, optimizer_steps
+from packtrain.training.schedule import continue_schedule
 from packtrain.training.sealing import MANIFEST, UNFINISHED, begin, is_sealed, read_manifest, seal, verify
 from packtrain.training.summary import package_versions
 
@@ -90,6 +91,7 @@ class Checkpoints(TrainerCallback):
         self.facts = functools.cache(facts)
         self.saving: Path | None = None  # the directory that is being written
         self.chosen: Path | None = None  # by `choose_checkpoint`: verified, so it may be read
+        self.jump: str | None = None  # of the learning rate, where the resumed run has another length now
         self.begun = False  # all that the trainer is made of is there; what fails now is no setting
         self.reading = ExitStack()  # what holds until a checkpoint is read
 
@@ -116,6 +118,8 @@ class Checkpoints(TrainerCallback):
         self.reading.close()
         if self.chosen is not None:
             state.best_model_checkpoint = self._best_so_far(self.chosen)
+            if state.global_step < state.max_steps:
+                self.jump = continue_schedule(self.trainer)
         state.compute_steps(args, state.max_steps)  # a resumed state has those of the run that it is of
 
     def _best_so_far(self, resumed: Path) -> str | None:

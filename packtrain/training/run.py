@@ -371,8 +371,7 @@ def fit(trainer: PackTrainer, checkpoint: str | None = None, *, console: Console
         warnings.filterwarnings("ignore", message=r".torch\.distributed\.", category=FutureWarning)
     config: Any = trainer.args.deepspeed  # a mapping, by `training_arguments`
     asked = asked_engine(trainer.args, config)
-    notes = lambda: {"largest": trainer.probe.said} if trainer.probe else {}  # noqa: E731
-    trainer.add_callback(EngineReport(trainer, asked, resumed_from=checkpoint, console=console, notes=notes))
+    trainer.add_callback(EngineReport(trainer, asked, resumed_from=checkpoint, console=console, notes=trainer.notes))
     stop = StopOnSignal(trainer)
     trainer.add_callback(stop)
     try:

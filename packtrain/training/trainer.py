@@ -110,6 +110,7 @@ class PackTrainer(Trainer):
             )
         self.plan, self.eval_plan, self.collator, self.loss = plan, eval_plan, collator, loss
         self.worker_timeout = worker_timeout
+        self.updates_left = True  # False: `train` only restores what a resumed run has made
         self.meter, self._logged_meter = Meter(), Meter()
         self._sums: dict[str, torch.Tensor] = {}  # of the loss's own figures, since the last log
         keep, args = (
@@ -174,7 +175,13 @@ class PackTrainer(Trainer):
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> tuple:
         """Returns epochs, updates per epoch and updates in total from the plan; the rest as Trainer computes it."""
-        return values_of_plan(self.plan, super().set_initial_training_values(args, dataloader))
+        epochs, *values = values_of_plan(self.plan, super().set_initial_training_values(args, dataloader))
+        return epochs if self.updates_left else 0, *values
+
+    def notes(self) -> dict[str, str]:
+        """Returns what to say when training begins: (name, text) of the largest micro-batch and the resumed schedule."""
+        said = {"largest": self.probe and self.probe.said, "schedule": self.checkpoints.jump}
+        return {name: text for name, text in said.items() if text}
 
     # Loss
 
