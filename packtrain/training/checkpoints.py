@@ -77,7 +77,7 @@ class Checkpoints(TrainerCallback):
         trainer: on every rank; each process that Trainer lets save on its drive seals and removes there.
         facts: makes what identifies the run, see `facts_of`; called once, when it is first needed.
         keep: sealed checkpoints to leave, at least one; None or 0 for all.
-        progress: returns further entries of a manifest, called when a checkpoint is sealed.
+        progress: returns further entries of a manifest, called on every rank when a checkpoint is sealed.
     """
 
     def __init__(
@@ -175,10 +175,11 @@ class Checkpoints(TrainerCallback):
         directory = self.saving
         assert directory is not None, "Trainer saves a checkpoint through save_model"
         self.trainer.accelerator.wait_for_everyone()  # until every rank has written its files
+        progress = self.progress()
         if args.should_save:
             about = {"step": state.global_step, "sealed_at": _after(directory), "world_size": args.world_size}
             about |= {"save_only_model": args.save_only_model}
-            about |= {**self.progress(), "optimizer_steps": optimizer_steps(self.trainer)}
+            about |= {**progress, "optimizer_steps": optimizer_steps(self.trainer)}
             seal(directory, about | self.facts() | {"versions": package_versions()})
             self._remove_old(directory, best=state.best_model_checkpoint)
         self.trainer.accelerator.wait_for_everyone()

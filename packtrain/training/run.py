@@ -43,7 +43,7 @@ from packtrain.training.guards.nonfinite import FILE as UPDATES_FILE
 from packtrain.training.guards.out_of_memory import checkpoints_activations, is_out_of_memory, of_optimizer
 from packtrain.training.guards.stops import StopOnSignal
 from packtrain.training.loader import worker_failure
-from packtrain.training.meters import peak_memory, reset_peak
+from packtrain.training.meters import max_peak, reset_peak
 from packtrain.training.model_card import write_model_card
 from packtrain.training.output_lock import only_run
 from packtrain.training.progress import RichProgress
@@ -458,7 +458,7 @@ def _summarise(trainer: PackTrainer, recipe: Recipe, model_dir: Path, after: flo
     real, computed, supervised = trainer.accelerator.reduce(counts, reduction="sum").tolist()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     evaluations = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    peak, peak_of = peak_memory()
+    peak, peak_of = max_peak(trainer.earlier_peak)
     trained, frozen = count_parameters(trainer.accelerator.unwrap_model(trainer.model))
     return Summary(
         recipe=Path(recipe.sources.path).stem if recipe.sources is not None else "recipe",
@@ -478,6 +478,7 @@ def _summarise(trainer: PackTrainer, recipe: Recipe, model_dir: Path, after: flo
         real_tokens=real,
         supervised_tokens=supervised,
         padding_share=1 - real / computed if computed else None,
+        measured_after=meter.after,
         seconds=meter.seconds,
         real_tokens_per_second=real / meter.seconds if meter.seconds else None,
         peak_memory=peak,

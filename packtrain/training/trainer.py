@@ -45,8 +45,9 @@ from packtrain.training.guards.nonfinite import FiniteUpdates
 from packtrain.training.guards.out_of_memory import ProbeMemory, explaining_out_of_memory, without_a_trace
 from packtrain.training.liger import keep_own_loss
 from packtrain.training.loader import PlanLoader, loader_options, values_of_plan
-from packtrain.training.meters import Meter, add_sums, evaluation_sums, means_of
+from packtrain.training.meters import Meter, add_sums, evaluation_sums, max_peak, means_of
 from packtrain.training.restricted import restricted_unpickling, runs_code
+from packtrain.training.sealing import read_manifest
 from packtrain.training.tracking import facts_for_trackers, reporting_arguments
 from packtrain.training.watchdog import Watchdog
 
@@ -112,6 +113,7 @@ class PackTrainer(Trainer):
         self.worker_timeout = worker_timeout
         self.updates_left = True  # False: `train` only restores what a resumed run has made
         self.meter, self._logged_meter = Meter(), Meter()
+        self.earlier_peak: tuple[int, str] | None = None  # of memory, before the resume; see `peak_memory`
         self._sums: dict[str, torch.Tensor] = {}  # of the loss's own figures, since the last log
         keep, args = (
             args.save_total_limit,
@@ -140,7 +142,7 @@ class PackTrainer(Trainer):
             self,
             functools.partial(facts_of, recipe, plan, train_examples, self.model.config),
             keep,
-            progress=lambda: {"skipped_updates": self.finite.skipped},
+            progress=self._progress,
         )
         base = base_of_adapter(recipe.model, self.model.config) if recipe and recipe.lora else None
         self.trained_on = TrainedOn(prompts=train_examples.report.prompts, base_weights=base)
@@ -297,12 +299,25 @@ class PackTrainer(Trainer):
         if not resume_from_checkpoint:
             return super().train(**kwargs)
         checkpoint = self.checkpoints.admit(resume_from_checkpoint)
+        self._go_on_measuring(read_manifest(Path(checkpoint)))
         with self.checkpoints.reading as reading:
             reading.enter_context(restricted_unpickling())
             try:
                 return super().train(resume_from_checkpoint=checkpoint, **kwargs)
             except UnpicklingError as error:
                 raise runs_code(error, checkpoint) from error
+
+    def _progress(self) -> dict[str, Any]:
+        """Returns what a checkpoint carries of the run's figures; called on every rank."""
+        peak, peak_of = max_peak(self.earlier_peak)
+        measured = self.meter.carried(self._over_ranks) | {"peak_memory": peak, "peak_memory_of": peak_of}
+        return {"skipped_updates": self.finite.skipped, "measured": measured}
+
+    def _go_on_measuring(self, manifest: Mapping[str, Any]) -> None:
+        measured = manifest.get("measured")
+        self.meter.go_on(measured, manifest["step"], counting=self.is_world_process_zero())
+        self._logged_meter = copy.copy(self.meter)
+        self.earlier_peak = measured and (measured["peak_memory"], measured["peak_memory_of"])
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if _internal_call and output_dir is not None:  # the first thing that Trainer does for a checkpoint

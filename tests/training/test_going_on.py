@@ -13,6 +13,7 @@ from packtrain.compare.experiment import load_experiment
 from packtrain.errors import CheckpointError, RecipeError
 from packtrain.recipe.reader import load_recipe
 from packtrain.training.run import build, fit, train
+from packtrain.training.sealing import read_manifest, seal
 
 RECIPE = """
 model:
@@ -108,3 +109,24 @@ def test_a_finished_run_goes_on_by_the_command_that_is_said(file):
     out.truncate(0)
     again = train(load_recipe(file, overrides), resume=True, allow_changes=True, console=Console(file=out, width=200))
     assert again.updates == 10 and "updates of this run are made" not in out.getvalue()
+
+
+def test_the_figures_of_a_resumed_run_are_those_of_the_whole_run(file, tmp_path):
+    """Also of one with nothing left to do; a checkpoint without the figures of what was before says so."""
+    keys = ["eval_strategy=no", "save_steps=5"]
+    whole = train(load_recipe(file, keys))
+    for checkpoint in (5, 10):
+        again = train(load_recipe(file, keys), resume=str(tmp_path / f"run/checkpoint-{checkpoint}"))
+        names = ("real_tokens", "supervised_tokens", "padding_share", "updates", "epochs")
+        assert {name: getattr(again, name) for name in names} == {name: getattr(whole, name) for name in names}
+        assert again.seconds > 0 and again.peak_memory >= whole.peak_memory and again.since == ""
+    assert f"{whole.real_tokens:,}, {whole.supervised_tokens:,} of" in (tmp_path / "run/model/README.md").read_text()
+
+    older = tmp_path / "run/checkpoint-5"
+    facts = {key: value for key, value in read_manifest(older).items() if key not in ("format", "files", "sha256")}
+    del facts["measured"]  # as earlier releases wrote it
+    seal(older, facts)
+    partly = train(load_recipe(file, keys), resume=str(older))
+    assert 0 < partly.real_tokens < whole.real_tokens
+    since = "(since the resume after update 5)"
+    assert partly.since == f" {since}" and since in (tmp_path / "run/model/README.md").read_text()
