@@ -18,7 +18,6 @@ import functools
 import json
 import logging
 import re
-import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -251,24 +250,6 @@ def choose_checkpoint(
     if isinstance(answer[0], PacktrainError):
         raise answer[0]
     return answer[0]
-
-
-def resume_command(recipe: Recipe, *overrides: str) -> str | None:
-    """Returns the command that goes on with a changed recipe; None where it was read from no file."""
-    if recipe.sources is None:
-        return None
-    sets = [word for override in (*recipe.sources.overrides, *overrides) for word in ("--set", override)]
-    return hidden(shlex.join(["packtrain", "train", recipe.sources.path, *sets, "--resume", "--allow-changes"]))
-
-
-def say_whether_done(checkpoint: str, plan: Plan, recipe: Recipe, say: Say) -> None:
-    """Says, of a run whose updates are all made, how it goes on."""
-    if read_manifest(Path(checkpoint))["step"] < plan.total_steps:
-        return
-    limited = recipe.schedule.max_steps > 0
-    longer = f"max_steps={2 * plan.total_steps}" if limited else f"num_train_epochs={recipe.schedule.num_epochs + 1:g}"
-    command = resume_command(recipe, f"training.{longer}")
-    say(f"all {plan.total_steps:,} updates of this run are made" + (f"; more of them: {command}" if command else ""))
 
 
 def find_last_checkpoint(output_dir: Path, say: Say = print) -> tuple[Path, dict[str, Any]]:

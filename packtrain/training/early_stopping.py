@@ -49,3 +49,9 @@ class EarlyStopping(EarlyStoppingCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.began = float("inf")
+
+
+def evaluations_without_better(state: Mapping[str, Any]) -> int:
+    """Returns the count that a checkpoint's `trainer_state.json` has; 0 without early stopping."""
+    stored = (state.get("stateful_callbacks") or {}).get(EarlyStopping.__name__)
+    return stored["attributes"]["early_stopping_patience_counter"] if stored else 0

@@ -35,7 +35,8 @@ from packtrain.packing.strategies import resolve_strategy
 from packtrain.recipe.recipe import Recipe
 from packtrain.recipe.sections import library_arguments
 from packtrain.training.agreement import check_agreement, weights_hash
-from packtrain.training.checkpoints import choose_checkpoint, facts_of, redacted, resume_command, say_whether_done
+from packtrain.training.checkpoints import choose_checkpoint, facts_of, redacted
+from packtrain.training.continuing import check_what_is_left, recipe_of_record, resume_command
 from packtrain.training.deepspeed_config import deepspeed_config
 from packtrain.training.early_stopping import EarlyStopping
 from packtrain.training.engine import STATE_FILE, EngineReport, asked_engine
@@ -104,6 +105,8 @@ def _train_in(
 ) -> Summary:
     trainer = build(recipe, console=console, resume=resume, allow_changes=allow_changes, trainer_class=trainer_class)
     checkpoint = trainer.checkpoints.chosen
+    if checkpoint is not None and not trainer.updates_left:
+        recipe = recipe_of_record(checkpoint, recipe, _sayer(console if asked_rank() == 0 else Console(quiet=True)))
     if trainer.is_world_process_zero():
         if resume is False:  # after all that could refuse this run
             _clear(output_dir, overwrite=overwrite)
@@ -157,11 +160,12 @@ def build(
         say=_sayer(console or Console(quiet=True)),
         command=resume_command(recipe),
     )
-    if checkpoint and console and asked_rank() == 0:
-        say_whether_done(checkpoint, plan, recipe, _sayer(console))
+    say = _sayer(console if console and asked_rank() == 0 else Console(quiet=True))
+    left = not checkpoint or check_what_is_left(Path(checkpoint), plan, recipe, say)
     model = prepare_model(recipe, task, config, args, layout=plan.layout, console=console)
     check_agreement({"the model's weights": weights_hash(model), "the checkpoint": _sealed_as(checkpoint)})
     trainer = make_trainer(recipe, task, plan, args, model, console=console, checkpoint=checkpoint, kind=trainer_class)
+    trainer.updates_left = left
     check_documents(recipe, trainer, console=console)
     if prompts := recipe.training.get("sample_prompts"):
         trainer.add_callback(SampleAnswers(trainer, recipe, prompts, console))

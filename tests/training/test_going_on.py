@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 from rich.console import Console
 
 from packtrain.compare.experiment import load_experiment
@@ -130,3 +131,38 @@ def test_the_figures_of_a_resumed_run_are_those_of_the_whole_run(file, tmp_path)
     assert 0 < partly.real_tokens < whole.real_tokens
     since = "(since the resume after update 5)"
     assert partly.since == f" {since}" and since in (tmp_path / "run/model/README.md").read_text()
+
+
+def test_fewer_updates_than_were_made_are_refused_and_the_record_stays(file, tmp_path):
+    keys = ["eval_strategy=no", "save_steps=5", "num_train_epochs=2"]
+    train(load_recipe(file, keys))
+    records = [tmp_path / "run" / name for name in ("recipe.yaml", "summary.json", "model/README.md")]
+    before = [path.read_text() for path in records]
+    fewer = load_recipe(file, [*keys[:2], "num_train_epochs=1"])
+    with pytest.raises(CheckpointError, match="10 updates made, and these settings ask for 5") as refused:
+        train(fewer, resume=True, allow_changes=True)
+    assert (
+        refused.value.fix.count("num_train_epochs") == 1 and "--set training.num_train_epochs=3 " in refused.value.fix
+    )
+    assert [path.read_text() for path in records] == before
+
+    said = io.StringIO()
+    other = load_recipe(file, [*keys, "batching.strategy=pad_longest"])
+    summary = train(other, resume=True, allow_changes=True, console=Console(file=said, width=200))
+    assert "the run's record keeps those it was trained with" in said.getvalue() and summary.strategy == "balanced"
+    assert yaml.safe_load(records[0].read_text())["batching"]["strategy"] == "balanced"
+    assert "`balanced`, at most" in records[2].read_text()
+
+
+def test_a_run_that_stopped_early_has_nothing_to_do_until_its_patience_is_raised(file, tmp_path):
+    keys = [f"early_stopping_patience={PATIENCE}"]
+    stop = train(load_recipe(file, keys)).updates
+    assert stop < 10
+    said = io.StringIO()
+    again = train(load_recipe(file, keys), resume=True, console=Console(file=said, width=300))
+    assert again.updates == stop and again.real_tokens > 0
+    assert f"this run stopped early after update {stop}; nothing to do; to go on raise" in said.getvalue()
+    command = shlex.split(said.getvalue().partition("early_stopping_patience: ")[2].splitlines()[0])
+    overrides = [word for before, word in zip(command, command[1:], strict=False) if before == "--set"]
+    assert len(overrides) == 1
+    assert train(load_recipe(file, overrides), resume=True, allow_changes=True).updates > stop
