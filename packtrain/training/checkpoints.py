@@ -139,6 +139,11 @@ class Checkpoints(TrainerCallback):
             raise CheckpointError(what, where=str(resumed), key="training.load_best_model_at_end", fix=_WITHOUT_BEST)
         return None
 
+    def best_step(self) -> int | None:
+        """Returns the step of the checkpoint that Trainer has loaded as the best one; None where it has loaded none."""
+        best = self.trainer.state.best_model_checkpoint
+        return read_manifest(Path(best))["step"] if self.trainer.args.load_best_model_at_end and best else None
+
     def verify_best(self) -> None:
         """Verifies the checkpoint that Trainer has loaded as the best one, after training; on every rank.
 

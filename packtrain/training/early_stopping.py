@@ -39,7 +39,8 @@ class EarlyStopping(EarlyStoppingCallback):
             return
         super().on_evaluate(args, state, control, metrics, **kwargs)
         stopping = self.early_stopping_patience_counter >= self.early_stopping_patience
-        if stopping and self.console is not None and state.is_world_process_zero:
+        early = stopping and state.global_step < state.max_steps
+        if early and self.console is not None and state.is_world_process_zero:
             count = self.early_stopping_patience_counter
             self.console.print(
                 f"stopping early after step {state.global_step}: {count} evaluation{'s' * (count != 1)} in a row "

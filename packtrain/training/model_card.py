@@ -72,6 +72,8 @@ def _figures(recipe: Recipe, summary: Summary) -> list[tuple[str, str]]:
     figures = [
         (name, f"{first:.4f} -> {last:.4f}") for name, (first, last) in pairs.items() if None not in (first, last)
     ]
+    if summary.best_step is not None:
+        figures.append(("weights", f"of step {summary.best_step:,}, the best evaluation"))
     batching = recipe.batching
     scheduled = ", more of them in the phases of short ones" if batching.schedule else ""
     figures += [

@@ -28,6 +28,7 @@ class Summary:
     model_dir: str
     held_out_loss_before: float | None
     held_out_loss_after: float | None
+    best_step: int | None = None  # whose weights were loaded at the end; None: the last update's are there
     train_loss_first: float | None
     train_loss_last: float | None
     updates: int
@@ -75,7 +76,8 @@ class Summary:
     def _lines(self) -> list[tuple[str, str]]:
         lines = []
         if self.held_out_loss_before is not None and self.held_out_loss_after is not None:
-            lines.append(("held-out loss", f"{self.held_out_loss_before:.4f} -> {self.held_out_loss_after:.4f}"))
+            losses = f"{self.held_out_loss_before:.4f} -> {self.held_out_loss_after:.4f}{self.of_best}"
+            lines.append(("held-out loss", losses))
         if self.train_loss_first is not None and self.train_loss_last is not None:
             lines.append(("training loss", f"{self.train_loss_first:.4f} -> {self.train_loss_last:.4f}"))
         if self.real_tokens_per_second is not None:

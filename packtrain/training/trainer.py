@@ -356,5 +356,10 @@ class StepEnd(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.meter.end_step()
-        epoch, index = self.plan.locate(state.global_step - 1)
-        state.epoch = epoch + (index + 1) / self.plan.steps_in_epoch(epoch)
+        state.epoch = epoch_after(self.plan, state.global_step)
+
+
+def epoch_after(plan: Plan, step: int) -> float:
+    """Returns the epochs done after update `step` (from 1 on), with its fraction."""
+    epoch, index = plan.locate(step - 1)
+    return epoch + (index + 1) / plan.steps_in_epoch(epoch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shlex
 from pathlib import Path
 
@@ -166,3 +167,28 @@ def test_a_run_that_stopped_early_has_nothing_to_do_until_its_patience_is_raised
     overrides = [word for before, word in zip(command, command[1:], strict=False) if before == "--set"]
     assert len(overrides) == 1
     assert train(load_recipe(file, overrides), resume=True, allow_changes=True).updates > stop
+
+
+def test_the_best_model_is_recorded_under_its_own_step(file, tmp_path):
+    """Not under the last, which has other answers; and a run at its end has not stopped early."""
+    asked = ["load_best_model_at_end=true", "training.sample_prompts=[two]", "max_steps=3"]
+    out = io.StringIO()
+    summary = train(load_recipe(file, asked), console=Console(file=out, width=200))
+    best = summary.best_step
+    evaluations = {
+        entry["step"]: entry["eval_loss"]
+        for entry in json.loads((tmp_path / "run/checkpoint-3/trainer_state.json").read_text())["log_history"]
+        if "eval_loss" in entry and entry["step"]
+    }
+    assert evaluations[best] == min(evaluations.values()) and best < 3, evaluations
+    assert summary.held_out_loss_after == pytest.approx(evaluations[best]) and summary.updates == 3
+    assert f"the best model, of step {best}, is loaded" in out.getvalue()
+    assert f"(step {best}, the best)" in dict(summary._lines())["held-out loss"]
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
+    assert steps == [0, 1, 2, 3]
+
+    last = next(step for step, loss in evaluations.items() if step > best and loss > evaluations[best])
+    ends = ["early_stopping_patience=1", f"max_steps={last}", f"output_dir={tmp_path / 'ends'}"]
+    out = io.StringIO()
+    assert train(load_recipe(file, ends), console=Console(file=out, width=200)).updates == last
+    assert "stopping early" not in out.getvalue()
