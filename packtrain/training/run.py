@@ -51,6 +51,7 @@ from packtrain.training.resharding import prepare_resume
 from packtrain.training.samples import SampleAnswers
 from packtrain.training.sealing import read_manifest
 from packtrain.training.summary import Summary, describe_machine, package_versions
+from packtrain.training.tracking import check_trackers
 from packtrain.training.trainer import PackTrainer, epoch_after
 
 if TYPE_CHECKING:
@@ -82,7 +83,11 @@ def train(
     Raises:
         PacktrainError: bad data, a plan that does not fit, a model that cannot, a launch that is not what was asked.
     """
+    if overwrite and resume is not False:
+        what, fix = "would remove the run that --resume continues", "leave one of the two out"
+        raise PacktrainError(what, key="--overwrite", fix=fix)
     console = console or Console()
+    check_trackers(recipe.training.get("report_to"))
     output_dir = make_output_dir(recipe)
     with only_run(output_dir) if asked_rank() == 0 else nullcontext():
         if resume is False and not overwrite and asked_rank() == 0:

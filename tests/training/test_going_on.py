@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shlex
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import yaml
 from rich.console import Console
 
 from packtrain.compare.experiment import load_experiment
-from packtrain.errors import CheckpointError, RecipeError
+from packtrain.errors import CheckpointError, PacktrainError, RecipeError
 from packtrain.recipe.reader import load_recipe
 from packtrain.training.run import build, fit, train
 from packtrain.training.sealing import read_manifest, seal
@@ -192,3 +193,20 @@ def test_the_best_model_is_recorded_under_its_own_step(file, tmp_path):
     out = io.StringIO()
     assert train(load_recipe(file, ends), console=Console(file=out, width=200)).updates == last
     assert "stopping early" not in out.getvalue()
+
+
+def test_resuming_and_overwriting_is_refused(file):
+    with pytest.raises(PacktrainError, match="--overwrite: would remove the run that --resume continues"):
+        train(load_recipe(file), resume=True, overwrite=True)
+
+
+def test_a_tracker_that_is_not_installed_is_named_before_anything_is_loaded(file):
+    absent = next(name for name in ("clearml", "neptune", "swanlab", "wandb") if find_spec(name) is None)
+    for given in (absent, f"[none, {absent}]"):
+        with pytest.raises(PacktrainError, match=f"training.report_to: {absent} is not installed") as refused:
+            train(load_recipe(file, [f"report_to={given}", "data.path=nowhere.jsonl"]))
+        assert f"pip install {absent}" in refused.value.fix
+    with pytest.raises(PacktrainError, match="is no tracker that transformers knows"):
+        train(load_recipe(file, ["report_to=wandbb"]))
+    with pytest.raises(PacktrainError, match="nowhere"):  # control
+        train(load_recipe(file, ["data.path=nowhere.jsonl"]))
