@@ -95,7 +95,7 @@ def _is_recipe(word: str) -> bool:
 
 EXIT_CODES = (
     "Exit codes: 0 done, 1 an audit found a leak or a rank failed, 2 an error that the message says how to fix, "
-    "75 stopped with a checkpoint to resume from, 130 interrupted."
+    "75 stopped with a checkpoint to resume from, 130 interrupted, 143 terminated (SIGTERM) before or after the updates."
 )
 app = typer.Typer(
     cls=Verbs,

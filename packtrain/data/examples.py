@@ -268,7 +268,9 @@ class Examples:
             raise DataError(what, key="data.eval_size", value=eval_size)
         chosen = np.random.default_rng([_HELD_OUT, seed]).permutation(len(rows))[:count]
         held_out = np.isin(self.rows, rows[chosen])
-        return self.take(np.flatnonzero(~held_out)), self.take(np.flatnonzero(held_out))
+        train = self.take(np.flatnonzero(~held_out))
+        train.report = replace(train.report, held_out=count)
+        return train, self.take(np.flatnonzero(held_out))
 
     @classmethod
     def join(cls, parts: Sequence[Examples], report: DataReport) -> Examples:

@@ -146,7 +146,8 @@ def mix(section: DataSection, parts: Sequence[Examples], *, seed: int) -> tuple[
         )
         for number, (name, weight, count, taken) in enumerate(zip(names, weights, rows, epoch, strict=True))
     )
-    return Examples.join(epoch, replace(report, mixture=shares)), held_out
+    kept_rows = sum(part.report.held_out for part in parts)
+    return Examples.join(epoch, replace(report, mixture=shares, held_out=kept_rows)), held_out
 
 
 def _hold_out(name: str, part: Examples, count: int, seed: int) -> tuple[Examples, Examples]:

@@ -79,6 +79,7 @@ class DataReport:
     `dropped_rows` and `split_rows` (a split loses the label at the start of every further piece, and pieces
     without a supervised token). `skipped` lists every bad row as (where, reason), of streamed rows the first ones, and
     `more_skipped` counts the others; their tokens count nowhere.
+    `held_out` counts the rows among them that `data.eval_size` keeps for evaluation, whose examples are not counted here.
     `files` are (file, its rows), `not_read` (file, reason) of those next to them. In a `mixture` rows and losses are those
     of all sources, examples and tokens those of an epoch. `prompts` says how the rows were written out: `conversation` by
     the chat template, `text` as they are, `alpaca` or `question_answer` in the wording of that format, `input_ids` and
@@ -87,6 +88,7 @@ class DataReport:
 
     format: str
     rows: int
+    held_out: int = 0
     prompts: tuple[str, ...] = ()
     examples: int = 0
     tokens: int = 0
@@ -114,6 +116,8 @@ class DataReport:
             f"{self.rows:,} rows ({self.format}) -> {self.examples:,} examples: "
             f"{self.tokens:,} tokens, {self.supervised_tokens:,} of them supervised"
         )
+        if self.held_out:
+            result.append(f"rows held out for evaluation: {self.held_out:,}")
         if self.mixture:
             result.append(
                 f"mixture of {len(self.mixture)} source{'s' if len(self.mixture) > 1 else ''}, in every epoch:"

@@ -18,7 +18,6 @@ import functools
 import json
 import logging
 import re
-import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -37,6 +36,7 @@ from packtrain.modeling.stored_weights import base_weights
 from packtrain.packing.plan import AnyPlan
 from packtrain.recipe.recipe import DEFAULTS, Recipe
 from packtrain.training.resharding import added_later, optimizer_steps
+from packtrain.training.schedule import continue_schedule
 from packtrain.training.sealing import MANIFEST, UNFINISHED, begin, is_sealed, read_manifest, seal, verify
 from packtrain.training.summary import package_versions
 
@@ -76,7 +76,7 @@ class Checkpoints(TrainerCallback):
         trainer: on every rank; each process that Trainer lets save on its drive seals and removes there.
         facts: makes what identifies the run, see `facts_of`; called once, when it is first needed.
         keep: sealed checkpoints to leave, at least one; None or 0 for all.
-        progress: returns further entries of a manifest, called when a checkpoint is sealed.
+        progress: returns further entries of a manifest, called on every rank when a checkpoint is sealed.
     """
 
     def __init__(
@@ -90,6 +90,7 @@ class Checkpoints(TrainerCallback):
         self.facts = functools.cache(facts)
         self.saving: Path | None = None  # the directory that is being written
         self.chosen: Path | None = None  # by `choose_checkpoint`: verified, so it may be read
+        self.jump: str | None = None  # of the learning rate, where the resumed run has another length now
         self.begun = False  # all that the trainer is made of is there; what fails now is no setting
         self.reading = ExitStack()  # what holds until a checkpoint is read
 
@@ -116,6 +117,8 @@ class Checkpoints(TrainerCallback):
         self.reading.close()
         if self.chosen is not None:
             state.best_model_checkpoint = self._best_so_far(self.chosen)
+            if state.global_step < state.max_steps:
+                self.jump = continue_schedule(self.trainer)
         state.compute_steps(args, state.max_steps)  # a resumed state has those of the run that it is of
 
     def _best_so_far(self, resumed: Path) -> str | None:
@@ -135,6 +138,11 @@ class Checkpoints(TrainerCallback):
             what = f"names {named} as the best checkpoint so far, which is gone"
             raise CheckpointError(what, where=str(resumed), key="training.load_best_model_at_end", fix=_WITHOUT_BEST)
         return None
+
+    def best_step(self) -> int | None:
+        """Returns the step of the checkpoint that Trainer has loaded as the best one; None where it has loaded none."""
+        best = self.trainer.state.best_model_checkpoint
+        return read_manifest(Path(best))["step"] if self.trainer.args.load_best_model_at_end and best else None
 
     def verify_best(self) -> None:
         """Verifies the checkpoint that Trainer has loaded as the best one, after training; on every rank.
@@ -171,10 +179,11 @@ class Checkpoints(TrainerCallback):
         directory = self.saving
         assert directory is not None, "Trainer saves a checkpoint through save_model"
         self.trainer.accelerator.wait_for_everyone()  # until every rank has written its files
+        progress = self.progress()
         if args.should_save:
             about = {"step": state.global_step, "sealed_at": _after(directory), "world_size": args.world_size}
             about |= {"save_only_model": args.save_only_model}
-            about |= {**self.progress(), "optimizer_steps": optimizer_steps(self.trainer)}
+            about |= {**progress, "optimizer_steps": optimizer_steps(self.trainer)}
             seal(directory, about | self.facts() | {"versions": package_versions()})
             self._remove_old(directory, best=state.best_model_checkpoint)
         self.trainer.accelerator.wait_for_everyone()
@@ -246,24 +255,6 @@ def choose_checkpoint(
     if isinstance(answer[0], PacktrainError):
         raise answer[0]
     return answer[0]
-
-
-def resume_command(recipe: Recipe, *overrides: str) -> str | None:
-    """Returns the command that goes on with a changed recipe; None where it was read from no file."""
-    if recipe.sources is None:
-        return None
-    sets = [word for override in (*recipe.sources.overrides, *overrides) for word in ("--set", override)]
-    return hidden(shlex.join(["packtrain", "train", recipe.sources.path, *sets, "--resume", "--allow-changes"]))
-
-
-def say_whether_done(checkpoint: str, plan: AnyPlan, recipe: Recipe, say: Say) -> None:
-    """Says, of a run whose updates are all made, how it goes on."""
-    if read_manifest(Path(checkpoint))["step"] < plan.total_steps:
-        return
-    limited = recipe.schedule.max_steps > 0
-    longer = f"max_steps={2 * plan.total_steps}" if limited else f"num_train_epochs={recipe.schedule.num_epochs + 1:g}"
-    command = resume_command(recipe, f"training.{longer}")
-    say(f"all {plan.total_steps:,} updates of this run are made" + (f"; more of them: {command}" if command else ""))
 
 
 def find_last_checkpoint(output_dir: Path, say: Say = print) -> tuple[Path, dict[str, Any]]:

@@ -39,7 +39,8 @@ class EarlyStopping(EarlyStoppingCallback):
             return
         super().on_evaluate(args, state, control, metrics, **kwargs)
         stopping = self.early_stopping_patience_counter >= self.early_stopping_patience
-        if stopping and self.console is not None and state.is_world_process_zero:
+        early = stopping and state.global_step < state.max_steps
+        if early and self.console is not None and state.is_world_process_zero:
             count = self.early_stopping_patience_counter
             self.console.print(
                 f"stopping early after step {state.global_step}: {count} evaluation{'s' * (count != 1)} in a row "
@@ -49,3 +50,9 @@ class EarlyStopping(EarlyStoppingCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.began = float("inf")
+
+
+def evaluations_without_better(state: Mapping[str, Any]) -> int:
+    """Returns the count that a checkpoint's `trainer_state.json` has; 0 without early stopping."""
+    stored = (state.get("stateful_callbacks") or {}).get(EarlyStopping.__name__)
+    return stored["attributes"]["early_stopping_patience_counter"] if stored else 0

@@ -58,6 +58,7 @@ class Meter:
     steps: int = 0
     seconds: float = 0.0
     data_seconds: float = 0.0
+    after: int = 0  # the update after which counting began; 0 for the whole run
     _began: float = field(default=0.0, repr=False)
 
     def start_step(self) -> None:
@@ -73,6 +74,27 @@ class Meter:
         """Stops the clock, after the optimizer step."""
         self.seconds += time.perf_counter() - self._began
         self.steps += 1
+
+    def carried(self, over_ranks: Callable[[list[int]], list[int]]) -> dict[str, Any]:
+        """Returns the totals of the run so far, counts summed over ranks, for a checkpoint to carry; on every rank."""
+        counts = asdict(self.counts)
+        counts = dict(zip(counts, over_ranks(list(counts.values())), strict=True))
+        times = {"steps": self.steps, "seconds": self.seconds, "data_seconds": self.data_seconds}
+        return {"counts": counts, **times, "after": self.after}
+
+    def go_on(self, carried: Mapping[str, Any] | None, step: int, *, counting: bool) -> None:
+        """Starts from the totals of a resumed checkpoint.
+
+        Args:
+            carried: as `carried` gave them; None where the checkpoint has none, so that counting begins after `step`.
+            counting: whether this rank stands for the counts of all ranks before.
+        """
+        if carried is None:
+            self.after = step
+            return
+        self.counts = BatchCount(**carried["counts"]) if counting else NOTHING
+        self.steps, self.seconds = carried["steps"], carried["seconds"]
+        self.data_seconds, self.after = carried["data_seconds"], carried["after"]
 
     def since(
         self, earlier: Meter, over_ranks: Callable[[list[int]], list[int]] = lambda counts: counts
@@ -147,3 +169,9 @@ def peak_memory() -> tuple[int, str]:
         return torch.cuda.max_memory_allocated(), "device"
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "process"
+
+
+def max_peak(earlier: tuple[int, str] | None) -> tuple[int, str]:
+    """Returns `peak_memory`, or the peak before a resume where that was higher and counts the same."""
+    peak, peak_of = peak_memory()
+    return (max(peak, earlier[0]), peak_of) if earlier and earlier[1] == peak_of else (peak, peak_of)

@@ -72,18 +72,20 @@ def _figures(recipe: Recipe, summary: Summary) -> list[tuple[str, str]]:
     figures = [
         (name, f"{first:.4f} -> {last:.4f}") for name, (first, last) in pairs.items() if None not in (first, last)
     ]
+    if summary.best_step is not None:
+        figures.append(("weights", f"of step {summary.best_step:,}, the best evaluation"))
     batching = recipe.batching
     scheduled = ", more of them in the phases of short ones" if batching.schedule else ""
     figures += [
         ("updates", f"{summary.updates:,}, of {batching.examples_per_step:,} examples{scheduled}"),
         ("epochs", f"{summary.epochs:g}"),
-        ("tokens", f"{summary.real_tokens:,}, {summary.supervised_tokens:,} of them supervised"),
+        ("tokens", f"{summary.real_tokens:,}, {summary.supervised_tokens:,} of them supervised{summary.since}"),
         ("strategy", f"`{summary.strategy}`, at most {batching.max_tokens:,} tokens per micro-batch"),
     ]
     if summary.padding_share is not None:
-        figures.append(("padding", f"{summary.padding_share:.2%}"))
+        figures.append(("padding", f"{summary.padding_share:.2%}{summary.since}"))
     if summary.real_tokens_per_second is not None:
-        figures.append(("real tokens/s", f"{summary.real_tokens_per_second:,.0f}"))
+        figures.append(("real tokens/s", f"{summary.real_tokens_per_second:,.0f}{summary.since}"))
     frozen = f", {summary.frozen_parameters:,} frozen" if summary.frozen_parameters else ""
     ranks = f", {summary.world_size} ranks" if summary.world_size > 1 else ""
     return [

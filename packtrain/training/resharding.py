@@ -168,11 +168,11 @@ def _innermost(trainer: Trainer) -> torch.optim.Optimizer:
 
 
 def _restore_groups(optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
-    """Gives every parameter group its own hyperparameters back."""
+    """Gives every parameter group its own hyperparameters back, but for the rate, which is that of this run's schedule."""
     tag = (checkpoint / LATEST_UNIVERSAL).read_text(encoding="utf-8").strip()
     path = checkpoint / tag / "zero" / "optimizer_state.pt"
     with restricted_unpickling():
         saved: list[dict[str, Any]] = torch.load(path, map_location="cpu", weights_only=True)["param_groups"]
     assert len(saved) == len(optimizer.param_groups), f"{len(saved)} groups in {path}"
     for group, own in zip(optimizer.param_groups, saved, strict=True):
-        group.update({key: value for key, value in own.items() if key != "params"})
+        group.update({key: value for key, value in own.items() if key not in ("params", "lr")})

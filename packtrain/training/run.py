@@ -6,11 +6,9 @@ It is what `packtrain train quickstart` does, and on every rank `torchrun --npro
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,31 +34,31 @@ from packtrain.packing.strategies import resolve_strategy
 from packtrain.recipe.recipe import Recipe
 from packtrain.recipe.sections import library_arguments
 from packtrain.training.agreement import check_agreement, weights_hash
-from packtrain.training.checkpoints import choose_checkpoint, facts_of, redacted, resume_command, say_whether_done
+from packtrain.training.checkpoints import choose_checkpoint, facts_of, redacted
+from packtrain.training.continuing import check_what_is_left, recipe_of_record, resume_command
 from packtrain.training.deepspeed_config import deepspeed_config
 from packtrain.training.early_stopping import EarlyStopping
-from packtrain.training.engine import STATE_FILE, EngineReport, asked_engine
-from packtrain.training.guards.nonfinite import FILE as UPDATES_FILE
+from packtrain.training.engine import EngineReport, asked_engine
 from packtrain.training.guards.out_of_memory import checkpoints_activations, is_out_of_memory, of_optimizer
 from packtrain.training.guards.stops import StopOnSignal
 from packtrain.training.loader import worker_failure
-from packtrain.training.meters import peak_memory, reset_peak
+from packtrain.training.meters import max_peak, reset_peak
 from packtrain.training.model_card import write_model_card
+from packtrain.training.output_dir import clear, make_output_dir, refuse_to_replace
 from packtrain.training.output_lock import only_run
 from packtrain.training.progress import RichProgress
 from packtrain.training.ranks import asked_rank, asked_world_size, check_processes, leave, meeting, start_cpu_group
 from packtrain.training.resharding import prepare_resume
-from packtrain.training.samples import FILE as SAMPLES_FILE
 from packtrain.training.samples import SampleAnswers
-from packtrain.training.sealing import is_sealed, read_manifest
+from packtrain.training.sealing import read_manifest
 from packtrain.training.summary import Summary, describe_machine, package_versions
+from packtrain.training.tracking import check_trackers
 from packtrain.training.trainer import PackTrainer
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 Say = Callable[[str], None]
-RECORDS = ("summary.json", STATE_FILE, UPDATES_FILE, SAMPLES_FILE, "recipe.yaml")  # of a run, in its output_dir
 PLACES = ("training.output_dir", "training.logging_dir", "training.run_name")  # which hosts may have apart
 
 
@@ -86,11 +84,15 @@ def train(
     Raises:
         PacktrainError: bad data, a plan that does not fit, a model that cannot, a launch that is not what was asked.
     """
+    if overwrite and resume is not False:
+        what, fix = "would remove the run that --resume continues", "leave one of the two out"
+        raise PacktrainError(what, key="--overwrite", fix=fix)
     console = console or Console()
-    output_dir = _output_dir(recipe)
+    check_trackers(recipe.training.get("report_to"))
+    output_dir = make_output_dir(recipe)
     with only_run(output_dir) if asked_rank() == 0 else nullcontext():
         if resume is False and not overwrite and asked_rank() == 0:
-            _refuse_to_replace(output_dir)
+            refuse_to_replace(output_dir)
         return _train_in(output_dir, recipe, resume, allow_changes, overwrite, console, trainer_class)
 
 
@@ -105,9 +107,11 @@ def _train_in(
 ) -> Summary:
     trainer = build(recipe, console=console, resume=resume, allow_changes=allow_changes, trainer_class=trainer_class)
     checkpoint = trainer.checkpoints.chosen
+    if checkpoint is not None and not trainer.updates_left:
+        recipe = recipe_of_record(checkpoint, recipe, _sayer(console if asked_rank() == 0 else Console(quiet=True)))
     if trainer.is_world_process_zero():
         if resume is False:  # after all that could refuse this run
-            _clear(output_dir, overwrite=overwrite)
+            clear(output_dir, overwrite=overwrite)
         sections = {name: section for name, section in redacted(recipe.to_dict()).items() if section is not None}
         (output_dir / "recipe.yaml").write_text(yaml.safe_dump(sections, sort_keys=False))
     reset_peak()
@@ -116,11 +120,15 @@ def _train_in(
     if trainer.is_world_process_zero() and trainer.train_dataset.report != told:  # rows were read while it trained
         for line in trainer.train_dataset.report.lines():
             _sayer(console)(line)
-    after = trainer.evaluate() if trainer.eval_dataset is not None else {}
+    best = trainer.checkpoints.best_step()
+    if best is not None and trainer.is_world_process_zero():
+        _sayer(console)(f"the best model, of step {best:,}, is loaded")
+    with _recorded_at(trainer, best):
+        after = trainer.evaluate() if trainer.eval_dataset is not None else {}
     model_dir = output_dir / "model"
     trainer.model.config.use_cache = True  # Trainer turns it off for training; whoever generates wants it on
     trainer.save_model(str(model_dir))
-    summary = _summarise(trainer, recipe, model_dir, after.get("eval_loss"))
+    summary = _summarise(trainer, recipe, model_dir, after.get("eval_loss"), best)
     if trainer.is_world_process_zero():
         summary.save(output_dir)
         write_model_card(recipe, summary, model_dir)
@@ -162,11 +170,12 @@ def build(
         say=_sayer(console or Console(quiet=True)),
         command=resume_command(recipe),
     )
-    if checkpoint and console and asked_rank() == 0:
-        say_whether_done(checkpoint, plan, recipe, _sayer(console))
+    say = _sayer(console if console and asked_rank() == 0 else Console(quiet=True))
+    left = not checkpoint or check_what_is_left(Path(checkpoint), plan, recipe, say)
     model = prepare_model(recipe, task, config, args, layout=plan.layout, console=console)
     check_agreement({"the model's weights": weights_hash(model), "the checkpoint": _sealed_as(checkpoint)})
     trainer = make_trainer(recipe, task, plan, args, model, console=console, checkpoint=checkpoint, kind=trainer_class)
+    trainer.updates_left = left
     check_documents(recipe, trainer, console=console)
     if prompts := recipe.training.get("sample_prompts"):
         trainer.add_callback(SampleAnswers(trainer, recipe, prompts, console))
@@ -378,8 +387,7 @@ def fit(trainer: PackTrainer, checkpoint: str | None = None, *, console: Console
         warnings.filterwarnings("ignore", message=r".torch\.distributed\.", category=FutureWarning)
     config: Any = trainer.args.deepspeed  # a mapping, by `training_arguments`
     asked = asked_engine(trainer.args, config)
-    notes = lambda: {"largest": trainer.probe.said} if trainer.probe else {}  # noqa: E731
-    trainer.add_callback(EngineReport(trainer, asked, resumed_from=checkpoint, console=console, notes=notes))
+    trainer.add_callback(EngineReport(trainer, asked, resumed_from=checkpoint, console=console, notes=trainer.notes))
     stop = StopOnSignal(trainer)
     trainer.add_callback(stop)
     try:
@@ -434,44 +442,20 @@ def _say_data(task: Task, say: Say) -> None:
             say(f"evaluation: {line}")
 
 
-def _output_dir(recipe: Recipe) -> Path:
-    """Makes the run's directory, before anything is loaded for it."""
-    path = Path(recipe.training["output_dir"])
+@contextmanager
+def _recorded_at(trainer: PackTrainer, step: int | None) -> Iterator[None]:
+    """Records what is evaluated while open under `step`, whose weights the model has; None: under the last."""
+    state = trainer.state
+    before = state.global_step, state.epoch
+    if step is not None:
+        state.global_step, state.epoch = step, trainer.plan.epochs_after(step)
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        what, fix = f"is not a writable directory: {error.strerror}", "choose a directory on a drive with free space"
-        raise PacktrainError(what, key="training.output_dir", value=str(path), fix=fix) from None
-    for name in ("model", *RECORDS):
-        if (path / name).is_symlink():
-            what, fix = (
-                "is a link, through which the run would write",
-                "remove it, or choose another training.output_dir",
-            )
-            raise PacktrainError(what, where=str(path / name), key="training.output_dir", fix=fix)
-    return path
+        yield
+    finally:
+        state.global_step, state.epoch = before
 
 
-def _refuse_to_replace(output_dir: Path) -> None:
-    """Raises PacktrainError where there is a finished run, or one with checkpoints."""
-    finished = (output_dir / "summary.json").exists()
-    if finished or any(map(is_sealed, output_dir.glob("checkpoint-*"))):
-        what = "contains a finished run" if finished else "contains the checkpoints of a run"
-        fix = "continue it with --resume, replace it with --overwrite, or choose another training.output_dir"
-        raise PacktrainError(what, key="training.output_dir", value=str(output_dir), fix=fix)
-
-
-def _clear(output_dir: Path, *, overwrite: bool) -> None:
-    """Removes the records of an earlier run and, to overwrite it, its checkpoints and model; nothing else."""
-    for name in RECORDS:
-        (output_dir / name).unlink(missing_ok=True)
-    for directory in (*filter(is_sealed, output_dir.glob("checkpoint-*")), output_dir / "model") if overwrite else ():
-        shutil.rmtree(directory, ignore_errors=True)
-
-
-def _summarise(trainer: PackTrainer, recipe: Recipe, model_dir: Path, after: float | None) -> Summary:
+def _summarise(trainer: PackTrainer, recipe: Recipe, model_dir: Path, after: float | None, best: int | None) -> Summary:
     """Collects the figures of a finished run; counts are summed over ranks."""
     meter, plan = trainer.meter, trainer.plan
     counts = torch.tensor(
@@ -482,7 +466,7 @@ def _summarise(trainer: PackTrainer, recipe: Recipe, model_dir: Path, after: flo
     real, computed, supervised = trainer.accelerator.reduce(counts, reduction="sum").tolist()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     evaluations = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    peak, peak_of = peak_memory()
+    peak, peak_of = max_peak(trainer.earlier_peak)
     trained, frozen = count_parameters(trainer.accelerator.unwrap_model(trainer.model))
     return Summary(
         recipe=Path(recipe.sources.path).stem if recipe.sources is not None else "recipe",
@@ -491,6 +475,7 @@ def _summarise(trainer: PackTrainer, recipe: Recipe, model_dir: Path, after: flo
         model_dir=str(model_dir),
         held_out_loss_before=evaluations[0] if evaluations else None,
         held_out_loss_after=after,
+        best_step=best,
         train_loss_first=losses[0] if losses else None,
         train_loss_last=losses[-1] if losses else None,
         updates=trainer.state.global_step,
@@ -502,6 +487,7 @@ def _summarise(trainer: PackTrainer, recipe: Recipe, model_dir: Path, after: flo
         real_tokens=real,
         supervised_tokens=supervised,
         padding_share=1 - real / computed if computed else None,
+        measured_after=meter.after,
         seconds=meter.seconds,
         real_tokens_per_second=real / meter.seconds if meter.seconds else None,
         peak_memory=peak,

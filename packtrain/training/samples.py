@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import cast
 
@@ -49,16 +50,23 @@ class SampleAnswers(TrainerCallback):
         self.trained = Trained(model=model, tokenizer=tokenizer, recipe=recipe, prompts=trainer.trained_on.prompts)
         self.encoded = encode_prompts(tokenizer, self.prompts, self.trained.prompts)
         self.room = min(MOST_TOKENS, *rooms_for_answers(model, [len(ids) for ids in self.encoded], None))
-        self.answered: int | None = None  # the step
+        self.answered: set[int] = set()  # the steps
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.answered = state.global_step or None  # by the run that is resumed
+        if not state.global_step:
+            return
+        self.answered = {state.global_step}  # by the run that is resumed
+        path = Path(str(args.output_dir)) / FILE
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+            with suppress(ValueError):  # a line that a killed run has cut short
+                step = json.loads(line)["step"]
+                self.answered |= {step} if step < state.global_step else set()
 
     def on_evaluate(self, args, state, control, **kwargs):
-        again = state.global_step == self.answered and not args.load_best_model_at_end  # the evaluation after the end
+        again = state.global_step in self.answered  # the evaluation after the end, of the last model or of the best
         if again or not state.is_world_process_zero:
             return
-        self.answered = state.global_step
+        self.answered.add(state.global_step)
         model, tokenizer = self.trained.model, self.trained.tokenizer
         was_training = model.training
         model.eval()

@@ -18,8 +18,8 @@ PACKAGES = ("packtrain", "torch", "transformers", "accelerate", "datasets", "pef
 class Summary:
     """A finished run. Absent figures are None and left out of the table.
 
-    Tokens are counted over all ranks; `seconds` is the wall time of the updates without evaluation and saving;
-    `peak_memory` is in bytes, of rank 0.
+    Tokens are counted over all ranks and, like `seconds`, over all processes of a resumed run; `seconds` is the wall time
+    of the updates without evaluation and saving; `peak_memory` is in bytes, of rank 0.
     """
 
     recipe: str
@@ -28,6 +28,7 @@ class Summary:
     model_dir: str
     held_out_loss_before: float | None
     held_out_loss_after: float | None
+    best_step: int | None = None  # whose weights were loaded at the end; None: the last update's are there
     train_loss_first: float | None
     train_loss_last: float | None
     updates: int
@@ -36,6 +37,7 @@ class Summary:
     examples: int
     epochs: float
     world_size: int
+    measured_after: int = 0  # tokens, padding and seconds are those after this update; 0: of the whole run
     real_tokens: int
     supervised_tokens: int
     padding_share: float | None
@@ -61,16 +63,27 @@ class Summary:
             table.add_row(name, text)
         return table
 
+    @property
+    def since(self) -> str:
+        """Says, after figures that a resumed checkpoint did not carry, from where on they count; "" for the whole run."""
+        return f" (since the resume after update {self.measured_after:,})" if self.measured_after else ""
+
+    @property
+    def of_best(self) -> str:
+        """Says which step's weights the model has, where they are not those of the last."""
+        return f" (step {self.best_step:,}, the best)" if self.best_step is not None else ""
+
     def _lines(self) -> list[tuple[str, str]]:
         lines = []
         if self.held_out_loss_before is not None and self.held_out_loss_after is not None:
-            lines.append(("held-out loss", f"{self.held_out_loss_before:.4f} -> {self.held_out_loss_after:.4f}"))
+            losses = f"{self.held_out_loss_before:.4f} -> {self.held_out_loss_after:.4f}{self.of_best}"
+            lines.append(("held-out loss", losses))
         if self.train_loss_first is not None and self.train_loss_last is not None:
             lines.append(("training loss", f"{self.train_loss_first:.4f} -> {self.train_loss_last:.4f}"))
         if self.real_tokens_per_second is not None:
-            lines.append(("real tokens/s", f"{self.real_tokens_per_second:,.0f}"))
+            lines.append(("real tokens/s", f"{self.real_tokens_per_second:,.0f}{self.since}"))
         if self.padding_share is not None:
-            lines.append(("padding", f"{self.padding_share:.2%}"))
+            lines.append(("padding", f"{self.padding_share:.2%}{self.since}"))
         frozen = f", {self.frozen_parameters:,} frozen" if self.frozen_parameters else ""
         return lines + [
             ("updates", f"{self.updates:,} of {self._micro_batches()}"),
@@ -79,7 +92,7 @@ class Summary:
                 "examples",
                 f"{self.examples:,} x {self.epochs:g} epochs" if self.epochs else f"{self.examples:,}, streamed",
             ),
-            ("time in updates", f"{self.seconds:.1f} s"),
+            ("time in updates", f"{self.seconds:.1f} s{self.since}"),
             ("peak memory", f"{self.peak_memory / 2**20:,.0f} MiB ({self.peak_memory_of})"),
             ("parameters", f"{self.trainable_parameters:,} trained{frozen}"),
             ("attention", self.attn_implementation),

@@ -11,13 +11,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
+from packtrain.errors import PacktrainError
 from packtrain.packing.plan import AnyPlan
 from packtrain.recipe.recipe import OWN_SECTIONS, Recipe
 from packtrain.recipe.sections import library_arguments
 from packtrain.training.checkpoints import redacted
 
 BATCH_SIZES = ("per_device_train_batch_size", "per_device_eval_batch_size", "train_batch_size", "eval_batch_size")
+PACKAGES = {"azure_ml": "azureml-mlflow", "comet_ml": "comet_ml"}  # where pip calls a tracker otherwise
 LOGGED_ANYWAY = ("model.config",)  # trackers log the model's whole config
 
 
@@ -71,3 +74,23 @@ def facts_for_trackers(recipe: Recipe | None, plan: AnyPlan) -> dict[str, Any]:
         "plan.world_size": plan.world_size,
         "plan.hash": plan.hash,
     }
+
+
+def check_trackers(report_to: str | list[str] | None) -> None:
+    """Checks that every tracker of `training.report_to` is known to transformers and installed.
+
+    Raises:
+        PacktrainError: one is not.
+    """
+    available = get_available_reporting_integrations()
+    for name in [report_to] if isinstance(report_to, str) else report_to or []:
+        if name in ("none", "all") or name in available or name == "flyte":  # transformers can't ask for flyte
+            continue
+        if name not in INTEGRATION_TO_CALLBACK:
+            what, fix = (
+                "is no tracker that transformers knows",
+                f"choose among {', '.join(sorted(INTEGRATION_TO_CALLBACK))}",
+            )
+            raise PacktrainError(what, key="training.report_to", value=name, fix=fix)
+        fix = f"pip install {PACKAGES.get(name, name)}, or leave it out of training.report_to"
+        raise PacktrainError(f"{name} is not installed", key="training.report_to", fix=fix)

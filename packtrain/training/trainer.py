@@ -46,8 +46,9 @@ from packtrain.training.guards.nonfinite import FiniteUpdates
 from packtrain.training.guards.out_of_memory import ProbeMemory, explaining_out_of_memory, without_a_trace
 from packtrain.training.liger import keep_own_loss
 from packtrain.training.loader import PlanLoader, loader_options, values_of_plan
-from packtrain.training.meters import Meter, add_sums, evaluation_sums, means_of
+from packtrain.training.meters import Meter, add_sums, evaluation_sums, max_peak, means_of
 from packtrain.training.restricted import restricted_unpickling, runs_code
+from packtrain.training.sealing import read_manifest
 from packtrain.training.tracking import facts_for_trackers, reporting_arguments
 from packtrain.training.watchdog import Watchdog
 
@@ -113,7 +114,9 @@ class PackTrainer(Trainer):
             )
         self.plan, self.eval_plan, self.collator, self.loss = plan, eval_plan, collator, loss
         self.worker_timeout = worker_timeout
+        self.updates_left = True  # False: `train` only restores what a resumed run has made
         self.meter, self._logged_meter = Meter(), Meter()
+        self.earlier_peak: tuple[int, str] | None = None  # of memory, before the resume; see `peak_memory`
         self._sums: dict[str, torch.Tensor] = {}  # of the loss's own figures, since the last log
         keep, args = (
             args.save_total_limit,
@@ -142,7 +145,7 @@ class PackTrainer(Trainer):
             self,
             functools.partial(facts_of, recipe, plan, train_examples, self.model.config),
             keep,
-            progress=lambda: {"skipped_updates": self.finite.skipped, **plan.state_after(self.state.global_step)},
+            progress=self._progress,
         )
         self.base_weights = base_of_adapter(recipe.model, self.model.config) if recipe and recipe.lora else None
         self.probe: ProbeMemory | None = None
@@ -181,7 +184,13 @@ class PackTrainer(Trainer):
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> tuple:
         """Returns epochs, updates per epoch and updates in total from the plan; the rest as Trainer computes it."""
-        return values_of_plan(self.plan, super().set_initial_training_values(args, dataloader))
+        epochs, *values = values_of_plan(self.plan, super().set_initial_training_values(args, dataloader))
+        return epochs if self.updates_left else 0, *values
+
+    def notes(self) -> dict[str, str]:
+        """Returns what to say when training begins: (name, text) of the largest micro-batch and the resumed schedule."""
+        said = {"largest": self.probe.said if self.probe else "", "schedule": self.checkpoints.jump}
+        return {name: text for name, text in said.items() if text}
 
     # Loss
 
@@ -297,12 +306,26 @@ class PackTrainer(Trainer):
         if not resume_from_checkpoint:
             return super().train(**kwargs)
         checkpoint = self.checkpoints.admit(resume_from_checkpoint)
+        self._go_on_measuring(read_manifest(Path(checkpoint)))
         with self.checkpoints.reading as reading:
             reading.enter_context(restricted_unpickling())
             try:
                 return super().train(resume_from_checkpoint=checkpoint, **kwargs)
             except UnpicklingError as error:
                 raise runs_code(error, checkpoint) from error
+
+    def _progress(self) -> dict[str, Any]:
+        """Returns what a checkpoint carries of the run's figures; called on every rank."""
+        peak, peak_of = max_peak(self.earlier_peak)
+        measured = self.meter.carried(self._over_ranks) | {"peak_memory": peak, "peak_memory_of": peak_of}
+        counted = {"skipped_updates": self.finite.skipped, "measured": measured}
+        return counted | self.plan.state_after(self.state.global_step)
+
+    def _go_on_measuring(self, manifest: Mapping[str, Any]) -> None:
+        measured = manifest.get("measured")
+        self.meter.go_on(measured, manifest["step"], counting=self.is_world_process_zero())
+        self._logged_meter = copy.copy(self.meter)
+        self.earlier_peak = measured and (measured["peak_memory"], measured["peak_memory_of"])
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if _internal_call and output_dir is not None:  # the first thing that Trainer does for a checkpoint

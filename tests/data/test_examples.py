@@ -103,6 +103,9 @@ def test_take(examples):
 def test_hold_out(examples):
     train, held_out = examples.hold_out(2, seed=7)
     assert sorted([*train.rows, *held_out.rows]) == list(range(6)) and len(held_out) == 2
+    said = "rows held out for evaluation: 2"
+    assert train.report.held_out == 2 and said in train.report.lines() and said not in examples.report.lines()
+    assert examples.hold_out(0.5, seed=7)[0].report.held_out == 3
     assert examples.hold_out(2, seed=7)[1].rows.tolist() == held_out.rows.tolist()
     assert len({tuple(examples.hold_out(2, seed=seed)[1].rows) for seed in range(20)}) > 3
     assert len(examples.hold_out(0.5, seed=7)[1]) == 3

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import io
+import json
 import shlex
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import yaml
 from rich.console import Console
 
 from packtrain.compare.experiment import load_experiment
-from packtrain.errors import CheckpointError, RecipeError
+from packtrain.errors import CheckpointError, PacktrainError, RecipeError
 from packtrain.recipe.reader import load_recipe
 from packtrain.training.run import build, fit, train
+from packtrain.training.sealing import read_manifest, seal
 
 RECIPE = """
 model:
@@ -108,3 +112,101 @@ def test_a_finished_run_goes_on_by_the_command_that_is_said(file):
     out.truncate(0)
     again = train(load_recipe(file, overrides), resume=True, allow_changes=True, console=Console(file=out, width=200))
     assert again.updates == 10 and "updates of this run are made" not in out.getvalue()
+
+
+def test_the_figures_of_a_resumed_run_are_those_of_the_whole_run(file, tmp_path):
+    """Also of one with nothing left to do; a checkpoint without the figures of what was before says so."""
+    keys = ["eval_strategy=no", "save_steps=5"]
+    whole = train(load_recipe(file, keys))
+    for checkpoint in (5, 10):
+        again = train(load_recipe(file, keys), resume=str(tmp_path / f"run/checkpoint-{checkpoint}"))
+        names = ("real_tokens", "supervised_tokens", "padding_share", "updates", "epochs")
+        assert {name: getattr(again, name) for name in names} == {name: getattr(whole, name) for name in names}
+        assert again.seconds > 0 and again.peak_memory >= whole.peak_memory and again.since == ""
+    assert f"{whole.real_tokens:,}, {whole.supervised_tokens:,} of" in (tmp_path / "run/model/README.md").read_text()
+
+    older = tmp_path / "run/checkpoint-5"
+    facts = {key: value for key, value in read_manifest(older).items() if key not in ("format", "files", "sha256")}
+    del facts["measured"]  # as earlier releases wrote it
+    seal(older, facts)
+    partly = train(load_recipe(file, keys), resume=str(older))
+    assert 0 < partly.real_tokens < whole.real_tokens
+    since = "(since the resume after update 5)"
+    assert partly.since == f" {since}" and since in (tmp_path / "run/model/README.md").read_text()
+
+
+def test_fewer_updates_than_were_made_are_refused_and_the_record_stays(file, tmp_path):
+    keys = ["eval_strategy=no", "save_steps=5", "num_train_epochs=2"]
+    train(load_recipe(file, keys))
+    records = [tmp_path / "run" / name for name in ("recipe.yaml", "summary.json", "model/README.md")]
+    before = [path.read_text() for path in records]
+    fewer = load_recipe(file, [*keys[:2], "num_train_epochs=1"])
+    with pytest.raises(CheckpointError, match="10 updates made, and these settings ask for 5") as refused:
+        train(fewer, resume=True, allow_changes=True)
+    assert (
+        refused.value.fix.count("num_train_epochs") == 1 and "--set training.num_train_epochs=3 " in refused.value.fix
+    )
+    assert [path.read_text() for path in records] == before
+
+    said = io.StringIO()
+    other = load_recipe(file, [*keys, "batching.strategy=pad_longest"])
+    summary = train(other, resume=True, allow_changes=True, console=Console(file=said, width=200))
+    assert "the run's record keeps those it was trained with" in said.getvalue() and summary.strategy == "balanced"
+    assert yaml.safe_load(records[0].read_text())["batching"]["strategy"] == "balanced"
+    assert "`balanced`, at most" in records[2].read_text()
+
+
+def test_a_run_that_stopped_early_has_nothing_to_do_until_its_patience_is_raised(file, tmp_path):
+    keys = [f"early_stopping_patience={PATIENCE}"]
+    stop = train(load_recipe(file, keys)).updates
+    assert stop < 10
+    said = io.StringIO()
+    again = train(load_recipe(file, keys), resume=True, console=Console(file=said, width=300))
+    assert again.updates == stop and again.real_tokens > 0
+    assert f"this run stopped early after update {stop}; nothing to do; to go on raise" in said.getvalue()
+    command = shlex.split(said.getvalue().partition("early_stopping_patience: ")[2].splitlines()[0])
+    overrides = [word for before, word in zip(command, command[1:], strict=False) if before == "--set"]
+    assert len(overrides) == 1
+    assert train(load_recipe(file, overrides), resume=True, allow_changes=True).updates > stop
+
+
+def test_the_best_model_is_recorded_under_its_own_step(file, tmp_path):
+    """Not under the last, which has other answers; and a run at its end has not stopped early."""
+    asked = ["load_best_model_at_end=true", "training.sample_prompts=[two]", "max_steps=3"]
+    out = io.StringIO()
+    summary = train(load_recipe(file, asked), console=Console(file=out, width=200))
+    best = summary.best_step
+    evaluations = {
+        entry["step"]: entry["eval_loss"]
+        for entry in json.loads((tmp_path / "run/checkpoint-3/trainer_state.json").read_text())["log_history"]
+        if "eval_loss" in entry and entry["step"]
+    }
+    assert evaluations[best] == min(evaluations.values()) and best < 3, evaluations
+    assert summary.held_out_loss_after == pytest.approx(evaluations[best]) and summary.updates == 3
+    assert f"the best model, of step {best}, is loaded" in out.getvalue()
+    assert f"(step {best}, the best)" in dict(summary._lines())["held-out loss"]
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
+    assert steps == [0, 1, 2, 3]
+
+    last = next(step for step, loss in evaluations.items() if step > best and loss > evaluations[best])
+    ends = ["early_stopping_patience=1", f"max_steps={last}", f"output_dir={tmp_path / 'ends'}"]
+    out = io.StringIO()
+    assert train(load_recipe(file, ends), console=Console(file=out, width=200)).updates == last
+    assert "stopping early" not in out.getvalue()
+
+
+def test_resuming_and_overwriting_is_refused(file):
+    with pytest.raises(PacktrainError, match="--overwrite: would remove the run that --resume continues"):
+        train(load_recipe(file), resume=True, overwrite=True)
+
+
+def test_a_tracker_that_is_not_installed_is_named_before_anything_is_loaded(file):
+    absent = next(name for name in ("clearml", "neptune", "swanlab", "wandb") if find_spec(name) is None)
+    for given in (absent, f"[none, {absent}]"):
+        with pytest.raises(PacktrainError, match=f"training.report_to: {absent} is not installed") as refused:
+            train(load_recipe(file, [f"report_to={given}", "data.path=nowhere.jsonl"]))
+        assert f"pip install {absent}" in refused.value.fix
+    with pytest.raises(PacktrainError, match="is no tracker that transformers knows"):
+        train(load_recipe(file, ["report_to=wandbb"]))
+    with pytest.raises(PacktrainError, match="nowhere"):  # control
+        train(load_recipe(file, ["data.path=nowhere.jsonl"]))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
-from transformers import TrainerCallback
+from rich.console import Console
+from transformers import TrainerCallback, get_scheduler
 
 from packtrain.errors import CheckpointError
 from packtrain.training.run import fit
@@ -142,3 +145,52 @@ def test_parameters_that_had_no_gradient_in_some_update_do_not_break_resuming(tm
     resumed = partly()
     fit(resumed, str(tmp_path / "checkpoint-2"))
     assert all(torch.equal(value, weights(first)[name]) for name, value in weights(resumed).items())
+
+
+class Rates(TrainerCallback):
+    """The learning rate of every update, as the optimizer has it when it makes it."""
+
+    def __init__(self):
+        self.seen: list[float] = []
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        self.seen.append(optimizer.param_groups[0]["lr"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("linear", {}),
+        ("cosine", {}),
+        ("cosine_with_restarts", {"num_cycles": 2}),
+        ("polynomial", {"power": 2.0}),
+        ("cosine_with_min_lr", {"min_lr": 1e-5}),
+        ("warmup_stable_decay", {"num_decay_steps": 2}),
+        ("constant_with_warmup", {}),
+        ("inverse_sqrt", {}),
+    ],
+)
+def test_a_longer_run_has_the_rates_of_its_own_schedule_from_the_first_update(tmp_path, kind, options):
+    """A restored optimizer has that of the old schedule's end: 0 for `linear`."""
+    common = dict(lr_scheduler_type=kind, lr_scheduler_kwargs=options, warmup_steps=1, save_steps=4)
+    trainer_at(tmp_path, "llama", "balanced", max_steps=4, **common).train()
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=1e-3)
+    schedule = get_scheduler(kind, optimizer, 1, 8, scheduler_specific_kwargs=options)
+    expected = []
+    for _ in range(8):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+
+    longer, rates = trainer_at(tmp_path, "llama", "balanced", max_steps=8, **common), Rates()
+    longer.add_callback(rates)
+    fit(longer, str(tmp_path / "checkpoint-4"), console=(console := Console(record=True, width=200)))
+    assert rates.seen == pytest.approx(expected[4:], abs=1e-12)
+    said = re.sub(r"\s+", " ", console.export_text())
+    jumps = kind not in ("constant_with_warmup", "inverse_sqrt")
+    assert (f"it now ends at update 8: the learning rate continues at {expected[4]:.1e}" in said) == jumps
+
+    same = trainer_at(tmp_path, "llama", "balanced", max_steps=8, **common)  # control: nothing has jumped
+    fit(same, str(tmp_path / "checkpoint-8"), console=(console := Console(record=True, width=200)))
+    assert "the learning rate continues" not in console.export_text()
