@@ -14,6 +14,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PLACE = ROOT / "out" / "conformance"
 _WEB = ("requests==2.34.2", "urllib3==2.8.0", "charset-normalizer==3.5.3", "certifi==2026.10.19.post1")
+_HTTP = (
+    "httpx==0.28.1",
+    "httpcore==1.0.9",
+    "aiohttp==3.14.5",
+    "aiosignal==1.4.0",
+    "aiohappyeyeballs==2.7.1",
+    "frozenlist==1.8.0",
+    "multidict==7.2.1",
+    "propcache==0.5.4",
+    "yarl==1.25.1",
+)
 PINNED: dict[str, tuple[str, ...]] = {
     "llamafactory": (
         "llamafactory==0.9.5",
@@ -34,15 +45,7 @@ PINNED: dict[str, tuple[str, ...]] = {
         "dill==0.3.8",
         "multiprocess==0.70.16",
         "sentencepiece==0.2.3",
-        "httpx==0.28.1",
-        "httpcore==1.0.9",
-        "aiohttp==3.14.5",
-        "aiosignal==1.4.0",
-        "aiohappyeyeballs==2.7.1",
-        "frozenlist==1.8.0",
-        "multidict==7.2.1",
-        "propcache==0.5.4",
-        "yarl==1.25.1",
+        *_HTTP,
         *_WEB,
     ),
     "torchtune": (
@@ -57,6 +60,28 @@ PINNED: dict[str, tuple[str, ...]] = {
         "kagglehub==1.0.3",
         "pycryptodomex==3.24.2",
         "lxml==6.1.3",
+        *_WEB,
+    ),
+    "swift": (
+        "ms-swift==4.6.0",
+        "transformers==5.16.1",
+        "tokenizers==0.23.1",
+        "huggingface_hub==1.17.0",
+        "trl==0.29.1",
+        "peft==0.20.0",
+        "accelerate==1.13.0",
+        "datasets==4.8.4",
+        "modelscope==1.40.2",
+        "modelscope-hub==0.5.1",
+        "cryptography==50.0.2",
+        "cffi==2.1.1",
+        "pycparser==3.12",
+        "binpacking==2.0.1",
+        "dacite==1.9.2",
+        "json-repair==0.64.6",
+        "simplejson==4.3.0",
+        "sentencepiece==0.2.3",
+        *_HTTP,
         *_WEB,
     ),
 }

@@ -30,7 +30,7 @@ from results.conformance.rows import (
 from results.conformance.watch import Trace, output, rows_of, watch
 
 TOLERANCE = 1e-5
-SAID = re.compile(r"trunc|longer|too long|exceed|lengthy|drop|discard|cut|max_length|split", re.IGNORECASE)
+SAID = re.compile(r"trunc|longer|too long|exceed|lengthy|drop|discard|filter|cut|max_length|split", re.IGNORECASE)
 Verdict = Literal["yes", "no", "refused", "n/a", "not asked"]
 
 
