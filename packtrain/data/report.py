@@ -10,6 +10,7 @@ not read (split test): test.jsonl
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -25,6 +26,16 @@ _NAMED = 4  # files that a line names before it says how many more there are
 
 class BadRow(ValueError):
     """The reason why a row cannot become an example. Readers return it in the row's place, parsers raise it."""
+
+
+def reason_of(error: json.JSONDecodeError) -> str:
+    """Says why JSON cannot be read, without the place.
+
+    >>> try: json.loads('{"text": "on')
+    ... except json.JSONDecodeError as error: reason_of(error)
+    'Unterminated string'
+    """
+    return error.msg.removesuffix(" at").removesuffix(" starting")
 
 
 class RowsError(DataError):
