@@ -17,10 +17,11 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 
 import packtrain
 from packtrain.cli import main
-from packtrain.errors import DataError
+from packtrain.errors import DataError, LaunchError
 from packtrain.modeling.tokenizer import train_bpe
 from packtrain.objectives.task import load_task
 from packtrain.packing.plan import make_plan
+from packtrain.training.deepspeed_config import deepspeed_config
 from packtrain.training.run import build
 from packtrain.training.trainer import PackTrainer
 from tests.docs.markdown import ROOT, blocks
@@ -283,3 +284,11 @@ def test_the_template_with_tools_renders_all_that_another_drops(folder):
     assert "five, exactly" not in text and "2+3?" not in text
     with pytest.raises(DataError, match="set `model.chat_template` to a template that renders"):
         packtrain.load_examples(packtrain.load_recipe("recipe.yaml", [*settings, "model.chat_template=plain.jinja"]))
+
+
+def test_the_refusal_of_deepspeeds_own_optimizer_is_as_the_page_shows_it(folder):
+    section = {"type": "AdamW", "params": {"lr": 0.001}}
+    (folder / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 2}, "optimizer": section}))
+    with pytest.raises(LaunchError) as error:
+        deepspeed_config({"deepspeed": "ds.json"}, world_size=2, gradient_accumulation_steps=1, use_cpu=True, env={})
+    assert str(error.value) == marked("launch/README.md", "message: deepspeed optimizer").rstrip()
