@@ -50,10 +50,10 @@ from packtrain.errors import PacktrainError, Stopped, shorten
 
 
 class Verbs(TyperGroup):
-    """Groups the verbs; adds packtrain's exit codes and a `--resume` that may stand alone."""
+    """Groups the verbs; adds packtrain's exit codes, a `--resume` that may stand alone, and help where nothing is asked."""
 
     def parse_args(self, ctx, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, fill_bare_resume(args))
+        return super().parse_args(ctx, fill_bare_resume(args) or ["--help"])
 
     def invoke(self, ctx):
         try:
@@ -99,7 +99,6 @@ EXIT_CODES = (
 )
 app = typer.Typer(
     cls=Verbs,
-    no_args_is_help=True,
     epilog=EXIT_CODES,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",

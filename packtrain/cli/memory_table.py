@@ -6,7 +6,7 @@ packtrain plan recipes/sft_lora.yaml --memory 80GiB --gpus 8 --launch zero3    o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -100,6 +100,8 @@ def show_memory(
     by_strategy = {name: of(name) for name in plans}
     console.print(line_table(by_strategy[own], own, sizes[own], memory))
     console.print(verdict_table(by_strategy, sizes, own, memory))
+    if note := explain_logits(model, sizes):
+        console.print(note, highlight=False, soft_wrap=True)
     for line in _advice(by_strategy[own], [] if checkpoints else of(own, True), memory):
         console.print(line, highlight=False, soft_wrap=True)
     notes = f"not counted: {'; '.join(NOT_COUNTED)}. Tight: above {TIGHT:.0%} of {_size(memory)}."
@@ -121,6 +123,20 @@ def _advice(plans: list[MemoryPlan], checkpointed: list[MemoryPlan], memory: int
     return ["nothing fits: use fewer tokens per micro-batch (batching.max_tokens), more devices, or LoRA"]
 
 
+def explain_logits(model: ModelMemory, sizes: Mapping[str, MicroBatchSize]) -> str:
+    """Says why more supervised tokens may take less memory, where logits are whole for one strategy and not for another."""
+    from packtrain.objectives.chunks import rows_of_chunk
+
+    rows = rows_of_chunk(model.vocabulary)
+    whole = [name for name, size in sizes.items() if size.supervised <= rows]
+    if len(whole) in (0, len(sizes)):
+        return ""
+    return (
+        f"logits are made at once for up to {rows:,} supervised tokens of a micro-batch ({', '.join(whole)}), and in "
+        "chunks of this many for more, which may take less memory"
+    )
+
+
 def _plan(
     recipe: Recipe, model: ModelMemory, plan: Plan, size: MicroBatchSize, engine: str, checkpointing: bool
 ) -> MemoryPlan:
@@ -140,7 +156,7 @@ def _plan(
 
 def line_table(plans: list[MemoryPlan], strategy: str, size: MicroBatchSize, memory: int) -> RenderableType:
     """Builds a table with a row per line of the estimate, marked by how it is known, and a column per engine."""
-    unit, name = _unit(memory)
+    unit, name = _unit(memory, plans)
     table = _table(
         f"Memory per rank in {name}, {plans[0].ranks} rank{'s' * (plans[0].ranks > 1)}, largest micro-batch of "
         f"{strategy}: {size.tokens:,} tokens, {size.supervised:,} supervised"
@@ -170,7 +186,7 @@ def verdict_table(
     by_strategy: Mapping[str, list[MemoryPlan]], sizes: Mapping[str, MicroBatchSize], own: str, memory: int
 ) -> RenderableType:
     """Builds a table with a row per strategy and a column per engine: the peak, and the verdict if it isn't `fits`."""
-    unit, name = _unit(memory)
+    unit, name = _unit(memory, [plan for plans in by_strategy.values() for plan in plans])
     table = _table(f"Peak per rank in {name} by strategy")
     for column in ("\n\nstrategy", "largest\nmicro-\nbatch", "of it\nsuper-\nvised"):
         table.add_column(column, justify="left" if "strategy" in column else "right", no_wrap=True)
@@ -202,9 +218,10 @@ def _number(amount: float) -> str:
     return f"{amount:,.1f}" if amount < 99.95 else f"{amount:,.0f}"
 
 
-def _unit(memory: int) -> tuple[int, str]:
-    """Returns GiB, or MiB for a small device."""
-    return (2**30, "GiB") if memory >= 4 * 2**30 else (2**20, "MiB")
+def _unit(memory: int, plans: Sequence[MemoryPlan] = ()) -> tuple[int, str]:
+    """Returns GiB, or MiB for a small device and for plans that all stay below 1 GiB."""
+    small = bool(plans) and all(plan.total(where) < 2**30 for plan in plans for where in (DEVICE, HOST, NVME))
+    return (2**20, "MiB") if small or memory < 4 * 2**30 else (2**30, "GiB")
 
 
 def _size(size: int) -> str:

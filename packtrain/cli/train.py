@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -42,9 +43,9 @@ def train(
     `accelerate launch`. The updates see the same examples on any number of processes.
     """
     loaded = load_checked(recipe, overrides)
-    if launch is not None:
-        from packtrain.training.launch import relaunch
+    from packtrain.training.launch import LAUNCHED_BY, relaunch
 
+    if launch is not None:
         sets = [part for override in overrides or [] for part in ("--set", override)]
         more = [*(["--resume", resume] if resume else []), *(["--allow-changes"] if allow_changes else [])]
         more += ["--overwrite"] if overwrite else []
@@ -62,12 +63,20 @@ def train(
     padded = f"{loaded.training['output_dir']}-padded"
     sampled = loaded.objective.answers
     shapes = batching.shapes is not None
-    for comment, command in next_commands(recipe, overrides or [], padded, sampled=sampled, shapes=shapes):
+    launched = os.environ.get(LAUNCHED_BY)
+    asked = next_commands(recipe, overrides or [], padded, sampled=sampled, shapes=shapes, launch=launched)
+    for comment, command in asked:
         console.print(Text.assemble((f"  # {comment}\n", "dim"), ("  " + command, "bold")), soft_wrap=True)
 
 
 def next_commands(
-    recipe: Path, overrides: Sequence[str], padded_dir: str, *, sampled: bool = False, shapes: bool = False
+    recipe: Path,
+    overrides: Sequence[str],
+    padded_dir: str,
+    *,
+    sampled: bool = False,
+    shapes: bool = False,
+    launch: str | None = None,
 ) -> list[tuple[str, str]]:
     """Returns (purpose, command) pairs; each command can be pasted.
 
@@ -75,6 +84,7 @@ def next_commands(
         padded_dir: directory for a padded run.
         sampled: whether `sample` and `evaluate` work with the model.
         shapes: whether the recipe has `batching.shapes`, which padded layouts don't take.
+        launch: the launch file of the run, for one that is to be as fast.
     """
 
     def command(verb: str, overrides: Sequence[str], *more: str) -> str:
@@ -84,10 +94,11 @@ def next_commands(
     padded = [override for override in overrides if "output_dir" not in override.partition("=")[0]]
     padded += ["batching.shapes=null"] if shapes else []
     padded += ["batching.strategy=pad_longest", f"training.output_dir={padded_dir}"]
+    launched = ["--launch", launch] if launch else []
     answers = [("how its answers depend on the allocated length", command("evaluate", overrides))] if sampled else []
     return [
         *answers,
         ("what the model saw, step by step", command("show", overrides, "--step", "0")),
         ("what every other strategy does with these data", command("plan", overrides, "--all")),
-        ("the same updates with plain padding: compare losses and real tokens/s", command("train", padded)),
+        ("the same updates with plain padding: compare losses and real tokens/s", command("train", padded, *launched)),
     ]

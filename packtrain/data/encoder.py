@@ -277,7 +277,8 @@ class Encoder:
             if lost.kind == "reasoning" and (not learnt or (lost.message or 0) < last_question):
                 remarks.append("the chat template leaves out the reasoning of earlier turns")
             elif self.on_lost_content == "error":
-                raise BadRow(describe_lost(chat, lost) + "; `data.on_lost_content: warn` trains without it")
+                fix = f"set `model.chat_template` to a template that renders {_PLURALS[lost.kind]}"
+                raise BadRow(f"{describe_lost(chat, lost)}; {fix}, or train without it (`data.on_lost_content: warn`)")
             else:
                 remarks.append(f"the chat template leaves out {_PLURALS[lost.kind]}")
         return list(dict.fromkeys(remarks))

@@ -24,6 +24,7 @@ from packtrain.data.files import find_places, is_local
 from packtrain.data.formats import FORMATS, Kind, Reading, find_format, rename_columns
 from packtrain.data.mixture import mix, sections_of
 from packtrain.data.pruning import prune
+from packtrain.data.report import RowsError, join_row_errors
 from packtrain.data.selection import select
 from packtrain.data.sources import (
     CORPUS_ROWS,
@@ -95,14 +96,17 @@ def prepare_examples(
     # First: what is wrong with it is said before rows are tokenised.
     evaluation = _open_evaluation(section, seed) if section.eval_path or section.eval_split else None
     key = tokenizer_key and _key_of_sources(section, tokenizer_key, seed)
-    parts = []
+    parts, evaluated, refused = [], None, []  # the rows that are wrong are listed once, those of all sources
     for number, (own, these) in enumerate(zip(_sections(section), rows.parts, strict=True)):
-        with _of_source(number if section.mixture else None):
+        with _of_source(number if section.mixture else None), _collect(refused):
             parts.append(_build(own, these, tokenizer, completions_only, kind, key))
-    train, held_out = _arrange(section, parts, seed)
     if evaluation is not None:
-        held_out = _build(section, evaluation, tokenizer, completions_only, kind, tokenizer_key)
-    return train, held_out
+        with _collect(refused):
+            evaluated = _build(section, evaluation, tokenizer, completions_only, kind, tokenizer_key)
+    if refused:
+        raise join_row_errors(refused)
+    train, held_out = _arrange(section, parts, seed)
+    return train, held_out if evaluation is None else evaluated
 
 
 def open_source(section: DataSection, *, seed: int) -> Source:
@@ -208,13 +212,15 @@ def find_examples(section: DataSection, tokenizer_key: str, *, seed: int) -> tup
     Raises:
         DataError: as `prepare_examples`, for what can be known without tokenising.
     """
-    key, parts = _key_of_sources(section, tokenizer_key, seed), []
+    key, parts, refused = _key_of_sources(section, tokenizer_key, seed), [], []
     for number, own in enumerate(_sections(section)):
-        with _of_source(number if section.mixture else None):
+        with _of_source(number if section.mixture else None), _collect(refused):
             found = _find(own, key, seed)
-        if isinstance(found, str):
-            return None, found
-        parts.append(found)
+            if isinstance(found, str):
+                return None, found
+            parts.append(found)
+    if refused:
+        raise join_row_errors(refused)
     return _arrange(section, parts, seed)[0], ""
 
 
@@ -270,6 +276,15 @@ def _key_of_sources(section: DataSection, tokenizer_key: str, seed: int) -> str:
         describe_request(own.paths, **_place(own, seed)) | {"format": own.format} for own in sections_of(section)
     ]
     return store.hash_of(tokenizer_key, requests)
+
+
+@contextlib.contextmanager
+def _collect(refused: list[RowsError]) -> Iterator[None]:
+    """Keeps the rows that a source was refused for, so that those of the next can be listed with them."""
+    try:
+        yield
+    except RowsError as error:
+        refused.append(error)
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from packtrain.data.report import BadRow
+from packtrain.data.report import BadRow, reason_of
 from packtrain.errors import shorten
 from packtrain.recipe.fields import did_you_mean
 
@@ -183,8 +183,10 @@ def read_json(text: str, where: str) -> Any:
     """Reads JSON text of a row."""
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise BadRow(f"{where} is not valid JSON: {getattr(error, 'msg', 'nested too deeply')}") from None
+    except json.JSONDecodeError as error:
+        raise BadRow(f"{where} is not valid JSON: {reason_of(error)}") from None
+    except RecursionError:
+        raise BadRow(f"{where} is not valid JSON: nested too deeply") from None
 
 
 def _read_message(given: dict[str, Any], where: str, roles: Mapping[str, str]) -> Message:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from packtrain.data.report import BadRow
+from packtrain.data.report import BadRow, reason_of
 from packtrain.errors import DataError, shorten
 
 if TYPE_CHECKING:
@@ -240,7 +240,7 @@ def parse_json(block: bytes) -> Row:
     except BadRow:
         raise
     except json.JSONDecodeError as error:
-        raise BadRow(f"invalid JSON: {error.msg} at column {error.pos + 1}") from None
+        raise BadRow(f"invalid JSON: {reason_of(error)} at column {error.pos + 1}") from None
     except (ValueError, RecursionError) as error:  # an integer of thousands of digits; thousands of brackets
         raise BadRow(f"cannot be read as JSON: {error}") from None
     if not isinstance(row, dict):
@@ -315,7 +315,7 @@ def _scan_array(text: str, label: str) -> tuple[np.ndarray, np.ndarray]:
         try:
             _, end = decode(text, at)
         except json.JSONDecodeError as error:
-            raise broken(error.msg, error.pos) from None
+            raise broken(reason_of(error), error.pos) from None
         except (ValueError, RecursionError) as error:
             raise broken(error, at) from None
         line, seen = line + text.count("\n", seen, at), at

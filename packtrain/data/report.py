@@ -10,6 +10,7 @@ not read (split test): test.jsonl
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -27,11 +28,45 @@ class BadRow(ValueError):
     """The reason why a row cannot become an example. Readers return it in the row's place, parsers raise it."""
 
 
-def bad_rows_error(first: Sequence[tuple[str, str]], total: int, *, what: str, key: str, fix: str) -> DataError:
+def reason_of(error: json.JSONDecodeError) -> str:
+    """Says why JSON cannot be read, without the place.
+
+    >>> try: json.loads('{"text": "on')
+    ... except json.JSONDecodeError as error: reason_of(error)
+    'Unterminated string'
+    """
+    return error.msg.removesuffix(" at").removesuffix(" starting")
+
+
+class RowsError(DataError):
+    """Rows that cannot be trained on, each list of them with its own key and fix (`join_row_errors`)."""
+
+
+def bad_rows_error(first: Sequence[tuple[str, str]], total: int, *, what: str, key: str, fix: str) -> RowsError:
     """Makes one error for many rows: their number is in `what`, the first of them follow as (where, reason)."""
     lines = [f"\n    {where}: {reason}" for where, reason in first[:SHOWN]]
     more = f"\n    ... and {total - SHOWN:,} more" if total > SHOWN else ""
-    return DataError(what + ":" + "".join(lines) + more, key=key, fix=fix)
+    return RowsError(what + ":" + "".join(lines) + more, key=key, fix=fix)
+
+
+def join_row_errors(errors: Sequence[RowsError]) -> RowsError:
+    """Makes one error of several lists of rows: bad ones and overlong ones, those of each source.
+
+    >>> bad = bad_rows_error([("a.jsonl, line 2", "'text' is missing")], 1, what="1 of 9", key="data.bad", fix="skip")
+    >>> long = bad_rows_error([("a.jsonl, line 3", "44 tokens")], 1, what="1 of 9", key="data.overflow", fix="cut")
+    >>> print(join_row_errors([bad, long]))
+    data.bad: 1 of 9:
+        a.jsonl, line 2: 'text' is missing
+      data.overflow: 1 of 9:
+        a.jsonl, line 3: 44 tokens
+        fix: skip
+        fix: cut
+    """
+    first, *others = errors
+    if not others:
+        return first
+    what = "\n  ".join([first.what, *(f"{error.key}: {error.what}" for error in others)])
+    return RowsError(what, key=first.key, fix="\n    fix: ".join(dict.fromkeys(error.fix or "" for error in errors)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from packtrain.data.report import SHOWN, DataReport, bad_rows_error
+from packtrain.data.report import SHOWN, DataReport, RowsError, bad_rows_error, join_row_errors
 from packtrain.data.tokens import Documents
 from packtrain.errors import DataError
 
@@ -72,22 +72,24 @@ def select(
     count = len(documents.lengths)
     limit = max_length or np.iinfo(np.int32).max
     long = np.flatnonzero(documents.lengths > limit)
-    if long.size and overflow == "error":
-        raise _too_long(documents, long, limit, where)
+    refused = [_too_long(documents, long, limit, where)] if long.size and overflow == "error" else []
     pieces = _cut(documents, long, limit, overflow)
     assert pieces.rows is not None, "pieces name their rows"
-    hopeless = np.setdiff1d(long, pieces.rows) if overflow != "drop" else long[:0]
+    hopeless = np.setdiff1d(long, pieces.rows) if overflow in ("truncate", "split") else long[:0]
     reason = f"no supervised token is left after truncation to max_length={limit}"
     problems = sorted([*documents.problems, *((row, reason) for row in hopeless.tolist())])
     skipped = tuple((where(row), reason) for row, reason in problems)
     if problems and on_bad_row == "error":
-        raise bad_rows_error(
+        bad = bad_rows_error(
             skipped,
             len(skipped),
             what=f"{len(skipped):,} of {count:,} rows cannot be trained on",
             key="data.on_bad_row",
             fix="correct or remove the rows, or skip them with `data.on_bad_row: skip`",
         )
+        refused.insert(0, bad)
+    if refused:
+        raise join_row_errors(refused)
     whole = np.ones(count, dtype=bool)
     whole[long] = whole[[row for row, _ in problems]] = False
     if not part and len(problems) + len(long) and not whole.any() and not len(pieces.rows):
@@ -167,7 +169,7 @@ def _check(max_length: int | None, overflow: str, on_bad_row: str) -> None:
             raise DataError("is not a valid choice", key=key, value=value, fix=f"choose one of {', '.join(known)}")
 
 
-def _too_long(documents: Documents, long: np.ndarray, limit: int, where: Callable[[int], str]) -> DataError:
+def _too_long(documents: Documents, long: np.ndarray, limit: int, where: Callable[[int], str]) -> RowsError:
     lengths = documents.lengths[long]
     lost = int((lengths.astype(np.int64) - limit).sum())
     longest_first = long[np.argsort(-lengths, kind="stable")]

@@ -18,6 +18,8 @@ import yaml
 from packtrain.errors import LaunchError, PacktrainError
 from packtrain.recipe.shipped import find_shipped
 
+LAUNCHED_BY = "PACKTRAIN_LAUNCH"  # names the launch file in the processes that `--launch` starts
+
 
 def relaunch(name: str, arguments: Sequence[str], *, use_cpu: bool = False) -> None:
     """Replaces this process by accelerate's launcher, running `packtrain` with `arguments`; doesn't return.
@@ -35,7 +37,7 @@ def relaunch(name: str, arguments: Sequence[str], *, use_cpu: bool = False) -> N
     command = launch_command(
         find_launch_file(name), arguments, devices=0 if use_cpu else torch.accelerator.device_count()
     )
-    os.execv(sys.executable, command)
+    os.execve(sys.executable, command, os.environ | {LAUNCHED_BY: name})
 
 
 def launch_command(file: Path, arguments: Sequence[str], *, devices: int) -> list[str]:

@@ -10,12 +10,13 @@ import pytest
 from rich.console import Console
 
 from packtrain.cli import main
-from packtrain.cli.memory_table import show_memory
+from packtrain.cli.memory_table import explain_logits, show_memory
+from packtrain.objectives.chunks import rows_of_chunk
 from packtrain.packing.plan import plan_run
 from packtrain.recipe.reader import load_recipe
 from packtrain.recipe.shipped import SHARE
 from packtrain.training.launch import engine_of
-from packtrain.training.memory.plan import parse_bytes
+from packtrain.training.memory.plan import MicroBatchSize, describe_model, parse_bytes, plan_memory
 from packtrain.training.memory.states import ENGINES
 
 QUICKSTART = SHARE / "recipes/quickstart.yaml"
@@ -59,6 +60,32 @@ def test_every_line_says_how_it_is_known():
         assert label in text
     assert "= exact   # measured   ~ estimated" in text and "not counted: the CUDA context" in text
     assert "…" not in text  # nothing is cut off at 80 columns
+
+
+def test_a_small_model_on_a_large_device_is_shown_in_mib():
+    text = printed(80 * 1024 * MIB)
+    assert "Memory per rank in MiB" in text and "Peak per rank in MiB" in text and "on 80.0 GiB" in text
+    assert all(float(cell) >= 1 for cell in row(text, "peak"))
+    large = ["config.hidden_size=2048", "config.intermediate_size=8192", "config.num_hidden_layers=4"]
+    assert "Memory per rank in GiB" in printed(80 * 1024 * MIB, *large, engine="ddp")  # control
+
+
+def test_logits_in_chunks_of_some_strategies_only_are_explained():
+    model = describe_model(load_recipe(QUICKSTART, []))
+    rows = rows_of_chunk(model.vocabulary)
+    whole, chunked = (
+        MicroBatchSize(tokens=2 * rows, supervised=supervised, rows=1, width=2 * rows, pairs=4 * rows**2)
+        for supervised in (rows, rows + 1)
+    )
+    note = explain_logits(model, {"balanced": whole, "pad_longest": chunked})
+    assert f"up to {rows:,} supervised tokens of a micro-batch (balanced)" in note
+
+    def kept(size: MicroBatchSize) -> int:
+        options = dict(engine="ddp", ranks=1, half=False, checkpointing=False)
+        return sum(line.bytes for line in plan_memory(model, size, **options).lines if "logits" in line.what)
+
+    assert kept(chunked) < kept(whole), "one more supervised token takes less memory"
+    assert not explain_logits(model, {"balanced": whole, "pad_longest": whole})  # control
 
 
 def test_the_three_verdicts():

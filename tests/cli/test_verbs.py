@@ -468,6 +468,14 @@ def test_the_next_commands_can_be_pasted():
     assert first == "packtrain evaluate a.yaml", "of a model that can be sampled"
     *_, (_, last) = next_commands(Path("a.yaml"), [], "there", shapes=True)
     assert "--set batching.shapes=null --set batching.strategy=pad_longest" in last  # padded layouts have no shapes
+    *others, (_, last) = next_commands(Path("a.yaml"), [], "there", launch="cpu")
+    assert last.endswith(" --launch cpu"), "speeds are compared on as many processes"
+    assert not any("--launch" in command for _, command in others)
+
+
+def test_nothing_asked_is_answered_with_help(capsys):
+    assert run() == 0
+    assert "--version" in capsys.readouterr().out
 
 
 def test_train_trains_and_says_what_came_of_it(tmp_path, capsys, wide):

@@ -37,6 +37,7 @@ BAD = [
     ("text", {"text": {"a": 1}}, {}, "'text' is an object, not text: {'a': 1}"),
     ("text", r'{"text": "\ud83d"}', {}, "the text contains a lone surrogate"),
     ("text", '{"text": "one"', {}, "invalid JSON: Expecting ',' delimiter at column 15"),
+    ("text", '{"text": "one', {}, "invalid JSON: Unterminated string at column 10"),
     ("text", "one two", {}, "invalid JSON: Expecting value at column 1"),
     ("text", '["one"]', {}, "is not a JSON object: ['one']"),
     ("text", "[" * 100_000, {}, "cannot be read as JSON: maximum recursion depth"),

@@ -209,7 +209,8 @@ TOOL = {"type": "function", "function": {"name": "get_sum", "description": "Adds
 
 def test_dropped_tool_call(masked):
     message = (
-        r"messages\[1\]: the chat template leaves out or changes the tool call 'get_sum'; `data.on_lost_content: warn`"
+        r"messages\[1\]: the chat template leaves out or changes the tool call 'get_sum'; set `model.chat_template` to a "
+        r"template that renders tool calls, or train without it \(`data.on_lost_content: warn`\)"
     )
     for options in ({}, {"assistant_only_loss": True}, {"completion_only_loss": True}):
         with pytest.raises(DataError, match=message):

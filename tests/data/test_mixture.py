@@ -271,3 +271,21 @@ def test_evaluation_rows_are_no_part_of_the_mixture(tokenizer):
     with pytest.raises(DataError) as caught:
         load(section(3, 1, eval_path=["e.jsonl", "absent*"]), tokenizer)
     assert caught.value.key == "data.eval_path"
+
+
+def test_refused_rows_of_all_sources_are_listed_at_once(tokenizer):
+    Path("a.jsonl").write_text('{"text": 1}\n{"text": "one"}\n')
+    Path("b.jsonl").write_text('{"text": "one"}\n{"text": "one two three four five six"}\n')
+    Path("held_out.jsonl").write_text('{"text": "one"}\n{"text": 2}\n')
+    mixed, single = section(1, 1, max_length=4), DataSection(path="a.jsonl", eval_path="held_out.jsonl", max_length=4)
+    for attempt in ("tokenised", "found in the cache"):
+        with pytest.raises(DataError) as error:
+            load(mixed, tokenizer, tokenizer_key="tiny")
+        assert all(where in str(error.value) for where in ("a.jsonl, line 1", "b.jsonl, line 2")), attempt
+    with pytest.raises(DataError) as error:
+        find_examples(mixed, "tiny", seed=0)
+    assert all(where in str(error.value) for where in ("a.jsonl, line 1", "b.jsonl, line 2"))
+    with pytest.raises(DataError) as error:
+        load(single, tokenizer)
+    assert all(where in str(error.value) for where in ("a.jsonl, line 1", "held_out.jsonl, line 2"))
+    assert str(error.value).count("fix: ") == 1

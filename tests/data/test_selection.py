@@ -163,3 +163,16 @@ def test_changing_max_length_tokenises_nothing_again(write_rows, tokenizer, cach
 
 def test_view_is_memory_mapped_where_nothing_is_cut(build, tokenizer):
     assert isinstance(build(ROWS, tokenizer).lengths, np.memmap)
+
+
+def test_bad_rows_and_overlong_rows_are_listed_in_one_error(build, tokenizer):
+    empty = [{"input_ids": [], "labels": []}, {"input_ids": [1, 2], "labels": [-100, -100]}]
+    with pytest.raises(DataError) as error:
+        build([*ROWS, *empty], tokenizer, max_length=8)
+    message = str(error.value)
+    assert "data.on_bad_row: 2 of 6 rows cannot be trained on" in message and "line 5: " in message
+    assert "data.overflow: 1 of 6 rows are longer" in message and "rows.jsonl, line 2: 9 tokens" in message
+    assert message.count("fix: ") == 2 and "on_bad_row: skip" in message and "truncate, split or drop" in message
+    with pytest.raises(DataError) as error:  # control: what is skipped is no error
+        build([*ROWS, *empty], tokenizer, max_length=8, on_bad_row="skip")
+    assert "on_bad_row" not in str(error.value) and "line 5" not in str(error.value)

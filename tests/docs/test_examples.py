@@ -17,9 +17,11 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 
 import packtrain
 from packtrain.cli import main
+from packtrain.errors import DataError, LaunchError
 from packtrain.modeling.tokenizer import train_bpe
 from packtrain.objectives.task import load_task
 from packtrain.packing.plan import make_plan
+from packtrain.training.deepspeed_config import deepspeed_config
 from packtrain.training.run import build
 from packtrain.training.trainer import PackTrainer
 from tests.docs.markdown import ROOT, blocks
@@ -49,7 +51,12 @@ training: {output_dir: out/my_run, learning_rate: 1e-1, num_train_epochs: 30, lr
 
 def example(page: str, name: str) -> str:
     """The block that stands below `<!-- example: NAME -->` in a page."""
-    (block,) = [each for each in blocks((ROOT / page).read_text(encoding="utf-8")) if each.mark == f"example: {name}"]
+    return marked(page, f"example: {name}")
+
+
+def marked(page: str, mark: str) -> str:
+    """The block that stands below `<!-- MARK -->` in a page."""
+    (block,) = [each for each in blocks((ROOT / page).read_text(encoding="utf-8")) if each.mark == mark]
     return block.code
 
 
@@ -254,3 +261,34 @@ def test_the_unpadded_model_has_the_loss_it_had():
         torch.testing.assert_close(weight.grad, before, atol=1e-5, rtol=1e-4)
     hidden = model.model(input_ids=ids, attention_mask=mask).last_hidden_state
     assert not hidden[0, 4:].any() and hidden[0, :4].all()
+
+
+def test_the_template_with_tools_renders_all_that_another_drops(folder):
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": 3}}}
+    tool = {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}}
+    turns = [
+        {"role": "user", "content": "2+3?"},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "content": "five, exactly"},
+        {"role": "assistant", "content": "It is 5."},
+    ]
+    (folder / "rows.jsonl").write_text(json.dumps({"messages": turns, "tools": [tool]}) + "\n")
+    (folder / "tools.jinja").write_text(example("recipes/README.md", "tools.jinja"))
+    (folder / "plain.jinja").write_text("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}")
+    (folder / "recipe.yaml").write_text(RECIPE.replace("packtrain:arithmetic, num_rows: 40", "rows.jsonl"))
+    settings = ["data.assistant_only_loss=true", "data.max_length=512"]
+    task = load_task(packtrain.load_recipe("recipe.yaml", [*settings, "model.chat_template=tools.jinja"]))
+    learnt = task.train[0]["labels"]
+    text = task.tokenizer.decode(learnt[learnt != -100])
+    assert '"add"' in text and '{"a": 2, "b": 3}' in text and "It is 5.<|end|>" in text
+    assert "five, exactly" not in text and "2+3?" not in text
+    with pytest.raises(DataError, match="set `model.chat_template` to a template that renders"):
+        packtrain.load_examples(packtrain.load_recipe("recipe.yaml", [*settings, "model.chat_template=plain.jinja"]))
+
+
+def test_the_refusal_of_deepspeeds_own_optimizer_is_as_the_page_shows_it(folder):
+    section = {"type": "AdamW", "params": {"lr": 0.001}}
+    (folder / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 2}, "optimizer": section}))
+    with pytest.raises(LaunchError) as error:
+        deepspeed_config({"deepspeed": "ds.json"}, world_size=2, gradient_accumulation_steps=1, use_cpu=True, env={})
+    assert str(error.value) == marked("launch/README.md", "message: deepspeed optimizer").rstrip()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from packtrain.cli import main
 from packtrain.errors import LaunchError
-from packtrain.training.launch import find_launch_file, launch_command, relaunch
+from packtrain.training.launch import LAUNCHED_BY, find_launch_file, launch_command, relaunch
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
@@ -40,13 +41,16 @@ def test_one_process_for_every_gpu_of_every_host(name, devices, processes):
 @pytest.mark.parametrize(("use_cpu", "given"), [("false", True), ("true", False)])
 def test_a_run_on_the_cpu_has_the_processes_of_its_file(monkeypatch, use_cpu, given):
     """Also where there are GPUs, which it leaves alone."""
-    started = []
-    monkeypatch.setattr("os.execv", lambda file, command: started.append(command) or sys.exit(0))
+    started, told = [], []
+    monkeypatch.setattr(
+        "os.execve", lambda file, command, env: (started.append(command), told.append(env[LAUNCHED_BY]), sys.exit(0))
+    )
     monkeypatch.setattr("torch.accelerator.device_count", lambda: 8)
     with pytest.raises(SystemExit):
         recipe = str(LAUNCH.parent / "recipes/quickstart.yaml")
         main(["train", recipe, "--launch", "cpu", "--set", f"use_cpu={use_cpu}"])
     assert ("--num_processes" in started[0]) == given
+    assert told == ["cpu"] and LAUNCHED_BY not in os.environ  # the ranks suggest commands that start as many
 
 
 def test_elsewhere_its_deepspeed_config_is_still_found(tmp_path, monkeypatch):

@@ -15,7 +15,9 @@ from results.conformance.questions import QUESTIONS, Setting
 from results.conformance.rows import Job, Row, model_directory, words, write_lines
 
 OF_BATCHES = ("first labels", "positions", "end tokens", "as given", "long rows", "size")
-NEEDS_A_GPU = "its arguments refuse this without flash-attention, which needs a GPU; its packer and collator alone were asked"
+NEEDS_A_GPU = (
+    "its arguments refuse this without flash-attention, which needs a GPU; its packer and collator alone were asked"
+)
 
 
 def messages(rows: tuple[Row, ...]) -> list[dict[str, Any]]:
