@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from packtrain.compare.statistics import Ratio
+from packtrain.compare.statistics import Difference, Ratio
 from packtrain.training.summary import describe_machine, name_machine, package_versions
 
 RESULTS = Path(__file__).resolve().parent
@@ -51,6 +51,14 @@ def percent(ratio: Ratio) -> str:
     if ratio.low is not None and ratio.high is not None:
         text += f" ({100 * (ratio.low - 1):+.1f} to {100 * (ratio.high - 1):+.1f})"
     return f"**{text}**" if ratio.above_one or ratio.below_one else text
+
+
+def signed(difference: Difference, digits: int = 4) -> str:
+    """Writes a difference with its interval, bold where that excludes 0: `**+0.012 (+0.004 to +0.020)**`."""
+    text = f"{difference.estimate:+.{digits}f}"
+    if difference.low is not None and difference.high is not None:
+        text += f" ({difference.low:+.{digits}f} to {difference.high:+.{digits}f})"
+    return f"**{text}**" if difference.is_clear else text
 
 
 def store(directory: Path, result: Mapping[str, Any], page: str, *, depth: int | None = None) -> None:
