@@ -130,7 +130,7 @@ def train_base(folder: Path, settings: Settings) -> dict[str, Any]:
     updates = settings.epochs * math.ceil(settings.base / settings.examples)
     recipe = recipe_of(
         folder, "base", model, evaluate=True, learning_rate=settings.rate, num_train_epochs=settings.epochs,
-        eval_strategy="steps", eval_steps=max(1, updates // 4), eval_on_start=True,
+        eval_strategy="steps", eval_steps=math.ceil(updates / 4), eval_on_start=True,
     )  # fmt: skip
     trainer = build(recipe)
     fit(trainer)
