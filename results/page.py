@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
 import textwrap
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 
-from packtrain.compare.statistics import Ratio
+from packtrain.compare.statistics import Difference, Ratio
 from packtrain.training.summary import describe_machine, name_machine, package_versions
 
 RESULTS = Path(__file__).resolve().parent
@@ -53,6 +54,14 @@ def percent(ratio: Ratio) -> str:
     return f"**{text}**" if ratio.above_one or ratio.below_one else text
 
 
+def signed(difference: Difference, digits: int = 4) -> str:
+    """Writes a difference with its interval, bold where that excludes 0: `**+0.012 (+0.004 to +0.020)**`."""
+    text = f"{difference.estimate:+.{digits}f}"
+    if difference.low is not None and difference.high is not None:
+        text += f" ({difference.low:+.{digits}f} to {difference.high:+.{digits}f})"
+    return f"**{text}**" if difference.is_clear else text
+
+
 def store(directory: Path, result: Mapping[str, Any], page: str, *, depth: int | None = None) -> None:
     """Write `bench.json` and `README.md`; with `depth`, what lies deeper than that many mappings is on one line."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -64,7 +73,7 @@ def store(directory: Path, result: Mapping[str, Any], page: str, *, depth: int |
 class Kept:
     """The figures of a study so far, in `out/`: a run that was stopped measures what is missing, and nothing twice.
 
-    Figures of another command, machine or version of a package are not used.
+    Figures of another command, machine or version of a package are not used; a sitting may have other `--minutes`.
     """
 
     def __init__(self, study: str):
@@ -72,7 +81,7 @@ class Kept:
         self.found: dict[str, Any] = {}
         if self.path.exists():
             before = json.loads(self.path.read_text(encoding="utf-8"))
-            self.found = before["found"] if before["origin"] == self.origin else {}
+            self.found = before["found"] if untimed(before["origin"]) == untimed(self.origin) else {}
 
     def measure(self, name: str, measure: Callable[[], Any]) -> Any:
         """Returns the figures of that name, measured now or before."""
@@ -85,6 +94,15 @@ class Kept:
     def finish(self) -> None:
         """Forgets them, once the page is written."""
         self.path.unlink(missing_ok=True)
+
+
+def untimed(about: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns an origin without the `--minutes` of its command, which change no figure.
+
+    >>> untimed({"command": "python results/scores/run.py --seeds 2 --minutes 10"})
+    {'command': 'python results/scores/run.py --seeds 2'}
+    """
+    return dict(about) | {"command": re.sub(r" --minutes[ =]\S+", "", about["command"])}
 
 
 def on_lines(value: Any, depth: int) -> str:

@@ -38,3 +38,11 @@ def test_figures_of_another_command_are_not_used(study, monkeypatch):
     Kept("speed").measure("round 0", lambda: 1.0)
     monkeypatch.setattr(sys, "argv", ["run.py", "--rounds", "3"])
     assert Kept("speed").measure("round 0", lambda: 2.0) == 2.0
+
+
+def test_a_sitting_of_other_minutes_goes_on(study, monkeypatch):
+    Kept("speed").measure("round 0", lambda: 1.0)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--rounds", "2", "--minutes", "5"])
+    assert Kept("speed").measure("round 0", lambda: 2.0) == 1.0
+    monkeypatch.setattr(sys, "argv", ["run.py", "--rounds", "4", "--minutes", "5"])
+    assert Kept("speed").measure("round 0", lambda: 2.0) == 2.0, "control"
