@@ -150,7 +150,8 @@ def markdown(result: dict[str, Any]) -> str:
                 "**no** as well, for the question is only whether it is so. Only the settings that are named were asked; "
                 "most trainers have options that change single cells. torchtune was given the study's tokenizer, with its "
                 "own function for tokenizers without special tokens. Axolotl has not been asked: building its trainer "
-                "imports Triton, and whether it trains on a CPU was not found out. Speed is compared in `results/compare_long_tail`."
+                "imports Triton, and whether it trains on a CPU was not found out. "
+                "Speed is compared in `results/compare_long_tail`."
             ),
             *origin_lines(result, "torch", "transformers", "trl"),
         ]
