@@ -182,7 +182,7 @@ class PackTrainer(Trainer):
 
     def notes(self) -> dict[str, str]:
         """Returns what to say when training begins: (name, text) of the largest micro-batch and the resumed schedule."""
-        said = {"largest": self.probe and self.probe.said, "schedule": self.checkpoints.jump}
+        said = {"largest": self.probe.said if self.probe else None, "schedule": self.checkpoints.jump}
         return {name: text for name, text in said.items() if text}
 
     # Loss
