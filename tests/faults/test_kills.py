@@ -5,6 +5,7 @@ pytest -m slow tests/faults/test_kills.py       # fifty random moments, of one p
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from collections import Counter
@@ -120,3 +121,18 @@ def test_an_example_that_is_lost_or_repeated_would_be_found():
     epoch = [list(range(first, first + 10)) for first in range(0, ROWS, 10)]
     assert lost_or_repeated(epoch + epoch) == 0
     assert lost_or_repeated(epoch + epoch[:-1] + [[*range(50, 59), 3]]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_the_figures_of_two_ranks_go_on_after_a_resume(tmp_path):
+    """Every rank counts its own tokens; a checkpoint carries their sum."""
+    recipe = write_recipe(tmp_path)
+    assert set(run_ranks(recipe, 2, resume=False)) == {0}, log_of(recipe)
+    summary = tmp_path / "run/summary.json"
+    whole = json.loads(summary.read_text())
+    assert set(run_ranks(recipe, 2, resume=str(tmp_path / f"run/checkpoint-{STEPS - 1}"))) == {0}, log_of(recipe)
+    resumed = json.loads(summary.read_text())
+    for name in ("real_tokens", "supervised_tokens", "padding_share", "updates"):
+        assert resumed[name] == whole[name], name
+    assert resumed["world_size"] == 2 and resumed["measured_after"] == 0
