@@ -222,7 +222,7 @@ def strategy_table(
     for column in last if world_size == 1 else [*last, "\nABR"]:
         table.add_column(column, justify="right", no_wrap=True)
 
-    notes = {}
+    notes, packed = {}, {}
     for name, report in rows:
         style = "bold" if name == own else None
         if isinstance(report, PlanError):
@@ -239,8 +239,7 @@ def strategy_table(
                 f"the columns from `examples per update` on are from {report.sampled_updates:,} updates, evenly spaced"
             ] = None
         if report.bound:
-            gap = report.packs / report.bound - 1
-            notes[f"{name}: {report.packs:,} packs, proved to be at most {gap:.2%} above the fewest possible"] = None
+            packed.setdefault(_how_few(report.packs, report.bound), []).append(name)
         for note in report.notes:
             notes[f"{name}: {note}"] = None
         low, mean, high = report.examples_per_update
@@ -255,6 +254,7 @@ def strategy_table(
             *([] if world_size == 1 else [f"{report.attention_imbalance:.2f}"]),
             style=style,
         )
+    notes |= {f"{', '.join(names)}: {few}": None for few, names in packed.items()}
     if world_size > 1:
         what = "attention balance ratio (arXiv:2503.07680, eq. 2), the share of attention that devices idle for the busiest"
         notes[f"ABR: {what}; 0 is even. The communication ratio (eq. 3) is 0: no document is spread over devices"] = (
@@ -291,3 +291,18 @@ def phase_table(phases: list[PhaseReport]) -> RenderableType:
         )
     note = "every example of the epoch is seen once and whole; the last update of a phase may have fewer examples"
     return Group(Text(), table, Text(f"\n{note}", "dim"))
+
+
+def _how_few(packs: int, bound: int) -> str:
+    """Compares a number of packs with the fewest that are proved to be needed.
+
+    >>> _how_few(5, 5)
+    '5 packs, the fewest possible'
+    >>> _how_few(200_001, 200_000)
+    '200,001 packs, proved to be less than 0.01% above the fewest possible'
+    """
+    if packs == bound:
+        return f"{packs:,} packs, the fewest possible"
+    gap = packs / bound - 1
+    most = f"at most {gap:.2%}" if gap >= 1e-4 else "less than 0.01%"
+    return f"{packs:,} packs, proved to be {most} above the fewest possible"

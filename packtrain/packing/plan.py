@@ -86,6 +86,8 @@ class AnyPlan(Protocol):
 
     def examples_after(self, steps: int, /) -> int: ...
 
+    def count_examples(self, steps: int, /) -> int: ...
+
     def figures_after(self, steps: int, /) -> dict[str, int]: ...
 
     def state_after(self, steps: int, /) -> dict[str, Any]: ...
@@ -200,6 +202,13 @@ class Plan:
     def examples(self, step: int) -> np.ndarray:
         """Returns the ids of the examples that an update sees: int64, each once, whatever the world size."""
         return self.scope.examples(*self.locate(step))
+
+    def count_examples(self, steps: int) -> int:
+        """Counts the examples that the first updates of the run see; every epoch counts its own."""
+        if steps == 0:
+            return 0
+        epoch, index = self.locate(steps - 1)
+        return epoch * len(self.lengths) + self.scope.count_examples(epoch, index + 1)
 
     def layout_of(self, step: int) -> list[MicroBatch]:
         """Returns all micro-batches of an update: number `m * world_size + r` is that of rank r in micro-step m."""

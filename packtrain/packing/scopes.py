@@ -73,6 +73,14 @@ class StepScope:
     def steps_in_epoch(self, epoch: int) -> int:
         return sum(phase.updates for phase in self.phases_of(epoch))
 
+    def count_examples(self, epoch: int, updates: int) -> int:
+        """Counts the examples of the first updates of an epoch."""
+        seen = 0
+        for phase in self.phases_of(epoch):
+            seen += min(min(updates, phase.updates) * phase.per_step, phase.examples)
+            updates -= min(updates, phase.updates)
+        return seen
+
     def examples(self, epoch: int, index: int) -> np.ndarray:
         begin = 0
         for phase in self.phases_of(epoch):
@@ -160,6 +168,13 @@ class EpochScope:
         if known not in self.counts:
             self.packs(known)
         return -(-self.counts[known] // self.packs_per_step)
+
+    def count_examples(self, epoch: int, updates: int) -> int:
+        """Counts the examples of the first updates of an epoch; one that is split counts once."""
+        if updates == self.steps_in_epoch(epoch):
+            return len(self.lengths)
+        seen = (self.examples(epoch, index) for index in range(updates))
+        return len(np.unique(np.concatenate([np.zeros(0, np.int64), *seen])))
 
     def examples(self, epoch: int, index: int) -> np.ndarray:
         ids = self._take(epoch, index)[0]

@@ -17,16 +17,17 @@ Epoch scope, the packs of a whole epoch:
   (index, start, stop) instead. `key` is a 64-bit integer for seeded choices, another one in every epoch. The plan
   shuffles the order of the packs; with `by_order` the lengths arrive in the order of the epoch's shuffle.
 
-A recipe may name any other function, `my_package.my_module:function`: it is taken as epoch scope (and its
-result is checked), or the name of a `Strategy`, which says its scope and layout itself.
+A recipe may name any other function, `my_package.my_module:function`: it is taken as epoch scope; or the name of a
+`Strategy`, which says its scope and layout itself. The results of both are checked. recipes/README.md has examples.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 
@@ -235,14 +236,14 @@ def resolve_strategy(name: str) -> Strategy:
             fix="name an importable function as my_package.my_module:function",
         ) from error
     if isinstance(found, Strategy):
-        return found
+        return found if found in STRATEGIES.values() else checked(found, name)
     if not callable(found):
         raise PlanError("is not a function", key="batching.strategy", value=name)
     if not _takes_lengths(found):  # `os:system`, say, which would be called
         what = "is not a function of (lengths, capacity, key)"
         fix = "name a function with these three arguments, which returns lists of indices, or a Strategy"
         raise PlanError(what, key="batching.strategy", value=name, fix=fix)
-    return Strategy(function=checked(found, name), by_order=True)
+    return checked(Strategy(function=found, by_order=True), name)
 
 
 def _takes_lengths(function: Callable) -> bool:
@@ -257,31 +258,92 @@ def _takes_lengths(function: Callable) -> bool:
     return len(needed) == 3 or (takes_any and not inspect.isbuiltin(function))
 
 
-def checked(function: Callable, name: str) -> Callable:
-    """Returns `function` with its result checked: each index exactly once, every pack within the capacity."""
+def checked(rule: Strategy, name: str) -> Strategy:
+    """Returns a strategy with the result of its function checked: every token exactly once, packs within the capacity.
 
-    def packs_of(lengths: np.ndarray, capacity: int, key: int) -> ListedPacks:
-        try:
-            packs = ListedPacks.of(function(lengths, capacity, key))
-        except (TypeError, ValueError) as error:
+    The function gets a copy of the lengths, int64 `[n]`, whatever integers they are stored as.
+    """
+    function = rule.function
+
+    @functools.wraps(function)
+    def packs_of(lengths: np.ndarray, capacity: int, key: int, **more: Any) -> ListedPacks | PatternPacks:
+        lengths = np.array(lengths, dtype=np.int64)
+        found = _listed(lambda: function(lengths.copy(), capacity, key, **more), name)
+        packs = found
+        if isinstance(found, PatternPacks):  # of one of packtrain's own packers
+            packs = _written_down(found)
+        if rule.splits:
+            tokens = _tokens_of_pieces(packs.items, lengths, name)
+        else:
+            _check_indices(packs.items, len(lengths), name)
+            tokens = lengths[packs.items]
+        sums = np.add.reduceat(np.append(tokens, 0), packs.offsets[:-1]) if len(packs) else np.zeros(0, np.int64)
+        if len(sums) and sums.max() > capacity:  # no listed pack is empty
             raise PlanError(
-                f"the strategy {name!r} failed: {error}",
-                fix="it is called as function(lengths, capacity, key) and returns lists of indices",
-            ) from error
-        if not np.array_equal(np.sort(packs.items), np.arange(len(lengths))):
-            times = np.bincount(packs.items[(packs.items >= 0) & (packs.items < len(lengths))], minlength=len(lengths))
-            wrong = np.flatnonzero(times != 1)
-            what = f"index {wrong[0]} occurs {times[wrong[0]]} times" if len(wrong) else "an index is out of range"
-            raise PlanError(f"the strategy {name!r} must place each example exactly once, but {what}")
-        tokens = np.add.reduceat(np.append(lengths[packs.items], 0), packs.offsets[:-1]) if len(packs) else np.zeros(0)
-        tokens = np.where(np.diff(packs.offsets) > 0, tokens, 0)
-        if len(tokens) and tokens.max() > capacity:
-            raise PlanError(
-                f"the strategy {name!r} made a pack of {tokens.max()} tokens, more than the capacity of {capacity}"
+                f"the strategy {name!r} made a pack of {sums.max()} tokens, more than the capacity of {capacity}"
             )
-        return packs
+        most = more.get("max_documents")
+        if most and len(packs) and (held := int(np.diff(packs.offsets).max())) > most:
+            raise PlanError(f"the strategy {name!r} made a pack of {held} documents, more than max_documents = {most}")
+        return found
 
-    return packs_of
+    @functools.wraps(function)
+    def parts_of(lengths: np.ndarray, *, micro_steps: int, ranks: int, **more: Any) -> list[np.ndarray]:
+        lengths, number = np.array(lengths, dtype=np.int64), micro_steps * ranks
+        parts = list(function(lengths.copy(), micro_steps=micro_steps, ranks=ranks, **more))
+        if len(parts) != number:
+            what = f"the strategy {name!r} must return {micro_steps} x {ranks} micro-batches, and returned {len(parts)}"
+            raise PlanError(what, fix="return micro_steps * ranks lists of indices; some may be empty")
+        _check_indices(_listed(lambda: parts, name).items, len(lengths), name)
+        return [np.asarray(part, dtype=np.int64) for part in parts]
+
+    return replace(rule, function=packs_of if rule.scope == "epoch" else parts_of)
+
+
+def _written_down(packs: PatternPacks) -> ListedPacks:
+    items, offsets = packs.take(np.arange(len(packs)))
+    return ListedPacks(items=items, offsets=offsets)
+
+
+def _listed(function: Callable, name: str) -> ListedPacks | PatternPacks:
+    try:
+        packs = function()
+        return packs if isinstance(packs, PatternPacks) else ListedPacks.of(packs)
+    except (TypeError, ValueError) as error:
+        raise PlanError(
+            f"the strategy {name!r} failed: {error}",
+            fix="it is called as function(lengths, capacity, key) and returns lists of indices",
+        ) from error
+
+
+def _check_indices(items: np.ndarray, number: int, name: str) -> None:
+    """Raises PlanError unless each index below `number` occurs exactly once."""
+    if items.ndim != 1:
+        what = f"the strategy {name!r} must return lists of indices, and returned lists of lists"
+        raise PlanError(what, fix="to split examples, name a Strategy with splits=True")
+    if np.array_equal(np.sort(items), np.arange(number)):
+        return
+    times = np.bincount(items[(items >= 0) & (items < number)], minlength=number)
+    wrong = np.flatnonzero(times != 1)
+    what = f"index {wrong[0]} occurs {times[wrong[0]]} times" if len(wrong) else "an index is out of range"
+    raise PlanError(f"the strategy {name!r} must place each example exactly once, but {what}")
+
+
+def _tokens_of_pieces(items: np.ndarray, lengths: np.ndarray, name: str) -> np.ndarray:
+    """Returns the tokens of rows (index, start, stop), int64 `[m]`. Raises PlanError unless they are all tokens once."""
+    rows = items if items.ndim == 2 and items.shape[1] == 3 else np.zeros((0, 3), np.int64)
+    index, starts, stops = rows.T
+    if good := len(rows) > 0 and bool(np.all((index >= 0) & (index < len(lengths)) & (starts >= 0) & (starts < stops))):
+        begin = (np.cumsum(lengths) - lengths)[index]
+        order = np.argsort(begin + starts, kind="stable")
+        edges = np.append((begin + starts)[order], lengths.sum()), np.append(0, (begin + stops)[order])
+        good = bool(np.all(stops <= lengths[index])) and np.array_equal(*edges)
+    if not good:
+        what = f"the strategy {name!r} must place every token exactly once, as rows (index, start, stop)"
+        raise PlanError(
+            what, fix="return for each pack its rows, whose pieces of an example follow each other from 0 on"
+        )
+    return stops - starts
 
 
 # ------------------------------------------------------------------------------------- what a strategy contradicts

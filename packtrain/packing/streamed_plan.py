@@ -124,11 +124,13 @@ class StreamedPlan:
     def examples_after(self, steps: int) -> int:
         """Counts the different examples that the first `steps` updates see."""
         block = self._block(steps - 1)
-        if block.start.epoch:
-            return block.next.tally.examples
-        return min(
-            block.start.example + (steps - block.start.update) * self.scope.examples_per_step, block.next.example
-        )
+        return block.next.tally.examples if block.start.epoch else self.count_examples(steps)
+
+    def count_examples(self, steps: int) -> int:
+        """Counts the examples that the first `steps` updates see; every epoch counts its own."""
+        block = self._block(steps - 1)
+        seen = block.start.example + (steps - block.start.update) * self.scope.examples_per_step
+        return min(seen, block.next.example)
 
     def figures_after(self, steps: int) -> dict[str, int]:
         """Returns what became of the rows so far, for the logs."""

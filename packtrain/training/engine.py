@@ -53,7 +53,8 @@ class Engine:
         offloaded = {name: getattr(self, f"offload_{name}") for name in ("optimizer", "param")}
         offload = "".join(f", {name} on {device}" for name, device in offloaded.items() if device != "none")
         precision = "full precision" if self.mixed_precision == "no" else self.mixed_precision
-        micro_batches = f"{self.gradient_accumulation_steps} micro-batches per update"
+        number = self.gradient_accumulation_steps
+        micro_batches = f"{number} micro-batch{'es' if number != 1 else ''} per update"
         ranks = f"{self.world_size} rank{'s' if self.world_size > 1 else ''}"
         clipping = f"gradients clipped at {self.gradient_clipping:g}" if self.gradient_clipping else "no clipping"
         return f"{self.name}{stage} on {ranks}{offload}, {precision}, {micro_batches}, {clipping}"

@@ -482,6 +482,7 @@ def _summarise(trainer: PackTrainer, recipe: Recipe, model_dir: Path, after: flo
         skipped_updates=trainer.finite.skipped,
         micro_batches_per_update=plan.gradient_accumulation_steps,
         examples=plan.examples_after(trainer.state.global_step),
+        examples_seen=plan.count_examples(trainer.state.global_step),
         epochs=round(trainer.state.epoch or 0, 4),
         world_size=trainer.args.world_size,
         real_tokens=real,

@@ -35,6 +35,7 @@ class Summary:
     skipped_updates: int = 0  # of these, left out because they were not finite
     micro_batches_per_update: int
     examples: int
+    examples_seen: int  # with repetitions: by the updates of the run, also those before it was resumed
     epochs: float
     world_size: int
     measured_after: int = 0  # tokens, padding and seconds are those after this update; 0: of the whole run
@@ -88,16 +89,21 @@ class Summary:
         return lines + [
             ("updates", f"{self.updates:,} of {self._micro_batches()}"),
             *([("skipped", f"{self.skipped_updates:,} updates that were not finite")] if self.skipped_updates else []),
-            (
-                "examples",
-                f"{self.examples:,} x {self.epochs:g} epochs" if self.epochs else f"{self.examples:,}, streamed",
-            ),
+            ("examples", self._examples()),
             ("time in updates", f"{self.seconds:.1f} s{self.since}"),
             ("peak memory", f"{self.peak_memory / 2**20:,.0f} MiB ({self.peak_memory_of})"),
             ("parameters", f"{self.trainable_parameters:,} trained{frozen}"),
             ("attention", self.attn_implementation),
             ("model saved in", self.model_dir),
         ]
+
+    def _examples(self) -> str:
+        if not self.epochs:
+            return f"{self.examples:,}, streamed"
+        if self.examples_seen < self.examples:
+            return f"{self.examples_seen:,} of {self.examples:,} seen"
+        times = round(self.examples_seen / self.examples, 4)
+        return f"{self.examples:,} x {times:g} epoch{'s' if times != 1 else ''}"
 
     def _micro_batches(self) -> str:
         each = self.micro_batches_per_update

@@ -30,6 +30,13 @@ def test_a_plan_of_lengths_alone(file):
     assert "ABR" in plan and "eq. 2" in plan and "ABR" not in shown(file, world_size=1)
 
 
+def test_equal_statements_of_strategies_are_one_line(tmp_path):
+    np.save(tmp_path / "lengths.npy", np.full(40, 512, dtype=np.uint16))
+    plan = " ".join(shown(tmp_path / "lengths.npy", every=True, world_size=1).split())
+    assert plan.count("the fewest possible") == 1 and "0.00%" not in plan
+    assert "bfd, ffd, optimal, global_balance: 20 packs, the fewest possible" in plan
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

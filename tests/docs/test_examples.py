@@ -186,6 +186,35 @@ def test_the_strategy_packs_pairs(folder, sft_lengths):
     assert max(map(len, packs)) == 2 and sum(map(len, packs)) == len(sft_lengths)
 
 
+def test_own_strategies_of_both_scopes_do_what_the_page_says(folder, sft_lengths):
+    """Packs fit, are others in each epoch and the same again; the one of step scope keeps the updates."""
+    (folder / "page_packing.py").write_text(
+        example("recipes/README.md", "own strategy") + example("recipes/README.md", "own strategy of step scope")
+    )
+
+    def updates(name: str, **more) -> list[list]:
+        size = {"max_tokens": 4096, "examples_per_step": 64, "num_epochs": 2, "world_size": 2}
+        plan = make_plan(sft_lengths.astype(np.uint16), strategy=name, **size | more)
+        assert plan.layout == "flat"
+        steps = [plan.layout_of(step) for step in range(plan.total_steps)]
+        assert max(part.lengths.sum() for parts in steps for part in parts) <= 4096
+        seen = np.concatenate([part.example_ids for parts in steps for part in parts])
+        assert np.array_equal(np.sort(seen), np.repeat(np.arange(len(sft_lengths)), 2))
+        return [sorted(part.example_ids.tolist()) for parts in steps for part in parts]
+
+    packs = updates("page_packing:shuffled_fit")
+    assert packs == updates("page_packing:shuffled_fit")
+    assert packs != updates("page_packing:shuffled_fit", seed=1)
+    assert len(packs) < 1.1 * 2 * sft_lengths.sum() / 4096  # they are packed
+
+    def sets(name: str) -> list[set]:
+        plan = make_plan(sft_lengths, strategy=name, max_tokens=4096, examples_per_step=64)
+        return [set(np.concatenate([part.example_ids for part in plan.layout_of(s)])) for s in range(plan.total_steps)]
+
+    assert updates("page_packing:dealt") and sets("page_packing:dealt") == sets("balanced")
+    assert sets("page_packing:shuffled_fit") != sets("balanced")  # the control
+
+
 SETTINGS = dict(
     use_cpu=True, per_device_train_batch_size=4, max_steps=3, logging_steps=1, learning_rate=1e-2, report_to="none",
     save_strategy="no", disable_tqdm=True,

@@ -60,3 +60,66 @@ def test_functions_of_three_arguments_are_taken(folder):
     )
     for name in ("pack", "optional", "any", "bound", "packer"):
         assert resolve_strategy(f"three:{name}").scope == "epoch"
+
+
+STRATEGIES_THAT_LOSE = """
+from packtrain.packing.strategies import Strategy
+
+def deal(lengths, *, micro_steps, ranks, capacity, cost):
+    return [range(i, len(lengths), micro_steps * ranks) for i in range(micro_steps * ranks)]
+def lose(lengths, **given):
+    return [part[1:] for part in deal(lengths, **given)]
+def few(lengths, **given):
+    return deal(lengths, **given)[:-1]
+def cut(lengths, capacity, key):
+    whole = [[(i, 0, n)] for i, n in enumerate(lengths[:-1])]
+    return [*whole, [(len(lengths) - 1, 0, 2)], [(len(lengths) - 1, 2, lengths[-1])]]
+def cut_off(lengths, capacity, key):
+    return cut(lengths, capacity, key)[:-1]
+def too_full(lengths, capacity, key):
+    return [[row for pack in cut(lengths, capacity, key) for row in pack]]
+def one(lengths, capacity, key, max_documents=None):
+    return [[i] for i in range(len(lengths))]
+
+deals, loses, fews = (Strategy(function=each, scope="step") for each in (deal, lose, few))
+cuts, cuts_off, too_fulls = (Strategy(function=each, splits=True) for each in (cut, cut_off, too_full))
+flags_missing = Strategy(function=cut)
+"""
+
+
+def test_a_strategy_object_can_lose_nothing_either(folder):
+    (folder / "objects.py").write_text(STRATEGIES_THAT_LOSE)
+    lengths = [3, 4, 5, 6]
+
+    def layouts(name: str, **more) -> list:
+        size = {"max_tokens": 12, "examples_per_step": 4, "world_size": 2} | more
+        plan = make_plan(lengths, strategy=f"objects:{name}", **size)
+        return [part.example_ids.tolist() for step in range(plan.total_steps) for part in plan.layout_of(step)]
+
+    assert sorted(sum(layouts("deals"), [])) == [0, 1, 2, 3]
+    assert len(set(sum(layouts("cuts"), []))) == 4
+    for name, message in [
+        ("loses", "index 0 occurs 0 times"),
+        ("fews", "must return 1 x 2 micro-batches, and returned 1"),
+        ("cuts_off", "must place every token exactly once"),
+        ("too_fulls", "a pack of 18 tokens, more than the capacity of 12"),
+        ("flags_missing", "lists of lists"),
+    ]:
+        with pytest.raises(PlanError, match=message):
+            layouts(name)
+    assert len(layouts("one", max_documents=1, world_size=1)) == 4
+
+
+def test_packs_of_packtrains_own_packers_are_checked_too(folder):
+    (folder / "borrowed.py").write_text(
+        "from packtrain.packing.strategies import bfd\n"
+        "def whole(lengths, capacity, key): return bfd(lengths, capacity, key)\n"
+        "def part(lengths, capacity, key): return bfd(lengths[:-1], capacity, key)\n"
+        "def many(lengths, capacity, key, max_documents=None): return bfd(lengths, capacity, key)\n"
+    )
+    size = {"max_tokens": 20, "examples_per_step": 4}
+    assert make_plan([3, 4, 5, 6], strategy="borrowed:whole", **size).total_steps == 1
+    with pytest.raises(PlanError, match="index 3 occurs 0 times"):
+        make_plan([3, 4, 5, 6], strategy="borrowed:part", **size)
+    with pytest.raises(PlanError, match="a pack of 4 documents, more than max_documents = 2"):
+        make_plan([3, 4, 5, 6], strategy="borrowed:many", max_documents=2, **size)
