@@ -13,12 +13,13 @@ from packtrain.compare.statistics import Spread
 from packtrain.compare.verdict import note, small, verdict
 
 ABSENT = ""
+SAME_UPDATES = "held-out loss, same updates"
 DETAILS = (  # columns of the page's second table, so that a screen of 1,280 pixels shows every one
     "supervised tokens/s",
     "seconds/update: median (p10-p90)",
     "tokens dropped",
     "held-out loss, mean of examples",
-    "held-out loss, same updates",
+    SAME_UPDATES,
     "gradient norm differs by",
     "start-up",
     "TFLOP/s",
@@ -48,7 +49,7 @@ def columns(comparison: Comparison) -> list[Column]:
         ("seconds/update: median (p10-p90)", lambda row: _spread(row.update_seconds)),
         ("tokens dropped", lambda row: _number(row.tokens_dropped)),
         ("held-out loss, mean of examples", lambda row: _loss(row.per_example)),
-        ("held-out loss, same updates", lambda row: "" if axis == ", same updates" else _after_equal_updates(row)),
+        (SAME_UPDATES, lambda row: "" if axis == ", same updates" else _after_equal_updates(row)),
         ("gradient norm differs by", lambda row: _difference(row.norm_difference, row, comparison)),
         ("start-up", lambda row: "" if row.startup_seconds is None else f"{row.startup_seconds:.1f} s"),
         ("TFLOP/s", lambda row: "" if row.flops_per_second is None else f"{row.flops_per_second / 1e12:.3g}"),
@@ -82,11 +83,15 @@ def render_shown_csv(comparison: Comparison) -> str:
 
 
 def render_latex(comparison: Comparison) -> str:
-    """Render the columns of the page's first table for a paper; needs the package booktabs."""
-    shown = [column for column in columns(comparison) if column[0] not in DETAILS]
-    rows = [["variant", *(heading for heading, _ in shown)]]
-    rows += [[row.name, *_cells(row, shown)] for row in comparison.rows]
-    lines = [" & ".join(map(_in_latex, cells)) + r" \\" for cells in rows]
+    """Render the columns of the page's first table for a paper; needs the package booktabs.
+
+    Where a variant makes other updates than the reference, the loss after as many updates is a column, too.
+    """
+    changes = not all(row.keeps_updates for row in comparison.rows)
+    shown = [c for c in columns(comparison) if c[0] not in DETAILS or (changes and c[0] == SAME_UPDATES)]
+    rows = [[_in_latex(heading) for heading in ("variant", *(heading for heading, _ in shown))]]
+    rows += [[_in_latex(row.name), *map(_number_in_latex, _cells(row, shown))] for row in comparison.rows]
+    lines = [" & ".join(cells) + r" \\" for cells in rows]
     head = rf"\begin{{tabular}}{{l{'r' * len(shown)}}}"
     return "\n".join([head, r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule", r"\end{tabular}", ""])
 
@@ -99,6 +104,17 @@ def _in_latex(text: str) -> str:
     """
     words = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
     return re.sub(r"[\\~^&%$#_{}]", lambda found: words.get(found[0], f"\\{found[0]}"), text)
+
+
+def _number_in_latex(text: str) -> str:
+    """Write a cell as a paper does: powers of ten in math mode, a dash between the ends of an interval.
+
+    >>> print(_number_in_latex("2e-6"), _number_in_latex("1e-7"), _number_in_latex("2.41x (2.30-2.52)"))
+    $2 \\times 10^{-6}$ $10^{-7}$ 2.41x (2.30--2.52)
+    """
+    text = re.sub(r"(?<=\d)-(?=[\d>])", "--", _in_latex(text))
+    text = re.sub(r"\b(\d+)e(-?\d+)\b", r"$\1 \\times 10^{\2}$", text)
+    return text.replace(r"$1 \times ", "$")
 
 
 def _no_formula(text: str) -> str:
