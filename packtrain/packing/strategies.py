@@ -269,9 +269,9 @@ def checked(rule: Strategy, name: str) -> Strategy:
     def packs_of(lengths: np.ndarray, capacity: int, key: int, **more: Any) -> ListedPacks | PatternPacks:
         lengths = np.array(lengths, dtype=np.int64)
         found = _listed(lambda: function(lengths.copy(), capacity, key, **more), name)
-        packs = found
-        if isinstance(found, PatternPacks):  # of one of packtrain's own packers
-            packs = _written_down(found)
+        packs = (
+            _written_down(found) if isinstance(found, PatternPacks) else found
+        )  # patterns: of packtrain's own packers
         if rule.splits:
             tokens = _tokens_of_pieces(packs.items, lengths, name)
         else:
@@ -294,7 +294,9 @@ def checked(rule: Strategy, name: str) -> Strategy:
         if len(parts) != number:
             what = f"the strategy {name!r} must return {micro_steps} x {ranks} micro-batches, and returned {len(parts)}"
             raise PlanError(what, fix="return micro_steps * ranks lists of indices; some may be empty")
-        _check_indices(_listed(lambda: parts, name).items, len(lengths), name)
+        listed = _listed(lambda: parts, name)
+        assert isinstance(listed, ListedPacks), "lists of indices"
+        _check_indices(listed.items, len(lengths), name)
         return [np.asarray(part, dtype=np.int64) for part in parts]
 
     return replace(rule, function=packs_of if rule.scope == "epoch" else parts_of)
