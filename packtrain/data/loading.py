@@ -21,10 +21,10 @@ from packtrain.data.files import find_places, is_local
 from packtrain.data.formats import FORMATS, Kind, Reading, find_format, rename_columns
 from packtrain.data.mixture import mix, sections_of
 from packtrain.data.pruning import prune
-from packtrain.data.report import RowsError, join_row_errors
+from packtrain.data.report import join_row_errors
 from packtrain.data.selection import select
 from packtrain.data.sources import Rows, describe_request, open_rows, texts
-from packtrain.errors import DataError
+from packtrain.errors import DataError, RowsError
 from packtrain.recipe.sections import DataSection
 
 if TYPE_CHECKING:
