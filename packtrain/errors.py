@@ -72,6 +72,10 @@ class DataError(PacktrainError):
     """A row, a file or a column that cannot be trained on."""
 
 
+class RowsError(DataError):
+    """Rows that cannot be trained on: bad ones, overlong ones, those of several sources; all that were found."""
+
+
 class PlanError(PacktrainError):
     """Lengths, capacities or counts from which no plan can be made."""
 

@@ -26,6 +26,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from packtrain.data.examples import AnyExamples
 from packtrain.errors import PacktrainError
 from packtrain.modeling.cost import cost_of
 from packtrain.modeling.loading import load_config
@@ -166,21 +167,41 @@ def show_batch(
     rank: int = 0,
     micro_batch: int = 0,
     examples: str | None = None,
+    lines: str | None = None,
+    held_out: bool = False,
     documents: int = 8,
     world_size: int = 1,
 ) -> None:
-    """Prints what became of the rows, and a micro-batch of the recipe's plan, or given examples (`3,17`) as in epoch 0.
+    """Prints what became of the rows, and a micro-batch of the recipe's plan, or given examples as in epoch 0.
+
+    Args:
+        examples: their numbers, `3,17`.
+        lines: of the rows that they are of, see `find_lines`.
+        held_out: whether they are held out; the first `documents` of these, where none are named.
 
     Raises:
-        PacktrainError: bad data, or no such step, rank, micro-batch or example.
+        PacktrainError: bad data, or no such step, rank, micro-batch, example or line.
     """
+    if examples is not None and lines is not None:
+        raise PacktrainError("cannot stand next to --examples", key="--lines", value=lines, fix="leave one of them out")
     task, epoch, shapes = load_task(recipe), 0, None
     config = load_config(recipe.model, tokenizer=task.tokenizer, new_tokens=task.new_tokens, fields=task.config_fields)
-    if examples is not None:
-        ids = _example_ids(examples, len(task.train))
-        lengths = np.asarray(task.train.lengths[ids], dtype=np.int64)
+    shown = task.held_out if held_out else task.train
+    if shown is None:
+        fix = "set data.eval_size, data.eval_path or data.eval_split"
+        raise PacktrainError("the recipe holds no rows out", key="--held-out", fix=fix)
+    if held_out or not (examples is None and lines is None):
+        if lines is not None:
+            ids = find_lines(lines, shown, task.train if held_out else task.held_out, held_out=held_out)
+        else:
+            ids = (
+                np.arange(min(max(documents, 1), len(shown)))
+                if examples is None
+                else _example_ids(examples, len(shown))
+            )
+        lengths = np.asarray(shown.lengths[ids], dtype=np.int64)
         chosen = MicroBatch(example_ids=ids, starts=np.zeros_like(ids), stops=lengths)
-        head = f"{len(ids)} example{'s' if len(ids) > 1 else ''}"
+        head = f"{len(ids)} {'held-out ' if held_out else ''}example{'s' if len(ids) > 1 else ''}"
     else:
         cost = cost_of(config)
         plan = plan_training(recipe, task.train, world_size=world_size, cost=cost)
@@ -189,9 +210,9 @@ def show_batch(
     strategy = resolve_strategy(recipe.batching.strategy)
     start = _position_start(recipe, config)
     collator = task.collator(strategy, max_length=recipe.data.max_length, position_start=start)
-    batch = MicroBatches(task.train, collator, shapes).at_epoch(epoch)[chosen]
+    batch = MicroBatches(shown, collator, shapes).at_epoch(epoch)[chosen]
     console.print("\n".join(task.train.report.lines()), soft_wrap=True, highlight=False, markup=False)
-    print_batch(batch, task, console, head=head, texts=documents, titles=collator.titles(batch))
+    print_batch(batch, task, console, examples=shown, head=head, texts=documents, titles=collator.titles(batch))
 
 
 def print_batch(
@@ -199,6 +220,7 @@ def print_batch(
     task: Task,
     console: Console,
     *,
+    examples: AnyExamples,
     head: str,
     texts: int,
     titles: Sequence[str] | None = None,
@@ -206,6 +228,7 @@ def print_batch(
     """Prints a line of totals, a table of documents, and the text of the first `texts` of them.
 
     Args:
+        examples: those that the batch is of.
         titles: what each document of the batch is of its example, see `PackCollator.titles`.
     """
     found = documents_of(batch, titles)
@@ -223,7 +246,7 @@ def print_batch(
     for column in ("document", "example", "row", "tokens", "positions", "supervised", "weight", "padding"):
         table.add_column(column, justify="right")
     for number, document in enumerate(found):
-        row = _source_row(task, document.example_id) if document.example_id >= 0 else "-"
+        row = _source_row(examples, document.example_id) if document.example_id >= 0 else "-"
         table.add_row(
             str(number),
             str(document.example_id),
@@ -252,10 +275,68 @@ def print_batch(
         console.print(f"... and {len(found) - texts} more; see --documents", style="dim", highlight=False)
 
 
-def _source_row(task: Task, example_id: int) -> str:
-    """Names the row of an example: by its number, and with its file where there are several."""
-    row, source = int(task.train.rows[example_id]), task.train.source
-    return source.where(row) if source is not None and len(task.train.report.files) > 1 else str(row)
+def _source_row(examples: AnyExamples, example_id: int) -> str:
+    """Names the row of an example as errors do: by its line, and with its file where there are several."""
+    row, source = int(examples.rows[example_id]), getattr(examples, "source", None)
+    if source is None:
+        return str(row)
+    where = source.where(row)
+    return where if len(source.counts) > 1 else where.rpartition(", ")[2]
+
+
+def find_lines(text: str, examples: AnyExamples, others: AnyExamples | None, *, held_out: bool) -> np.ndarray:
+    """Finds the examples of rows by their lines, as errors name them: `17`, `3,17` or `rows.jsonl:17`; int64 `[n]`.
+
+    Args:
+        examples: those that are shown.
+        others: those that are held out, or trained on, instead.
+        held_out: whether `examples` are held out.
+
+    Raises:
+        PacktrainError: no such line, or none of its examples is among `examples`.
+    """
+    source = getattr(examples, "source", None)
+    if source is None:
+        fix = "name examples by --examples"
+        raise PacktrainError("the lines of these rows are not known", key="--lines", value=text, fix=fix)
+    named = {row: source.where(row) for row in range(len(source))}
+    found = []
+    for word in re.split(r"[,\s]+", text.strip()):
+        file, _, number = word.rpartition(":")
+        if not number.isdecimal():
+            fix = "give numbers separated by commas, or FILE:NUMBER"
+            raise PacktrainError("is not a list of lines", key="--lines", value=text, fix=fix)
+        rows = [row for row, where in named.items() if _is_line(where, file, number)]
+        if not rows:
+            raise PacktrainError(
+                f"there is no such row, from {named[0]} to {named[len(named) - 1]}", key="--lines", value=word
+            )
+        ids = np.flatnonzero(np.isin(examples.rows, rows))
+        if not len(ids):
+            raise _not_shown(word, named[rows[0]], rows, examples, others, held_out=held_out)
+        found.append(ids)
+    return np.concatenate(found)
+
+
+def _is_line(where: str, file: str, number: str) -> bool:
+    """Tells whether `rows.jsonl, line 17` is meant by a file (or none) and a number."""
+    of, _, place = where.rpartition(", ")
+    return place.rpartition(" ")[2] == str(int(number)) and (not file or of == file or of.endswith("/" + file))
+
+
+def _not_shown(
+    word: str, where: str, rows: list[int], examples: AnyExamples, others: AnyExamples | None, *, held_out: bool
+) -> PacktrainError:
+    """Makes the error that says why a row is no example of those that are shown."""
+    reason = dict(examples.report.skipped).get(where)
+    if reason is not None:
+        return PacktrainError(f"{where} is a bad row: {reason}", key="--lines", value=word, fix="correct the row")
+    source, other = getattr(examples, "source", None), getattr(others, "source", None)
+    if others is not None and source and other and source.counts == other.counts and np.isin(others.rows, rows).any():
+        what, fix = ("trained on", "leave out --held-out") if held_out else ("held out", "add --held-out")
+        return PacktrainError(f"{where} is {what}", key="--lines", value=word, fix=fix)
+    what = f"{where} is not among the examples: data.overflow, data.keep or the weights of a mixture leave it out"
+    return PacktrainError(what, key="--lines", value=word, fix="change that setting, for this once with --set")
 
 
 def _position_start(recipe: Recipe, config: PreTrainedConfig) -> int:
@@ -302,7 +383,10 @@ def _example_ids(text: str, count: int) -> np.ndarray:
     if text.endswith(".jsonl"):
         text = _last_examples(Path(text))
     words = re.split(r"[,\s]+", text.strip())
-    if not all(word.isdecimal() and int(word) < count for word in words):
-        fix = f"give numbers from 0 to {count - 1}, separated by commas"
+    fix = f"give numbers from 0 to {count - 1}, separated by commas"
+    if not all(word.isdecimal() for word in words):
         raise PacktrainError("is not a list of examples", key="--examples", value=text, fix=fix)
+    if beyond := [word for word in words if int(word) >= count]:
+        what = f"there is no example {', '.join(beyond)}, only {count:,} of them"
+        raise PacktrainError(what, key="--examples", value=text, fix=fix)
     return np.array([int(word) for word in words], dtype=np.int64)

@@ -19,6 +19,15 @@ def show(
     examples: Annotated[
         str | None, typer.Option(metavar="IDS", help="Show these examples instead: `3,17`, or a run's nonfinite.jsonl.")
     ] = None,
+    lines: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LINES", help="Show the rows on these lines, as errors name them: `17`, `3,17`, or `a.jsonl:17`."
+        ),
+    ] = None,
+    held_out: Annotated[
+        bool, typer.Option("--held-out", help="Show held-out rows: those of --lines or --examples, or the first.")
+    ] = False,
     documents: Annotated[int, typer.Option(min=0, metavar="N", help="Number of documents whose text is printed.")] = 8,
     gpus: Gpus = 1,
 ) -> None:
@@ -35,6 +44,8 @@ def show(
         rank=rank,
         micro_batch=micro_batch,
         examples=examples,
+        lines=lines,
+        held_out=held_out,
         documents=documents,
         world_size=gpus,
     )

@@ -24,7 +24,7 @@ from packtrain.data.files import find_places, is_local
 from packtrain.data.formats import FORMATS, Kind, Reading, find_format, rename_columns
 from packtrain.data.mixture import mix, sections_of
 from packtrain.data.pruning import prune
-from packtrain.data.report import RowsError, join_row_errors
+from packtrain.data.report import join_row_errors
 from packtrain.data.selection import select
 from packtrain.data.sources import (
     CORPUS_ROWS,
@@ -37,7 +37,7 @@ from packtrain.data.sources import (
 )
 from packtrain.data.streamed_examples import StreamedExamples
 from packtrain.data.streams import Source, open_stream
-from packtrain.errors import DataError
+from packtrain.errors import DataError, RowsError
 from packtrain.recipe.sections import BUFFER_SIZE, DataSection
 
 if TYPE_CHECKING:

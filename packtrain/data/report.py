@@ -14,7 +14,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from packtrain.errors import DataError
+from packtrain.errors import RowsError
 
 ALL_TURNS = (
     "system and user turns are supervised, too (`data.assistant_only_loss: true` supervises assistant turns only)"
@@ -36,10 +36,6 @@ def reason_of(error: json.JSONDecodeError) -> str:
     'Unterminated string'
     """
     return error.msg.removesuffix(" at").removesuffix(" starting")
-
-
-class RowsError(DataError):
-    """Rows that cannot be trained on, each list of them with its own key and fix (`join_row_errors`)."""
 
 
 def bad_rows_error(first: Sequence[tuple[str, str]], total: int, *, what: str, key: str, fix: str) -> RowsError:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from packtrain.data.report import SHOWN, DataReport, RowsError, bad_rows_error, join_row_errors
+from packtrain.data.report import SHOWN, DataReport, bad_rows_error, join_row_errors
 from packtrain.data.tokens import Documents
-from packtrain.errors import DataError
+from packtrain.errors import DataError, RowsError
 
 OVERFLOWS = ("error", "truncate", "drop", "split")
 BAD_ROW_CHOICES = ("error", "skip")

@@ -146,3 +146,39 @@ def test_rows_with_brackets_in_their_names_are_printed_as_they_are(tmp_path, cap
     rows = [row | {"[bold]odd": 1} for row in TEXTS["plain"]]
     recipe = recipe_of(tmp_path, rows)
     assert all("columns not used: [bold]odd" in printed(capsys, verb, recipe) for verb in ("plan", "show", "train"))
+
+
+def refused(capsys, *args: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        main(list(args))
+    assert ended.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_rows_are_shown_by_their_lines_as_errors_name_them(tmp_path, capsys):
+    recipe = recipe_of(tmp_path, [{"text": f"words {n}"} for n in range(1, 10)])
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n" + rows.read_text() + '{"text": 1}\n')  # the first line is blank, and row 0 is on line 2
+    some = ["--set", "data.on_bad_row=skip", "--set", "data.eval_size=3"]
+    task = load_task(load_recipe(recipe, ["data.on_bad_row=skip", "data.eval_size=3"]))
+    trained, kept = ([int(row) + 2 for row in part.rows] for part in (task.train, task.held_out))
+
+    out = printed(capsys, "show", recipe, "--lines", f"{trained[4]},{trained[1]}", *some)
+    assert re.findall(r"ords (\d)<", out) == [str(trained[4] - 1), str(trained[1] - 1)]  # "w" is read, not learnt
+    assert f"line {trained[4]} " in out and "2 examples: flat" in out
+    out = printed(capsys, "show", recipe, "--lines", f"rows.jsonl:{trained[4]}", *some)
+    assert f"ords {trained[4] - 1}<" in out
+
+    out = printed(capsys, "show", recipe, "--held-out", "--lines", str(kept[1]), *some)
+    assert f"ords {kept[1] - 1}<" in out and "1 held-out example: flat" in out
+    out = printed(capsys, "show", recipe, "--held-out", "--documents", "2", *some)
+    assert "2 held-out examples" in out and all(f"line {line} " in out for line in kept[:2])
+
+    assert "is held out" in refused(capsys, "show", recipe, "--lines", str(kept[0]), *some)
+    assert "is trained on" in refused(capsys, "show", recipe, "--held-out", "--lines", str(trained[0]), *some)
+    assert "line 11 is a bad row: 'text' is a number" in refused(capsys, "show", recipe, "--lines", "11", *some)
+    assert "there is no such row" in refused(capsys, "show", recipe, "--lines", "1", *some)
+    assert "there is no such row" in refused(capsys, "show", recipe, "--lines", "other.jsonl:3", *some)
+    assert "is not a list of lines" in refused(capsys, "show", recipe, "--lines", "three", *some)
+    assert "holds no rows out" in refused(capsys, "show", recipe, "--held-out", *some[:2])
+    assert "next to --examples" in refused(capsys, "show", recipe, "--lines", "3", "--examples", "1", *some)

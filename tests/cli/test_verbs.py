@@ -347,6 +347,7 @@ def test_show_of_given_examples_and_of_what_is_not_there(capsys, wide):
         (["--step", "7"], "choose one from 0 to 6"),
         (["--rank", "1"], "--gpus sets their number"),
         (["--micro-batch", "99"], "there is no such micro-batch"),
+        (["--examples", "3,100"], "there is no example 100, only 100 of them"),
         (["--examples", "3,100"], "give numbers from 0 to 99"),
         (["--examples", "three"], "is not a list of examples"),
     ):
