@@ -15,6 +15,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from packtrain.cli.output import NARROWEST_NAME, keep_whole
 from packtrain.errors import LaunchError
 from packtrain.packing.plan import Plan
 from packtrain.recipe.recipe import Recipe
@@ -98,8 +99,8 @@ def show_memory(
         return [_plan(recipe, model, plans[name], sizes[name], one, checkpointing) for one in engines]
 
     by_strategy = {name: of(name) for name in plans}
-    console.print(line_table(by_strategy[own], own, sizes[own], memory))
-    console.print(verdict_table(by_strategy, sizes, own, memory))
+    console.print(line_table(by_strategy[own], own, sizes[own], memory), crop=False)
+    console.print(verdict_table(by_strategy, sizes, own, memory), crop=False)
     if note := explain_logits(model, sizes):
         console.print(note, highlight=False, soft_wrap=True)
     for line in _advice(by_strategy[own], [] if checkpoints else of(own, True), memory):
@@ -161,7 +162,7 @@ def line_table(plans: list[MemoryPlan], strategy: str, size: MicroBatchSize, mem
         f"Memory per rank in {name}, {plans[0].ranks} rank{'s' * (plans[0].ranks > 1)}, largest micro-batch of "
         f"{strategy}: {size.tokens:,} tokens, {size.supervised:,} supervised"
     )
-    table.add_column("", no_wrap=True)
+    table.add_column("", overflow="fold", min_width=NARROWEST_NAME)
     for plan in plans:
         table.add_column(NAMES[plan.engine], justify="right", no_wrap=True)
     by_plan = [{(line.where, line.what): line for line in plan.lines} for plan in plans]
@@ -179,7 +180,7 @@ def line_table(plans: list[MemoryPlan], strategy: str, size: MicroBatchSize, mem
             table.add_row(f"  {prefix}peak", *cells, style="bold", end_section=True)
     table.add_row(f"  on {_size(memory)}", *(_verdict(plan, memory) for plan in plans))
     legend = "   ".join(f"{mark} {basis}" for basis, mark in MARKS.items())
-    return Group(Text(), table, Text(f"{legend}   (at step: after activations are freed)\n", "dim"))
+    return Group(Text(), keep_whole(table), Text(f"{legend}   (at step: after activations are freed)\n", "dim"))
 
 
 def verdict_table(
@@ -188,8 +189,9 @@ def verdict_table(
     """Builds a table with a row per strategy and a column per engine: the peak, and the verdict if it isn't `fits`."""
     unit, name = _unit(memory, [plan for plans in by_strategy.values() for plan in plans])
     table = _table(f"Peak per rank in {name} by strategy")
-    for column in ("\n\nstrategy", "largest\nmicro-\nbatch", "of it\nsuper-\nvised"):
-        table.add_column(column, justify="left" if "strategy" in column else "right", no_wrap=True)
+    table.add_column("\n\nstrategy", overflow="fold", min_width=NARROWEST_NAME)
+    for column in ("largest\nmicro-\nbatch", "of it\nsuper-\nvised"):
+        table.add_column(column, justify="right", no_wrap=True)
     for plan in by_strategy[own]:
         table.add_column("\n\n" + NAMES[plan.engine], justify="right", no_wrap=True)
     for strategy, plans in by_strategy.items():
@@ -200,7 +202,7 @@ def verdict_table(
         size = sizes[strategy]
         style = "bold" if strategy == own else None
         table.add_row(strategy, f"{size.tokens:,}", f"{size.supervised:,}", *peaks, style=style)
-    return table
+    return keep_whole(table)
 
 
 def _table(title: str) -> Table:

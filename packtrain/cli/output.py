@@ -7,8 +7,16 @@ import io
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TextIO
 
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+NARROWEST_NAME = 12  # characters of a line of a name in a table, where the terminal is narrow
 logger = logging.getLogger(__name__)
 
 
@@ -46,6 +54,31 @@ class LastingOutput(io.TextIOBase):
             with contextlib.suppress(OSError), open(os.devnull, "w") as nowhere:  # for what is left in its buffer, too
                 os.dup2(nowhere.fileno(), self._output.fileno())
             logger.warning("standard output is gone (%s); the run goes on without it", error.strerror)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A table whose lines go on behind the edge of a terminal that is too narrow (print it with `crop=False`)."""
+
+    table: Table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        _, right, _, left = Padding.unpack(self.table.padding)
+        columns = self.table.columns
+        needed = sum((column.min_width or 1) + left + right for column in columns) + len(columns) - 1
+        yield from console.render(self.table, options.update(width=max(options.max_width, needed)))
+
+
+def keep_whole(table: Table) -> Whole:
+    """Keep the cells of columns that don't wrap as wide as they are: a number that is cut is another number.
+
+    The other columns shrink to their `min_width`.
+    """
+    for column in table.columns:
+        if column.no_wrap:
+            cells = (Text.from_markup(str(cell)) for cell in (column.header, *column.cells))
+            column.min_width = max(cell_len(line) for cell in cells for line in cell.plain.splitlines() or [""])
+    return Whole(table)
 
 
 def size_of(count: int) -> str:

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from packtrain.cli.memory_table import AskedMemory, show_memory
+from packtrain.cli.output import NARROWEST_NAME, keep_whole
 from packtrain.data.report import DataReport
 from packtrain.errors import PlanError
 from packtrain.modeling.cost import find_cost
@@ -67,9 +68,9 @@ def show_plan(
                 raise
             rows.append((name, error))
     lost = report.tokens_lost if report is not None else 0
-    console.print(strategy_table(rows, own=own, world_size=world_size, data_lost=lost))
+    console.print(strategy_table(rows, own=own, world_size=world_size, data_lost=lost), crop=False)
     if phases := describe_phases(plans[own]):
-        console.print(phase_table(phases))
+        console.print(phase_table(phases), crop=False)
     if recommend:
         for line in choose(
             recipe.batching,
@@ -105,7 +106,7 @@ def show_lengths(file: Path, console: Console, *, strategy: str, max_tokens: int
                 if name == strategy:
                     raise
                 rows.append((name, error))
-    console.print(strategy_table(rows, own=strategy, world_size=world_size))
+    console.print(strategy_table(rows, own=strategy, world_size=world_size), crop=False)
 
 
 def _lengths(
@@ -215,7 +216,7 @@ def strategy_table(
     title = f"Strategies on {world_size} device{'s' if world_size > 1 else ''}"
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_edge=False)
     table.padding, table.pad_edge = (0, 0, 0, 1), False
-    table.add_column("\nstrategy", no_wrap=True)
+    table.add_column("\nstrategy", overflow="fold", min_width=NARROWEST_NAME)
     for column in ("\nupdates", "micro-\nbatches", "examples per update\nmin   mean   max"):
         table.add_column(column, justify="right", no_wrap=True)
     last = ["pad-\nding", "largest\nbatch", "tokens\nlost"]
@@ -260,7 +261,7 @@ def strategy_table(
         notes[f"ABR: {what}; 0 is even. The communication ratio (eq. 3) is 0: no document is spread over devices"] = (
             None
         )
-    return Group(Text(), table, Text("\n".join(["", *notes]), "dim"))
+    return Group(Text(), keep_whole(table), Text("\n".join(["", *notes]), "dim"))
 
 
 # ----------------------------------------------------------------------------------------------------- the phases
@@ -290,7 +291,7 @@ def phase_table(phases: list[PhaseReport]) -> RenderableType:
             f"{phase.updates:,}",
         )
     note = "every example of the epoch is seen once and whole; the last update of a phase may have fewer examples"
-    return Group(Text(), table, Text(f"\n{note}", "dim"))
+    return Group(Text(), keep_whole(table), Text(f"\n{note}", "dim"))
 
 
 def _how_few(packs: int, bound: int) -> str:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import re
+
 import numpy as np
 import pytest
 from rich.console import Console
 
 from packtrain.cli import main
-from packtrain.cli.strategy_table import show_lengths
+from packtrain.cli.strategy_table import show_lengths, strategy_table
+from packtrain.packing.plan import make_plan
+from packtrain.packing.report import describe
 
 
 @pytest.fixture
@@ -53,3 +58,22 @@ def test_errors_exit_with_2(args, message, file, capsys):
         main(["plan", *(arg.format(file=file) for arg in args)])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("width", [30, 80])
+def test_no_number_of_a_table_is_cut(width, sft_lengths):
+    """Names wrap, to the last letter, and keep their mark, as on a terminal that is wide enough (the control)."""
+    own = "tests.programs.deadly:kill_rank_one"
+    plans = [make_plan(sft_lengths, strategy=name, max_tokens=1024, world_size=2) for name in ("bfd", "balanced")]
+    rows = [(name, describe(plan)) for name, plan in zip((own, "balanced"), plans, strict=True)]
+
+    def printed(width: int) -> str:
+        console = Console(width=width, file=io.StringIO())
+        console.print(strategy_table(rows, own=own, world_size=2), crop=False)
+        return console.file.getvalue()
+
+    narrow, wide = printed(width), printed(200)
+    numbers = [sorted(re.findall(r"\d[\d,.]*%?", text)) for text in (narrow, wide)]
+    assert numbers[0] == numbers[1] and narrow.count("*") == wide.count("*") == 2 and "\u2026" not in narrow
+    letters = "".join(line[:13].strip() for line in narrow.splitlines())
+    assert f"{own} *" in wide and (width == 80 or own in letters)
