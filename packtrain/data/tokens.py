@@ -300,7 +300,8 @@ def _table_of_dataset(dataset: datasets.Dataset) -> pa.Table:
         found = f"{len(dataset)} rows with {', '.join(dataset.column_names) or 'no columns'}"
         raise DataError(
             f"the dataset must have rows with a column 'input_ids', and it has {found}",
-            fix="tokenise the rows first, or use `build_examples`",
+            fix="tokenise the rows first, for example with `dataset.map(lambda row: tokenizer(row['text']))`; "
+            "`packtrain.load_examples` does so for the rows of a recipe",
         )
     batches = dataset.select_columns(columns).with_format("arrow").iter(batch_size=10_000)
     return pa.concat_tables(batches)

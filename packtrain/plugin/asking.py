@@ -16,6 +16,7 @@ from accelerate.utils import send_to_device
 from torch import nn
 from transformers import Trainer
 
+from packtrain.errors import PacktrainError
 from packtrain.modeling.audit.settings import base, quietly
 from packtrain.modeling.isolation import cannot_ask, compute_dtype
 from packtrain.modeling.unpad import nonzero_adapters
@@ -99,7 +100,27 @@ def ask(trainer: Trainer, batch: Any, verdicts: Verdicts, *, prepare: bool = Fal
         prepare: call the trainer's `_prepare_inputs`, too.
     """
     with verdicts.shared():
-        return _answer(trainer, batch, prepare)
+        try:
+            return _answer(trainer, batch, prepare)
+        except (KeyError, ValueError) as error:
+            if _lacks_labels(trainer, batch):
+                raise NoLabels from error
+            raise
+
+
+class NoLabels(PacktrainError):
+    """A batch without labels, of which the model can compute no loss."""
+
+    def __init__(self) -> None:
+        fix = "add a column `labels` to train_dataset, or use DataCollatorForLanguageModeling(tokenizer, mlm=False)"
+        super().__init__("its batches have no labels, so the model returns no loss", key="trainer", fix=fix)
+
+
+def _lacks_labels(trainer: Trainer, batch: Any) -> bool:
+    """Returns whether the loss is the model's own, and no entry of the batch says what to learn."""
+    own = type(trainer).compute_loss is Trainer.compute_loss and trainer.compute_loss_func is None
+    named = any("label" in key or key.endswith("_positions") for key in batch) if isinstance(batch, Mapping) else True
+    return own and not named
 
 
 def _answer(trainer: Trainer, batch: Any, prepare: bool) -> Answer:

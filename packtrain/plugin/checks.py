@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from numbers import Integral
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from packtrain.errors import PacktrainError
+from packtrain.data.tokens import open_dataset
+from packtrain.errors import DataError, PacktrainError
 from packtrain.modeling.audit.settings import base
 from packtrain.modeling.loading import has_router_loss
 from packtrain.packing.plan import Plan
@@ -29,7 +32,10 @@ AGREED = ("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradi
 def refuse_misuse(trainer: Trainer, strategy: str, max_tokens: int | None, layout: str) -> None:
     """Raises PacktrainError for what no layout of a trainer's batches can be made of."""
     if not isinstance(trainer, Trainer):
-        raise PacktrainError("must be a transformers.Trainer", key="trainer", value=type(trainer).__name__)
+        fix = "call packtrain.attach(trainer) with the trainer that you train with"
+        if isinstance(trainer, nn.Module):
+            fix = "packtrain.unpad(model) runs a model without padding in any loop; packtrain.attach takes its trainer"
+        raise PacktrainError("must be a transformers.Trainer", key="trainer", value=type(trainer).__name__, fix=fix)
     if not isinstance(strategy, str):
         raise PacktrainError("must be the name of a strategy", key="strategy", value=strategy)
     if max_tokens is not None and (not isinstance(max_tokens, Integral) or max_tokens < 1):
@@ -40,6 +46,12 @@ def refuse_misuse(trainer: Trainer, strategy: str, max_tokens: int | None, layou
         what, fix = "has no effect where the trainer keeps its own batches", 'leave it out, or use layout="flat"'
         raise PacktrainError(what, key="max_tokens", value=max_tokens, fix=fix)
     _refuse_models(trainer)
+    if trainer.train_dataset is None and not _is_own(trainer, "get_train_dataloader"):
+        what, fix = (
+            "has no train_dataset, so there is nothing to lay out",
+            "build it with train_dataset=..., then attach",
+        )
+        raise PacktrainError(what, key="trainer", value=type(trainer).__name__, fix=fix)
     if isinstance(trainer.train_dataset, PackedStream):
         what = "lays its rows out without padding already, so there is nothing to attach"
         fix = "train without attach, and let `get_train_dataloader` return `DataLoader(packs, batch_size=None)`"
@@ -54,7 +66,18 @@ def refuse_misuse(trainer: Trainer, strategy: str, max_tokens: int | None, layou
         what, fix = "must be 1: DataParallel would split a flat batch", "start one process per GPU"
         raise PacktrainError(what, key="n_gpu", value=args.n_gpu, fix=fix)
     if resolve_strategy(strategy).scope == "epoch" and max_tokens is None:
-        raise PacktrainError("must be set for a strategy that packs the whole epoch", key="max_tokens")
+        fix = f"set it to the most tokens of a micro-batch that fit in memory, for example {_suggested_tokens(trainer)}"
+        raise PacktrainError("must be set for a strategy that packs the whole epoch", key="max_tokens", fix=fix)
+
+
+def _suggested_tokens(trainer: Trainer) -> int:
+    """Returns what the trainer's own micro-batches may hold: its rows times their longest, 2048 where that is not known."""
+    data: Any = trainer.train_dataset
+    longest = getattr(trainer.args, "max_length", None) or 2048  # of SFTConfig
+    if "input_ids" in (getattr(data, "column_names", None) or ()) and hasattr(data, "with_format"):
+        with suppress(DataError):  # said where its rows are read
+            longest = int(open_dataset(data).input_ids.lengths().max()) or longest
+    return trainer.args.per_device_train_batch_size * longest
 
 
 def refuse_contradictions(trainer: Trainer) -> None:

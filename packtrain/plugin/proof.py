@@ -25,7 +25,17 @@ from packtrain.errors import PacktrainError
 from packtrain.modeling.audit.settings import base
 from packtrain.modeling.loading import has_router_loss
 from packtrain.packing.plan import MicroBatch, Plan
-from packtrain.plugin.asking import Answer, ask, ask_loss, close, gradients_apart, model_of, not_askable, tolerance
+from packtrain.plugin.asking import (
+    Answer,
+    NoLabels,
+    ask,
+    ask_loss,
+    close,
+    gradients_apart,
+    model_of,
+    not_askable,
+    tolerance,
+)
 from packtrain.plugin.verdicts import RankFailed, Verdicts, ran_out_of_memory
 
 AT_MOST = 8  # documents
@@ -134,7 +144,8 @@ class Proof:
                 self.before = [self._ask_own(loader, documents) for documents in self.documents]
             except Exception as error:  # whatever a user's collator and loss may raise
                 self.fails = not ran_out_of_memory(error)
-                self.not_asked = f"the trainer's own batch raised {_said(error)}"
+                raised = f"the trainer's own batch raised {_said(error)}"
+                self.not_asked = error.what if isinstance(error, NoLabels) else raised
 
     def _ask_own(self, loader: DataLoader, documents: MicroBatch) -> Answer:
         with self.verdicts.shared():

@@ -22,6 +22,7 @@ from packtrain.modeling.unpad import Flatten, unpad
 from packtrain.plugin.asking import (
     LIBRARIES,
     Answer,
+    NoLabels,
     ask,
     close,
     gradients_apart,
@@ -228,6 +229,8 @@ def _agree(trainer: Trainer, before: list[Answer], after: list[Answer]) -> str:
 
 def _refusal(trainer: Trainer, error: PacktrainError, flat: PacktrainError | None) -> PacktrainError:
     """Says what cannot be done with which trainer and task, in the ways that were tried."""
+    if isinstance(error, NoLabels):  # it would not train with padding either
+        return PacktrainError(error.what, where=named(trainer), fix=error.fix)
     if flat is None:
         return PacktrainError(f"{named(trainer)} cannot run without padding: {error.what}", fix=error.fix)
     what = (
@@ -238,5 +241,5 @@ def _refusal(trainer: Trainer, error: PacktrainError, flat: PacktrainError | Non
 
 def _tried(flat: PacktrainError) -> str:
     if isinstance(flat, DataError):
-        return " ".join(part for part in (flat.where, flat.key, flat.what) if part)
+        return ": ".join(part for part in (flat.where, flat.key, flat.what) if part)
     return reason(flat)

@@ -327,7 +327,7 @@ class Epochs(TrainerCallback):
             "transformers' group_by_length chooses which examples share",
         ),
         ({"train_sampling_strategy": "batch_rebalance"}, {}, "layout=.unpad"),
-        ({}, {"strategy": "bfd"}, "max_tokens: must be set"),
+        ({}, {"strategy": "bfd"}, r"max_tokens: must be set(?s:.)*fix: set it to .* for example \d+$"),
         ({}, {"strategy": "balancd"}, "did you mean 'balanced'"),
         ({}, {"max_tokens": 10}, "max_tokens: is too small: the longest example has"),
         ({"accelerator_config": {"use_seedable_sampler": False}}, {}, "is not seeded per epoch"),
@@ -336,6 +336,38 @@ class Epochs(TrainerCallback):
 def test_contradictions_are_refused(tmp_path, documents, changes, options, message):
     with pytest.raises(PacktrainError, match=message):
         packtrain.attach(stock_trainer(tmp_path, documents, **changes), **{"layout": "flat"} | options)
+
+
+def test_what_a_trainer_lacks_is_named(tmp_path, documents):
+    def message(given: object, **options) -> str:
+        with pytest.raises(PacktrainError) as refused:
+            packtrain.attach(given, **options)
+        return str(refused.value)
+
+    assert "packtrain.unpad(model)" in message(tiny_model("llama"))
+    without = message(stock_trainer(tmp_path, None))
+    assert "has no train_dataset" in without and "streaming" not in without
+    text = message(stock_trainer(tmp_path, datasets.Dataset.from_dict({"txt": ["a", "b"]})), layout="flat")
+    assert (
+        "'input_ids'" in text and "txt" in text and "packtrain.load_examples" in text and "build_examples" not in text
+    )
+    assert f"for example {4 * max(map(len, documents['input_ids']))}" in message(
+        stock_trainer(tmp_path, documents), strategy="bfd"
+    )
+    bare = documents.select_columns(["input_ids"])
+    trainer = Trainer(tiny_model("llama"), stock_trainer(tmp_path, bare).args, train_dataset=bare, data_collator=_bare)
+    for layout in ("auto", "flat", "unpad"):
+        unlabelled = message(trainer, layout=layout)
+        assert "its batches have no labels" in unlabelled and "KeyError" not in unlabelled, layout
+    rows = [{"input_ids": [3, 4, 5], "labels": [3, 4, 5]}, {"input_ids": [3, 4, 5, 6], "labels": [3, 4]}]
+    assert "train_dataset: 1 of 2 rows cannot be trained on" in message(
+        stock_trainer(tmp_path, datasets.Dataset.from_list(rows))
+    )
+
+
+def _bare(features: list[dict]) -> dict[str, torch.Tensor]:
+    labelled = pad([feature | {"labels": feature["input_ids"]} for feature in features])
+    return {name: rows for name, rows in labelled.items() if name != "labels"}
 
 
 @pytest.mark.parametrize(
