@@ -4,17 +4,19 @@
     python results/packing/run.py --only sft_100k --only data_path
     python results/packing/run.py --only billion        # a 2 GB temporary file, 6 GiB of memory
 
-With `--only`, results that are already stored are kept. All packers get the same lengths, in one process, and the best
-of a few repeats counts; those that take a list get one, and making it is not timed. A peer that is not installed is left
-out. TRL's packer takes no lengths and is given rows of nulls, once all in one batch, once its default of 1,000 rows at a
-time. Balance is that of updates of eight packs per rank under the cost model of a 7B Llama, over the epoch's shuffle of
-packs; `balanced` draws its updates from the shuffle of examples, as many as fill eight micro-batches per rank to three
-quarters.
+With `--only`, results that are already stored are kept. All packers get the same lengths, in one process, and the
+best of a few repeats counts; those that take a list get one, and making it is not timed. A peer that is not installed
+is left out, which is printed and stands on the page; stored results that have it are not replaced by ones without.
+TRL's packer takes no lengths and is given rows of nulls, once all in one batch, once its default of 1,000 rows at a
+time. Balance is that of updates of eight packs per rank under the cost model of a 7B Llama, over the epoch's shuffle
+of packs; `balanced` draws its updates from the shuffle of examples, as many as fill eight micro-batches per rank to
+three quarters.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -47,6 +49,7 @@ LARGE_ROWS = 32_768  # tokens; TRL is not asked to fill these, as a million docu
 COMMAND = "python results/packing/run.py"
 BILLION = 1_000_000_000
 PACKAGES = ("numpy", "scipy", "trl", "transformers", "datasets", "lightbinpack", "seqpacker")
+PEERS = {"LightBinPack obfd": "lightbinpack", "seqpacker obfd": "seqpacker"}  # packer -> module
 
 
 def lognormal(mean: float, sigma: float, number: int, longest: int, seed: int = 0) -> np.ndarray:
@@ -202,6 +205,23 @@ def _peers(lengths: np.ndarray, capacity: int) -> dict[str, Callable]:
     return found
 
 
+def left_out() -> list[str]:
+    """Name the packers that are not installed here, or cannot be loaded."""
+    missing = []
+    for packer, module in PEERS.items():
+        try:
+            importlib.import_module(module)
+        except (ImportError, OSError):
+            missing.append(packer)
+    return missing
+
+
+def lost(found: dict, names: list[str], missing: list[str]) -> list[str]:
+    """Say which stored rows `(data, packer)` measuring these data sets again without some packers would lose."""
+    rows = (row for name in names for row in found["packers"].get(name, {}).get("rows", ()))
+    return [f"{row['data']}: {row['packer']}" for row in rows if row["packer"] in missing]
+
+
 def _versions() -> dict[str, str]:
     installed = (name for name in PACKAGES if importlib.util.find_spec(name))
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in installed}
@@ -283,7 +303,11 @@ def markdown(found: dict) -> str:
         "",
     ]
     if found["packers"]:
-        lines += [*_packers([row for part in found["packers"].values() for row in part["rows"]]), ""]
+        lines += [*_packers([row for part in found["packers"].values() for row in part["rows"]])]
+        for name, part in found["packers"].items():
+            if missing := part.get("left_out"):
+                lines.append(f"- {name}: measured without {' and '.join(missing)} (not installed).")
+        lines.append("")
     if found["balance"]:
         lines += [*_balance([row for part in found["balance"].values() for row in part["rows"]]), ""]
     if path := found.get("data_path"):
@@ -410,12 +434,21 @@ def main(args: list[str] | None = None) -> None:
     packing = {name: PACKING[name] for name in PACKING if name in only}
     if options.lengths:
         packing[options.lengths.stem] = (lambda: np.asarray(load_lengths(options.lengths)), 2048)
+    missing = left_out() if packing else []
+    if missing:
+        print(f"left out, as not installed: {', '.join(missing)}", flush=True)
+    if gone := lost(found, list(packing), missing):
+        parser.error(
+            f"{options.out / 'bench.json'} has rows of packers that are not installed here, which would be lost "
+            f"({', '.join(gone)}): install them, or give another --out"
+        )
     for section, sets, bench in (("packers", packing, bench_packers), ("balance", BALANCE, bench_balance)):
         for name in sets:
             if name in only or sets is packing:
                 print(name, flush=True)
                 make, capacity = sets[name]
-                found[section][name] = {"rows": bench(name, make(), capacity)} | ran
+                without = {"left_out": missing} if section == "packers" and missing else {}
+                found[section][name] = {"rows": bench(name, make(), capacity)} | without | ran
                 store(options.out, found, markdown(found))
     for name, bench in (("data_path", bench_data_path), ("billion", bench_scale)):
         if name in only:

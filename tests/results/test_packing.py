@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+from results.packing import run as packing
 from results.packing.run import bench_balance, bench_packers, bench_scale, main
 
 
@@ -47,3 +48,21 @@ def test_files_are_written(tmp_path, sft_like, capsys):
     assert "packtrain optimal" in page and str(tmp_path) not in page
     main(["--only", "none", "--out", str(tmp_path / "out")])  # what was there is kept
     assert json.loads((tmp_path / "out/bench.json").read_text()) == found
+
+
+def test_a_peer_that_is_not_installed_is_named_and_its_stored_rows_stay(tmp_path, sft_like, capsys, monkeypatch):
+    monkeypatch.setitem(packing.PEERS, "another packer", "no_such_packer")
+    np.save(tmp_path / "own.npy", sft_like)
+    words = ["--lengths", str(tmp_path / "own.npy"), "--only", "none", "--out", str(tmp_path / "out")]
+    main(words)
+    assert "left out, as not installed:" in capsys.readouterr().out
+    page = (tmp_path / "out/README.md").read_text()
+    assert "- own: measured without " in page and "another packer" in page
+    stored = json.loads((tmp_path / "out/bench.json").read_text())
+    stored["packers"]["own"]["rows"].append(stored["packers"]["own"]["rows"][0] | {"packer": "another packer"})
+    stored["packers"]["other"] = stored["packers"]["own"]
+    (tmp_path / "out/bench.json").write_text(json.dumps(stored))
+    with pytest.raises(SystemExit):
+        main(words)
+    assert "would be lost (own: another packer)" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out/bench.json").read_text()) == stored
