@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import io
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -159,7 +160,11 @@ def quiet_libraries() -> None:
     """Silences warnings of libraries that a user of the command line can't act on.
 
     DeepSpeed names its accelerator whenever it is installed, used or not; transformers and peft announce
-    deprecated names, which packtrain takes care of.
+    deprecated names, which packtrain takes care of. Where nobody watches a terminal, libraries draw no progress bars,
+    which would stand between the lines of whoever captures the output.
     """
+    if not sys.stderr.isatty():
+        for library in ("HF_HUB", "HF_DATASETS"):  # the first is transformers' switch, too
+            os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate|torch)\b")

@@ -98,3 +98,17 @@ def test_every_help_names_the_exit_codes(capsys):
             main([*verb, "--help"])
         text = " ".join(capsys.readouterr().out.split())
         assert "Exit codes: 0 done" in text and "75 stopped" in text and "130 interrupted" in text
+
+
+def test_no_bars_stand_between_the_lines_of_captured_output(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "two and two"}\n' * 50)
+    (tmp_path / "run.yaml").write_text(
+        "model: {config: {model_type: llama, hidden_size: 16, intermediate_size: 24, num_hidden_layers: 1,\n"
+        "  num_attention_heads: 2}, tokenizer_vocab_size: 300}\n"
+        "data: {path: rows.jsonl}\ntraining: {output_dir: out}\n"
+    )
+    words = ["prepare", "run.yaml"]
+    done = piped(words, tmp_path, PACKTRAIN_CACHE=str(tmp_path / "one"))
+    assert done.returncode == 0 and "50 rows" in done.stdout and "%|" not in done.stdout + done.stderr
+    shown = in_terminal(words, tmp_path, PACKTRAIN_CACHE=str(tmp_path / "two"))
+    assert "%|" in shown  # the control
