@@ -122,7 +122,7 @@ def refused_by(library: str, key: str, names: Iterable[str] = ()) -> Iterator[No
         lines = str(error).strip().splitlines() or [""]
         words = set(re.findall(r"\w+", str(error)))
         key = next((f"{key}.{name}" for name in names if name in words), key)
-        what = f"is rejected by {library}: {type(error).__name__}: {lines[0][:300]}"
+        what = f"is rejected by {library}: {type(error).__name__}: {clip(lines[0])}"
         raise PacktrainError(what, key=key, fix="change or remove the setting that the message names") from error
 
 
@@ -132,6 +132,18 @@ def require(*packages: str, extra: str) -> None:
         raise PacktrainError(
             f"this needs {' and '.join(missing)} (not installed)", fix=f"pip install 'packtrain[{extra}]'"
         )
+
+
+def clip(text: str, limit: int = 300) -> str:
+    """Returns a text of at most `limit` characters: its first sentences, or words with an ellipsis.
+
+    >>> clip("It failed. Then much was said.", 20), clip("Much was said of it", 12)
+    ('It failed.', 'Much was ...')
+    """
+    if len(text) <= limit:
+        return text
+    sentences = text[:limit].rpartition(". ")[0]
+    return f"{sentences}." if len(sentences) >= limit // 3 else f"{text[: limit - 3].rpartition(' ')[0]} ..."
 
 
 def hidden(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,12 +10,12 @@ import typer
 import yaml
 from rich.console import Console
 
-from packtrain.cli.options import load_checked
+from packtrain.cli.options import Overrides, load_checked
 from packtrain.errors import ModelError, RecipeError, refused_by
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from packtrain.modeling.audit.audit import AuditReport, Finding
     from packtrain.recipe.recipe import Recipe
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 TRAINS = ("eval", "train", "checkpointing")  # modes of every training run
 TRAINED = ("flat", "padded")  # layouts of packtrain's batches
+WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json", "*.bin.index.json")
+LARGEST = 1 << 30  # weights that are made up of a config
 
 
 def audit(
@@ -44,15 +47,36 @@ def audit(
         str, typer.Option("--layout", metavar="NAMES", help="Layouts to try: `all`, or for example `flat,padded`.")
     ] = "all",
     device: Annotated[str, typer.Option(help="Device to run on: auto, cpu or cuda.")] = "auto",
+    overrides: Overrides = None,
 ) -> None:
     """Check whether attention leaks between the documents of a batch.
 
     The model itself is run with every attention implementation, layout and mode. Exits with 1 if the combination that the
     recipe uses leaks, or what --layout and --attn-implementation name.
+
+    Layouts, the rows of the table:
+
+    - `flat`: packtrain's, one row without padding, with positions and the bounds of documents
+
+    - `positions`: the same with positions that restart, and no bounds, as stock collators do
+
+    - `masked`: flat with an attention mask of ones
+
+    - `rows`: several packed rows of equal length, with positions that restart
+
+    - `padded`: one document per row, padded, with an attention mask
+
+    Modes, its columns: `eval`; `train`; `checkpointing` of activations, in training; `cache`, with a cache of keys; `lora`
+    and `prompt tuning`, with such an adapter.
+
+    Entries: `ok`, outputs are those of each document alone; `leaks`, a document changes another's outputs, by so much;
+    `wrong`, they are others than alone, though no document leaks; `refused`, it cannot run; `unclear`, the outputs hardly
+    depend on the context. A number in brackets names the note below that says why.
     """
     safe = show_audit(
         target,
         Console(),
+        overrides=overrides or [],
         implementations=None if implementations == "all" else implementations.split(","),
         layouts=None if layouts == "all" else layouts.split(","),
         device=device,
@@ -67,6 +91,7 @@ def show_audit(
     implementations: list[str] | None,
     layouts: list[str] | None,
     device: str,
+    overrides: Sequence[str] = (),
 ) -> bool:
     """Audits a model and prints the report; returns False if what the recipe uses, or what was named, is not isolated.
 
@@ -74,6 +99,7 @@ def show_audit(
         target: a recipe, a Hub name, a local directory, an architecture (`llama`; a tiny random model of it), or the
             fields of a config as in a recipe (`config: {model_type: llama, num_hidden_layers: 2}`).
         implementations, layouts: None for all.
+        overrides: of keys of the recipe, as `--set` has them.
 
     Raises:
         RecipeError, ModelError: the target can't be read or built.
@@ -93,25 +119,34 @@ def show_audit(
     except (RuntimeError, AssertionError) as error:
         what = f"is not available on this machine: {str(error).splitlines()[0]}"
         raise ModelError(what, key="--device", value=device, fix="choose auto, cpu or cuda") from None
-    recipe = _recipe(target)
-    model = (_of_recipe(recipe, device) if recipe else _of_name(target)).to(device)
+    recipe = _recipe(target, overrides)
+    if recipe is None and overrides:
+        what, fix = "overrides keys of a recipe, and the target is a model", "leave it out, or name a recipe"
+        raise ModelError(what, key="--set", value=overrides[0], fix=fix)
+    model = (_of_recipe(recipe, device) if recipe else _of_name(target, console)).to(device)
     if recipe and implementations is not None:
         implementations = list(dict.fromkeys([*implementations, model.config._attn_implementation]))
     if recipe and layouts is not None:
         layouts = list(dict.fromkeys([*layouts, _layout(recipe)]))
     report = audit_model(model, implementations=implementations, layouts=layouts or tuple(LAYOUTS))
+    if recipe is None:
+        safe = _named_are_safe(report, implementations, layouts)
+    else:
+        safe, answer = _answer(recipe, report, model, sees_ahead(model) if recipe.objective.predicts_next else None)
+        console.print(answer, style="bold", markup=False, soft_wrap=True)
     for line in report.lines():
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    if recipe is None:
-        return _named_are_safe(report, implementations, layouts)
-    if recipe.objective.predicts_next and (moved := sees_ahead(model)) is not None:
-        line = f"this recipe trains a model that is not causal: a later token moves outputs before it by {moved:.0%}"
-        console.print(line, style="bold", markup=False, soft_wrap=True)
-        return False
+    return safe
+
+
+def _answer(recipe: Recipe, report: AuditReport, model: PreTrainedModel, moved: float | None) -> tuple[bool, str]:
+    """Returns whether the recipe is isolated, and says so in a line; `moved` is how far its model sees ahead."""
+    if moved is not None:
+        return False, (
+            f"this recipe trains a model that is not causal: a later token moves outputs before it by {moved:.0%}"
+        )
     own = _own(recipe, report, model.config._attn_implementation)
-    line = f"this recipe uses {own.implementation} and {own.layout} ({own.mode}): {own.what()}"
-    console.print(line, style="bold", markup=False, soft_wrap=True)
-    return own.safe
+    return own.safe, f"this recipe uses {own.implementation} and {own.layout} ({own.mode}): {own.what()}"
 
 
 def _named_are_safe(report: AuditReport, implementations: list[str] | None, layouts: list[str] | None) -> bool:
@@ -131,7 +166,7 @@ def _named_are_safe(report: AuditReport, implementations: list[str] | None, layo
     return all(enough(safe(name, layout) for name in implementations or everything) for layout in layouts or TRAINED)
 
 
-def _recipe(target: str) -> Recipe | None:
+def _recipe(target: str, overrides: Sequence[str]) -> Recipe | None:
     """Reads a recipe by path or name; None where the target is a model."""
     from transformers import CONFIG_MAPPING
 
@@ -144,7 +179,7 @@ def _recipe(target: str) -> Recipe | None:
             find_recipe(target)
         except RecipeError:
             return None
-    return load_checked(Path(target), [])
+    return load_checked(Path(target), list(overrides))
 
 
 def _layout(recipe: Recipe) -> str:
@@ -191,7 +226,7 @@ def _of_recipe(recipe: Recipe, device: torch.device | str) -> PreTrainedModel:
     )
 
 
-def _of_name(target: str) -> PreTrainedModel:
+def _of_name(target: str, console: Console) -> PreTrainedModel:
     """Loads a model by Hub name or directory, from the fields of a config, or as a tiny random one of an architecture."""
     from transformers import CONFIG_MAPPING
 
@@ -215,8 +250,30 @@ def _of_name(target: str) -> PreTrainedModel:
         near = did_you_mean(target, CONFIG_MAPPING)
         fix = f"did you mean the architecture {near}? Or {error.fix}" if near else error.fix
         raise ModelError(error.what, key="MODEL_OR_RECIPE", value=target, fix=fix) from error
+    if Path(target).is_dir() and not any(find for kind in WEIGHTS for find in Path(target).glob(kind)):
+        return _of_config(target, config, console)
     with explained("MODEL_OR_RECIPE", target, None):
         return model_class(config).from_pretrained(target, config=config)
+
+
+def _of_config(target: str, config: PreTrainedConfig, console: Console) -> PreTrainedModel:
+    """Makes a model with random weights of a directory that holds a config and no weights, and says so."""
+    import torch
+
+    from packtrain.modeling.audit.models import enlarge, model_class
+
+    with refused_by("transformers", "MODEL_OR_RECIPE", vars(config)):
+        with torch.device("meta"):
+            weights = sum(weight.numel() for weight in model_class(config).from_config(config).parameters())
+        if weights > LARGEST:
+            what = f"holds a config of {weights:,} weights and no weights, and random ones are made up to {LARGEST:,}"
+            fix = "audit a smaller config of its architecture: 'config: {model_type: %s, num_hidden_layers: 2, ...}', or %s"
+            fix %= config.model_type, f"the architecture: `packtrain audit {config.model_type}`"
+            raise ModelError(what, key="MODEL_OR_RECIPE", value=target, fix=fix)
+        model = model_class(config).from_config(config).float().eval()
+    enlarge(model)
+    console.print(f"{target} holds no weights: its config is audited, with random ones", markup=False, soft_wrap=True)
+    return model
 
 
 def _fields(target: str) -> dict:

@@ -10,7 +10,7 @@ from pickle import UnpicklingError
 
 from huggingface_hub import errors as hub
 
-from packtrain.errors import ModelError
+from packtrain.errors import ModelError, clip
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def _explain(error: Exception, name: str, revision: str | None) -> tuple[str, st
 
 def first_line(error: BaseException) -> str:
     """Returns the first line of an error's message, at most 300 characters of it."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
+    return clip(next(iter(str(error).strip().splitlines()), type(error).__name__))
 
 
 @functools.cache

@@ -31,7 +31,7 @@ from transformers.utils import is_bitsandbytes_available
 
 from packtrain.errors import ModelError, refused_by
 from packtrain.modeling.adapters import refuse_adapters
-from packtrain.modeling.attention.varlen import NAME, register
+from packtrain.modeling.attention.varlen import NAME, check_implementation, register
 from packtrain.modeling.audit.settings import switchable
 from packtrain.modeling.hub import explained, first_line, warn_of_code
 from packtrain.recipe.fields import did_you_mean
@@ -91,6 +91,8 @@ def _config_from_scratch(given: dict[str, Any], tokenizer: PreTrainedTokenizerBa
         raise ModelError(
             "is not an architecture", key="model.config.model_type", value=given.get("model_type"), fix=fix
         )
+    if given.get("attn_implementation") is not None:
+        check_implementation(str(given["attn_implementation"]), key="model.config.attn_implementation")
     of_tokenizer: dict[str, Any] = {}
     if tokenizer is not None:
         names = ("bos_token_id", "eos_token_id", "pad_token_id")

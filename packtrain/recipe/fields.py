@@ -145,10 +145,15 @@ def _literals(expected: Any) -> list[str]:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str | None:
-    """Returns the known word nearest to `word`, or None if none is near."""
+    """Returns the known word nearest to `word`, the first by name of several, or None if none is near.
+
+    >>> did_you_mean("flash_atention", ["flash_attention_3", "flash_attention_2"])
+    'flash_attention_2'
+    """
     by_lower = {name.lower(): name for name in known}
-    near = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
-    return by_lower[near[0]] if near else None
+    near = difflib.get_close_matches(word.lower(), by_lower, n=8, cutoff=0.6)
+    ratios = {name: difflib.SequenceMatcher(None, name, word.lower()).ratio() for name in near}
+    return by_lower[min(near, key=lambda name: (-ratios[name], name))] if near else None
 
 
 _SIMPLE = {

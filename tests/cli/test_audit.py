@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from io import StringIO
 from pathlib import Path
 
@@ -46,6 +47,29 @@ def test_the_fields_of_a_config():
         audit("config: {model_type: llama, hiden_size: 32}")
 
 
+def test_a_wrong_attention_of_a_config_is_told_as_one_of_the_option():
+    config = "config: {model_type: llama, attn_implementation: flash_atention}"
+    for target, names in ((config, "sdpa"), ("llama", "flash_atention")):
+        with pytest.raises(ModelError, match="(?s)is not a known attention.*did you mean flash_attention_2"):
+            audit(target, names)
+
+
+def test_a_directory_with_a_config_alone_is_audited_by_it(tmp_path, monkeypatch):
+    tiny_model("llama").config.save_pretrained(tmp_path)
+    safe, text = audit(tmp_path)
+    assert safe and "holds no weights: its config is audited" in text and "(llama, " in text
+    monkeypatch.setattr(sys.modules["packtrain.cli.audit"], "LARGEST", 100)  # the package has a verb of this name
+    with pytest.raises(ModelError, match=r"(?s)random ones are made up to 100.*fix: audit a smaller config"):
+        audit(tmp_path)
+
+
+def test_overrides_are_for_recipes():
+    with pytest.raises(ModelError, match="--set: overrides keys of a recipe"):
+        show_audit(
+            "llama", Console(file=StringIO()), implementations=None, layouts=None, device="cpu", overrides=["seed=1"]
+        )
+
+
 def test_a_misspelt_architecture_is_told_from_a_missing_checkpoint():
     with pytest.raises(ModelError, match="did you mean the architecture llama"):
         audit("lama")
@@ -62,8 +86,18 @@ def test_a_recipe_is_judged_by_what_it_trains_with(tmp_path):
     recipe.write_text(RECIPE.format(attention="auto", strategy="balanced"))
     safe, text = audit(recipe)  # its own attention is tried beside those asked for
     assert safe and f"this recipe uses {NAME} and flat (train): isolated" in text
-    recipe.write_text(RECIPE.format(attention="eager", strategy="pad_longest"))
-    safe, text = audit(recipe)
+    assert text.startswith("this recipe uses")  # the answer, then the table
+    recipe.write_text(RECIPE.format(attention="eager", strategy="balanced"))
+    printed = StringIO()
+    safe = show_audit(
+        str(recipe),
+        Console(file=printed, width=200),
+        implementations=["sdpa"],
+        layouts=["flat"],
+        device="cpu",
+        overrides=["strategy=pad_longest"],
+    )
+    text = printed.getvalue()
     assert safe and "this recipe uses eager and padded (train): isolated" in text
     recipe.write_text(RECIPE.format(attention="sdpa", strategy="balanced").replace("llama", "biogpt"))
     safe, text = audit(recipe)

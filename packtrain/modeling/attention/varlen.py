@@ -67,16 +67,14 @@ def register() -> str:
     return NAME
 
 
-def check_implementation(name: str) -> None:
+def check_implementation(name: str, key: str = "model.attn_implementation") -> None:
     """Raises ModelError for a name that nobody registered; "org/name" is a kernel from the Hub."""
     register()
     known = ["auto", "eager", *AttentionInterface().valid_keys()]
     if name not in known and "/" not in name:
         near = did_you_mean(name, known)
         hint = f"did you mean {near}?" if near else f"choose one of {', '.join(known)}"
-        raise ModelError(
-            "is not a known attention implementation", key="model.attn_implementation", value=name, fix=hint
-        )
+        raise ModelError("is not a known attention implementation", key=key, value=name, fix=hint)
 
 
 def choose_implementation(requested: str, layout: str, device: torch.device | str, dtype: torch.dtype) -> str | None:

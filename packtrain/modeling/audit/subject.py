@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from packtrain.errors import ModelError
+from packtrain.errors import ModelError, clip
 from packtrain.modeling.audit import probe
 from packtrain.modeling.audit.settings import base, in_mode, reference_implementation, using
 from packtrain.modeling.loading import of_weights, weights_not_finite
@@ -101,4 +101,4 @@ def short(error: BaseException) -> str:
     if isinstance(error, ModelError):
         return error.what
     lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"[:200]
+    return clip(f"{type(error).__name__}: {lines[0]}", 200)
