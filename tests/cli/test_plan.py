@@ -30,7 +30,7 @@ def shown(file, **options) -> str:
 
 def test_a_plan_of_lengths_alone(file):
     plan = shown(file)
-    assert "2,000 examples" in plan and "bfd *" in plan and "pad_longest" in plan and "proved to be at most" in plan
+    assert "2,000 examples" in plan and "bfd *" in plan and "pad_longest" in plan and "the fewest possible" in plan
     assert "global_balance: ranks are balanced, but their updates" in shown(file, every=True)
     assert "ABR" in plan and "eq. 2" in plan and "ABR" not in shown(file, world_size=1)
 
