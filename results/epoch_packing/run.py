@@ -288,6 +288,8 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
     for arm, tuning in found["tuning"].items():
         left.plot([float(rate) for rate in tuning], list(tuning.values()), marker="o", label=arm)
     left.set_xscale("log")
+    left.set_xticks([float(rate) for rate in found["tuning"][BALANCED]], list(found["tuning"][BALANCED]))
+    left.minorticks_off()
     left.set_xlabel("learning rate")
     left.set_ylabel("loss on the rows to tune by")
     left.legend()
