@@ -264,6 +264,8 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
     for way, means in found["rates"]["means"].items():
         axis.plot([float(rate) for rate in means], list(means.values()), marker="o", label=way)
     axis.set_xscale("log")
+    axis.set_xticks(GRID_RATES, [f"{rate:g}" for rate in GRID_RATES])
+    axis.minorticks_off()
     axis.set_xlabel("learning rate")
     axis.set_ylabel("held-out loss")
     axis.legend()
