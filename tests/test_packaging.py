@@ -54,8 +54,8 @@ def test_a_recipe_goes_by_its_name(tmp_path, monkeypatch):
     assert find_recipe("quickstart", below="compare").parent.name == "compare"
     with pytest.raises(RecipeError, match="did you mean quickstart"):
         load_recipe("quikstart")
-    assert audit_target("quickstart").to_dict() == load_recipe("quickstart").to_dict()
-    assert audit_target("llama") is audit_target("Qwen/Qwen3-0.6B") is None  # models
+    assert audit_target("quickstart", ()).to_dict() == load_recipe("quickstart").to_dict()
+    assert audit_target("llama", ()) is audit_target("Qwen/Qwen3-0.6B", ()) is None  # models
 
 
 @pytest.mark.parametrize("command", [["compare", "quickstart"], ["report", "out"]])
