@@ -10,6 +10,7 @@ import pytest
 
 from packtrain.compare.statistics import Difference, Ratio
 from packtrain.recipe.recipe import Recipe
+from results import small_model
 from results.real_claims import arms, page
 from results.real_claims.arms import Arm
 
@@ -124,3 +125,25 @@ def test_recipes_are_valid_and_seeds_have_rows_of_their_own(tmp_path):
     assert all(isinstance(arms.recipe_of(arm, tmp_path), Recipe) for arm in ALL if arm.part != arms.ANSWERS)
     recipe = arms.recipe_of(Arm(part=arms.COST, tuning="full", way="trl:packing_bfd", rate=5e-5), tmp_path)
     assert recipe.lora is None and recipe.batching.strategy == "bfd"
+
+
+@pytest.mark.ci
+@pytest.mark.slow  # trains by four ways and answers
+def test_arms_run_to_their_end_on_a_tiny_model(gsm8k, tmp_path, monkeypatch):
+    monkeypatch.setattr(small_model, "GSM8K", gsm8k)
+    tiny = small_model.Settings(held_out=4, tuning=4, pool=8, base=64, vocabulary=700, hidden=16, layers=1)
+    ground = small_model.prepare_ground(tmp_path / "ground", tiny)
+    for name, value in {"MODEL": ground.model, "FOLDER": tmp_path, "GSM8K": gsm8k, "HELD_OUT": 4}.items():
+        monkeypatch.setattr(arms, name, value)
+    cost = [arm for arm in arms.all_arms(5_000, 2_000) if arm.part == arms.COST and arm.tuning == "lora"]
+    answers = [Arm(part=arms.ANSWERS, tuning=tuning) for tuning in (arms.BASE, "lora")]
+    found = {arm.name: arms.run_arm(arm) for arm in (*cost, *answers)}
+    rows = page.summarise(found)["cost"]["lora"]
+    assert list(rows) == list(arms.WAYS) and len({row["real_tokens"] for row in rows.values()}) == 1
+    assert max(rows[way]["loss_differs"] for way in arms.SAME_UPDATES[1:]) < 1e-5
+    assert rows["pad_longest"]["padding"] > 0 and rows["balanced"]["padding"] == 0
+    held_out = [rows[way]["held_out"] for way in arms.SAME_UPDATES]
+    base = found[answers[0].name]["held_out"]
+    assert max(held_out) - min(held_out) < 1e-4 and abs(base - held_out[0]) > 1e-4, "control: it was trained"
+    assert all(found[arm.name]["prompts"] == 4 for arm in answers)
+    assert "before | 0 (0% to" in page_of(found) and "| trl:packing_bfd |" in page_of(found)
