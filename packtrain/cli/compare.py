@@ -21,8 +21,9 @@ def compare(
 ) -> None:
     """Compare variants of a recipe: run them in turn, each in a fresh process, print a verdict and write a report.
 
-    RECIPE is a comparison (`recipes/compare/`) or any recipe to train, whose strategy is compared with the usual ones over
-    twelve updates. After an interruption the same command continues, and finished runs are kept. A variant that fails is
+    RECIPE is a comparison (`recipes/compare/`; `packtrain keys compare` explains its keys) or any recipe to train, whose
+    strategy is compared with the usual ones over twelve updates, or `training.max_steps` of the recipe where that is fewer.
+    After an interruption the same command continues, and finished runs are kept. A variant that fails is
     listed in the report.
     """
     from packtrain.compare.run import run_comparison

@@ -16,7 +16,8 @@ def keys(
     section: Annotated[
         str | None,
         typer.Argument(
-            metavar="[SECTION]", help="Section to print: model, data, batching, objective, training or lora."
+            metavar="[SECTION]",
+            help="Section to print: model, data, batching, objective, training or lora; compare: the keys of a comparison.",
         ),
     ] = None,
     schema: Annotated[
@@ -36,9 +37,12 @@ def keys(
         schema.write_text(recipe_keys.schema_text(), encoding="utf-8")
         Console().print(f"wrote {schema}", soft_wrap=True)
         return
+    if section == "compare":
+        Console().print(_keys_of_a_comparison())
+        return
     if section is not None and section not in SECTIONS:
-        near = did_you_mean(section, SECTIONS)
-        fix = f"did you mean {near}?" if near else f"the sections are {', '.join(SECTIONS)}"
+        near = did_you_mean(section, [*SECTIONS, "compare"])
+        fix = f"did you mean {near}?" if near else f"the sections are {', '.join(SECTIONS)}, and compare"
         raise PacktrainError("is not a section", key="SECTION", value=section, fix=fix)
     console = Console()
     for name in [section] if section else [name for name in SECTIONS if name not in LIBRARY_SECTIONS]:
@@ -56,6 +60,17 @@ def keys(
     if section is None:
         for name, library in LIBRARY_SECTIONS.items():
             console.print(f"{name}: any field of {library.rpartition('.')[2]}; `packtrain keys {name}` lists them")
+
+
+def _keys_of_a_comparison() -> Table:
+    from packtrain.compare.experiment import DEFAULTS, KEYS, MEANINGS
+    from packtrain.recipe.fields import describe
+
+    table = _table("a comparison")
+    for key, kind in KEYS.items():
+        default = f" ({DEFAULTS[key]})" if key in DEFAULTS else ""
+        table.add_row(key, f"{describe(kind)}{default}", MEANINGS[key])
+    return table
 
 
 def _table(section: str) -> Table:

@@ -18,7 +18,7 @@ def report(
     ] = None,
     figures: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Write every figure as SVG and PNG there, and the table as CSV and LaTeX."),
+        typer.Option(metavar="DIR", help="Write every figure as SVG, PNG and PDF there, the table as CSV and LaTeX."),
     ] = None,
 ) -> None:
     """Rebuild the report of one comparison, or of several side by side, from stored files."""
@@ -27,4 +27,6 @@ def report(
     require("jinja2", "matplotlib", extra="plots")
     from packtrain.compare.report import write_report
 
-    Console().print(f"report: {write_report(directories, out=out, figures=figures)}", soft_wrap=True)
+    console = Console()
+    say = lambda line: console.print(line, soft_wrap=True, highlight=False, markup=False)  # noqa: E731
+    say(f"report: {write_report(directories, out=out, figures=figures, say=say)}")

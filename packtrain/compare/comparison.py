@@ -140,6 +140,10 @@ class Comparison:
         """Packtrain's rows with a speed whose updates are the reference's."""
         return [row for row in self.measured if row.keeps_updates and not row.is_peer]
 
+    def is_own(self, row: Row) -> bool:
+        """Whether it is the strategy of the recipe that was compared, or a function of the user's."""
+        return not row.is_peer and (row.name == self.manifest.get("own_strategy") or ":" in row.strategy)
+
     @property
     def ranks(self) -> int:
         """How many processes trained every variant together."""

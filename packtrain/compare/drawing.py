@@ -14,12 +14,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from textwrap import fill
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgba
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 ROLES = ("ink", "muted", "grid", "ours", "best", "packed", "peer", "padding", "accent", "card")
 LINES = tuple(f"line{number}" for number in range(8))  # told apart by hue, for curves
@@ -27,13 +29,18 @@ PHASES = tuple(f"phase{number}" for number in range(6))  # parts of a whole; no 
 BLOCKS = tuple(f"block{number}" for number in range(6))  # neighbouring documents
 COLOURS = {role: f"#0000{number:02x}" for number, role in enumerate((*ROLES, *LINES, *PHASES, *BLOCKS), start=1)}
 
+POINTS = 72  # of an inch
 MARGIN = 10  # points, around a figure that stands alone
 SCALE = 1.45  # pixels per point
-DPI = 200  # of PNGs
+DPI = 400  # of PNGs, for print
+FONTS = "Helvetica, Arial, Liberation Sans, DejaVu Sans, sans-serif"  # of a figure that stands alone
+INSIDE = 0.01  # inches beyond its edge that a figure may have
 WIDTH = 4.6  # inches: readable on a phone, two next to each other on a screen
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "packtrain",
+    "text.hinting": "none",  # the layout measures text as the SVG has it
+    "pdf.fonttype": 42,  # whole fonts, which publishers take; Type 3 many don't
     "font.family": "sans-serif",
     "font.size": 9,
     "axes.titlesize": 10,
@@ -90,13 +97,43 @@ def drawing(name: str, *, alt: str, height: float, width: float = WIDTH) -> Iter
         alt: what the figure shows, for those who don't see it.
     """
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
+        figure = Figure(figsize=(width, height), dpi=POINTS, layout="constrained")  # text is as wide as in the SVG
         result = Drawing(figure=figure, ax=figure.subplots())
         yield result
+        _fit(figure, result.ax)
         result.svg = _inline(figure, name, alt)
         keep = _keep.get()
         if keep is not None:
             keep(name, result.svg, figure)
+
+
+def _fit(figure: Figure, ax: Axes) -> None:
+    """Wrap a title and label that are longer than there is room, and enlarge the figure until all of it lies within.
+
+    Matplotlib's layout leaves out how wide titles and labels are.
+    """
+    title = ax.get_title(loc="left")
+    lines = [text for text in (ax.xaxis.label, *ax.get_children()) if isinstance(text, Text) and text.get_text()]
+    lines = {text: text.get_text() for text in lines if text is ax.xaxis.label or text.get_text() == title}
+    figure.draw_without_rendering()
+    for _ in range(4):
+        whole, before = figure.bbox.width, [text.get_text() for text in lines]
+        for text, words in lines.items():
+            box = text.get_window_extent()
+            centre = (box.x0 + box.x1) / 2
+            room = whole - box.x0 if text.get_horizontalalignment() == "left" else 2 * min(centre, whole - centre)
+            if box.width > room:
+                longest = max(map(len, text.get_text().splitlines()))
+                text.set_text(fill(words, max(12, int(longest * room / box.width)), break_on_hyphens=False))
+        if before != [text.get_text() for text in lines]:
+            figure.draw_without_rendering()
+        box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+        wide = max(0.0, box.x1 - width) + max(0.0, -box.x0)
+        high = max(0.0, box.y1 - height) + max(0.0, -box.y0)
+        if wide + high < INSIDE:
+            return
+        figure.set_size_inches(width + wide, height + high)
+        figure.draw_without_rendering()
 
 
 def _inline(figure: Figure, name: str, alt: str) -> str:
@@ -116,9 +153,19 @@ def _inline(figure: Figure, name: str, alt: str) -> str:
     return "\n".join(line.rstrip() for line in svg.splitlines() if line.strip())
 
 
+def tick(value: float, _position: object = None) -> str:
+    """Write a tick's number: `12k`, `1.5M`."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:g}{letter}"
+    return f"{value:g}"
+
+
 def alone(svg: str, style: str) -> str:
-    """Make an inline SVG a file that stands alone, with the page's colours and a ground."""
-    colours = style[: style.index("* {")].strip()
+    """Make an inline SVG a file that stands alone, in the light colours of the stylesheet and on their ground.
+
+    Colours and fonts are written out: programs other than browsers know no CSS variables and paint what has one black.
+    """
     box = re.search(r'viewBox="([^"]*)"', svg)
     assert box is not None, "a figure without a size"
     _, _, *size = box[1].split()
@@ -132,12 +179,21 @@ def alone(svg: str, style: str) -> str:
     ground = (
         f'<rect x="{-MARGIN}" y="{-MARGIN}" width="{width:g}" height="{height:g}" rx="8" style="fill: var(--card)"/>'
     )
-    return f"{svg[:start]}\n<style>\n{colours}\n</style>\n{ground}{svg[start:]}\n"
+    values = {**light_colours(style), "font": FONTS}
+    return re.sub(r"var\(--(\w+)\)", lambda found: values[found[1]], f"{svg[:start]}\n{ground}{svg[start:]}\n")
 
 
-def png(figure: Figure, style: str) -> bytes:
-    """Render a finished figure as PNG, in the light colours of the stylesheet and on their ground."""
-    light = dict(re.findall(r"--(\w+): (#[0-9a-fA-F]{6})", style[: style.index("@media")]))
+def light_colours(style: str) -> dict[str, str]:
+    """Read the light colours of the stylesheet: role -> `#rrggbb`."""
+    return dict(re.findall(r"--(\w+): (#[0-9a-fA-F]{6})", style[: style.index("@media")]))
+
+
+def for_print(figure: Figure, style: str) -> dict[str, bytes]:
+    """Render a finished figure as `png` and `pdf`, in the light colours of the stylesheet and on their ground.
+
+    The figure is recoloured in place.
+    """
+    light = light_colours(style)
     colours = {sentinel: light[role] for role, sentinel in COLOURS.items()}
     for artist in figure.findobj():
         for part in (artist, getattr(artist, "get_bbox_patch", lambda: None)()):
@@ -146,9 +202,13 @@ def png(figure: Figure, style: str) -> bytes:
                 if getter is not None and setter is not None:
                     _recolour(getter(), setter, colours)
     figure.set_facecolor(light["card"])
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
-    return buffer.getvalue()
+    unnamed: dict[str, Any] = {"png": {"Software": None}, "pdf": dict.fromkeys(("Creator", "Producer", "CreationDate"))}
+    rendered = {}
+    for kind, metadata in unnamed.items():
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=kind, dpi=DPI, metadata=metadata, bbox_inches="tight", pad_inches=MARGIN / POINTS)
+        rendered[kind] = buffer.getvalue()
+    return rendered
 
 
 def _recolour(value: Any, setter: Callable[[Any], None], colours: Mapping[str, str]) -> None:

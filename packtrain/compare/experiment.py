@@ -59,6 +59,18 @@ KEYS: dict[str, Any] = {
 }
 DEFAULTS: dict[str, Any] = {"set": {}, "seeds": [42], "repeats": 3, "ranks": 1, "warmup_steps": 2, "measure_steps": 10}
 STREAMED = "is not compared: other trainers take rows that are counted and tokenised"
+MEANINGS = {  # of the keys
+    "base": "the recipe that every variant begins with, relative to this file",
+    "set": "keys of the recipe, for every variant",
+    "reference": "the variant that the others are compared with",
+    "variants": "strategies, your own as module:function, trainers, or {name: ..., section.key: value}",
+    "seeds": "seeds of data and model; the first round of each trains to the end and gives the losses",
+    "repeats": "rounds per seed; a comparison has seeds x repeats rounds, and a round runs every variant once",
+    "ranks": "processes that train every variant together",
+    "warmup_steps": "updates before the clock counts",
+    "measure_steps": "updates that are timed: later rounds have warmup_steps + measure_steps updates, or "
+    "training.max_steps where that is fewer",
+}
 LONGEST_NAME = 200  # characters of a file's name, of 255
 USUAL = ("pad_longest", "group_by_length", "padding_free", "balanced", "bfd")
 FORCED = {  # a comparison evaluates, logs and stores by itself, alike for every trainer
@@ -128,6 +140,7 @@ class Experiment:
     Attributes:
         eval_every: updates between held-out evaluations, None for the start and the end only.
         ranks: processes that train every variant together.
+        own_strategy: that of the base recipe.
     """
 
     name: str
@@ -138,6 +151,7 @@ class Experiment:
     measure_steps: int
     eval_every: int | None
     ranks: int = 1
+    own_strategy: str | None = None
 
     @property
     def of_reference(self) -> Variant:
@@ -211,6 +225,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
         measure_steps=settings["measure_steps"],
         eval_every=_eval_every(learning),
         ranks=settings["ranks"],
+        own_strategy=learning.batching.strategy,
     )
 
 

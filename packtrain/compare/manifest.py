@@ -35,6 +35,7 @@ def make_manifest(experiment: Experiment, path: Path, overrides: Sequence[str]) 
         "name": experiment.name,
         "hash": experiment.hash,
         "reference": experiment.reference,
+        "own_strategy": experiment.own_strategy,
         "warmup_steps": experiment.warmup_steps,
         "measure_steps": experiment.measure_steps,
         "eval_every": experiment.eval_every,

@@ -6,7 +6,8 @@ A figure takes a comparison, and is None where nothing was measured to draw.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,12 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from packtrain.compare.comparison import PHASES, WAITING, Comparison, Row, window
-from packtrain.compare.drawing import BLOCKS, COLOURS, LINES, alone, drawing
-from packtrain.compare.results import PICTURED_RANKS, Run
-from packtrain.compare.verdict import SAME_CURVE, fastest, headliner, signed
+from packtrain.compare.drawing import COLOURS, LINES, alone, drawing, tick
+from packtrain.compare.results import Run
+from packtrain.compare.verdict import SAME_CURVE, fastest, headliner, listed, signed
+
+SHORT_NAME, LONGEST_LINE = 16, 40  # characters: of names for which a figure is wide enough, of a line of longer ones
+CHARACTER, NAME_LINE = 0.075, 0.3  # inches
 
 
 def figures(comparison: Comparison) -> list[str]:
@@ -185,8 +189,8 @@ def lengths(comparison: Comparison) -> str | None:
         ax.bar(edges[:-1], counts, width=np.diff(edges), align="edge", color=COLOURS["phase2"], edgecolor="none")
         ax.set_xscale("log")
         ax.set_yscale("log")
-        ax.xaxis.set_major_formatter(FuncFormatter(_tick))
-        ax.yaxis.set_major_formatter(FuncFormatter(_tick))
+        ax.xaxis.set_major_formatter(FuncFormatter(tick))
+        ax.yaxis.set_major_formatter(FuncFormatter(tick))
         for key, dash in {"median": ":", "p99": "--", "max_length": "-.", "max_tokens": "-"}.items():
             ax.axvline(data[key], color=COLOURS["ink"], linewidth=1.3, linestyle=dash, label=f"{key} {data[key]:,.0f}")
         ax.set_title("Lengths of the examples")
@@ -210,7 +214,12 @@ def _bars(ax: Axes, rows: list[Row], values: list[float], texts: list[str], comp
 
 
 def _name_rows(ax: Axes, rows: list[Row]) -> None:
-    ax.set_yticks(_places(rows), [row.name for row in rows])
+    names = [fill(row.name, LONGEST_LINE) for row in rows]
+    lines = [line for name in names for line in name.splitlines()]
+    width, height = ax.figure.get_size_inches()
+    width += max(0, max(map(len, lines)) - SHORT_NAME) * CHARACTER
+    ax.figure.set_size_inches(width, height + NAME_LINE * (len(lines) - len(names)))
+    ax.set_yticks(_places(rows), names)
     ax.tick_params(axis="y", length=0)
     ax.spines["left"].set_visible(False)
 
@@ -233,20 +242,13 @@ def family(row: Row, comparison: Comparison) -> str:
     return "ours" if row.keeps_updates else "packed"
 
 
-def _tick(value: float, _position: object = None) -> str:
-    """Write a tick's number: `12k`, `1.5M`."""
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:g}{letter}"
-    return f"{value:g}"
-
-
 # Losses
 
 SMOOTHING = 5  # updates of the running mean of a training loss
 AXES = (("update", "updates"), ("tokens", "real tokens seen"), ("seconds", "seconds in updates"))
 DASHES: dict[str, Any] = {"ours": "-", "packed": (0, (1, 1.2)), "peer": (0, (4, 2)), "ink": "-"}
 LEGEND_ROW = 0.155  # inches
+FEW_LINES = 8
 
 
 def losses(comparison: Comparison) -> Iterator[str]:
@@ -265,9 +267,11 @@ def losses(comparison: Comparison) -> Iterator[str]:
             for row, style in _styles([row for row in rows if row.name in lines], comparison):
                 ax.plot(*curve(row.learning_runs[0], axis, on_held_out), label=lines[row.name], **style)
             ax.set_title(f"{'Held-out' if on_held_out else 'Training'} loss by {label}")
-            ax.set_xlabel(label)
+            left_out = [row.name for row in rows if row.name not in lines] if axis == "seconds" else []
+            same = f"; not drawn, with the losses of {comparison.reference.name}: "
+            ax.set_xlabel(label + (same + listed(left_out) if left_out else ""))
             ax.set_ylabel(kind)
-            ax.xaxis.set_major_formatter(FuncFormatter(_tick))
+            ax.xaxis.set_major_formatter(FuncFormatter(tick))
             ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
             ax.grid(axis="y")
             drawn.figure.legend(loc="outside lower left", ncols=2, handlelength=2.2, columnspacing=1)
@@ -293,8 +297,8 @@ def told_apart(rows: Sequence[Row], comparison: Comparison, *, in_time: bool) ->
     """Choose the variants whose losses are drawn: of those that have the reference's own losses one line stands for all.
 
     Args:
-        in_time: whether the losses are drawn over seconds, in which the same losses come sooner; then the reference and the
-            variant that the verdict speaks of are drawn.
+        in_time: whether the losses are drawn over seconds, in which the same losses come sooner; then all of a few are
+            drawn, and of many the reference, other trainers, and the variants that the verdict speaks of.
 
     Returns:
         The name of each variant that is drawn -> its label.
@@ -303,7 +307,9 @@ def told_apart(rows: Sequence[Row], comparison: Comparison, *, in_time: bool) ->
     same = [row for row in rows if not comparison.is_reference(row) and _has_the_losses(row)]
     if all(not comparison.is_reference(row) for row in rows):  # it has not run: every line for itself
         return {row.name: row.name for row in rows}
-    drawn = [row for row in rows if row not in same or (in_time and row is subject)]
+    few = len(rows) <= FEW_LINES
+    alone = [row for row in same if few or row is subject or row.is_peer or comparison.is_own(row)] if in_time else []
+    drawn = [row for row in rows if row not in same or row in alone]
     labels = {row.name: row.name for row in drawn}
     if len(same) == 1 and not in_time:
         labels[reference.name] = f"{reference.name} and {same[0].name}"
@@ -329,81 +335,6 @@ def _styles(rows: Sequence[Row], comparison: Comparison) -> Iterator[tuple[Row, 
         yield row, {"color": COLOURS[hue], "linewidth": 1.4, "linestyle": DASHES[kind]}
 
 
-# Layouts of an update
-
-MOST_ROWS = 48  # of one micro-batch
-MOST_MICRO_BATCHES = 4
-FLAT_ROW = 2.4  # height of a row with several documents; that of one with a single document is 1
-GAP = 1.2  # between micro-batches
-
-Layout = Sequence[Mapping[str, Any]]
-
-
-def packing_pictures(comparison: Comparison) -> Iterator[str]:
-    """Draw the first update of every variant of which it is known: its micro-batches as they went through the model."""
-    for number, row in enumerate(comparison.rows):
-        layout = next((run.end.layout for run in (*row.learning_runs, *row.timed_runs) if run.end.layout), None)
-        if layout:
-            real, computed = _tokens(layout)
-            alt = f"{row.name}, first update: {len(layout)} micro-batches, "
-            alt += f"{real:,} real of {computed:,} computed tokens"
-            yield picture(layout, title=row.name, name=f"layout-{number}", alt=alt)
-
-
-def rank_pictures(comparison: Comparison) -> Iterator[str]:
-    """Draw the first update of every variant that was planned over several ranks; not one of fewer packs than ranks."""
-    for number, row in enumerate(comparison.rows):
-        layout = next((run.end.over_ranks for run in row.learning_runs if run.end.over_ranks), None)
-        if layout and sum(any(lengths) for batch in layout for lengths in batch["rows"]) >= PICTURED_RANKS:
-            real, awaited = _tokens(layout)
-            waiting = f"{1 - real / awaited:.0%}"
-            alt = f"{row.name}, first update on {PICTURED_RANKS} ranks: {len(layout)} micro-steps, "
-            alt += f"{waiting} of the tokens' time spent waiting"
-            yield picture(layout, title=f"{row.name}: {waiting} waiting", name=f"ranks-{number}", alt=alt)
-
-
-def _tokens(layout: Layout) -> tuple[int, int]:
-    """Count the tokens of documents, and of the boxes they lie in."""
-    real = sum(sum(map(sum, batch["rows"])) for batch in layout)
-    return real, sum(batch["width"] * len(batch["rows"]) for batch in layout)
-
-
-def picture(layout: Layout, *, title: str, name: str, alt: str) -> str:
-    """Draw the first micro-batches of an update: documents as coloured blocks, padding as the light rest of a row.
-
-    Args:
-        layout: for each micro-batch `width` (tokens of a row) and `rows` (lengths of the documents of each).
-        title, name, alt: of the figure.
-    """
-    shown = layout[:MOST_MICRO_BATCHES]
-    more = f" (first {len(shown)} of {len(layout)} micro-batches)" if len(layout) > len(shown) else ""
-    heights = [_thickness(batch) * min(len(batch["rows"]), MOST_ROWS) for batch in shown]
-    with drawing(name, alt=alt, height=0.7 + 0.075 * (sum(heights) + GAP * len(shown))) as drawn:
-        ax, top, documents = drawn.ax, 0.0, 0
-        for batch in shown:
-            thickness = _thickness(batch)
-            for lengths in batch["rows"][:MOST_ROWS]:
-                box: dict[str, Any] = {"height": 0.86 * thickness, "align": "edge"}
-                ax.barh(top, batch["width"], color=COLOURS["padding"], **box)
-                left = 0
-                for length in lengths:
-                    ax.barh(top, length, left=left, color=COLOURS[BLOCKS[documents % len(BLOCKS)]], **box)
-                    left, documents = left + length, documents + 1
-                top += thickness
-            top += GAP
-        ax.invert_yaxis()
-        ax.set_yticks([])
-        ax.spines["left"].set_visible(False)
-        ax.xaxis.set_major_locator(MaxNLocator(5))
-        ax.xaxis.set_major_formatter(FuncFormatter(_tick))
-        ax.set_title(title + more, fontsize=9)
-    return drawn.svg
-
-
-def _thickness(batch: Mapping[str, Any]) -> float:
-    return FLAT_ROW if any(len(lengths) > 1 for lengths in batch["rows"]) else 1.0
-
-
 # The cover
 
 WIDTH = 7.6  # inches
@@ -417,7 +348,7 @@ KINDS = (
 def cover(comparison: Comparison, style: str) -> str | None:
     """Draw how fast each variant is and what it does to the loss; None where there is no speed to show.
 
-    The SVG stands alone, on its own ground, in the light or dark colours of the page it is shown on:
+    The SVG stands alone, on its own ground and in light colours:
     results/compare_long_tail/speed.svg
 
     Args:
@@ -436,6 +367,8 @@ def cover(comparison: Comparison, style: str) -> str | None:
         right = max(ends)
         for kind, label in KINDS:
             if any(family(row, comparison) == kind for row in rows):
+                if kind == "packed" and sum(family(row, comparison) == kind for row in rows) > 1:
+                    label = label.removesuffix(", the fastest")
                 ax.barh([places[0]], [0], color=COLOURS[kind], label=label)  # for the legend
         for row, place, end, loss in zip(rows, places, ends, losses, strict=True):
             weight = "bold" if row is subject else "normal"
@@ -457,10 +390,10 @@ def cover(comparison: Comparison, style: str) -> str | None:
 
 
 def shown_rows(comparison: Comparison) -> list[Row]:
-    """Choose the rows with a speed; of those packed over the epoch only the fastest."""
+    """Choose the rows with a speed; of those packed over the epoch only the fastest and the recipe's own."""
     rows = [row for row in comparison.measured if row.speed is not None]
     packed = [row for row in rows if family(row, comparison) == "packed"]
-    return [row for row in rows if row not in packed or row is fastest(packed)]
+    return [row for row in rows if row not in packed or row is fastest(packed) or comparison.is_own(row)]
 
 
 def loss_of(row: Row, comparison: Comparison) -> str:

@@ -10,7 +10,7 @@ are laid side by side in one page, with a table of their ratios first. Next to t
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ import yaml
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
-from packtrain.compare import plots
-from packtrain.compare.comparison import Comparison, Row, read_comparison
-from packtrain.compare.drawing import alone, kept_by, png
+from packtrain.compare import pictures, plots
+from packtrain.compare.comparison import Comparison, Row, read_comparison, window
+from packtrain.compare.drawing import alone, for_print, kept_by
 from packtrain.compare.results import PICTURED_RANKS, write_atomically
 from packtrain.compare.tables import (
     DETAILS,
@@ -47,21 +47,26 @@ GROUPS = (
 
 
 def write_report(
-    directories: Sequence[str | Path], *, out: str | Path | None = None, figures: str | Path | None = None
+    directories: Sequence[str | Path],
+    *,
+    out: str | Path | None = None,
+    figures: str | Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Write the tables, page and cover of each comparison into its directory, and return the report's path.
 
     Args:
         directories: written by `packtrain compare`.
         out: where the page of several comparisons goes; `report.html` next to their directories by default.
-        figures: a directory for every figure as SVG and PNG, and the table as CSV and LaTeX; of several comparisons one
-            below it for each.
+        figures: a directory for every figure as SVG, PNG and PDF, and the table as CSV and LaTeX; of several
+            comparisons one below it for each.
+        say: takes lines for people: where the figures are, and what each shows.
 
     Raises:
         PacktrainError: a directory holds no experiment, or a damaged run; or `out` is no page.
     """
     if out is not None and Path(out).suffix.lower() not in (".html", ".htm"):
-        fix = "name a page (--out report.html); --figures DIR writes the figures as SVG and PNG"
+        fix = "name a page (--out report.html); --figures DIR writes the figures as SVG, PNG and PDF"
         raise PacktrainError("is not the name of a page, and a report is one", key="--out", value=str(out), fix=fix)
     paths = [Path(directory) for directory in directories]
     comparisons = [read_comparison(path) for path in paths]
@@ -75,7 +80,11 @@ def write_report(
             write_atomically(path / COVER, cover)
     if figures is not None:
         for comparison in comparisons:
-            write_figures(comparison, Path(figures) / (comparison.name if len(comparisons) > 1 else ""))
+            directory = Path(figures) / (comparison.name if len(comparisons) > 1 else "")
+            shown = write_figures(comparison, directory)
+            say(f"figures: {directory}, each as .svg, .png and .pdf; the table as table.csv and table.tex")
+            for name, title in shown.items():
+                say(f"  {name}: {title}")
     if len(paths) == 1 and out is None:
         return paths[0] / REPORT
     target = Path(out) if out else paths[0].parent / REPORT
@@ -84,21 +93,25 @@ def write_report(
     return target
 
 
-def write_figures(comparison: Comparison, directory: Path) -> None:
-    """Write every figure as SVG and PNG, and the table that people read as CSV and LaTeX."""
-    style = stylesheet()
+def write_figures(comparison: Comparison, directory: Path) -> dict[str, str]:
+    """Write every figure as SVG, PNG and PDF, the table that people read as CSV and LaTeX; return names and titles."""
+    style, shown = stylesheet(), {}
 
     def keep(name: str, svg: str, figure: Figure) -> None:
+        title = figure.axes[0].get_title(loc="left") or "speed, and what it does to the loss"  # the cover has none
+        shown[name] = " ".join(title.split())
         write_atomically(directory / f"{name}.svg", alone(svg, style))
-        (directory / f"{name}.png").write_bytes(png(figure, style))
+        for kind, data in for_print(figure, style).items():
+            (directory / f"{name}.{kind}").write_bytes(data)
 
     write_atomically(directory / "table.csv", render_shown_csv(comparison))
     write_atomically(directory / "table.tex", render_latex(comparison))
     with kept_by(keep):
         plots.figures(comparison)
         plots.cover(comparison, style)
-        for pictures in (plots.packing_pictures(comparison), plots.rank_pictures(comparison)):
-            list(pictures)
+        for drawn in (pictures.packing_pictures(comparison), pictures.rank_pictures(comparison)):
+            list(drawn)
+    return shown
 
 
 def render_page(chapters: Sequence[Mapping[str, Any]], side_by_side: Sequence[Sequence[str]] = ()) -> str:
@@ -133,8 +146,8 @@ def chapter(comparison: Comparison) -> dict[str, Any]:
         "note": note(comparison),
         "tables": [_table(part, comparison) for part in (main, detail) if part],
         "figures": plots.figures(comparison) if comparison.rows else [],
-        "pictures": list(plots.packing_pictures(comparison)),
-        "rank_pictures": list(plots.rank_pictures(comparison)),
+        "pictures": list(pictures.packing_pictures(comparison)),
+        "rank_pictures": list(pictures.rank_pictures(comparison)),
         "world_size": PICTURED_RANKS,
         "method": method(comparison),
         "reasons": (comparison.manifest.get("recommendation") or {}).get("reasons", []),
@@ -211,7 +224,9 @@ def method(comparison: Comparison) -> list[str]:
     """Say how this comparison was measured."""
     manifest = comparison.manifest
     rounds, seeds = manifest["rounds"], {turn["seed"] for turn in manifest["rounds"]}
-    first, count, ranks = manifest["warmup_steps"], manifest["measure_steps"], comparison.ranks
+    first, ranks = manifest["warmup_steps"], comparison.ranks
+    timed = [window(run, manifest)[-1].update for row in comparison.rows for run in row.timed_runs]
+    last = max(timed, default=first + manifest["measure_steps"])
     over_ranks = [
         f"Every run is {ranks} processes, started by torchrun on one host. Tokens are summed over ranks, seconds are those "
         "of the slowest rank, phases are means, memory is that of the rank with the most.",
@@ -221,7 +236,7 @@ def method(comparison: Comparison) -> list[str]:
     return [
         f"{_count(len(rounds), 'round')} over {_count(len(seeds), 'seed')}; in a round every variant runs "
         "once, one after the other, each in a fresh process.",
-        f"Speed: real tokens over seconds of updates {first + 1} to {first + count}. Ratios are taken within a round; "
+        f"Speed: real tokens over seconds of updates {first + 1} to {last}. Ratios are taken within a round; "
         "intervals are 95% t intervals of their logarithms over the rounds.",
         *(over_ranks if ranks > 1 else []),
         "The first round of a seed trains to the end and gives the losses, the updates and the padding.",

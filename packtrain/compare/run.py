@@ -107,9 +107,17 @@ def run_rounds(experiment: Experiment, directory: Path, say: Say, console: Conso
 def describe(experiment: Experiment) -> str:
     """Say what is compared, how often, and for how long."""
     names, rounds = [variant.name for variant in experiment.variants], len(experiment.rounds)
-    updates = {variant.recipe.training.get("max_steps", -1) for variant in experiment.variants}
-    each = f", {updates.pop():,} updates each" if len(updates) == 1 and min(updates) > 0 else ""
-    return f"comparing {', '.join(names)}: {rounds} round{'' if rounds == 1 else 's'}{each}"
+    limits = {variant.recipe.training.get("max_steps", -1) for variant in experiment.variants}
+    limit = limits.pop() if len(limits) == 1 and min(limits) > 0 else None
+    text = f"comparing {', '.join(names)}: {rounds} round{'' if rounds == 1 else 's'}"
+    if limit is None:
+        return text
+    text += f", {limit:,} updates each"
+    asked = experiment.warmup_steps + experiment.measure_steps
+    if limit < asked:
+        timed = max(0, limit - experiment.warmup_steps)
+        text += f" (training.max_steps, fewer than the {asked:,} of warmup_steps + measure_steps; {timed:,} are timed)"
+    return text
 
 
 def _run(

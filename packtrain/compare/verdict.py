@@ -16,6 +16,7 @@ from packtrain.recipe.sections import STRATEGY
 
 SAME_CURVE = 1e-3  # relative: float32 in another order of summation stays far below, another set of examples far above
 FEW = 3  # pairs
+MANY_PACKERS = 6  # of more than these only the fastest are spoken of; the table has all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,7 @@ def verdict(comparison: Comparison) -> list[Sentence]:
         sentences.append(Sentence(topic="caution", text=text))
     elif subject is not None:
         sentences += _headline(subject, comparison)
+    sentences += _own(subject, comparison)
     sentences += _same_updates(comparison)
     if subject is not None:
         sentences += _peers(subject, comparison)
@@ -94,6 +96,23 @@ def _headline(subject: Row, comparison: Comparison) -> Iterator[Sentence]:
     else:
         text = f"{name} is neither measurably faster nor slower than {other}, {speed.text()}"
     yield Sentence(topic="speed", text=text + _same_loss(subject, reference) + ".")
+
+
+def _own(subject: Row | None, comparison: Comparison) -> Iterator[Sentence]:
+    """Speak of the recipe's own strategy, and of functions of the user's, where the headline does not."""
+    for row in comparison.measured:
+        if not comparison.is_own(row) or comparison.is_reference(row) or row is subject or row.speed is None:
+            continue
+        own = ", the recipe's own strategy," if row.name == comparison.manifest.get("own_strategy") else ""
+        text = f"{_quoted(row)}{own} {_speed(row.speed, _quoted(comparison.reference))}"
+        against = comparison.speed_of(row, subject) if subject is not None else None
+        if subject is not None and against is not None:
+            text += f", and {_speed(against, _quoted(subject))}"
+        if row.keeps_updates:
+            text += _same_loss(row, comparison.reference)
+        else:
+            text = ", and ".join([text, *_updates(row, comparison.reference)]) + _losses(row, comparison)
+        yield Sentence(topic="speed", text=f"{text}.")
 
 
 def _same_loss(row: Row, reference: Row) -> str:
@@ -208,15 +227,30 @@ def _waiting(subject: Row, comparison: Comparison) -> Iterator[Sentence]:
 
 
 def _packing(subject: Row, comparison: Comparison) -> Iterator[Sentence]:
-    """Say what packing over the whole epoch gains and changes, of our fastest and of the others'; the table has all."""
+    """Say what packing over the whole epoch gains and changes, of our fastest and of the others', then of the rest."""
     packers = [row for row in comparison.measured if not row.keeps_updates]
+    rest = [row for row in packers if not comparison.is_own(row) and row is not subject]  # those have their sentences
     for is_peer in (False, True):
         row = fastest([row for row in packers if row.is_peer is is_peer])
         speed = comparison.speed_of(row, subject) if row is not None else None
-        if row is None or speed is None:
+        if row is None or speed is None or row not in rest:
             continue
+        rest.remove(row)
         parts = [f"{_quoted(row)} {_speed(speed, _quoted(subject))}", *_updates(row, comparison.reference)]
         yield Sentence(topic="packing", text=", and ".join(parts) + _losses(row, comparison) + ".")
+    if rest and len(packers) <= MANY_PACKERS:
+        each = listed([f"{_quoted(row)} {_in_short(row, subject, comparison)}" for row in rest])
+        text = f"Next to {_quoted(subject)}, the rest of those that make other updates: {each}."
+        yield Sentence(topic="packing", text=text)
+
+
+def _in_short(row: Row, subject: Row, comparison: Comparison) -> str:
+    """Write `1.20x (1.18-1.22) as fast (held-out loss +1.0% after the same examples)`."""
+    speed, ratio = comparison.speed_of(row, subject), row.held_out_ratio
+    text = f"{speed.text()} as fast" if speed is not None else "not timed in the same rounds"
+    if ratio is None or row.ends_with_reference is None:
+        return text
+    return f"{text} (held-out loss {signed(ratio.estimate - 1)} after the same {row.ends_with_reference})"
 
 
 def _speed(speed: Ratio, other: str) -> str:

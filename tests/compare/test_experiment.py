@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from packtrain.compare.experiment import load_experiment, with_settings
+from packtrain.cli import main
+from packtrain.compare.experiment import KEYS, MEANINGS, load_experiment, with_settings
 from packtrain.compare.manifest import check_same
 from packtrain.compare.results import write_manifest
+from packtrain.compare.run import describe
 from packtrain.errors import PacktrainError, RecipeError
 from packtrain.recipe.reader import load_recipe
 from packtrain.training.portable import portable, shown_path
@@ -277,3 +279,19 @@ def test_no_path_of_a_list_or_a_mixture_shows_this_machine(where, tmp_path):
     assert str(tmp_path) not in json.dumps(stored)
     shown = stored["mixture"][0]["path"] if where == "mixture" else stored[where]
     assert shown == ["a.jsonl", "*.jsonl", "org/name"]
+
+
+def test_every_key_of_a_comparison_is_explained(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["keys", "compare"])
+    assert ended.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert MEANINGS.keys() == KEYS.keys() and all(key in shown for key in KEYS) and "seeds x repeats" in shown
+
+
+def test_fewer_updates_than_asked_are_said(tmp_path):
+    """Control: where the recipe has no limit, a comparison of it makes as many as it says."""
+    path = write_experiment(tmp_path).parent / "base.yaml"
+    text = describe(load_experiment(path, ["max_steps=8"]))
+    assert "8 updates each (training.max_steps, fewer than the 12 of warmup_steps + measure_steps; 6 are timed)" in text
+    assert describe(load_experiment(path)).endswith("3 rounds, 12 updates each")

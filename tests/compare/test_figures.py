@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import csv
 import re
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from packtrain.compare import plots
+from packtrain.compare import pictures, plots
 from packtrain.compare.comparison import read_comparison
-from packtrain.compare.drawing import BLOCKS, COLOURS, LINES, PHASES, kept_by
+from packtrain.compare.drawing import BLOCKS, COLOURS, FONTS, LINES, PHASES, kept_by, light_colours
 from packtrain.compare.report import stylesheet, write_report
 from packtrain.compare.tables import DETAILS, columns, render_latex
 from packtrain.errors import PacktrainError
@@ -56,7 +57,7 @@ def test_one_line_stands_for_all_that_have_the_losses_of_the_reference(directory
     figures = drawn(plots.losses, comparison)
     labels = {name: [line.get_label() for line in figure.axes[0].lines] for name, figure in figures.items()}
     assert labels["loss-by-update"] == labels["loss-by-tokens"] == ["pad_longest and 3 with its losses", "bfd"]
-    assert labels["loss-by-seconds"] == ["pad_longest", "balanced", "bfd"]
+    assert sorted(labels["loss-by-seconds"]) == sorted(RATES), "each of a few, other trainers too"
     others = [(name, trainer, False) for name, trainer, _ in VARIANTS[1:]]  # control: none has its updates
     store(directory.parent / "other", make_manifest([VARIANTS[0], *others]), [])
     (directory / "runs").rename(directory.parent / "other/runs")
@@ -88,15 +89,15 @@ def test_a_colour_has_one_meaning():
 
 
 def test_a_picture_of_fewer_packs_than_ranks_is_left_out(directory):
-    def pictures(rows: list) -> int:
+    def count(rows: list) -> int:
         for file in directory.glob("runs/00-balanced.jsonl"):
             text = re.sub(
                 r'"over_ranks":(null|\[.*?\}\])', f'"over_ranks":[{{"width":9,"rows":{rows}}}]', file.read_text()
             )
             file.write_text(text)
-        return len(list(plots.rank_pictures(read_comparison(directory))))
+        return len(list(pictures.rank_pictures(read_comparison(directory))))
 
-    assert pictures([[9], [], [], []]) == 0 and pictures([[9], [5, 4], [8], [7]]) == 1
+    assert count([[9], [], [], []]) == 0 and count([[9], [5, 4], [8], [7]]) == 1
 
 
 def test_no_table_of_the_page_is_wider_than_a_screen(directory):
@@ -108,18 +109,43 @@ def test_no_table_of_the_page_is_wider_than_a_screen(directory):
     assert set(DETAILS) & set(shown) == set(heads[1][1:]) and heads[0][0] == heads[1][0] == "variant"
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_figures_are_files_for_a_paper(directory, tmp_path):
-    write_report([directory], figures=tmp_path / "figures")
+    lines: list[str] = []
+    write_report([directory], figures=tmp_path / "figures", say=lines.append)
+    assert str(tmp_path / "figures") in lines[0] and "  throughput: Speed: real tokens/s" in lines
+    assert "  first-update-of-balanced: balanced: first update" in lines
     names = {path.name for path in (tmp_path / "figures").iterdir()}
-    drawn_names = {"throughput", "loss-by-update", "padding", "phases", "step-times", "memory", "cover", "layout-0"}
-    assert {f"{name}.{kind}" for name in drawn_names for kind in ("svg", "png")} | {"table.csv", "table.tex"} <= names
-    ours = tuple(int(re.search(r"--ours: #(\w{6})", stylesheet())[1][at : at + 2], 16) for at in (0, 2, 4))
-    sentinels = {tuple(bytes.fromhex(colour[1:])) for colour in COLOURS.values()}
+    drawn_names = {
+        "throughput",
+        "loss-by-update",
+        "padding",
+        "phases",
+        "step-times",
+        "memory",
+        "cover",
+        "first-update-of-balanced",
+    }
+    assert {f"{name}.{kind}" for name in drawn_names for kind in ("svg", "png", "pdf")} | {
+        "table.csv",
+        "table.tex",
+    } <= names
+    ours = int(light_colours(stylesheet())["ours"][1:], 16)
+    sentinels = {int(colour[1:], 16) for colour in COLOURS.values()}
     for path in (tmp_path / "figures").glob("*.svg"):
-        root = ElementTree.fromstring(path.read_text())
-        assert root.tag == "{http://www.w3.org/2000/svg}svg" and root.get("width") and "--ours:" in path.read_text()
+        text = path.read_text()
+        root = ElementTree.fromstring(text)
+        assert root.tag == "{http://www.w3.org/2000/svg}svg" and root.get("width")
+        assert not re.search(r"var\(|<style|@media|class=", text), "other programs than browsers know no stylesheets"
+        fonts, painted = re.findall(r"font-family: ([^;\"]*)", text), re.findall(r"(?:fill|stroke): ([^;\"]*)", text)
+        assert set(fonts) <= {FONTS} and set(painted) - {"none"} <= set(light_colours(stylesheet()).values())
+        assert path.with_suffix(".pdf").read_bytes().startswith(b"%PDF-")
         with Image.open(path.with_suffix(".png")) as image:
-            pixels = {tuple(pixel) for pixel in np.asarray(image.convert("RGB")).reshape(-1, 3)[::3].tolist()}
+            assert image.width >= 1800, "for a column of a paper in print"
+            pixels = set(
+                np.unique(np.asarray(image.convert("RGB"), dtype=np.int32)[::2, ::2] @ (1 << 16, 1 << 8, 1)).tolist()
+            )
         assert not pixels & sentinels and len(pixels) > 5, path.name
         assert path.stem not in ("throughput", "cover") or ours in pixels
     rows = list(csv.reader((tmp_path / "figures/table.csv").open()))
@@ -134,3 +160,41 @@ def test_a_page_is_not_written_into_a_picture(directory, tmp_path):
         write_report([directory], out=tmp_path / "fig.png")
     assert not (tmp_path / "fig.png").exists() and not (directory / "report.html").exists()
     assert write_report([directory], out=tmp_path / "fig.html").read_text().startswith("<!doctype html>")
+
+
+def test_over_seconds_what_is_left_out_of_many_is_named(tmp_path):
+    names = [*VARIANTS, *((f"balanced {n}k", "packtrain", True) for n in range(5))]
+    store(tmp_path, make_manifest(names), [make_run(name, 0, rate=RATES.get(name, 200)) for name, _, _ in names])
+    figure = drawn(plots.losses, read_comparison(tmp_path))["loss-by-seconds"]
+    labels = {line.get_label() for line in figure.axes[0].lines}
+    assert labels == {"pad_longest", "balanced", "bfd", "trl:padding"}
+    said = " ".join(figure.axes[0].get_xlabel().split())
+    assert (
+        all(name in said for name, _, _ in names if name not in labels)
+        and "not drawn, with the losses of pad_longest: padding_free," in said
+    )
+
+
+def test_nothing_of_a_figure_lies_outside(tmp_path):
+    """With a long name in every place; an interval that goes on makes the longest label."""
+    long = "my_package.packing:by_lengths"
+    rates = {long: (100.0, 100.0), f"{long}_of_{long}": (100.0, 10_000.0)}
+    runs = [make_run(name, n, rate=rate, learns=n == 0) for name, both in rates.items() for n, rate in enumerate(both)]
+    over_ranks = [{"width": 10, "rows": [[10], [4], [3], [2]]}]
+    runs = [replace(run, end=replace(run.end, over_ranks=over_ranks)) for run in runs]
+    store(tmp_path, make_manifest([(run.variant, "packtrain", True) for run in runs[::2]], rounds=2), runs)
+    comparison = read_comparison(tmp_path)
+    room, labels = {}, {}
+
+    def keep(name: str, svg: str, figure) -> None:
+        (width, height), box = figure.get_size_inches(), figure.get_tightbbox()
+        room[name] = min(box.x0, box.y0, width - box.x1, height - box.y1)
+        labels[name] = " ".join(figure.axes[0].get_xlabel().split())
+
+    with kept_by(keep):
+        plots.figures(comparison)
+        plots.cover(comparison, stylesheet())
+        list(pictures.packing_pictures(comparison)), list(pictures.rank_pictures(comparison))
+    assert len(room) == 13 and all(inches > -0.03 for inches in room.values()), room
+    label = labels["plan-on-4-ranks-of-my_package.packing-by_lengths"]
+    assert "computed by the plan, not measured (it ran on 1 rank)" in label

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from packtrain.compare.comparison import summarise
+from packtrain.compare.plots import shown_rows
 from packtrain.compare.results import Update
 from packtrain.compare.verdict import alike_until, headliner, verdict
 from tests.compare.synthetic_runs import make_manifest, make_run
@@ -220,3 +221,30 @@ def test_the_recommendation_is_judged(strategy, rate, expected):
     )
     (text,) = texts(comparison, "recommendation")
     assert text.endswith(expected)
+
+
+def test_the_strategy_of_the_recipe_is_spoken_of():
+    """Slower than the fastest that packs, it had no sentence and no bar; control: another's has none."""
+    own = ("packing:mine", "packtrain", False)
+    runs = [REFERENCE, runs_of("balanced", 240.0, 244.8, 235.2), runs_of("bfd", 300.0, 306.0, 294.0, updates=4)]
+    runs.append(runs_of("packing:mine", 200.0, 204.0, 196.0, updates=3, loss_factor=1.1))
+    comparison = comparison_of([*OURS, BFD, own], *runs, own_strategy="packing:mine")
+    assert verdict(comparison)[0].text.startswith("`balanced` is 2.40x")
+    assert texts(comparison, "speed")[1].startswith(
+        "`packing:mine`, the recipe's own strategy, is faster than `pad_longest`, 2.00x (2.00-2.00), and is slower than "
+        "`balanced`, 0.83x (0.83-0.83), and makes 2.0x fewer updates (3 for 6); after the same examples its held-out"
+    )
+    assert [row.name for row in shown_rows(comparison)] == ["pad_longest", "balanced", "bfd", "packing:mine"]
+    other = comparison_of([*OURS, BFD, ("ffd", "packtrain", False)], *runs[:3], runs_of("ffd", 200.0, 204.0, 196.0))
+    assert len(texts(other, "speed")) == 1 and "ffd" not in [row.name for row in shown_rows(other)]
+
+
+@pytest.mark.parametrize("count", [6, 7])
+def test_of_a_few_that_pack_each_is_spoken_of(count):
+    """Of seven only the fastest."""
+    names = [f"packs{number}" for number in range(count)]
+    runs = [runs_of(name, 250.0 + n, 255.0 + n, 245.0 + n, updates=4) for n, name in enumerate(names)]
+    variants = [*OURS, *((name, "packtrain", False) for name in names)]
+    said = texts(comparison_of(variants, REFERENCE, runs_of("balanced", 240.0, 244.8, 235.2), *runs), "packing")
+    assert [sum(f"`{name}`" in text for text in said) for name in names] == [int(count == 6)] * (count - 1) + [1]
+    assert count == 7 or "`packs0` 1.04x (1.04-1.04) as fast (held-out loss +4.5% after the same examples)" in said[1]
