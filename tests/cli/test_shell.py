@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from packtrain.cli import main
+from tests.tiny import tiny_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.ci]  # each command is a process
 PACKTRAIN = [sys.executable, "-m", "packtrain"]
@@ -101,14 +102,9 @@ def test_every_help_names_the_exit_codes(capsys):
 
 
 def test_no_bars_stand_between_the_lines_of_captured_output(tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"text": "two and two"}\n' * 50)
-    (tmp_path / "run.yaml").write_text(
-        "model: {config: {model_type: llama, hidden_size: 16, intermediate_size: 24, num_hidden_layers: 1,\n"
-        "  num_attention_heads: 2}, tokenizer_vocab_size: 300}\n"
-        "data: {path: rows.jsonl}\ntraining: {output_dir: out}\n"
-    )
-    words = ["prepare", "run.yaml"]
-    done = piped(words, tmp_path, PACKTRAIN_CACHE=str(tmp_path / "one"))
-    assert done.returncode == 0 and "50 rows" in done.stdout and "%|" not in done.stdout + done.stderr
-    shown = in_terminal(words, tmp_path, PACKTRAIN_CACHE=str(tmp_path / "two"))
-    assert "%|" in shown  # the control
+    """Of transformers, which loads weights here."""
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    words = ["audit", "model", "--attn-implementation", "sdpa", "--layout", "flat", "--device", "cpu"]
+    done = piped(words, tmp_path)
+    assert done.returncode == 0 and "sdpa" in done.stdout and "%|" not in done.stdout + done.stderr
+    assert "%|" in in_terminal(words, tmp_path)  # the control
