@@ -14,6 +14,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from packtrain.errors import CheckpointError, hidden
 from packtrain.packing.plan import AnyPlan
 from packtrain.recipe.recipe import Recipe
+from packtrain.training.agreement import check_agreement
 from packtrain.training.checkpoints import redacted
 from packtrain.training.early_stopping import evaluations_without_better
 from packtrain.training.sealing import read_manifest
@@ -86,3 +87,19 @@ def recipe_of_record(checkpoint: Path, recipe: Recipe, say: Say) -> Recipe:
     if record.to_dict() != redacted(recipe.to_dict()):
         say("no update is made with the changed settings: the run's record keeps those it was trained with")
     return record
+
+
+def find_place(plan: AnyPlan, checkpoint: str, manifest: Mapping[str, Any]) -> None:
+    """Goes on where a checkpoint stands, and checks that the rows before are those that its run has read; collective.
+
+    Raises:
+        CheckpointError: they are others.
+        LaunchError: on some ranks they are.
+    """
+    plan.go_on_from(manifest)
+    found = json.loads(json.dumps(plan.state_after(manifest["step"])))
+    check_agreement({"the rows read so far": found})
+    if found != {name: manifest.get(name) for name in found}:
+        what = "was saved by a run that has read other rows than there are now"
+        fix = "restore the rows, or start a new run from the saved model (model.model_name_or_path)"
+        raise CheckpointError(what, where=checkpoint, key="data.path", fix=fix)

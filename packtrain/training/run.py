@@ -5,7 +5,6 @@ It is what `packtrain train quickstart` does, and on every rank `torchrun --npro
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -35,7 +34,7 @@ from packtrain.recipe.recipe import Recipe
 from packtrain.recipe.sections import library_arguments
 from packtrain.training.agreement import check_agreement, weights_hash
 from packtrain.training.checkpoints import choose_checkpoint, facts_of, redacted
-from packtrain.training.continuing import check_what_is_left, recipe_of_record, resume_command
+from packtrain.training.continuing import check_what_is_left, find_place, recipe_of_record, resume_command
 from packtrain.training.deepspeed_config import deepspeed_config
 from packtrain.training.early_stopping import EarlyStopping
 from packtrain.training.engine import EngineReport, asked_engine
@@ -382,7 +381,7 @@ def fit(trainer: PackTrainer, checkpoint: str | None = None, *, console: Console
         prepare_resume(trainer, checkpoint)
         manifest = read_manifest(Path(checkpoint))
         trainer.finite.skipped = manifest.get("skipped_updates", 0)
-        _find_place(trainer.plan, checkpoint, manifest)
+        find_place(trainer.plan, checkpoint, manifest)
     if trainer.is_deepspeed_enabled:  # 0.19 calls what torch 2.13 has renamed, in every layer of every step
         warnings.filterwarnings("ignore", message=r".torch\.distributed\.", category=FutureWarning)
     config: Any = trainer.args.deepspeed  # a mapping, by `training_arguments`
@@ -410,22 +409,6 @@ def fit(trainer: PackTrainer, checkpoint: str | None = None, *, console: Console
         leave(trainer.accelerator)
         raise stopped
     trainer.checkpoints.verify_best()
-
-
-def _find_place(plan: AnyPlan, checkpoint: str, manifest: Mapping[str, Any]) -> None:
-    """Goes on where a checkpoint stands, and checks that the rows before are those that its run has read; collective.
-
-    Raises:
-        CheckpointError: they are others.
-        LaunchError: on some ranks they are.
-    """
-    plan.go_on_from(manifest)
-    found = json.loads(json.dumps(plan.state_after(manifest["step"])))
-    check_agreement({"the rows read so far": found})
-    if found != {name: manifest.get(name) for name in found}:
-        what = "was saved by a run that has read other rows than there are now"
-        fix = "restore the rows, or start a new run from the saved model (model.model_name_or_path)"
-        raise CheckpointError(what, where=checkpoint, key="data.path", fix=fix)
 
 
 def _sayer(console: Console) -> Say:
