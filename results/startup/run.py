@@ -32,7 +32,7 @@ QUICKSTART, ROWS = "quickstart", "rows"
 PHASES = {
     "imports": "imports",
     "load_task": "rows, tokens",
-    "plan_recipe": "plan",
+    "plan_training": "plan",
     "prepare_model": "model",
     "make_trainer": "trainer",
     "check_documents": "isolation",
