@@ -27,6 +27,7 @@ from packtrain.recipe.recipe import Recipe
 from packtrain.training.meters import peak_memory
 from packtrain.training.run import build
 from packtrain.training.trainer import PackTrainer
+from results.real_claims.proofs import audit, unpadding
 from results.real_model.prepare import MODEL, ROOT
 
 GSM8K = Path(os.environ.get("PACKTRAIN_GSM8K", ROOT.parent / "shared/data/gsm8k/train.jsonl"))
@@ -38,7 +39,9 @@ WAYS = ("pad_longest", "balanced", "trl:padding", "trl:packing_bfd")
 SAME_UPDATES = ("pad_longest", "balanced", "trl:padding")
 COST_RATES = {"lora": 1e-3, "full": 5e-5}
 GRID_WAYS, GRID_RATES, GRID_SEEDS = ("balanced", "bfd"), (5e-4, 1e-3, 2e-3), (0, 1, 2)
-COST, ANSWERS, RATES = "cost", "answers", "rates"
+COST, ANSWERS, RATES, PROOF = "cost", "answers", "rates", "proof"
+PROOFS = ("audit", "unpad")
+PROOF_ROWS = 6  # of the padded batch
 BASE = "base"
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
@@ -48,8 +51,10 @@ class Arm:
     """One run in its own process.
 
     Attributes:
-        part: `cost` trains and measures, `answers` asks a model that `cost` has trained, `rates` trains for its loss.
+        part: `cost` trains and measures, `answers` asks a model that `cost` has trained, `rates` trains for its loss,
+            `proof` compares layouts on the model as it is.
         tuning: `lora`, `full`, or `base` for the model as it is.
+        way: how it trains, or what is proved.
         tokens: to train on, about.
     """
 
@@ -64,6 +69,8 @@ class Arm:
     def name(self) -> str:
         if self.part == ANSWERS:
             return f"{self.part}: {self.tuning}"
+        if self.part == PROOF:
+            return f"{self.part}: {self.way}"
         ending = f", {self.rate:g}, seed {self.seed}" if self.part == RATES else ""
         return f"{self.part}: {self.tuning}, {self.way}{ending}"
 
@@ -84,6 +91,7 @@ def all_arms(tokens: int, grid_tokens: int) -> list[Arm]:
         arms += [Arm(part=COST, tuning=tuning, way=way, rate=COST_RATES[tuning], tokens=tokens) for way in WAYS]
         asked = (BASE, tuning) if tuning == TUNINGS[0] else (tuning,)  # the base needs rows alone, which the first has
         arms += [Arm(part=ANSWERS, tuning=each, tokens=tokens) for each in asked]
+    arms += [Arm(part=PROOF, tuning=BASE, way=way) for way in PROOFS]
     return arms + [
         Arm(part=RATES, tuning="lora", way=way, rate=rate, seed=seed, tokens=grid_tokens)
         for seed in GRID_SEEDS
@@ -207,6 +215,14 @@ def last_number(answer: str, reference: str) -> float:
     return exact(f"#### {number(given[-1])}", reference) if given else 0.0
 
 
+def prove_arm(arm: Arm) -> dict[str, Any]:
+    """Audits the model, or compares its gradients with and without padding on the first held-out rows."""
+    if arm.way == PROOFS[0]:
+        return audit()
+    rows = [json.loads(line) for line in GSM8K.read_text(encoding="utf-8").splitlines()[:PROOF_ROWS]]
+    return unpadding([f"{row['question']} {row['answer']}" for row in rows])
+
+
 def run_arm(arm: Arm) -> dict[str, Any]:
     """Does what an arm says, in this process."""
-    return answer_arm(arm) if arm.part == ANSWERS else train_arm(arm)
+    return {ANSWERS: answer_arm, PROOF: prove_arm}.get(arm.part, train_arm)(arm)

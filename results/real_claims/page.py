@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +17,7 @@ from packtrain.compare.statistics import (
     paired_difference,
     paired_ratio,
 )
+from packtrain.modeling.audit.report import ISOLATED
 from packtrain.objectives.masked_diffusion.pictures import pyplot
 from results.page import limits, origin_lines, signed
 from results.real_claims.arms import (
@@ -26,12 +28,16 @@ from results.real_claims.arms import (
     GRID_SEEDS,
     GRID_WAYS,
     HELD_OUT,
+    PROOF,
+    PROOF_ROWS,
+    PROOFS,
     RATES,
     SAME_UPDATES,
     TUNINGS,
     WAYS,
     Arm,
 )
+from results.real_claims.proofs import IMPLEMENTATIONS, LAYOUTS, MODES
 
 Runs = Mapping[str, Mapping[str, Any]]
 
@@ -48,6 +54,7 @@ def summarise(runs: Runs) -> dict[str, Any]:
         "cost": {tuning: rows for tuning, rows in cost.items() if rows},
         "answers": {tuning: found for tuning, found in answers.items() if found},
         "rates": compare_rates(runs),
+        "proof": {way: runs[name] for way in PROOFS if (name := Arm(part=PROOF, tuning=BASE, way=way).name) in runs},
     }
 
 
@@ -159,6 +166,8 @@ def markdown(result: Mapping[str, Any]) -> str:
         lines += _cost(tuning, rows)
     if found["answers"]:
         lines += _answers(found["answers"])
+    if found["proof"]:
+        lines += _proofs(found["proof"])
     if found["rates"]:
         lines += _rates(found["rates"], result["grid_tokens"])
     lines += limits(
@@ -216,6 +225,41 @@ def _answers(answers: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return lines
 
 
+def _proofs(proof: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    lines = ["", "## Proofs on these weights"]
+    if found := proof.get("audit"):
+        about = (
+            "`packtrain.audit`: the largest difference of a document's logits to those of the document alone, flat; and "
+            "with a boolean 4-D mask, which eager attention takes for numbers to add: a leak that the audit has to find."
+        )
+        lines += [
+            "",
+            *textwrap.wrap(about, width=118),
+            "",
+            f"| | {' | '.join(f'{layout}, {mode}' for layout in LAYOUTS for mode in MODES)} |",
+            f"|---|{'---:|' * len(LAYOUTS) * len(MODES)}",
+        ]
+        cells = {(one["implementation"], one["layout"], one["mode"]): _verdict_of(one) for one in found["findings"]}
+        for name in IMPLEMENTATIONS:
+            row = [cells.get((name, layout, mode), "") for layout in LAYOUTS for mode in MODES]
+            lines.append(f"| {name} | {' | '.join(row)} |")
+    if found := proof.get("unpad"):
+        about = (
+            f"`packtrain.unpad`, {PROOF_ROWS} rows, {found['tokens']:,} tokens and {found['padding']:.0%} padding: the loss "
+            f"is {found['loss_unpadded']:.6f}, padded {found['loss']:.6f}; the gradients of all parameters differ by at "
+            f"most {found['differs']:.0e} (relative). Control: the same documents end to end, with attention between them, "
+            f"have a loss of {found['loss_leaking']:.6f} and gradients that differ by up to {found['leaking']:.0e}."
+        )
+        lines += ["", *textwrap.wrap(about, width=118)]
+    return lines
+
+
+def _verdict_of(finding: Mapping[str, Any]) -> str:
+    if finding["verdict"] == ISOLATED:
+        return f"{max(finding['difference'] or 0.0, finding['leak'] or 0.0):.0e} of {finding['scale']:.0f}"
+    return f"{finding['verdict']}" + (f" {finding['leak']:.2g}" if finding["leak"] else "")
+
+
 def _rates(rates: Mapping[str, Any], tokens: int) -> list[str]:
     updates = " and ".join(f"{count:.0f} by `{way}`" for way, count in rates["updates"].items())
     lines = [
@@ -247,6 +291,12 @@ def _rates(rates: Mapping[str, Any], tokens: int) -> list[str]:
         lines.append(
             f"The best rate is at an edge of the grid, so that a better one may lie beyond: {', '.join(edges)}."
         )
+    about = (
+        "For comparison, Mistral-7B on FLAN, eight A100, one learning rate (Kundu et al. 2024, arXiv 2407.09105): "
+        "validation losses of 1.129 padded, 1.127 padding-free and 1.284 packed over the epoch, at 742, 1,408 and 3,010 "
+        "tokens/s."
+    )
+    lines += ["", *textwrap.wrap(about, width=118)]
     return [*lines, "", "![held-out losses by learning rate](rates.png)"]
 
 

@@ -3,10 +3,12 @@
     python results/real_model/prepare.py           # once: the model, see there
     python results/real_claims/run.py              # about two hours on two cores, in sittings of 35 minutes
     python results/real_claims/run.py --only "cost: lora" --tokens 2000
+    python results/real_claims/run.py --only "seed 0" --threads 1  # next to another of these: losses need no quiet machine
 
-Three parts, in this order. `cost`: one epoch of the same rows by packtrain's `pad_longest` and `balanced`, and by TRL's
+Four parts, in this order. `cost`: one epoch of the same rows by packtrain's `pad_longest` and `balanced`, and by TRL's
 SFTTrainer as it pads and as it packs (bfd): losses, held-out loss, real tokens per second, memory. `answers`: held-out
-questions, answered by the base and by what `balanced` has trained. `rates`: `balanced` and `bfd`, whose packs hold several
+questions, answered by the base and by what `balanced` has trained. `proof`: the audit of the model's weights, and its
+gradients with and without padding. `rates`: `balanced` and `bfd`, whose packs hold several
 times the examples of an update, at three learning rates and on other rows for every seed: does a gap between the two close
 once the rate is tuned? Every arm is a process of its own, and its result is stored when it is done, so that a study that was
 stopped, or whose minutes are over, goes on behind them; the page says what has not run yet. Without the model nothing runs.
@@ -46,12 +48,13 @@ def stored(arm: Arm, machine: Mapping[str, Any]) -> dict[str, Any] | None:
     return kept["found"] if kept["arm"] == asdict(arm) and kept["machine"] == machine else None
 
 
-def start(arm: Arm, machine: Mapping[str, Any]) -> bool:
+def start(arm: Arm, machine: Mapping[str, Any], threads: int) -> bool:
     """Runs an arm in its own process and stores its result; False, and the end of its log, where it failed."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    result, log = FOLDER / "result.json", FOLDER / f"{arm.folder.name}.log"
+    result, log = FOLDER / f"{arm.folder.name}.result", FOLDER / f"{arm.folder.name}.log"
     result.unlink(missing_ok=True)
     command = [sys.executable, str(Path(__file__).resolve()), "--arm", json.dumps(asdict(arm)), "--result", str(result)]
+    command += ["--threads", str(threads)]
     with log.open("w", encoding="utf-8") as out:
         done = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, check=False)
     if done.returncode or not result.exists():
@@ -62,7 +65,9 @@ def start(arm: Arm, machine: Mapping[str, Any]) -> bool:
     return True
 
 
-def study(arms: Sequence[Arm], machine: Mapping[str, Any], only: str, minutes: float) -> dict[str, dict[str, Any]]:
+def study(
+    arms: Sequence[Arm], machine: Mapping[str, Any], only: str, minutes: float, threads: int = THREADS
+) -> dict[str, dict[str, Any]]:
     """Runs the arms whose name has `only` in it and that have no result, until the time is over; returns all results."""
     end = time.monotonic() + 60 * minutes
     for arm in arms:
@@ -70,7 +75,7 @@ def study(arms: Sequence[Arm], machine: Mapping[str, Any], only: str, minutes: f
             if time.monotonic() > end:
                 break
             began = time.monotonic()
-            ended = start(arm, machine)
+            ended = start(arm, machine, threads)
             print(
                 f"{arm.name}: {'done' if ended else 'failed'}, {time.monotonic() - began:.0f} s",
                 file=sys.stderr,
@@ -96,11 +101,12 @@ def main() -> None:
     )
     parser.add_argument("--only", default="", metavar="TEXT", help="run the arms whose name has this in it")
     parser.add_argument("--minutes", type=float, default=35, help="after which no arm begins any more (default 35)")
+    parser.add_argument("--threads", type=int, default=THREADS, help=f"of torch (default {THREADS})")
     parser.add_argument("--out", type=Path, default=RESULTS / "real_claims", help="default results/real_claims")
     parser.add_argument("--arm", help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(args.threads)
     if args.arm:
         args.result.write_text(json.dumps(run_arm(Arm(**json.loads(args.arm)))), encoding="utf-8")
         return
@@ -108,7 +114,7 @@ def main() -> None:
         sys.exit(f"error: {why or f'no {GSM8K}: set PACKTRAIN_GSM8K to the train.jsonl of GSM8K'}")
     about = origin("real_claims") | {"command": command_of(args.tokens, args.grid_tokens)}
     arms = all_arms(args.tokens, args.grid_tokens)
-    runs = study(arms, {name: about[name] for name in ("machine", "packages")}, args.only, args.minutes)
+    runs = study(arms, {name: about[name] for name in ("machine", "packages")}, args.only, args.minutes, args.threads)
     result = about | {"tokens": args.tokens, "grid_tokens": args.grid_tokens, "arms": [arm.name for arm in arms]}
     result |= {"found": summarise(runs), "runs": runs}
     store(args.out, result, markdown(result), depth=3)

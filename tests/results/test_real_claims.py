@@ -11,7 +11,7 @@ import pytest
 from packtrain.compare.statistics import Difference, Ratio
 from packtrain.recipe.recipe import Recipe
 from results import small_model
-from results.real_claims import arms, page
+from results.real_claims import arms, page, proofs
 from results.real_claims.arms import Arm
 
 ALL = arms.all_arms(40_000, 16_000)
@@ -98,7 +98,7 @@ def test_a_lucky_seed_does_not_choose_its_own_rate():
 def test_the_page_says_what_has_not_run(runs):
     text = page_of(runs)
     assert f"**{len(ALL) - len(runs)} of {len(ALL)} arms have not run yet**" in text and "## Answers" not in text
-    assert "29 of 29 arms" in page_of({}) and len(ALL) == len({arm.folder for arm in ALL}) == 29
+    assert "31 of 31 arms" in page_of({}) and len(ALL) == len({arm.folder for arm in ALL}) == 31
     answer: dict = {
         "prompts": 50,
         "score": 0.1,
@@ -122,7 +122,8 @@ def test_answers_are_counted_by_their_last_number():
 
 
 def test_recipes_are_valid_and_seeds_have_rows_of_their_own(tmp_path):
-    assert all(isinstance(arms.recipe_of(arm, tmp_path), Recipe) for arm in ALL if arm.part != arms.ANSWERS)
+    trained = [arm for arm in ALL if arm.part in (arms.COST, arms.RATES)]
+    assert all(isinstance(arms.recipe_of(arm, tmp_path), Recipe) for arm in trained)
     recipe = arms.recipe_of(Arm(part=arms.COST, tuning="full", way="trl:packing_bfd", rate=5e-5), tmp_path)
     assert recipe.lora is None and recipe.batching.strategy == "bfd"
 
@@ -135,6 +136,7 @@ def test_arms_run_to_their_end_on_a_tiny_model(gsm8k, tmp_path, monkeypatch):
     ground = small_model.prepare_ground(tmp_path / "ground", tiny)
     for name, value in {"MODEL": ground.model, "FOLDER": tmp_path, "GSM8K": gsm8k, "HELD_OUT": 4}.items():
         monkeypatch.setattr(arms, name, value)
+    monkeypatch.setattr(proofs, "MODEL", ground.model)
     cost = [arm for arm in arms.all_arms(5_000, 2_000) if arm.part == arms.COST and arm.tuning == "lora"]
     answers = [Arm(part=arms.ANSWERS, tuning=tuning) for tuning in (arms.BASE, "lora")]
     found = {arm.name: arms.run_arm(arm) for arm in (*cost, *answers)}
@@ -147,3 +149,10 @@ def test_arms_run_to_their_end_on_a_tiny_model(gsm8k, tmp_path, monkeypatch):
     assert max(held_out) - min(held_out) < 1e-4 and abs(base - held_out[0]) > 1e-4, "control: it was trained"
     assert all(found[arm.name]["prompts"] == 4 for arm in answers)
     assert "before | 0 (0% to" in page_of(found) and "| trl:packing_bfd |" in page_of(found)
+    proved = {arm.name: arms.run_arm(arm) for arm in ALL if arm.part == arms.PROOF}
+    audit, unpad = proved.values()
+    verdicts = {(one["implementation"], one["layout"]): one["verdict"] for one in audit["findings"]}
+    assert verdicts["packtrain_varlen", "flat"] == "isolated" and verdicts["eager", "masked"] == "leaks", "control"
+    assert unpad["differs"] < 1e-5 < 1e-3 < unpad["leaking"] and abs(unpad["loss"] - unpad["loss_unpadded"]) < 1e-5
+    text = " ".join(page_of(proved).split())
+    assert "| leaks " in text and "gradients of all parameters differ by at most" in text
