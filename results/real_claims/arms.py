@@ -32,7 +32,7 @@ from results.real_model.prepare import MODEL, ROOT
 
 GSM8K = Path(os.environ.get("PACKTRAIN_GSM8K", ROOT.parent / "shared/data/gsm8k/train.jsonl"))
 FOLDER = ROOT / "out" / "real_claims"
-HELD_OUT = 50  # rows: the first ones, which no arm trains on
+HELD_OUT, RATES_HELD_OUT = 50, 24  # rows: the first ones, which no arm trains on; those that `rates` evaluates on
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 TUNINGS = ("lora", "full")
 WAYS = ("pad_longest", "balanced", "trl:padding", "trl:packing_bfd")
@@ -100,27 +100,27 @@ def all_arms(tokens: int, grid_tokens: int) -> list[Arm]:
     ]
 
 
-def write_rows(folder: Path, rows: Sequence[str]) -> None:
+def write_rows(folder: Path, held_out: Sequence[str], train: Sequence[str]) -> None:
     """Writes the rows to evaluate on and those to train on."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, lines in (("held_out", rows[:HELD_OUT]), ("train", rows[HELD_OUT:])):
+    for name, lines in (("held_out", held_out), ("train", train)):
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def rows_of(arm: Arm) -> list[str]:
-    """Returns the rows held out and then as many others as have the arm's tokens; another seed trains on others.
+def rows_of(arm: Arm) -> tuple[list[str], list[str]]:
+    """Returns the rows held out, and as many others as have the arm's tokens; another seed trains on others.
 
     Raises:
         AssertionError: GSM8K has too few.
     """
     lines = GSM8K.read_text(encoding="utf-8").splitlines()
     held_out, others = lines[:HELD_OUT], lines[HELD_OUT:]
-    write_rows(FOLDER / "lengths", [*held_out, *others[:1000]])
+    write_rows(FOLDER / "lengths", held_out, others[:1000])
     mean = float(load_task(recipe_of(arm, FOLDER / "lengths")).train.lengths.mean())
     count = max(arm.sizes[0], round(arm.tokens / mean))
     chosen = others[arm.seed * count : (arm.seed + 1) * count]
     assert len(chosen) == count, f"{count} rows for seed {arm.seed}, and there are {len(others)}"
-    return [*held_out, *chosen]
+    return held_out[: RATES_HELD_OUT if arm.part == RATES else HELD_OUT], chosen
 
 
 def recipe_of(arm: Arm, folder: Path) -> Recipe:
@@ -148,7 +148,7 @@ class TimedPackTrainer(Timed, PackTrainer):
 
 def train_arm(arm: Arm) -> dict[str, Any]:
     """Trains by the arm's way; returns its updates, memory and held-out loss, and saves the model that is to answer."""
-    write_rows(arm.folder, rows_of(arm))
+    write_rows(arm.folder, *rows_of(arm))
     recipe, peer = recipe_of(arm, arm.folder), arm.way in TRAINERS
     asked = as_peer(arm.way, recipe) if peer else recipe
     packtrain = build(asked, console=Console(quiet=True), trainer_class=TimedPackTrainer)

@@ -32,6 +32,7 @@ from results.real_claims.arms import (
     PROOF_ROWS,
     PROOFS,
     RATES,
+    RATES_HELD_OUT,
     SAME_UPDATES,
     TUNINGS,
     WAYS,
@@ -170,6 +171,10 @@ def markdown(result: Mapping[str, Any]) -> str:
         lines += _proofs(found["proof"])
     if found["rates"]:
         lines += _rates(found["rates"], result["grid_tokens"])
+    minutes = {part: sum(run.get("minutes", 0.0) for name, run in result["runs"].items() if name.startswith(part))
+               for part in (COST, ANSWERS, PROOF, RATES)}  # fmt: skip
+    took = ", ".join(f"{spent:.0f} in `{part}`" for part, spent in minutes.items() if spent)
+    lines += ["", f"Minutes that the arms took, one after another or two at a time: {took}."] if took else []
     lines += limits(
         "One small model whose weights are those of a four-bit file, read into float32, on a few hundred rows and a CPU; "
         "one run of each way of `cost`, one after the other, so that intervals of speed are those over updates and not over "
@@ -266,9 +271,9 @@ def _rates(rates: Mapping[str, Any], tokens: int) -> list[str]:
         "",
         "## Packing over the epoch, by learning rate",
         "",
-        f"LoRA, about {tokens:,} tokens, {updates}; {rates['seeds']} seeds, each with rows of its own. Held-out losses, and "
-        "the",
-        "difference paired by seed with its 95% interval, bold where it excludes 0; positive is worse for `bfd`:",
+        f"LoRA, about {tokens:,} tokens, {updates}; {rates['seeds']} seeds, each with rows of its own. Losses on "
+        f"{RATES_HELD_OUT} held-out rows,",
+        "and the difference paired by seed with its 95% interval, bold where it excludes 0; positive is worse for `bfd`:",
         "",
         f"| learning rate | {' | '.join(rates['means'])} | difference |",
         f"|---:|{'---:|' * len(rates['means'])}---:|",

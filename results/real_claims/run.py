@@ -55,12 +55,14 @@ def start(arm: Arm, machine: Mapping[str, Any], threads: int) -> bool:
     result.unlink(missing_ok=True)
     command = [sys.executable, str(Path(__file__).resolve()), "--arm", json.dumps(asdict(arm)), "--result", str(result)]
     command += ["--threads", str(threads)]
+    began = time.monotonic()
     with log.open("w", encoding="utf-8") as out:
         done = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, check=False)
     if done.returncode or not result.exists():
         print(f"{arm.name}: failed, see {log}\n{log.read_text(encoding='utf-8')[-2000:]}", file=sys.stderr, flush=True)
         return False
-    found = {"arm": asdict(arm), "machine": machine, "found": json.loads(result.read_text(encoding="utf-8"))}
+    took = {"minutes": (time.monotonic() - began) / 60}
+    found = {"arm": asdict(arm), "machine": machine, "found": json.loads(result.read_text(encoding="utf-8")) | took}
     (FOLDER / f"{arm.folder.name}.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
     return True
 
