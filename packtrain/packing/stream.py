@@ -177,8 +177,8 @@ class PackedStream(IterableDataset):
         rows: an iterable of `{"input_ids", "labels"}` that starts anew each time it is iterated, with all rows in
             every process that does.
         collator: makes the batches; its `empty()` stands in where a rank has no pack in the last group.
-        rank, world_size: None for those of `torch.distributed`, where it runs.
-        options: `capacity`, `buffer`, `window`, `max_documents` of `Stream`.
+        capacity, buffer, window, max_documents: see `Stream`.
+        rank, world_size: None for those of `torch.distributed`, where it runs when the packs are read.
 
     Raises:
         PlanError: no such rank; while iterating, several loader workers over rows that share themselves out among them,
@@ -190,23 +190,46 @@ class PackedStream(IterableDataset):
         rows: Iterable[dict[str, Any]],
         collator: PackCollator,
         *,
+        capacity: int,
+        buffer: int = 1000,
+        window: int | None = None,
+        max_documents: int | None = None,
         rank: int | None = None,
         world_size: int | None = None,
-        **options: Any,
     ):
-        running = torch.distributed.is_available() and torch.distributed.is_initialized()
-        self.rank = rank if rank is not None else torch.distributed.get_rank() if running else 0
-        world_size = world_size or (torch.distributed.get_world_size() if running else 1)
-        if not 0 <= self.rank < world_size:
-            raise PlanError(
-                f"must be from 0 to {world_size - 1}, because there are {world_size} ranks", key="rank", value=self.rank
-            )
+        self.rank, self._given = rank or 0, (rank, world_size)
         self.collator = collator
-        self.stream = Stream(rows, length_of=_tokens, world_size=world_size, **options)
+        self.stream = Stream(
+            rows,
+            capacity=capacity,
+            length_of=_tokens,
+            buffer=buffer,
+            window=window,
+            max_documents=max_documents,
+            world_size=world_size or 1,
+        )
+        self._find_rank()
+
+    def _find_rank(self) -> None:
+        """Takes what was not given from torch.distributed, which may have started since this was built."""
+        rank, ranks = self._given
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            rank = torch.distributed.get_rank() if rank is None else rank
+            ranks = ranks or torch.distributed.get_world_size()
+            self.rank, self.stream.world_size = rank, ranks
+        if not 0 <= self.rank < (ranks := self.stream.world_size):
+            fix = "give world_size, too, or leave both to torch.distributed"
+            what = f"must be from 0 to {ranks - 1}, because there are {ranks} ranks"
+            raise PlanError(what, key="rank", value=self.rank, fix=fix)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._find_rank()  # a worker that is spawned has no ranks to ask
+        return vars(self).copy()
 
     def __iter__(self) -> Iterator[Batch]:
-        _refuse_reader(self.stream.world_size)
+        self._find_rank()
         worker = get_worker_info()
+        _refuse_reader(self.stream.world_size)
         workers, own = (worker.num_workers, worker.id) if worker else (1, 0)
         if workers > 1 and isinstance(self.stream.rows, IterableDataset):  # one of `datasets` is one of torch, too
             raise PlanError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 
@@ -172,6 +173,20 @@ def test_a_dataset_resumes_with_skip():
     assert head + [batch["input_ids"].tolist() for batch in second] == whole
     with pytest.raises(PlanError, match="rank"):
         packed(rank=3, world_size=3)
+
+
+def test_ranks_may_meet_after_the_packs_are_built(monkeypatch):
+    """`TrainingArguments` starts torch.distributed; until then all ranks would read every pack."""
+    packs, given = PackedStream(ROWS, PackCollator(), capacity=20, buffer=8), packed(0, 1)
+    whole = [batch["example_ids"].tolist() for batch in packs]
+    with monkeypatch.context() as met:
+        for name, value in {"is_initialized": True, "get_rank": 1, "get_world_size": 2}.items():
+            met.setattr(torch.distributed, name, lambda value=value: value)
+        own = [batch["example_ids"].tolist() for batch in packs]
+        sent = pickle.dumps(PackedStream(ROWS, PackCollator(), capacity=20, buffer=8))
+        assert [batch["example_ids"].tolist() for batch in given] == whole
+    assert own == [batch["example_ids"].tolist() for batch in packed(1, 2)] != whole
+    assert [batch["example_ids"].tolist() for batch in pickle.loads(sent)] == own  # as a spawned worker gets it
 
 
 def rows_of(shards):
