@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
+import torch
 import torch.distributed
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -170,8 +171,8 @@ class PackedStream(IterableDataset):
 
     Rows of a streaming `datasets` dataset are read without worker processes: in a worker it gives that worker's share
     only, so several workers would lose rows, and are refused. Rows of a plain iterable may be read by several workers:
-    each reads all of them, the packs come in the same order, but the state lives in the workers: use torchdata's
-    `StatefulDataLoader` to save it there.
+    each reads all of them, the packs come in the same order, but the state lives in the workers, and asking this process
+    for it is an error: use torchdata's `StatefulDataLoader` to save it there.
 
     Args:
         rows: an iterable of `{"input_ids", "labels"}` that starts anew each time it is iterated, with all rows in
@@ -208,6 +209,8 @@ class PackedStream(IterableDataset):
             max_documents=max_documents,
             world_size=world_size or 1,
         )
+        # set in a worker of a data loader, read in the process that has started it
+        self._read_by_workers = torch.zeros(1, dtype=torch.bool).share_memory_()
         self._find_rank()
 
     def _find_rank(self) -> None:
@@ -229,6 +232,7 @@ class PackedStream(IterableDataset):
     def __iter__(self) -> Iterator[Batch]:
         self._find_rank()
         worker = get_worker_info()
+        self._read_by_workers.fill_(worker is not None)
         _refuse_reader(self.stream.world_size)
         workers, own = (worker.num_workers, worker.id) if worker else (1, 0)
         if workers > 1 and isinstance(self.stream.rows, IterableDataset):  # one of `datasets` is one of torch, too
@@ -250,9 +254,20 @@ class PackedStream(IterableDataset):
             set_epoch(epoch)
 
     def state_dict(self) -> dict[str, Any]:
+        """Returns where the stream stands, as of the last pack; see `Stream.state_dict`.
+
+        Raises:
+            PlanError: data-loading workers read the packs, and only they know.
+        """
+        if bool(self._read_by_workers) and get_worker_info() is None:
+            what = "were read by data-loading workers, so this process does not know where the stream stands"
+            fix = "set num_workers to 0, or save the state of torchdata's StatefulDataLoader instead"
+            raise PlanError(what, key="packs", fix=fix)
         return self.stream.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Makes the next iteration continue where `state_dict` was taken."""
+        self._read_by_workers.fill_(False)
         self.stream.load_state_dict(state)
 
 

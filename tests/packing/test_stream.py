@@ -189,6 +189,19 @@ def test_ranks_may_meet_after_the_packs_are_built(monkeypatch):
     assert [batch["example_ids"].tolist() for batch in pickle.loads(sent)] == own  # as a spawned worker gets it
 
 
+def test_what_workers_have_read_is_not_asked_of_this_process():
+    """Its own stream has not moved: a run that resumed from that state would read all rows again."""
+    packs = packed()
+    assert packs.state_dict() == {"rows_read": 0, "waiting": []}
+    iterator = iter(DataLoader(packs, batch_size=None, num_workers=1))
+    next(iterator)
+    with pytest.raises(PlanError, match="data-loading workers(.|\n)*num_workers to 0"):
+        packs.state_dict()
+    del iterator
+    next(iter(packs))  # control: read here
+    assert packs.state_dict()["rows_read"] > 0
+
+
 def rows_of(shards):
     for shard in shards:
         yield from ({"input_ids": row["input_ids"]} for row in ROWS[shard])
