@@ -144,7 +144,12 @@ class Stream:
                 yield number, self._length(number, row), row
 
     def _length(self, number: int, row: Any) -> int:
-        length = int(self.length_of(row))
+        try:
+            length = int(self.length_of(row))
+        except (KeyError, TypeError) as error:
+            what = f"has no tokens that can be counted ({type(error).__name__}: {error})"
+            fix = "tokenise the rows first: every row is a mapping with a list `input_ids`"
+            raise DataError(what, where=f"row {number} of the stream", fix=fix) from error
         if not 0 < length <= self.capacity:
             what = "has no tokens" if length <= 0 else f"has {length} tokens, more than the capacity of {self.capacity}"
             raise DataError(
@@ -182,8 +187,8 @@ class PackedStream(IterableDataset):
         rank, world_size: None for those of `torch.distributed`, where it runs when the packs are read.
 
     Raises:
-        PlanError: no such rank; while iterating, several loader workers over rows that share themselves out among them,
-            or a loader that does not take packs as they are.
+        PlanError: no such rank, another collator; while iterating, several loader workers over rows that share themselves
+            out among them, or a loader that does not take packs as they are.
     """
 
     def __init__(
@@ -198,6 +203,9 @@ class PackedStream(IterableDataset):
         rank: int | None = None,
         world_size: int | None = None,
     ):
+        if not hasattr(collator, "empty"):  # found out at the end of the rows otherwise, and only on some ranks
+            what, fix = "must be a PackCollator", 'give packtrain.PackCollator(layout="flat")'
+            raise PlanError(what, key="collator", value=type(collator).__name__, fix=fix)
         self.rank, self._given = rank or 0, (rank, world_size)
         self.collator = collator
         self.stream = Stream(

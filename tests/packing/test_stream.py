@@ -202,6 +202,17 @@ def test_what_workers_have_read_is_not_asked_of_this_process():
     assert packs.state_dict()["rows_read"] > 0
 
 
+def test_rows_that_are_not_tokenised_are_named():
+    with pytest.raises(DataError, match="row 1 of the stream: .*KeyError: 'input_ids'(.|\n)*tokenise the rows first"):
+        list(PackedStream([ROWS[0], {"text": "two"}], PackCollator(), capacity=20))
+
+
+def test_a_collator_without_an_empty_batch_is_refused():
+    """A rank without a pack in the last group needs one, long after the start."""
+    with pytest.raises(PlanError, match="collator: must be a PackCollator .got 'function'"):
+        PackedStream(ROWS, lambda rows: rows, capacity=20)  # ty: ignore[invalid-argument-type]
+
+
 def rows_of(shards):
     for shard in shards:
         yield from ({"input_ids": row["input_ids"]} for row in ROWS[shard])
