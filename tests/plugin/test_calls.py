@@ -1,0 +1,41 @@
+"""When `packtrain.attach` may be called, and who says what it has done."""
+
+from __future__ import annotations
+
+import datasets
+import pytest
+from transformers import TrainerCallback
+
+import packtrain
+from packtrain.errors import PacktrainError
+from tests.plugin.test_attach import stock_trainer
+from tests.tiny import random_documents
+
+
+@pytest.fixture(scope="module")
+def documents() -> datasets.Dataset:
+    return datasets.Dataset.from_list(random_documents([5, 9, 23, 6, 14, 30, 7, 8, 11]))
+
+
+def test_a_trainer_that_trains_is_refused(tmp_path, documents):
+    """Its batches are made by then; what `attach` says of them would be true of the next training only."""
+
+    class Late(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            packtrain.attach(trainer)
+
+    trainer = stock_trainer(tmp_path, documents, max_steps=2)
+    trainer.add_callback(Late())
+    with pytest.raises(PacktrainError, match="trainer: has begun to train(.|\n)*attach before trainer.train"):
+        trainer.train()
+    trainer = stock_trainer(tmp_path, documents, max_steps=2)
+    trainer.train()
+    packtrain.attach(trainer)  # control: it has trained, and may again
+
+
+def test_a_model_that_runs_without_padding_is_refused(tmp_path, documents):
+    trainer = stock_trainer(tmp_path, documents)
+    with packtrain.unpad(trainer.model):
+        with pytest.raises(PacktrainError, match="trainer.model: is unpadded already(.|\n)*remove"):
+            packtrain.attach(trainer)
+    packtrain.attach(trainer)
