@@ -218,9 +218,10 @@ def _attach_flat(
     ours_instead.set_initial_training_values = lambda *given: values_of_plan(plan, before(*given))
     trainer.add_callback(NoCopy(trainer))
     trainer.add_callback(StepEnd(plan, Meter()))
+    level = logging.WARNING if trainer.is_world_process_zero() else logging.DEBUG  # it is the same on all ranks
     for ignored in without_effect(trainer, plan, is_sum=proof.is_sum):
-        logger.warning("packtrain: %s", ignored)
-    logger.warning("packtrain: %s", "; ".join(changes))
+        logger.log(level, "packtrain: %s", ignored)
+    logger.log(level, "packtrain: %s", "; ".join(changes))
     return trainer
 
 

@@ -78,7 +78,8 @@ def unpad_trainer(trainer: TrainerT, verdicts: Verdicts, *, instead_of: Packtrai
     if not_asked:
         said = f"whether the loss stays the same was not checked: {not_asked}"
     why = f". Its batches are not flat because {reason(instead_of)}" if instead_of is not None else ""
-    logger.warning(
+    logger.log(
+        logging.WARNING if trainer.is_world_process_zero() else logging.DEBUG,
         "packtrain: %s keeps its own batches, and the layers of %s run without padding; %s%s",
         named(trainer),
         " and ".join(modules),

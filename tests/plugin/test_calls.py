@@ -39,3 +39,13 @@ def test_a_model_that_runs_without_padding_is_refused(tmp_path, documents):
         with pytest.raises(PacktrainError, match="trainer.model: is unpadded already(.|\n)*remove"):
             packtrain.attach(trainer)
     packtrain.attach(trainer)
+
+
+@pytest.mark.parametrize("layout", ["flat", "unpad"])
+def test_one_rank_speaks_for_all(tmp_path, documents, caplog, layout):
+    trainers = [stock_trainer(tmp_path, documents) for _ in range(2)]
+    trainers[1].is_world_process_zero = lambda: False
+    for trainer, lines in zip(trainers, (1, 0), strict=True):
+        caplog.clear()
+        packtrain.attach(trainer, layout=layout)
+        assert sum("as before" in message for message in caplog.messages) == lines
