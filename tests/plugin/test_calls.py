@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 import packtrain
 from packtrain.errors import PacktrainError
 from tests.plugin.test_attach import stock_trainer
-from tests.tiny import random_documents
+from tests.tiny import random_documents, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +39,22 @@ def test_a_model_that_runs_without_padding_is_refused(tmp_path, documents):
         with pytest.raises(PacktrainError, match="trainer.model: is unpadded already(.|\n)*remove"):
             packtrain.attach(trainer)
     packtrain.attach(trainer)
+
+
+def test_rows_beyond_the_positions_of_a_model_are_named(tmp_path, documents, caplog):
+    """The error of an embedding says nothing of rows, and on a GPU it ends the process; a rotary embedding has no end."""
+    trainer = stock_trainer(tmp_path, documents)
+    trainer.model = tiny_model("gpt2", n_positions=16)
+    with pytest.raises(
+        PacktrainError, match="an example has 30 tokens, and the model 16 positions(.|\n)*truncate these"
+    ):
+        packtrain.attach(trainer)
+    for most, said in ((30, False), (29, True)):
+        caplog.clear()
+        trainer = stock_trainer(tmp_path, documents)
+        trainer.model.config.max_position_embeddings = most
+        packtrain.attach(trainer)
+        assert ("the longest example has 30 tokens, and the model was made for 29 positions" in caplog.text) is said
 
 
 @pytest.mark.parametrize("layout", ["flat", "unpad"])
