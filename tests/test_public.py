@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import packtrain
+from packtrain.errors import PacktrainError
 
 
 def test_dir_lists_the_public_names_and_nothing_else():
@@ -34,6 +35,23 @@ def test_an_unknown_name_is_an_attribute_error():
 def test_importing_packtrain_loads_nothing_heavy():
     program = "import sys, packtrain; print({'torch', 'numpy', 'pydantic'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ("train('quickstart')", "recipe: must be a checked recipe .got 'quickstart'.(.|\n)*packtrain.load_recipe"),
+        ("train({'model': {}})", "recipe: must be a checked recipe .got 'dict'"),
+        ("load_examples('quickstart')", "recipe: must be a checked recipe"),
+        ("load_recipe({'model': {}})", "path: must be a path or a name .got 'dict'.(.|\n)*YAML file"),
+        ("load_recipe('quickstart', 'max_steps=2')", "overrides: must be a list(.|\n)*give .'max_steps=2'."),
+        ("unpad('gpt2')", "model: must be a torch.nn.Module .got 'str'"),
+        ("audit('gpt2')", "model: must be a transformers model .got 'str'"),
+    ],
+)
+def test_other_kinds_of_arguments_are_refused_with_what_to_give(call, message):
+    with pytest.raises(PacktrainError, match=message):
+        eval(f"packtrain.{call}", {"packtrain": packtrain})
 
 
 MISTAKES = (

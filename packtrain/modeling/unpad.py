@@ -126,6 +126,11 @@ def unpad(model: nn.Module, *, module: nn.Module | str | None = None, ask_whole:
         ModelError: no such module, it is unpadded already, or its outputs or gradients are not the same; the model is left
             as it was.
     """
+    if not isinstance(model, nn.Module):
+        fix = "give the model itself"
+        if hasattr(model, "model") and hasattr(model, "train"):
+            fix = "packtrain.attach(trainer) takes a trainer; packtrain.unpad the model of a loop of your own"
+        raise ModelError("must be a torch.nn.Module", key="model", value=type(model).__name__, fix=fix)
     borders, top = find_borders(model, module), base(model)
     unpadding = Unpadding(model, borders)
     try:

@@ -27,7 +27,7 @@ from packtrain.packing.cost import Cost
 from packtrain.packing.plan import Plan, plan_run
 from packtrain.packing.strategies import resolve_strategy
 from packtrain.packing.streamed_plan import StreamedPlan, plan_stream
-from packtrain.recipe.recipe import Recipe
+from packtrain.recipe.recipe import Recipe, check_recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -134,6 +134,7 @@ def load_examples(recipe: Recipe) -> tuple[AnyExamples, AnyExamples | None]:
         DataError: rows that can't be read or trained on, with file and row, or key and value, and the fix.
         ModelError: no tokenizer, or one without a chat template that the rows need.
     """
+    check_recipe(recipe)
     refuse_streaming(
         recipe, "gives examples while they train; packtrain.PackedStream packs rows for a loop of your own"
     )

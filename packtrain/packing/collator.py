@@ -28,7 +28,7 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 
 from packtrain.data.examples import AnyExamples
-from packtrain.data.formats import IGNORED
+from packtrain.data.formats import IGNORED, MASKS
 from packtrain.data.tokenised import read_row
 from packtrain.errors import DataError, PlanError
 from packtrain.packing.bounds import KEY as BOUNDS
@@ -165,7 +165,7 @@ class PackCollator:
 
     A model that is given flat batches has to isolate the documents itself; `packtrain audit` says which do, and
     `packtrain.attach` checks and prepares it. Without `remove_unused_columns=False` a stock trainer takes the masks of
-    rows away before they get here, and all their tokens are supervised.
+    rows away before they get here, and all their tokens are supervised, which is logged.
 
         >>> collator = PackCollator(layout="flat", pad_token_id=0)
         >>> collator([{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9]}])["position_ids"]
@@ -193,7 +193,7 @@ class PackCollator:
         self.width = max_length if padded_to == "max_length" else None
         self.loss_weighting, self.position_start, self.padding_side = loss_weighting, position_start, padding_side
         self.first_labels = first_labels
-        self._logged: set[str] = set()  # columns, and the one option
+        self._logged: set[str] = set()  # columns, and what is said once
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> Batch:
         """Makes a batch from tokenised rows: lists, arrays or tensors of integers.
@@ -211,6 +211,10 @@ class PackCollator:
         self, features: Sequence[Mapping[str, Any]]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Returns rows as `(input_ids, labels, lengths, example_ids)`, documents end to end; see `collate_flat`."""
+        if isinstance(features, Mapping):
+            what = "is one mapping of columns, and PackCollator takes a list of rows"
+            fix = "give [dataset[i] for i in ids], or list(dataset.select(ids))"
+            raise DataError(what, key="features", value=list(features), fix=fix)
         places = [f"row {number} of the batch" for number in range(len(features))]
         rows = [
             read_row(feature, where=where, position_start=self.position_start)
@@ -220,12 +224,13 @@ class PackCollator:
             _example_id(feature.get("example_id", number), where)
             for number, (feature, where) in enumerate(zip(features, places, strict=True))
         ]
-        self._log_once({name for row in rows for name in row.unused})
+        unlabelled = not any(feature.get(name) is not None for feature in features for name in ("labels", *MASKS))
+        self._log_once({name for row in rows for name in row.unused}, unlabelled)
         lengths = np.array([len(row.input_ids) for row in rows], dtype=np.int64)
         ids, labels = (np.concatenate([row[part] for row in rows]) for part in (0, 1))
         return ids, labels, lengths, np.array(example_ids, dtype=np.int64)
 
-    def _log_once(self, unused: set[str]) -> None:
+    def _log_once(self, unused: set[str], unlabelled: bool) -> None:
         """Logs what the rows' own numbers do not show, once, and in one data-loading worker."""
         worker = get_worker_info()
         if worker is not None and worker.id:
@@ -238,6 +243,12 @@ class PackCollator:
                 "ignore; packtrain's own trainer, or a loop that multiplies by them, follows it"
             )
             self._logged.add("loss_weighting")
+        if unlabelled and "labels" not in self._logged:
+            logger.warning(
+                "packtrain: the rows that PackCollator gets have no labels and no masks, so every token is supervised (a "
+                "Trainer takes masks away before, unless remove_unused_columns=False)"
+            )
+            self._logged.add("labels")
         self._logged |= unused
 
     def collate(

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
+import torch
 import torch.distributed
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -143,7 +144,12 @@ class Stream:
                 yield number, self._length(number, row), row
 
     def _length(self, number: int, row: Any) -> int:
-        length = int(self.length_of(row))
+        try:
+            length = int(self.length_of(row))
+        except (KeyError, TypeError) as error:
+            what = f"has no tokens that can be counted ({type(error).__name__}: {error})"
+            fix = "tokenise the rows first: every row is a mapping with a list `input_ids`"
+            raise DataError(what, where=f"row {number} of the stream", fix=fix) from error
         if not 0 < length <= self.capacity:
             what = "has no tokens" if length <= 0 else f"has {length} tokens, more than the capacity of {self.capacity}"
             raise DataError(
@@ -170,19 +176,19 @@ class PackedStream(IterableDataset):
 
     Rows of a streaming `datasets` dataset are read without worker processes: in a worker it gives that worker's share
     only, so several workers would lose rows, and are refused. Rows of a plain iterable may be read by several workers:
-    each reads all of them, the packs come in the same order, but the state lives in the workers: use torchdata's
-    `StatefulDataLoader` to save it there.
+    each reads all of them, the packs come in the same order, but the state lives in the workers, and asking this process
+    for it is an error: use torchdata's `StatefulDataLoader` to save it there.
 
     Args:
         rows: an iterable of `{"input_ids", "labels"}` that starts anew each time it is iterated, with all rows in
             every process that does.
         collator: makes the batches; its `empty()` stands in where a rank has no pack in the last group.
-        rank, world_size: None for those of `torch.distributed`, where it runs.
-        options: `capacity`, `buffer`, `window`, `max_documents` of `Stream`.
+        capacity, buffer, window, max_documents: see `Stream`.
+        rank, world_size: None for those of `torch.distributed`, where it runs when the packs are read.
 
     Raises:
-        PlanError: no such rank; while iterating, several loader workers over rows that share themselves out among them,
-            or a loader that does not take packs as they are.
+        PlanError: no such rank, another collator; while iterating, several loader workers over rows that share themselves
+            out among them, or a loader that does not take packs as they are.
     """
 
     def __init__(
@@ -190,23 +196,52 @@ class PackedStream(IterableDataset):
         rows: Iterable[dict[str, Any]],
         collator: PackCollator,
         *,
+        capacity: int,
+        buffer: int = 1000,
+        window: int | None = None,
+        max_documents: int | None = None,
         rank: int | None = None,
         world_size: int | None = None,
-        **options: Any,
     ):
-        running = torch.distributed.is_available() and torch.distributed.is_initialized()
-        self.rank = rank if rank is not None else torch.distributed.get_rank() if running else 0
-        world_size = world_size or (torch.distributed.get_world_size() if running else 1)
-        if not 0 <= self.rank < world_size:
-            raise PlanError(
-                f"must be from 0 to {world_size - 1}, because there are {world_size} ranks", key="rank", value=self.rank
-            )
+        if not hasattr(collator, "empty"):  # found out at the end of the rows otherwise, and only on some ranks
+            what, fix = "must be a PackCollator", 'give packtrain.PackCollator(layout="flat")'
+            raise PlanError(what, key="collator", value=type(collator).__name__, fix=fix)
+        self.rank, self._given = rank or 0, (rank, world_size)
         self.collator = collator
-        self.stream = Stream(rows, length_of=_tokens, world_size=world_size, **options)
+        self.stream = Stream(
+            rows,
+            capacity=capacity,
+            length_of=_tokens,
+            buffer=buffer,
+            window=window,
+            max_documents=max_documents,
+            world_size=world_size or 1,
+        )
+        # set in a worker of a data loader, read in the process that has started it
+        self._read_by_workers = torch.zeros(1, dtype=torch.bool).share_memory_()
+        self._find_rank()
+
+    def _find_rank(self) -> None:
+        """Takes what was not given from torch.distributed, which may have started since this was built."""
+        rank, ranks = self._given
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            rank = torch.distributed.get_rank() if rank is None else rank
+            ranks = ranks or torch.distributed.get_world_size()
+            self.rank, self.stream.world_size = rank, ranks
+        if not 0 <= self.rank < (ranks := self.stream.world_size):
+            fix = "give world_size, too, or leave both to torch.distributed"
+            what = f"must be from 0 to {ranks - 1}, because there are {ranks} ranks"
+            raise PlanError(what, key="rank", value=self.rank, fix=fix)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._find_rank()  # a worker that is spawned has no ranks to ask
+        return vars(self).copy()
 
     def __iter__(self) -> Iterator[Batch]:
-        _refuse_reader(self.stream.world_size)
+        self._find_rank()
         worker = get_worker_info()
+        self._read_by_workers.fill_(worker is not None)
+        _refuse_reader(self.stream.world_size)
         workers, own = (worker.num_workers, worker.id) if worker else (1, 0)
         if workers > 1 and isinstance(self.stream.rows, IterableDataset):  # one of `datasets` is one of torch, too
             raise PlanError(
@@ -227,9 +262,20 @@ class PackedStream(IterableDataset):
             set_epoch(epoch)
 
     def state_dict(self) -> dict[str, Any]:
+        """Returns where the stream stands, as of the last pack; see `Stream.state_dict`.
+
+        Raises:
+            PlanError: data-loading workers read the packs, and only they know.
+        """
+        if bool(self._read_by_workers) and get_worker_info() is None:
+            what = "were read by data-loading workers, so this process does not know where the stream stands"
+            fix = "set num_workers to 0, or save the state of torchdata's StatefulDataLoader instead"
+            raise PlanError(what, key="packs", fix=fix)
         return self.stream.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Makes the next iteration continue where `state_dict` was taken."""
+        self._read_by_workers.fill_(False)
         self.stream.load_state_dict(state)
 
 

@@ -23,13 +23,13 @@ from transformers import Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from packtrain.data.examples import Examples
-from packtrain.errors import DataError, LaunchError, PacktrainError
+from packtrain.errors import DataError, LaunchError, ModelError, PacktrainError
 from packtrain.modeling.attention.varlen import choose_implementation
 from packtrain.modeling.audit.causality import check_causal
 from packtrain.modeling.audit.settings import base, switchable
 from packtrain.modeling.isolation import check_isolation, compute_dtype
 from packtrain.modeling.per_document import compute_per_document
-from packtrain.modeling.positions import position_start
+from packtrain.modeling.positions import check_positions, position_start
 from packtrain.modeling.unpad import predicts_next_token
 from packtrain.objectives.logits import NOT_MODEL_INPUTS
 from packtrain.packing.collator import MicroBatches, PackCollator
@@ -159,6 +159,7 @@ def _attach_flat(
         refuse_contradictions(trainer)
         refuse_own_methods(trainer)
         rule, examples = resolve_strategy(strategy), _examples(trainer)
+        beyond = _beyond_positions(trainer, examples)
         order = TrainersOrder(trainer)
         plan = plan_attached(trainer, examples, strategy, max_tokens, order)
     check_plan(plan)
@@ -172,7 +173,7 @@ def _attach_flat(
         position_start=position_start(trainer.accelerator.unwrap_model(trainer.model)),
     )
     batches = _ModelInputs(MicroBatches(examples, collator))
-    changes = [f"{strategy} lays out the training batches", *_cut_rows(trainer, examples)]
+    changes = [f"{strategy} lays out the training batches", *_cut_rows(trainer, examples), *beyond]
     with _as_it_was_if_refused(trainer) as undo, untouched(trainer), verdicts.shared():
         changes += _without_cache(trainer)
         per_document = undo.enter_context(compute_per_document(trainer.accelerator.unwrap_model(trainer.model)))
@@ -218,9 +219,10 @@ def _attach_flat(
     ours_instead.set_initial_training_values = lambda *given: values_of_plan(plan, before(*given))
     trainer.add_callback(NoCopy(trainer))
     trainer.add_callback(StepEnd(plan, Meter()))
+    level = logging.WARNING if trainer.is_world_process_zero() else logging.DEBUG  # it is the same on all ranks
     for ignored in without_effect(trainer, plan, is_sum=proof.is_sum):
-        logger.warning("packtrain: %s", ignored)
-    logger.warning("packtrain: %s", "; ".join(changes))
+        logger.log(level, "packtrain: %s", ignored)
+    logger.log(level, "packtrain: %s", "; ".join(changes))
     return trainer
 
 
@@ -309,6 +311,16 @@ def _cut_rows(trainer: Trainer, examples: Examples) -> list[str]:
     full = int((examples.lengths == most).sum())
     cuts = f"to which {type(trainer).__name__} cuts longer ones"
     return [f"{full:,} of {len(examples):,} rows have max_length={most:,} tokens, {cuts}"] if full else []
+
+
+def _beyond_positions(trainer: Trainer, examples: Examples) -> list[str]:
+    """Says that rows are longer than what the model was made for, and refuses those that it has no positions for."""
+    try:
+        said = check_positions(trainer.accelerator.unwrap_model(trainer.model), int(examples.lengths.max()))
+    except ModelError as error:
+        fix = "truncate these rows when they are tokenised, or remove them with `train_dataset.filter`"
+        raise ModelError(error.what, key="train_dataset", fix=fix) from None
+    return [said] if said else []
 
 
 class _ModelInputs(Dataset):

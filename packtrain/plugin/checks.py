@@ -57,8 +57,16 @@ def refuse_misuse(trainer: Trainer, strategy: str, max_tokens: int | None, layou
         fix = "train without attach, and let `get_train_dataloader` return `DataLoader(packs, batch_size=None)`"
         raise PacktrainError(what, key="train_dataset", value="PackedStream", fix=fix)
     args = trainer.args
-    if "get_train_dataloader" in vars(trainer) or is_unpadded(trainer):
+    if trainer.is_in_train:
+        what, fix = "has begun to train, so its batches are made", "attach before trainer.train(), or build it anew"
+        raise PacktrainError(what, key="trainer", value=type(trainer).__name__, fix=fix)
+    if "get_train_dataloader" in vars(trainer) or any(
+        isinstance(each, SameLoss) for each in trainer.callback_handler.callbacks
+    ):
         raise PacktrainError("is attached already", key="trainer", fix="call attach once")
+    if is_unpadded(trainer):
+        fix = "call `.remove()` of what packtrain.unpad returned first, or train without attach"
+        raise PacktrainError("is unpadded already", key="trainer.model", fix=fix)
     if getattr(args, "packing", False):
         what, fix = "must be False: the trainer has packed its examples already", "build the trainer with packing=False"
         raise PacktrainError(what, key="packing", value=True, fix=fix)

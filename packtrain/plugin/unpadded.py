@@ -38,6 +38,7 @@ from packtrain.training.guards.out_of_memory import is_out_of_memory
 logger = logging.getLogger(__name__)
 
 _ASKED = 2  # batches
+_LOOKED_AT = 16  # batches, for one with padding
 _READS_PADDING = "it reads the outputs at padding, as a softmax over all positions of a row does"
 _MASK_IT = "leave padding out of the loss by the batch's attention_mask, in the trainer's `compute_loss`"
 TrainerT = TypeVar("TrainerT", bound=Trainer)
@@ -72,10 +73,13 @@ def unpad_trainer(trainer: TrainerT, verdicts: Verdicts, *, instead_of: Packtrai
         except PacktrainError as error:
             raise _refusal(trainer, error, instead_of) from error
         undo.pop_all()
+    if batches and all(map(_is_full, batches)):
+        said += "; the batches that were compared have no padding"
     if not_asked:
         said = f"whether the loss stays the same was not checked: {not_asked}"
     why = f". Its batches are not flat because {reason(instead_of)}" if instead_of is not None else ""
-    logger.warning(
+    logger.log(
+        logging.WARNING if trainer.is_world_process_zero() else logging.DEBUG,
         "packtrain: %s keeps its own batches, and the layers of %s run without padding; %s%s",
         named(trainer),
         " and ".join(modules),
@@ -147,7 +151,7 @@ def _without_autocast(model: nn.Module) -> Iterator[None]:
 
 
 def _own_batches(trainer: Trainer) -> list[Any]:
-    """Returns the first batches of the trainer's own data loader, which training will read once more.
+    """Returns batches of the trainer's own data loader, which training will read once more: the first, and one with padding.
 
     Raises:
         PacktrainError: they cannot be made, or are no longer the first ones when a stream is read again.
@@ -182,16 +186,27 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def _first_batches(trainer: Trainer) -> list[Any]:
-    batches = []
+    """Returns the first batch and the next one, or a later one with padding: what reads padding shows only there."""
+    batches: list[Any] = []
+    in_step = (
+        isinstance(trainer.train_dataset, IterableDataset) and trainer.args.world_size > 1
+    )  # rank 0 deals them out
+    most = _ASKED if in_step else _LOOKED_AT
     with untouched(trainer):
         try:
-            for batch in trainer.get_train_dataloader():
-                batches.append(batch)
-                if len(batches) == _ASKED:
+            for number, batch in enumerate(trainer.get_train_dataloader(), start=1):
+                batches = [*batches[: _ASKED - 1], batch]
+                if number >= _ASKED and (number >= most or not all(map(_is_full, batches))):
                     break
         except Exception as error:  # whatever a user's collator may raise
             raise PacktrainError(f"its own batch raised {type(error).__name__}: {error}", key="trainer") from error
     return batches
+
+
+def _is_full(batch: Any) -> bool:
+    """Returns whether the masks of a batch say that it has no padding."""
+    masks = [value for name, value in batch.items() if "attention_mask" in name] if isinstance(batch, Mapping) else []
+    return bool(masks) and all(torch.is_tensor(mask) and bool(mask.all()) for mask in masks)
 
 
 def _answers(trainer: Trainer, batches: list[Any], verdicts: Verdicts) -> list[Answer]:

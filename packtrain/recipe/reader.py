@@ -71,7 +71,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises:
         RecipeError: with every problem of the file and the overrides in `.problems`.
+        PacktrainError: no path, or a text where a list of overrides belongs.
     """
+    if not isinstance(path, str | Path):
+        fix = "write its sections to a YAML file, and give the path of that"
+        raise PacktrainError("must be a path or a name", key="path", value=type(path).__name__, fix=fix)
+    if isinstance(overrides, str):
+        raise PacktrainError("must be a list", key="overrides", value=overrides, fix=f"give [{overrides!r}]")
     source = Source.from_file(find_recipe(path))
     if not isinstance(source.tree, dict):
         if not source.problems:

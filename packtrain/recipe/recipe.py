@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, PrivateAttr
 
+from packtrain.errors import PacktrainError
 from packtrain.objectives import DEFAULT, OBJECTIVES, Objective
 from packtrain.recipe import fields
 from packtrain.recipe.sections import BatchingSection, DataSection, ModelSection, Schedule, Section
@@ -62,6 +63,14 @@ class Recipe(Section):
         """SHA-256 (hex) of the canonical JSON of `to_dict()`: equal recipes, equal hash."""
         text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_recipe(recipe: object) -> None:
+    """Raises PacktrainError for what is no checked recipe, such as its name or a dictionary."""
+    if not isinstance(recipe, Recipe):
+        fix = "give packtrain.load_recipe(path): of a YAML file, or of the name of a recipe that comes with packtrain"
+        value = recipe if isinstance(recipe, str) else type(recipe).__name__
+        raise PacktrainError("must be a checked recipe", key="recipe", value=value, fix=fix)
 
 
 OWN_SECTIONS: dict[str, type[Section]] = {"model": ModelSection, "data": DataSection, "batching": BatchingSection}

@@ -30,7 +30,7 @@ from packtrain.objectives.objective import Task
 from packtrain.objectives.task import load_task, plan_training
 from packtrain.packing.plan import AnyPlan, plan_evaluation
 from packtrain.packing.strategies import resolve_strategy
-from packtrain.recipe.recipe import Recipe
+from packtrain.recipe.recipe import Recipe, check_recipe
 from packtrain.recipe.sections import library_arguments
 from packtrain.training.agreement import check_agreement, weights_hash
 from packtrain.training.checkpoints import choose_checkpoint, facts_of, redacted
@@ -83,6 +83,7 @@ def train(
     Raises:
         PacktrainError: bad data, a plan that does not fit, a model that cannot, a launch that is not what was asked.
     """
+    check_recipe(recipe)
     if overwrite and resume is not False:
         what, fix = "would remove the run that --resume continues", "leave one of the two out"
         raise PacktrainError(what, key="--overwrite", fix=fix)

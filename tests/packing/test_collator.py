@@ -283,7 +283,7 @@ def test_errors_name_the_row_of_the_batch():
 
 def test_columns_that_are_not_used_are_logged_once(caplog):
     collator = PackCollator()
-    plain = [{"input_ids": [1, 2]}]
+    plain = [{"input_ids": [1, 2], "labels": [1, 2]}]
     collator(plain)
     assert not caplog.messages
     for _ in range(2):
@@ -291,6 +291,24 @@ def test_columns_that_are_not_used_are_logged_once(caplog):
     assert caplog.messages == ["packtrain: PackCollator does not use length, text of the rows"]
     collator([plain[0] | {"text": "one", "labels": [1, 2], "completion_mask": [0, 1]}])
     assert caplog.messages[1:] == ["packtrain: PackCollator does not use completion_mask of the rows"]
+
+
+def test_rows_of_which_every_token_is_supervised_are_logged_once(caplog):
+    """A stock Trainer has taken the masks away by then; nothing else tells such rows from text."""
+    PackCollator()([{"input_ids": [1, 2], "completion_mask": [0, 1]}])
+    assert not caplog.messages
+    collator = PackCollator()
+    collator([{"input_ids": [1, 2]}]), collator([{"input_ids": [1, 2], "labels": None}])
+    (message,) = caplog.messages
+    assert (
+        "no labels and no masks, so every token is supervised" in message and "remove_unused_columns=False" in message
+    )
+
+
+def test_columns_instead_of_rows_are_refused():
+    """What a `datasets.Dataset` gives for several indices."""
+    with pytest.raises(DataError, match="features: is one mapping of columns(.|\n)*dataset.i. for i in ids"):
+        PackCollator()({"input_ids": [[1, 2], [3]], "labels": [[1, 2], [3]]})
 
 
 def test_a_weighting_that_stock_trainers_ignore_is_logged_once(caplog):

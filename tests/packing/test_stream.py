@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 
@@ -172,6 +173,44 @@ def test_a_dataset_resumes_with_skip():
     assert head + [batch["input_ids"].tolist() for batch in second] == whole
     with pytest.raises(PlanError, match="rank"):
         packed(rank=3, world_size=3)
+
+
+def test_ranks_may_meet_after_the_packs_are_built(monkeypatch):
+    """`TrainingArguments` starts torch.distributed; until then all ranks would read every pack."""
+    packs, given = PackedStream(ROWS, PackCollator(), capacity=20, buffer=8), packed(0, 1)
+    whole = [batch["example_ids"].tolist() for batch in packs]
+    with monkeypatch.context() as met:
+        for name, value in {"is_initialized": True, "get_rank": 1, "get_world_size": 2}.items():
+            met.setattr(torch.distributed, name, lambda value=value: value)
+        own = [batch["example_ids"].tolist() for batch in packs]
+        sent = pickle.dumps(PackedStream(ROWS, PackCollator(), capacity=20, buffer=8))
+        assert [batch["example_ids"].tolist() for batch in given] == whole
+    assert own == [batch["example_ids"].tolist() for batch in packed(1, 2)] != whole
+    assert [batch["example_ids"].tolist() for batch in pickle.loads(sent)] == own  # as a spawned worker gets it
+
+
+def test_what_workers_have_read_is_not_asked_of_this_process():
+    """Its own stream has not moved: a run that resumed from that state would read all rows again."""
+    packs = packed()
+    assert packs.state_dict() == {"rows_read": 0, "waiting": []}
+    iterator = iter(DataLoader(packs, batch_size=None, num_workers=1))
+    next(iterator)
+    with pytest.raises(PlanError, match="data-loading workers(.|\n)*num_workers to 0"):
+        packs.state_dict()
+    del iterator
+    next(iter(packs))  # control: read here
+    assert packs.state_dict()["rows_read"] > 0
+
+
+def test_rows_that_are_not_tokenised_are_named():
+    with pytest.raises(DataError, match="row 1 of the stream: .*KeyError: 'input_ids'(.|\n)*tokenise the rows first"):
+        list(PackedStream([ROWS[0], {"text": "two"}], PackCollator(), capacity=20))
+
+
+def test_a_collator_without_an_empty_batch_is_refused():
+    """A rank without a pack in the last group needs one, long after the start."""
+    with pytest.raises(PlanError, match="collator: must be a PackCollator .got 'function'"):
+        PackedStream(ROWS, lambda rows: rows, capacity=20)  # ty: ignore[invalid-argument-type]
 
 
 def rows_of(shards):

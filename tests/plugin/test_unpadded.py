@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -121,6 +122,34 @@ def test_a_loss_that_reads_padding_is_refused(tmp_path):
         packtrain.attach(answering(tmp_path, Trainer), layout="unpad")
     with pytest.raises(PacktrainError, match=r"\(question answering\) takes no flat batches \(.*\), and cannot run"):
         packtrain.attach(answering(tmp_path, Trainer))
+
+
+class MeanOverColumns(Trainer):
+    """A classifier that takes the mean of a row with its padding, which is zero where the layers don't compute it."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        hidden = model.bert(**inputs).last_hidden_state
+        return torch.nn.functional.cross_entropy(model.classifier(hidden.mean(1)), labels)
+
+
+def equal_rows_first(output_dir, cls: type = MeanOverColumns, full: int = 3) -> Trainer:
+    """A trainer whose first batches have no padding."""
+    trainer = classification(output_dir, cls=cls, train_sampling_strategy="sequential")
+    rows = trainer.train_dataset.to_list()
+    for row in rows[: 4 * full]:
+        row["input_ids"] = (rows[0]["input_ids"] * 9)[:9]
+    trainer.train_dataset = datasets.Dataset.from_list(rows)
+    return trainer
+
+
+def test_batches_with_padding_are_compared_wherever_the_first_ones_are(tmp_path, caplog):
+    with pytest.raises(PacktrainError, match="reads the outputs at padding"):
+        packtrain.attach(equal_rows_first(tmp_path), layout="unpad")
+    packtrain.attach(equal_rows_first(tmp_path, cls=Trainer), layout="unpad")  # control: pools the first token
+    assert "have no padding" not in caplog.text
+    packtrain.attach(equal_rows_first(tmp_path, cls=Trainer, full=6), layout="unpad")
+    assert "as before, and so are the gradients; the batches that were compared have no padding" in caplog.text
 
 
 def test_a_classifier_in_shards_keeps_its_rows(tmp_path, caplog):

@@ -32,10 +32,10 @@ class StreamTrainer(Trainer):
 def main(directory: Path) -> None:
     torch.set_num_threads(1)
     settle_at_exit()
+    packs = packtrain.PackedStream(ROWS, packtrain.PackCollator(), capacity=256)  # before the ranks meet, as a user may
     arguments = TrainingArguments(
         str(directory), use_cpu=True, max_steps=4, ignore_data_skip=True, report_to=[], save_strategy="no"
     )
-    packs = packtrain.PackedStream(ROWS, packtrain.PackCollator(), capacity=256)  # rank and ranks are those of torch
     model = tiny_model("llama", vocab_size=128)
     model.set_attn_implementation(packtrain.register_attention())
     StreamTrainer(model, arguments, train_dataset=packs).train()

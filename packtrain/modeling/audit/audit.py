@@ -34,6 +34,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from packtrain.errors import ModelError
 from packtrain.modeling.attention.kernels import HALF
 from packtrain.modeling.attention.varlen import NAME, check_implementation, choose_implementation
 from packtrain.modeling.audit import probe
@@ -104,6 +105,8 @@ def audit_model(
     Raises:
         ModelError: the model cannot run even a single document, or there is no such implementation.
     """
+    if not isinstance(base(model), PreTrainedModel):
+        raise ModelError("must be a transformers model", key="model", value=type(base(model)).__name__)
     register_counted()
     for implementation in implementations or ():
         check_implementation(implementation)
