@@ -10,7 +10,7 @@ from typing import Any
 
 from packtrain.compare.comparison import PHASES, WAITING, Comparison, Row
 from packtrain.compare.statistics import Spread
-from packtrain.compare.verdict import note, small, verdict
+from packtrain.compare.verdict import changes, interval_of, note, signed, small, verdict
 
 ABSENT = ""
 SAME_UPDATES = "held-out loss, same updates"
@@ -40,6 +40,7 @@ def columns(comparison: Comparison) -> list[Column]:
         ("real tokens/s", lambda row: _number(row.tokens_per_second)),
         ("training loss differs by", lambda row: _difference(row.loss_difference, row, comparison)),
         (f"held-out loss{axis}", lambda row: _loss(row.held_out)),
+        ("held-out loss differs by", lambda row: _change(row, comparison)),
         ("updates", lambda row: _number(row.updates)),
         ("examples per update", lambda row: _range(row.examples_per_update)),
         ("padding", lambda row: _percent(row.padding_share)),
@@ -107,12 +108,15 @@ def _in_latex(text: str) -> str:
 
 
 def _number_in_latex(text: str) -> str:
-    """Write a cell as a paper does: powers of ten in math mode, a dash between the ends of an interval.
+    """Write a cell as a paper does: powers of ten and minus signs in math mode, a dash between the ends of an interval.
 
     >>> print(_number_in_latex("2e-6"), _number_in_latex("1e-7"), _number_in_latex("2.41x (2.30-2.52)"))
     $2 \\times 10^{-6}$ $10^{-7}$ 2.41x (2.30--2.52)
+    >>> print(_number_in_latex("-0.3% (-5.6 to +5.4)"))
+    $-$0.3\\% ($-$5.6 to +5.4)
     """
     text = re.sub(r"(?<=\d)-(?=[\d>])", "--", _in_latex(text))
+    text = re.sub(r"(?<![\w-])-(?=\d)", "$-$", text)
     text = re.sub(r"\b(\d+)e(-?\d+)\b", r"$\1 \\times 10^{\2}$", text)
     return text.replace(r"$1 \times ", "$")
 
@@ -226,6 +230,14 @@ def _after_equal_updates(row: Row) -> str:
 
 def _difference(value: float | None, row: Row, comparison: Comparison) -> str:
     return ABSENT if value is None or comparison.is_reference(row) else small(value)
+
+
+def _change(row: Row, comparison: Comparison) -> str:
+    ratio = row.held_out_ratio
+    if ratio is None or comparison.is_reference(row) or row.ends_with_reference is None:
+        return ABSENT
+    interval = None if max(map(abs, changes(ratio))) < 5e-4 else interval_of(ratio)
+    return signed(ratio.estimate - 1) + (f" ({interval})" if interval else "")
 
 
 def _bytes(value: float | None) -> str:

@@ -174,7 +174,7 @@ def _final_losses(row: Row, reference: Row) -> str:
     """Compare the held-out losses at the end, which tell most where training losses drifted apart."""
     if row.held_out is None or reference.held_out is None or row.held_out_ratio is None:
         return ""
-    return f"; held-out at the end {row.held_out:.4f} against {reference.held_out:.4f}"
+    return f"; held-out at the end {row.held_out:.4f} against {reference.held_out:.4f} ({change(row.held_out_ratio)})"
 
 
 def _peers(subject: Row, comparison: Comparison) -> Iterator[Sentence]:
@@ -250,7 +250,8 @@ def _in_short(row: Row, subject: Row, comparison: Comparison) -> str:
     text = f"{speed.text()} as fast" if speed is not None else "not timed in the same rounds"
     if ratio is None or row.ends_with_reference is None:
         return text
-    return f"{text} (held-out loss {signed(ratio.estimate - 1)} after the same {row.ends_with_reference})"
+    said = f"held-out loss after the same {row.ends_with_reference} {change(ratio)}"
+    return f"{text} ({said})"
 
 
 def _speed(speed: Ratio, other: str) -> str:
@@ -278,9 +279,8 @@ def _losses(row: Row, comparison: Comparison) -> str:
     ratio, reference, axis = row.held_out_ratio, comparison.reference, row.ends_with_reference
     if ratio is None or axis is None or row.held_out is None or reference.held_out is None:
         return ""
-    one = "" if ratio.pairs > 1 else ", one seed"
     text = f"; after the same {axis} its held-out loss is {row.held_out:.4f} against {reference.held_out:.4f}"
-    text += f" ({signed(ratio.estimate - 1)}{one})"
+    text += f" ({change(ratio)})"
     equal = row.equal_updates
     if equal is not None and axis == "examples" and row.updates != reference.updates:
         text += f", after the same {equal.update:,} updates {equal.loss:.4f} against {equal.reference:.4f}"
@@ -340,6 +340,23 @@ def listed(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
+def change(ratio: Ratio) -> str:
+    """Write a ratio of losses with its interval: `+13.9%, +12.1 to +15.8`, or `+13.9%, one seed`."""
+    return f"{signed(ratio.estimate - 1)}, {interval_of(ratio) or 'one seed'}"
+
+
+def interval_of(ratio: Ratio) -> str | None:
+    """Write the interval of a relative change, in per cent: `+12.1 to +15.8`; None where there is none."""
+    if ratio.low is None or ratio.high is None:
+        return None
+    return f"{100 * (ratio.low - 1):+.1f} to {100 * (ratio.high - 1):+.1f}"
+
+
+def changes(ratio: Ratio) -> list[float]:
+    """Return the relative change, and the ends of its interval where it has one."""
+    return [value - 1 for value in (ratio.estimate, ratio.low, ratio.high) if value is not None]
+
+
 def small(value: float) -> str:
     """Write a relative difference: `2e-6` when tiny, else per cent."""
     return "0" if value == 0 else f"{value:.0e}".replace("e-0", "e-") if value < 1e-3 else f"{value:.1%}"
@@ -347,4 +364,4 @@ def small(value: float) -> str:
 
 def signed(value: float) -> str:
     """Write a relative change: `+13.9%`."""
-    return f"{value:+.1%}"
+    return "0%" if abs(value) < 5e-4 else f"{value:+.1%}"
