@@ -269,3 +269,28 @@ def test_a_difference_of_losses_over_seeds_has_its_interval():
     )
     assert "| 5.0600 | +15.0% (+12.4 to +17.6) |" in render_markdown(comparison)
     assert "| 4.4000 | 0% |" in render_markdown(comparison)  # balanced, whose losses are the reference's
+
+
+def test_another_learning_rate_is_named_and_no_defect():
+    """It was asked for, and such a variant does not speak for its strategy; control: the test of unequal losses."""
+    tuned = [("balanced fast", "packtrain", True), ("bfd fast", "packtrain", False)]
+    manifest = make_manifest([*OURS, *tuned])
+    for variant in manifest["variants"][2:]:
+        variant["recipe"]["training"] = {"num_train_epochs": 1, "learning_rate": 6e-3}
+        variant["recipe"]["batching"]["strategy"] = variant["name"].removesuffix(" fast")
+    manifest["variants"][0]["recipe"]["training"]["learning_rate"] = 3e-3
+    manifest["variants"][1]["recipe"]["training"]["learning_rate"] = 3e-3
+    manifest["variants"] = [manifest["variants"][number] for number in (0, 2, 1, 3)]
+    runs = [REFERENCE, runs_of("balanced", 240.0, 244.8, 235.2), runs_of("bfd fast", 250.0, 255.0, 245.0, updates=4)]
+    runs.append(runs_of("balanced fast", 250.0, 255.0, 245.0, loss_factor=0.9))
+    comparison = summarise(manifest, [run for some in runs for run in some])
+    assert verdict(comparison)[0].text.startswith(
+        "`balanced` is 2.40x (2.40-2.40) as fast as `pad_longest`, with the same"
+    )
+    assert texts(comparison, "loss") == [
+        "`balanced fast` sees the same examples in the same updates as `pad_longest`, with learning_rate 0.006 for 0.003: "
+        "its training loss differs by up to 10.0% (relative); held-out at the end 3.9600 against 4.4000 (-10.0%, one seed)."
+    ]
+    assert (
+        "; with learning_rate 0.006 for 0.003, after the same examples its held-out" in texts(comparison, "packing")[0]
+    )
