@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from packtrain.compare.comparison import PHASES, WAITING, Comparison, Row
+from packtrain.compare.setting import facts, method, software
 from packtrain.compare.statistics import Spread
 from packtrain.compare.verdict import changes, interval_of, note, signed, small, verdict
 
@@ -64,13 +65,15 @@ def columns(comparison: Comparison) -> list[Column]:
 def render_markdown(comparison: Comparison) -> str:
     """Render verdict and table, for a README or a pull request."""
     shown = columns(comparison)
-    lines = [f"# {comparison.name}", "", *(f"- {sentence.text}" for sentence in verdict(comparison)), ""]
+    lines = [f"# {comparison.name}", "", f"{'; '.join(facts(comparison))}.", ""]
+    lines += [*(f"- {sentence.text}" for sentence in verdict(comparison)), ""]
     said = note(comparison)
     lines += [said, ""] if said else []
     lines.append("| variant | " + " | ".join(heading for heading, _ in shown) + " |")
     lines.append("|---" * (len(shown) + 1) + "|")
     for row in comparison.rows:
         lines.append(f"| {row.name.replace('|', chr(92) + '|')} | " + " | ".join(_cells(row, shown)) + " |")
+    lines += ["", "How it was measured:", "", *(f"- {line}" for line in method(comparison)), "", software(comparison)]
     return "\n".join([*lines, "", f"`{comparison.manifest['command']}`", ""])
 
 
