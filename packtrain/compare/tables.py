@@ -106,8 +106,9 @@ def _in_latex(text: str) -> str:
     >>> print(_in_latex("pad_max 2% & more"))
     pad\\_max 2\\% \\& more
     """
-    words = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    return re.sub(r"[\\~^&%$#_{}]", lambda found: words.get(found[0], f"\\{found[0]}"), text)
+    words = {"\\": "backslash", "~": "asciitilde", "^": "asciicircum", "<": "less", ">": "greater", "|": "bar"}
+    words = {sign: rf"\text{name}{{}}" for sign, name in words.items()}  # bare < > | are other signs in TeX's own fonts
+    return re.sub(r"[\\~^<>|&%$#_{}]", lambda found: words.get(found[0], f"\\{found[0]}"), text)
 
 
 def _number_in_latex(text: str) -> str:
@@ -117,8 +118,10 @@ def _number_in_latex(text: str) -> str:
     $2 \\times 10^{-6}$ $10^{-7}$ 2.41x (2.30--2.52)
     >>> print(_number_in_latex("-0.3% (-5.6 to +5.4)"))
     $-$0.3\\% ($-$5.6 to +5.4)
+    >>> print(_number_in_latex("20.00x (0.01->1000)"))
+    20.00x (0.01--\\textgreater{}1000)
     """
-    text = re.sub(r"(?<=\d)-(?=[\d>])", "--", _in_latex(text))
+    text = re.sub(r"(?<=\d)-(?=[\d\\])", "--", _in_latex(text))
     text = re.sub(r"(?<![\w-])-(?=\d)", "$-$", text)
     text = re.sub(r"\b(\d+)e(-?\d+)\b", r"$\1 \\times 10^{\2}$", text)
     return text.replace(r"$1 \times ", "$")
