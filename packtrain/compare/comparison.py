@@ -22,6 +22,7 @@ from packtrain.compare.trainers import PACKTRAIN
 
 PHASES = ("data", "forward", "backward", "optimizer")
 WAITING = "waiting"  # of a rank for the others
+TRAINED_BY = ("model", "lora", "objective", "training")  # sections of a recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,8 @@ class Row:
     Attributes:
         keeps_updates: whether every update sees the same examples as the reference's.
         ends_with_reference: what both have had as much of at the end, `examples` or `updates`; None: nothing.
+        settings: what its recipe sets otherwise than the reference's, besides rows and batches, as
+            `learning_rate 0.002 for 0.001`.
         rounds: rounds that were timed.
         tokens_per_second: real tokens, geometric mean over rounds; `supervised_per_second` likewise.
         speed: ratio of real tokens per second.
@@ -52,6 +55,7 @@ class Row:
     strategy: str
     keeps_updates: bool
     ends_with_reference: str | None
+    settings: tuple[str, ...]
     failure: str | None
     rounds: int
     tokens_per_second: float | None
@@ -211,6 +215,7 @@ def _row(variant: Mapping[str, Any], runs: list[Run], reference: list[Run], mani
         strategy=variant["recipe"]["batching"]["strategy"],
         keeps_updates=keeps,
         ends_with_reference=variant["ends_with_reference"],
+        settings=_settings(variant, manifest),
         failure=next((run.end.reason for run in runs if run.failed), None),
         rounds=len(timed),
         tokens_per_second=_total_rate(timed, manifest, "real_tokens"),
@@ -245,6 +250,24 @@ def _row(variant: Mapping[str, Any], runs: list[Run], reference: list[Run], mani
         learning_runs=tuple(learning),
         timed_runs=tuple(timed),
     )
+
+
+def _settings(variant: Mapping[str, Any], manifest: Mapping[str, Any]) -> tuple[str, ...]:
+    """Name what trains a variant otherwise than the reference, whatever the batches: its model, objective and optimizer."""
+    others = next(each["recipe"] for each in manifest["variants"] if each["name"] == manifest["reference"])
+    found = []
+    for section in TRAINED_BY:
+        mine, theirs = (recipe.get(section) for recipe in (variant["recipe"], others))
+        if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
+            keys = sorted(key for key in {*mine, *theirs} if mine.get(key) != theirs.get(key))
+            found += [f"{key} {_value(mine.get(key))} for {_value(theirs.get(key))}" for key in keys]
+        elif mine != theirs:
+            found.append(f"another {section} section")
+    return tuple(found)
+
+
+def _value(value: object) -> str:
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def window(run: Run | None, manifest: Mapping[str, Any]) -> list[Update]:

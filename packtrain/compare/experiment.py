@@ -294,6 +294,9 @@ def _read_settings(source: Source) -> dict[str, Any]:
         settings[key], what, fix = check(KEYS[key], value)
         if what:
             _problem(source, key, what, value, fix=fix)
+    if not source.problems and len(set(settings["seeds"])) < len(settings["seeds"]):
+        fix = "name each seed once; repeats: 2 makes two rounds of every seed"
+        _problem(source, "seeds", "has a seed twice, which would count one run as two", settings["seeds"], fix=fix)
     for key in ("base", "reference", "variants"):
         if key not in tree:
             _problem(source, key, "is missing")
@@ -343,10 +346,10 @@ def _is_a_strategy(name: str, source: Source, key: str) -> bool:
 
 def _check_names(names: list[str], reference: str, source: Source) -> None:
     files = [slug(name) for name in names]
-    for name, file in zip(names, files, strict=True):
+    for number, (name, file) in enumerate(zip(names, files, strict=True)):
         if len(file) > LONGEST_NAME:
             _problem(source, "variants", "has a variant whose name is too long for a file", name, fix="shorten it")
-        if files.count(file) > 1:
+        if files.count(file) > 1 and files.index(file) == number:  # once for all of them
             _problem(
                 source,
                 "variants",

@@ -256,16 +256,18 @@ def losses(comparison: Comparison) -> Iterator[str]:
     rows = [row for row in comparison.rows if row.learning_runs]
     if not rows:
         return
-    on_held_out = all(len(row.learning_runs[0].held_out) > 2 for row in rows)
+    on_held_out = all(len(run.held_out) > 2 for row in rows for run in row.learning_runs)
     kind = "held-out loss" if on_held_out else f"training loss, mean of {SMOOTHING} updates"
+    seeds = max(len(row.learning_runs) for row in rows)
+    kind += f"{' and' if not on_held_out else ', mean'} of {seeds} seeds" if seeds > 1 else ""
     for axis, label in AXES:
         alt = f"{kind.capitalize()} by {label}, at the end: "
-        alt += ", ".join(f"{row.name} {curve(row.learning_runs[0], axis, on_held_out)[1][-1]:.4f}" for row in rows)
+        alt += ", ".join(f"{row.name} {mean_curve(row.learning_runs, axis, on_held_out)[1][-1]:.4f}" for row in rows)
         lines = told_apart(rows, comparison, in_time=axis == "seconds")
         with drawing(f"loss-by-{axis}", alt=alt, height=2.9 + LEGEND_ROW * ((len(lines) + 1) // 2)) as drawn:
             ax = drawn.ax
             for row, style in _styles([row for row in rows if row.name in lines], comparison):
-                ax.plot(*curve(row.learning_runs[0], axis, on_held_out), label=lines[row.name], **style)
+                ax.plot(*mean_curve(row.learning_runs, axis, on_held_out), label=lines[row.name], **style)
             ax.set_title(f"{'Held-out' if on_held_out else 'Training'} loss by {label}")
             left_out = [row.name for row in rows if row.name not in lines] if axis == "seconds" else []
             same = f"; not drawn, with the losses of {comparison.reference.name}: "
@@ -276,6 +278,14 @@ def losses(comparison: Comparison) -> Iterator[str]:
             ax.grid(axis="y")
             drawn.figure.legend(loc="outside lower left", ncols=2, handlelength=2.2, columnspacing=1)
         yield drawn.svg
+
+
+def mean_curve(runs: Sequence[Run], axis: str, on_held_out: bool) -> tuple[list[float], list[float]]:
+    """Return the points of a variant, each the mean over its seeds, as far as every one of them goes."""
+    curves = [curve(run, axis, on_held_out) for run in runs]
+    count = min(len(x) for x, _ in curves)
+    x, y = (np.mean([points[part][:count] for points in curves], axis=0) for part in (0, 1))
+    return x.tolist(), y.tolist()
 
 
 def curve(run: Run, axis: str, on_held_out: bool) -> tuple[list[float], list[float]]:

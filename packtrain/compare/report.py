@@ -21,9 +21,10 @@ from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from packtrain.compare import pictures, plots
-from packtrain.compare.comparison import Comparison, Row, read_comparison, window
+from packtrain.compare.comparison import Comparison, Row, read_comparison
 from packtrain.compare.drawing import alone, for_print, kept_by
 from packtrain.compare.results import PICTURED_RANKS, write_atomically
+from packtrain.compare.setting import facts, method
 from packtrain.compare.tables import (
     DETAILS,
     Column,
@@ -35,7 +36,6 @@ from packtrain.compare.tables import (
 )
 from packtrain.compare.verdict import note, verdict
 from packtrain.errors import PacktrainError
-from packtrain.training.summary import name_machine
 
 REPORT, COVER = "report.html", "speed.svg"
 TEMPLATES = files("packtrain.compare") / "templates"
@@ -195,60 +195,6 @@ def _line(row: Row, shown: Sequence[Column], comparison: Comparison) -> dict[str
     }
 
 
-def facts(comparison: Comparison) -> list[str]:
-    """Say what was compared, in a few words each."""
-    manifest = comparison.manifest
-    recipe = next(v["recipe"] for v in manifest["variants"] if v["name"] == manifest["reference"])
-    ends = [run.end for row in comparison.rows for run in row.timed_runs]
-    end = ends[0] if ends else None
-    model = recipe["model"]
-    name = model["model_name_or_path"] or (model["config"] or {}).get("model_type", "")
-    result = []
-    if end is not None and end.trained_parameters is not None:
-        frozen = f" and {_rounded(end.frozen_parameters)} frozen" if end.frozen_parameters else ""
-        result.append(f"{name}, {_rounded(end.trained_parameters)} trained{frozen} parameters, {end.dtype}")
-    data = manifest.get("data")
-    if data:
-        result.append(f"{recipe['data']['path']}: {data['examples']:,} examples, {data['tokens']:,} tokens")
-    batching = recipe["batching"]
-    result.append(
-        f"{batching['examples_per_step']:,} examples per update, {batching['max_tokens']:,} tokens per micro-batch"
-    )
-    if comparison.ranks > 1:
-        result.append(f"{comparison.ranks} ranks (DDP)")
-    threads = end.threads if end is not None else None
-    return [*result, name_machine(manifest["machine"], threads)]
-
-
-def method(comparison: Comparison) -> list[str]:
-    """Say how this comparison was measured."""
-    manifest = comparison.manifest
-    rounds, seeds = manifest["rounds"], {turn["seed"] for turn in manifest["rounds"]}
-    first, ranks = manifest["warmup_steps"], comparison.ranks
-    timed = [window(run, manifest)[-1].update for row in comparison.rows for run in row.timed_runs]
-    last = max(timed, default=first + manifest["measure_steps"])
-    over_ranks = [
-        f"Every run is {ranks} processes, started by torchrun on one host. Tokens are summed over ranks, seconds are those "
-        "of the slowest rank, phases are means, memory is that of the rank with the most.",
-        "A rank waits from when its gradients are ready (DDP's communication hook) until those of every rank are; sending "
-        "them is not part of it. The share is that of the mean rank in the seconds of the updates.",
-    ]
-    return [
-        f"{_count(len(rounds), 'round')} over {_count(len(seeds), 'seed')}; in a round every variant runs "
-        "once, one after the other, each in a fresh process.",
-        f"Speed: real tokens over seconds of updates {first + 1} to {last}. Ratios are taken within a round; "
-        "intervals are 95% t intervals of their logarithms over the rounds.",
-        *(over_ranks if ranks > 1 else []),
-        "The first round of a seed trains to the end and gives the losses, the updates and the padding.",
-        "Variants with the same updates see the same examples in the same updates as the reference. Those that pack "
-        "the whole epoch are compared at the end of the run and after the same number of updates.",
-        "Held-out loss is summed over tokens (and over examples) and divided once, by the same code for every trainer.",
-        "Other trainers get the same model, tokenised examples, seed and TrainingArguments, with micro-batches of at "
-        "most the tokens that packtrain's have; those that don't pack also get the examples in the same order.",
-        "FLOPs count the attention of each document by itself and no padding. A number that was not measured is absent.",
-    ]
-
-
 def side_by_side(comparisons: Sequence[Comparison]) -> list[list[str]]:
     """Make the table of speed ratios over several comparisons: its heading, and a line per variant."""
     names = list(dict.fromkeys(row.name for comparison in comparisons for row in comparison.rows))
@@ -263,18 +209,6 @@ def side_by_side(comparisons: Sequence[Comparison]) -> list[list[str]]:
         return "failed" if row.failure and row.speed is None else row.speed.text() if row.speed else ""
 
     return [head, *([name, *(cell(comparison, name) for comparison in comparisons)] for name in names)]
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
-
-
-def _rounded(count: int) -> str:
-    """Write a count in three digits: `37.8k`, `0.8M`, `1.24B`."""
-    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if count >= size:
-            return f"{count / size:.3g}{letter}"
-    return str(count)
 
 
 def _mark_code(text: str) -> Markup:

@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from packtrain.compare.comparison import PHASES, WAITING, Comparison, Row
+from packtrain.compare.setting import facts, method, software
 from packtrain.compare.statistics import Spread
-from packtrain.compare.verdict import note, small, verdict
+from packtrain.compare.verdict import changes, interval_of, note, signed, small, verdict
 
 ABSENT = ""
 SAME_UPDATES = "held-out loss, same updates"
@@ -40,6 +41,7 @@ def columns(comparison: Comparison) -> list[Column]:
         ("real tokens/s", lambda row: _number(row.tokens_per_second)),
         ("training loss differs by", lambda row: _difference(row.loss_difference, row, comparison)),
         (f"held-out loss{axis}", lambda row: _loss(row.held_out)),
+        ("held-out loss differs by", lambda row: _change(row, comparison)),
         ("updates", lambda row: _number(row.updates)),
         ("examples per update", lambda row: _range(row.examples_per_update)),
         ("padding", lambda row: _percent(row.padding_share)),
@@ -63,13 +65,15 @@ def columns(comparison: Comparison) -> list[Column]:
 def render_markdown(comparison: Comparison) -> str:
     """Render verdict and table, for a README or a pull request."""
     shown = columns(comparison)
-    lines = [f"# {comparison.name}", "", *(f"- {sentence.text}" for sentence in verdict(comparison)), ""]
+    lines = [f"# {comparison.name}", "", f"{'; '.join(facts(comparison))}.", ""]
+    lines += [*(f"- {sentence.text}" for sentence in verdict(comparison)), ""]
     said = note(comparison)
     lines += [said, ""] if said else []
     lines.append("| variant | " + " | ".join(heading for heading, _ in shown) + " |")
     lines.append("|---" * (len(shown) + 1) + "|")
     for row in comparison.rows:
         lines.append(f"| {row.name.replace('|', chr(92) + '|')} | " + " | ".join(_cells(row, shown)) + " |")
+    lines += ["", "How it was measured:", "", *(f"- {line}" for line in method(comparison)), "", software(comparison)]
     return "\n".join([*lines, "", f"`{comparison.manifest['command']}`", ""])
 
 
@@ -102,17 +106,23 @@ def _in_latex(text: str) -> str:
     >>> print(_in_latex("pad_max 2% & more"))
     pad\\_max 2\\% \\& more
     """
-    words = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    return re.sub(r"[\\~^&%$#_{}]", lambda found: words.get(found[0], f"\\{found[0]}"), text)
+    words = {"\\": "backslash", "~": "asciitilde", "^": "asciicircum", "<": "less", ">": "greater", "|": "bar"}
+    words = {sign: rf"\text{name}{{}}" for sign, name in words.items()}  # bare < > | are other signs in TeX's own fonts
+    return re.sub(r"[\\~^<>|&%$#_{}]", lambda found: words.get(found[0], f"\\{found[0]}"), text)
 
 
 def _number_in_latex(text: str) -> str:
-    """Write a cell as a paper does: powers of ten in math mode, a dash between the ends of an interval.
+    """Write a cell as a paper does: powers of ten and minus signs in math mode, a dash between the ends of an interval.
 
     >>> print(_number_in_latex("2e-6"), _number_in_latex("1e-7"), _number_in_latex("2.41x (2.30-2.52)"))
     $2 \\times 10^{-6}$ $10^{-7}$ 2.41x (2.30--2.52)
+    >>> print(_number_in_latex("-0.3% (-5.6 to +5.4)"))
+    $-$0.3\\% ($-$5.6 to +5.4)
+    >>> print(_number_in_latex("20.00x (0.01->1000)"))
+    20.00x (0.01--\\textgreater{}1000)
     """
-    text = re.sub(r"(?<=\d)-(?=[\d>])", "--", _in_latex(text))
+    text = re.sub(r"(?<=\d)-(?=[\d\\])", "--", _in_latex(text))
+    text = re.sub(r"(?<![\w-])-(?=\d)", "$-$", text)
     text = re.sub(r"\b(\d+)e(-?\d+)\b", r"$\1 \\times 10^{\2}$", text)
     return text.replace(r"$1 \times ", "$")
 
@@ -226,6 +236,14 @@ def _after_equal_updates(row: Row) -> str:
 
 def _difference(value: float | None, row: Row, comparison: Comparison) -> str:
     return ABSENT if value is None or comparison.is_reference(row) else small(value)
+
+
+def _change(row: Row, comparison: Comparison) -> str:
+    ratio = row.held_out_ratio
+    if ratio is None or comparison.is_reference(row) or row.ends_with_reference is None:
+        return ABSENT
+    interval = None if max(map(abs, changes(ratio))) < 5e-4 else interval_of(ratio)
+    return signed(ratio.estimate - 1) + (f" ({interval})" if interval else "")
 
 
 def _bytes(value: float | None) -> str:

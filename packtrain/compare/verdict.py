@@ -6,7 +6,7 @@ the same only with the largest difference next to it, and says nothing of what w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from packtrain.compare.comparison import Comparison, Row
@@ -68,9 +68,11 @@ def note(comparison: Comparison) -> str | None:
 def headliner(comparison: Comparison) -> Row | None:
     """Choose packtrain's variant to speak of: the fastest that keeps the updates, or the default if as fast.
 
-    The default stands back only where it is measurably slower.
+    The default stands back only where it is measurably slower, and variants with settings of their own (a learning rate)
+    where there is another.
     """
-    candidates = [row for row in comparison.ours if not comparison.is_reference(row)]
+    ours = [row for row in comparison.ours if not comparison.is_reference(row)]
+    candidates = [row for row in ours if not row.settings] or ours
     first = fastest(candidates)
     default = next((row for row in candidates if row.strategy == STRATEGY), None)
     if first is None or default is None or default is first:
@@ -124,7 +126,8 @@ def _same_loss(row: Row, reference: Row) -> str:
         return f", with the same loss in every one of {updates:,} updates (largest relative difference {small(difference)})"
     alike = alike_until(row, reference)
     start = f" lies within {small(SAME_CURVE)} for the first {alike:,} updates, then" if alike else ""
-    return f"; its training loss{start} differs by up to {small(difference)} in one of {updates:,} updates"
+    with_them = f"with {listed(row.settings)} " if row.settings else ""
+    return f"; {with_them}its training loss{start} differs by up to {small(difference)} in one of {updates:,} updates"
 
 
 def alike_until(row: Row, reference: Row) -> int:
@@ -158,7 +161,14 @@ def _same_updates(comparison: Comparison) -> Iterator[Sentence]:
             f"in every update the training losses agree to {small(worst)} (relative){norm}.",
         )
     for row in rows:
-        if row not in same:
+        if row not in same and row.settings:
+            yield Sentence(
+                topic="loss",
+                text=f"{_quoted(row)} sees the same examples in the same updates as {_quoted(reference)}, with "
+                f"{listed(row.settings)}: its training loss differs by up to {small(row.loss_difference or 0)} (relative)"
+                f"{_final_losses(row, reference)}.",
+            )
+        elif row not in same:
             alike = alike_until(row, reference)
             but, start = ("and", f"lies within {small(SAME_CURVE)} of") if alike else ("but", "departs from")
             end = f" for the first {alike:,} updates, then departs" if alike else ""
@@ -174,7 +184,7 @@ def _final_losses(row: Row, reference: Row) -> str:
     """Compare the held-out losses at the end, which tell most where training losses drifted apart."""
     if row.held_out is None or reference.held_out is None or row.held_out_ratio is None:
         return ""
-    return f"; held-out at the end {row.held_out:.4f} against {reference.held_out:.4f}"
+    return f"; held-out at the end {row.held_out:.4f} against {reference.held_out:.4f} ({change(row.held_out_ratio)})"
 
 
 def _peers(subject: Row, comparison: Comparison) -> Iterator[Sentence]:
@@ -250,7 +260,8 @@ def _in_short(row: Row, subject: Row, comparison: Comparison) -> str:
     text = f"{speed.text()} as fast" if speed is not None else "not timed in the same rounds"
     if ratio is None or row.ends_with_reference is None:
         return text
-    return f"{text} (held-out loss {signed(ratio.estimate - 1)} after the same {row.ends_with_reference})"
+    said = f"held-out loss after the same {row.ends_with_reference} {change(ratio)}"
+    return f"{text} ({', '.join([said, *row.settings])})"
 
 
 def _speed(speed: Ratio, other: str) -> str:
@@ -278,9 +289,11 @@ def _losses(row: Row, comparison: Comparison) -> str:
     ratio, reference, axis = row.held_out_ratio, comparison.reference, row.ends_with_reference
     if ratio is None or axis is None or row.held_out is None or reference.held_out is None:
         return ""
-    one = "" if ratio.pairs > 1 else ", one seed"
-    text = f"; after the same {axis} its held-out loss is {row.held_out:.4f} against {reference.held_out:.4f}"
-    text += f" ({signed(ratio.estimate - 1)}{one})"
+    with_them = f"with {listed(row.settings)}, " if row.settings else ""
+    text = (
+        f"; {with_them}after the same {axis} its held-out loss is {row.held_out:.4f} against {reference.held_out:.4f}"
+    )
+    text += f" ({change(ratio)})"
     equal = row.equal_updates
     if equal is not None and axis == "examples" and row.updates != reference.updates:
         text += f", after the same {equal.update:,} updates {equal.loss:.4f} against {equal.reference:.4f}"
@@ -335,9 +348,26 @@ def _quoted(row: Row) -> str:
     return f"`{row.name}`"
 
 
-def listed(names: list[str]) -> str:
+def listed(names: Sequence[str]) -> str:
     """Join names: `a`, `a and b`, `a, b and c`."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def change(ratio: Ratio) -> str:
+    """Write a ratio of losses with its interval: `+13.9%, +12.1 to +15.8`, or `+13.9%, one seed`."""
+    return f"{signed(ratio.estimate - 1)}, {interval_of(ratio) or 'one seed'}"
+
+
+def interval_of(ratio: Ratio) -> str | None:
+    """Write the interval of a relative change, in per cent: `+12.1 to +15.8`; None where there is none."""
+    if ratio.low is None or ratio.high is None:
+        return None
+    return f"{100 * (ratio.low - 1):+.1f} to {100 * (ratio.high - 1):+.1f}"
+
+
+def changes(ratio: Ratio) -> list[float]:
+    """Return the relative change, and the ends of its interval where it has one."""
+    return [value - 1 for value in (ratio.estimate, ratio.low, ratio.high) if value is not None]
 
 
 def small(value: float) -> str:
@@ -347,4 +377,4 @@ def small(value: float) -> str:
 
 def signed(value: float) -> str:
     """Write a relative change: `+13.9%`."""
-    return f"{value:+.1%}"
+    return "0%" if abs(value) < 5e-4 else f"{value:+.1%}"

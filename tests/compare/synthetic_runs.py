@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,11 @@ def make_run(
     return Run(variant=variant, round=round, updates=lines, held_out=held_out if learns else [], end=end)
 
 
-def make_manifest(variants: list[tuple[str, str, bool]], *, rounds: int = 3, **changes: Any) -> dict[str, Any]:
-    """Variants are (name, trainer, keeps_updates); the reference is the first."""
+def make_manifest(
+    variants: list[tuple[str, str, bool]], *, rounds: int = 3, seeds: Sequence[int] = (), **changes: Any
+) -> dict[str, Any]:
+    """Variants are (name, trainer, keeps_updates); the reference is the first. Rounds are of seed 0, or of these seeds."""
+    seeds = seeds or [0] * rounds
     return {
         "name": "synthetic",
         "hash": "0",
@@ -83,7 +87,7 @@ def make_manifest(variants: list[tuple[str, str, bool]], *, rounds: int = 3, **c
         "warmup_steps": 1,
         "measure_steps": 3,
         "eval_every": 2,
-        "rounds": [{"seed": 0, "learns": number == 0} for number in range(rounds)],
+        "rounds": [{"seed": seed, "learns": seeds.index(seed) == number} for number, seed in enumerate(seeds)],
         "variants": [
             {
                 "name": name,

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from packtrain.compare.comparison import summarise
-from packtrain.compare.report import facts, method
+from packtrain.compare.setting import facts, method
 from packtrain.compare.tables import render_csv, render_markdown
 from tests.compare.synthetic_runs import make_manifest, make_run
 
@@ -131,3 +131,22 @@ def test_without_its_reference_a_variant_keeps_its_own_figures():
     row = comparison_of(runs).row("balanced")
     assert row.tokens_per_second == pytest.approx(100.0)
     assert row.speed is None and row.loss_difference is None and row.equal_updates is None
+
+
+def test_the_table_for_others_says_of_what_model_data_and_machine():
+    """Stored beside the runs, it is all that many readers see."""
+    data = {"examples": 100, "tokens": 9000}
+    git = {"commit": "5ac5dd8e41d4bc931680741bf37c9dcfa07b391e", "changed": False}
+    text = render_markdown(comparison_of(rounds_of("pad_longest", 100.0, 110.0), data=data, git=git, rounds=2))
+    assert text.splitlines()[2] == (
+        "llama, 1M trained parameters, float32; train.jsonl: 100 examples, 9,000 tokens; 8 examples per update, "
+        "4,096 tokens per micro-batch; a processor, 2 cores, 1 thread."
+    )
+    assert "- 2 rounds over 1 seed; in a round every variant runs once" in text
+    assert "Versions: python 3.11; packtrain's commit 5ac5dd8e41d4." in text
+
+
+@pytest.mark.parametrize(("seeds", "over"), [((0, 0), "rounds"), ((0, 1), "seeds")])
+def test_an_interval_is_over_seeds_where_there_are_several(seeds, over):
+    comparison = comparison_of(rounds_of("pad_longest", 100.0, 110.0), seeds=seeds)
+    assert any(line.endswith(f"t intervals of their logarithms over the {over}.") for line in method(comparison))

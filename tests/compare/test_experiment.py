@@ -190,6 +190,7 @@ def test_runs_go_together_only_with_runs_of_the_same(tmp_path):
         ({"variants": ["pad_longest", {"batching.max_tokens": 600}]}, "has no name"),
         ({"variants": ["pad_longest", {"name": "x" * 300}]}, "name is too long for a file"),
         ({"variants": ["pad_longest", "pad_longest"]}, "has two variants with this name"),
+        ({"seeds": [0, 1, 0]}, "has a seed twice"),
         ({"variants": ["pad_longest", {"name": "x", "trainer": "trl:paddin"}]}, "did you mean trl:padding"),
         ({"variants": ["pad_longest", {"name": "x", "batching.max_tokns": 600}]}, "did you mean `max_tokens`"),
         ({"variants": ["pad_longest", {"name": "x", "batching.max_tokens": 5}]}, "an example may not fit"),
@@ -203,6 +204,12 @@ def test_what_is_wrong_is_said(tmp_path, changes, expected):
     with pytest.raises(RecipeError) as caught:
         load_experiment(write_experiment(tmp_path, **changes))
     assert expected in str(caught.value)
+
+
+def test_a_name_that_stands_twice_is_said_once(tmp_path):
+    with pytest.raises(RecipeError) as caught:
+        load_experiment(write_experiment(tmp_path, variants=["pad_longest", "balanced", "balanced"]))
+    assert [problem.value for problem in caught.value.problems] == ["balanced"]
 
 
 def test_a_trainer_that_is_not_installed_is_an_error_before_the_first_run(tmp_path, monkeypatch):

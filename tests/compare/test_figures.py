@@ -65,6 +65,20 @@ def test_one_line_stands_for_all_that_have_the_losses_of_the_reference(directory
     assert len(apart.axes[0].lines) == 5
 
 
+def test_losses_are_drawn_as_the_mean_of_the_seeds_that_the_table_has(tmp_path):
+    """Of the first seed alone the line would end elsewhere; control: of one seed nothing is said of a mean."""
+    runs = [make_run(name, n, rate=100.0, loss_factor=1 + n / 10) for name in ("pad_longest", "bfd") for n in range(2)]
+    store(tmp_path, make_manifest([VARIANTS[0], VARIANTS[3]], seeds=(0, 1)), runs)
+    comparison = read_comparison(tmp_path)
+    ax = drawn(plots.losses, comparison)["loss-by-update"].axes[0]
+    assert [line.get_ydata()[-1] for line in ax.lines] == pytest.approx([row.held_out for row in comparison.rows])
+    assert ax.get_ylabel() == "held-out loss, mean of 2 seeds"
+    store(tmp_path / "one", make_manifest(VARIANTS[:1]), runs[:1])
+    assert (
+        drawn(plots.losses, read_comparison(tmp_path / "one"))["loss-by-update"].axes[0].get_ylabel() == "held-out loss"
+    )
+
+
 def test_an_interval_that_goes_on_has_an_arrow(tmp_path):
     def arrows(second: float) -> int:
         rates = {"pad_longest": (100.0, 100.0), "balanced": (100.0, second)}

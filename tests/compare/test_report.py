@@ -188,7 +188,9 @@ def test_a_name_is_no_formula_and_no_command(tmp_path):
         assert cells == ["variant", "pad_longest", f"'{name}", "'-safe"]
     (line,) = (line for line in render_markdown(comparison).splitlines() if "cmd" in line and line.startswith("|"))
     assert re.split(r"(?<!\\)\|", line)[1].strip() == name.replace("|", r"\|")
-    assert r"=cmd('x')|\textbackslash{}input\{a\}\textasciitilde{}\textasciicircum{}" in render_latex(comparison)
+    assert r"=cmd('x')\textbar{}\textbackslash{}input\{a\}\textasciitilde{}\textasciicircum{}" in render_latex(
+        comparison
+    )
 
 
 @pytest.mark.ci

@@ -9,6 +9,7 @@ import pytest
 from packtrain.compare.comparison import summarise
 from packtrain.compare.plots import shown_rows
 from packtrain.compare.results import Update
+from packtrain.compare.tables import render_markdown
 from packtrain.compare.verdict import alike_until, headliner, verdict
 from tests.compare.synthetic_runs import make_manifest, make_run
 
@@ -48,7 +49,7 @@ def test_an_unequal_loss_is_said():
     assert "its training loss differs by up to 2.0% in one of 6 updates" in text and "same loss" not in text
     assert texts(comparison, "loss") == [
         "`balanced` sees the same examples in the same updates, but its training loss departs from that of "
-        "`pad_longest` by up to 2.0% (relative); held-out at the end 4.4880 against 4.4000."
+        "`pad_longest` by up to 2.0% (relative); held-out at the end 4.4880 against 4.4000 (+2.0%, one seed)."
     ]
 
 
@@ -247,4 +248,49 @@ def test_of_a_few_that_pack_each_is_spoken_of(count):
     variants = [*OURS, *((name, "packtrain", False) for name in names)]
     said = texts(comparison_of(variants, REFERENCE, runs_of("balanced", 240.0, 244.8, 235.2), *runs), "packing")
     assert [sum(f"`{name}`" in text for text in said) for name in names] == [int(count == 6)] * (count - 1) + [1]
-    assert count == 7 or "`packs0` 1.04x (1.04-1.04) as fast (held-out loss +4.5% after the same examples)" in said[1]
+    assert (
+        count == 7
+        or "`packs0` 1.04x (1.04-1.04) as fast (held-out loss after the same examples +4.5%, one seed)" in said[1]
+    )
+
+
+def learning_runs_of(name, *factors, rate=100.0, **changes):
+    """One run to the end for each seed, its losses times a factor."""
+    return [make_run(name, seed, rate=rate, loss_factor=factor, **changes) for seed, factor in enumerate(factors)]
+
+
+def test_a_difference_of_losses_over_seeds_has_its_interval():
+    """As a speed has; without it nobody can say whether seeds explain it. Control: of one seed it says so, see above."""
+    runs = [learning_runs_of(name, 1, 1, 1) for name in ("pad_longest", "balanced")]
+    runs.append(learning_runs_of("bfd", 1.09, 1.10, 1.11, updates=4, rate=200.0))
+    comparison = comparison_of([*OURS, BFD], *runs, seeds=range(3))
+    assert (
+        "its held-out loss is 5.0600 against 4.4000 (+15.0%, +12.4 to +17.6), after" in texts(comparison, "packing")[0]
+    )
+    assert "| 5.0600 | +15.0% (+12.4 to +17.6) |" in render_markdown(comparison)
+    assert "| 4.4000 | 0% |" in render_markdown(comparison)  # balanced, whose losses are the reference's
+
+
+def test_another_learning_rate_is_named_and_no_defect():
+    """It was asked for, and such a variant does not speak for its strategy; control: the test of unequal losses."""
+    tuned = [("balanced fast", "packtrain", True), ("bfd fast", "packtrain", False)]
+    manifest = make_manifest([*OURS, *tuned])
+    for variant in manifest["variants"][2:]:
+        variant["recipe"]["training"] = {"num_train_epochs": 1, "learning_rate": 6e-3}
+        variant["recipe"]["batching"]["strategy"] = variant["name"].removesuffix(" fast")
+    manifest["variants"][0]["recipe"]["training"]["learning_rate"] = 3e-3
+    manifest["variants"][1]["recipe"]["training"]["learning_rate"] = 3e-3
+    manifest["variants"] = [manifest["variants"][number] for number in (0, 2, 1, 3)]
+    runs = [REFERENCE, runs_of("balanced", 240.0, 244.8, 235.2), runs_of("bfd fast", 250.0, 255.0, 245.0, updates=4)]
+    runs.append(runs_of("balanced fast", 250.0, 255.0, 245.0, loss_factor=0.9))
+    comparison = summarise(manifest, [run for some in runs for run in some])
+    assert verdict(comparison)[0].text.startswith(
+        "`balanced` is 2.40x (2.40-2.40) as fast as `pad_longest`, with the same"
+    )
+    assert texts(comparison, "loss") == [
+        "`balanced fast` sees the same examples in the same updates as `pad_longest`, with learning_rate 0.006 for 0.003: "
+        "its training loss differs by up to 10.0% (relative); held-out at the end 3.9600 against 4.4000 (-10.0%, one seed)."
+    ]
+    assert (
+        "; with learning_rate 0.006 for 0.003, after the same examples its held-out" in texts(comparison, "packing")[0]
+    )
