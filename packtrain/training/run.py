@@ -43,7 +43,7 @@ from packtrain.training.guards.stops import StopOnSignal
 from packtrain.training.loader import worker_failure
 from packtrain.training.meters import max_peak, reset_peak
 from packtrain.training.model_card import write_model_card
-from packtrain.training.output_dir import clear, make_output_dir, refuse_to_replace
+from packtrain.training.output_dir import clear, explaining_a_full_drive, make_output_dir, refuse_to_replace
 from packtrain.training.output_lock import only_run
 from packtrain.training.progress import RichProgress
 from packtrain.training.ranks import asked_rank, asked_world_size, check_processes, leave, meeting, start_cpu_group
@@ -92,7 +92,8 @@ def train(
     with only_run(output_dir) if asked_rank() == 0 else nullcontext():
         if resume is False and not overwrite and asked_rank() == 0:
             refuse_to_replace(output_dir)
-        return _train_in(output_dir, recipe, resume, allow_changes, overwrite, console, trainer_class)
+        with explaining_a_full_drive(output_dir):
+            return _train_in(output_dir, recipe, resume, allow_changes, overwrite, console, trainer_class)
 
 
 def _train_in(
