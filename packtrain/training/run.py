@@ -53,6 +53,7 @@ from packtrain.training.sealing import read_manifest
 from packtrain.training.summary import Summary, describe_machine, package_versions
 from packtrain.training.tracking import check_trackers
 from packtrain.training.trainer import PackTrainer
+from packtrain.training.unused_parameters import uses_every_parameter
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -174,6 +175,8 @@ def build(
     left = not checkpoint or check_what_is_left(Path(checkpoint), plan, recipe, say)
     model = prepare_model(recipe, task, config, args, layout=plan.layout, console=console)
     check_agreement({"the model's weights": weights_hash(model), "the checkpoint": _sealed_as(checkpoint)})
+    if ranks > 1 and args.ddp_find_unused_parameters is None and uses_every_parameter(model):
+        args.ddp_find_unused_parameters = False
     trainer = make_trainer(recipe, task, plan, args, model, console=console, checkpoint=checkpoint, kind=trainer_class)
     trainer.updates_left = left
     check_documents(recipe, trainer, console=console)
