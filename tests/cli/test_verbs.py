@@ -467,6 +467,8 @@ def test_the_next_commands_can_be_pasted():
     ]
     _, first = next_commands(Path("a.yaml"), [], "there", sampled=True)[0]
     assert first == "packtrain evaluate a.yaml", "of a model that can be sampled"
+    _, first = next_commands(Path("a.yaml"), [], "there", run="my runs/one")[0]
+    assert first == "packtrain generate 'my runs/one'"
     *_, (_, last) = next_commands(Path("a.yaml"), [], "there", shapes=True)
     assert "--set batching.shapes=null --set batching.strategy=pad_longest" in last  # padded layouts have no shapes
     *others, (_, last) = next_commands(Path("a.yaml"), [], "there", launch="cpu")
@@ -486,7 +488,7 @@ def test_train_trains_and_says_what_came_of_it(tmp_path, capsys, wide):
     assert run("train", str(QUICKSTART), *sets(tiny + output)) == 0
     out = capsys.readouterr().out
     assert "held-out loss" in out and "real tokens/s" in out and str(tmp_path / "run") in out
-    assert out.count("packtrain show") == 1 and out.count("packtrain plan") == 1 and out.count("packtrain train") == 1
+    assert all(out.count(f"packtrain {verb}") == 1 for verb in ("generate", "show", "plan", "train"))
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
 
 
