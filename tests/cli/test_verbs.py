@@ -549,3 +549,10 @@ def test_a_dtype_that_is_none_is_refused(capsys):
 def test_an_option_of_the_other_kind_of_model_is_refused(recipe, option, kind, capsys):
     assert run("evaluate", recipe, *option) == 2
     assert f"{option[0]}: has no effect on a {kind} model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", [["keys", "--schema"], ["generate", "nowhere", "--prompt", "hi", "--out"]])
+@pytest.mark.parametrize("place", ["missing/file", "."])
+def test_a_file_that_can_not_be_written_is_said_before_any_work(verb, place, tmp_path, capsys):
+    assert run(*verb, str(tmp_path / place)) == 2
+    assert f"{verb[-1]}: can't be written" in capsys.readouterr().err

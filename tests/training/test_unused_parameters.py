@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -52,7 +54,9 @@ def test_experts_that_are_modules_may_be_left_out():
 
 
 def test_a_pooler_that_no_loss_sees_is_found():
-    small = dict(vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    small: dict[str, Any] = dict(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
     model = BertForTokenClassification(BertConfig(**small))
     assert uses_every_parameter(model)
     pooled = AutoModelForSequenceClassification.from_config(BertConfig(**small))
