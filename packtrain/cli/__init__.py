@@ -27,7 +27,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.text import Text
 from typer.core import TyperGroup
 
 from packtrain import __version__
@@ -39,6 +38,7 @@ from packtrain.cli.init import init
 from packtrain.cli.keys import keys
 from packtrain.cli.merge import merge
 from packtrain.cli.options import LAST, RANK
+from packtrain.cli.output import print_error
 from packtrain.cli.plan import plan
 from packtrain.cli.prepare import prepare
 from packtrain.cli.push import push
@@ -61,10 +61,7 @@ class Verbs(TyperGroup):
             return super().invoke(ctx)
         except PacktrainError as error:
             rank = f" (rank {RANK})" if RANK else ""
-            head = "stopped" if isinstance(error, Stopped) else "error"
-            message = Text.assemble((f"{head}{rank}: ", "bold red"), str(error))
-            message.highlight_regex(r"(?m)^\s+fix: ", "bold green")
-            Console(stderr=True).print(message, soft_wrap=True)
+            print_error(error, ("stopped" if isinstance(error, Stopped) else "error") + rank)
             raise typer.Exit(error.exit_code) from None
         except OSError as error:
             if error.errno != errno.ENAMETOOLONG:

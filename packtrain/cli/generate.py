@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
@@ -34,7 +36,11 @@ DtypeName = Annotated[
 def generate(
     target: Target,
     prompt: Annotated[
-        list[str] | None, typer.Option(metavar="TEXT", help="Prompt to answer; repeatable. Without any you can chat.")
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT",
+            help="Prompt to answer; repeatable. Without any you can chat; of a pipe, every line is a prompt.",
+        ),
     ] = None,
     prompts: Annotated[
         Path | None,
@@ -58,19 +64,24 @@ def generate(
     A prompt is a user's turn of a conversation, or plain text where the model was trained on plain text; which of both is
     said on stderr. Prompts of like length are answered together.
     """
+    weights = dtype_of(dtype)
+    chatting = not prompt and prompts is None and sys.stdin.isatty()
+    if out is not None:
+        _check_out(out, chatting)
+    piped = [] if prompt or prompts is not None or chatting else _piped()
     from packtrain.generation.prompts import how_asked
     from packtrain.generation.trained import load_trained
 
-    trained = load_trained(target, base=base, dtype=dtype_of(dtype))
+    trained = load_trained(target, base=base, dtype=weights)
     typer.echo(how_asked(trained.tokenizer, trained.prompts), err=True)
     how = dict(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed
     )  # fmt: skip
-    roles = trained.recipe.data.roles if trained.recipe is not None else None
-    asked = _asked(prompt or [], prompts, roles)
-    if not asked:
+    if chatting:
         _chat(trained, how)
         return
+    roles = trained.recipe.data.roles if trained.recipe is not None else None
+    asked = _asked([*(prompt or []), *piped], prompts, roles)
     answers = answer(trained, asked, how)
     if out is not None:
         rows = [{"prompt": given, "answer": text} for given, text in zip(asked, answers, strict=True)]
@@ -107,6 +118,31 @@ def _asked(given: list[str], path: Path | None, roles: Mapping[str, str] | None)
     from packtrain.generation.prompts import read_prompts
 
     return [*given, *([] if path is None else read_prompts(path, roles))]
+
+
+def _piped() -> list[str]:
+    """Reads prompts from standard input, one per line.
+
+    Raises:
+        PacktrainError: there are none.
+    """
+    fix = "give --prompt TEXT or --prompts FILE, pipe one prompt per line, or run it in a terminal to chat"
+    try:
+        found = [line for line in sys.stdin.read().split("\n") if line.strip()]
+    except UnicodeDecodeError as error:
+        raise PacktrainError(f"standard input can't be read as text: {error}", fix=fix) from None
+    if not found:
+        raise PacktrainError("standard input is no terminal and holds no prompts", fix=fix)
+    return found
+
+
+def _check_out(path: Path, chatting: bool) -> None:
+    """Raises PacktrainError where `--out` would take no answers: before a model is loaded, and not after it has answered."""
+    if chatting:
+        raise PacktrainError("has no effect on a chat", key="--out", fix="give prompts, or leave it out")
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        fix = "name a file in a folder that exists and can be written"
+        raise PacktrainError("can't be written", key="--out", value=str(path), fix=fix)
 
 
 def _chat(trained: Trained, how: dict) -> None:

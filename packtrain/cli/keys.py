@@ -34,7 +34,11 @@ def keys(
     from packtrain.recipe.recipe import LIBRARY_SECTIONS, SECTIONS
 
     if schema is not None:
-        schema.write_text(recipe_keys.schema_text(), encoding="utf-8")
+        try:
+            schema.write_text(recipe_keys.schema_text(), encoding="utf-8")
+        except OSError as error:
+            what, fix = f"can't be written: {error.strerror}", "name a file in a folder that exists and can be written"
+            raise PacktrainError(what, key="--schema", value=str(schema), fix=fix) from None
         Console().print(f"wrote {schema}", soft_wrap=True)
         return
     if section == "compare":

@@ -16,6 +16,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from packtrain.errors import PacktrainError
+
 NARROWEST_NAME = 12  # characters of a line of a name in a table, where the terminal is narrow
 logger = logging.getLogger(__name__)
 
@@ -54,6 +56,13 @@ class LastingOutput(io.TextIOBase):
             with contextlib.suppress(OSError), open(os.devnull, "w") as nowhere:  # for what is left in its buffer, too
                 os.dup2(nowhere.fileno(), self._output.fileno())
             logger.warning("standard output is gone (%s); the run goes on without it", error.strerror)
+
+
+def print_error(error: PacktrainError, head: str = "error") -> None:
+    """Prints an error on stderr: `error: what is wrong`, and below it how to fix it."""
+    message = Text.assemble((f"{head}: ", "bold red"), str(error))
+    message.highlight_regex(r"(?m)^\s+fix: ", "bold green")
+    Console(stderr=True).print(message, soft_wrap=True)
 
 
 @dataclass(frozen=True)

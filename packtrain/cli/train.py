@@ -64,7 +64,8 @@ def train(
     sampled = loaded.objective.answers
     shapes = batching.shapes is not None
     launched = os.environ.get(LAUNCHED_BY)
-    asked = next_commands(recipe, overrides or [], padded, sampled=sampled, shapes=shapes, launch=launched)
+    answers = str(loaded.training["output_dir"]) if loaded.objective.predicts_next else None
+    asked = next_commands(recipe, overrides or [], padded, run=answers, sampled=sampled, shapes=shapes, launch=launched)
     for comment, command in asked:
         console.print(Text.assemble((f"  # {comment}\n", "dim"), ("  " + command, "bold")), soft_wrap=True)
 
@@ -74,6 +75,7 @@ def next_commands(
     overrides: Sequence[str],
     padded_dir: str,
     *,
+    run: str | None = None,
     sampled: bool = False,
     shapes: bool = False,
     launch: str | None = None,
@@ -82,6 +84,7 @@ def next_commands(
 
     Args:
         padded_dir: directory for a padded run.
+        run: directory of the run, if `generate` works with the model.
         sampled: whether `sample` and `evaluate` work with the model.
         shapes: whether the recipe has `batching.shapes`, which padded layouts don't take.
         launch: the launch file of the run, for one that is to be as fast.
@@ -96,6 +99,8 @@ def next_commands(
     padded += ["batching.strategy=pad_longest", f"training.output_dir={padded_dir}"]
     launched = ["--launch", launch] if launch else []
     answers = [("how its answers depend on the allocated length", command("evaluate", overrides))] if sampled else []
+    if run is not None:
+        answers.append(("talk to the model, or give it a --prompt", hidden(shlex.join(["packtrain", "generate", run]))))
     return [
         *answers,
         ("what the model saw, step by step", command("show", overrides, "--step", "0")),

@@ -22,20 +22,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def refuse_adapters(name: str) -> None:
-    """Raises ModelError where the folder of a pretrained model holds an adapter, or is the folder of a run."""
-    folder, found = Path(name), adapter_folder(name)
-    if (folder / "config.json").is_file():
-        return
-    key = "model.model_name_or_path"
-    if found is not None:
-        base = read_config(found).get("base_model_name_or_path") or "its base model"
-        fix = f"set it to {base}, and `model.merge_adapter` or `model.continue_adapter` to this folder"
-        raise ModelError("is an adapter, not a model", key=key, value=name, fix=fix)
-    if (folder / "model" / "config.json").is_file():
-        raise ModelError("is the folder of a run", key=key, value=name, fix=f"set it to {folder / 'model'}")
-
-
 def merge_adapter(model: PreTrainedModel, section: ModelSection) -> PreTrainedModel:
     """Merges the adapter of `model.merge_adapter` into the model, if the recipe names one.
 

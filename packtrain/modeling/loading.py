@@ -30,10 +30,10 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_bitsandbytes_available
 
 from packtrain.errors import ModelError, refused_by
-from packtrain.modeling.adapters import refuse_adapters
 from packtrain.modeling.attention.varlen import NAME, check_implementation, register
 from packtrain.modeling.audit.settings import switchable
 from packtrain.modeling.hub import explained, first_line, warn_of_code
+from packtrain.recipe.adapters import refuse_adapters
 from packtrain.recipe.fields import did_you_mean
 from packtrain.recipe.sections import ModelSection
 

@@ -96,7 +96,7 @@ def load_tokenizer(section: ModelSection, corpus: Iterable[str] = ()) -> PreTrai
     else:
         revision, trust = (section.revision, section.trust_remote_code) if own else (None, False)
         warn_of_code(name, revision, trust)
-        with explained("model.tokenizer_name_or_path", name, revision):
+        with explained(f"model.{'model' if own else 'tokenizer'}_name_or_path", name, revision):
             auto: Any = AutoTokenizer  # which says that it may return None
             tokenizer = auto.from_pretrained(name, revision=revision, trust_remote_code=trust)
     if section.chat_template is not None:

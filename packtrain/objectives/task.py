@@ -27,6 +27,7 @@ from packtrain.packing.cost import Cost
 from packtrain.packing.plan import Plan, plan_run
 from packtrain.packing.strategies import resolve_strategy
 from packtrain.packing.streamed_plan import StreamedPlan, plan_stream
+from packtrain.recipe.adapters import refuse_adapters
 from packtrain.recipe.recipe import Recipe, check_recipe
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ def load_task(recipe: Recipe) -> Task:
     Raises:
         DataError, ModelError: with file, row or key, and the fix.
     """
+    if recipe.model.model_name_or_path is not None:  # before its tokenizer is looked for there
+        refuse_adapters(recipe.model.model_name_or_path)
     return make_task(recipe, *(_stream if recipe.data.streaming else tokenise)(recipe))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from packtrain.errors import PacktrainError
+from packtrain.errors import ModelError, PacktrainError
 
 CONFIG = "adapter_config.json"
 _OF_THE_FILE = ("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_type", "peft_version")
@@ -54,3 +54,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise PacktrainError("is not a mapping", where=str(folder / CONFIG))
     return settings
+
+
+def refuse_adapters(name: str) -> None:
+    """Raises ModelError where the folder of a pretrained model holds an adapter, or is the folder of a run."""
+    folder, found = Path(name), adapter_folder(name)
+    if (folder / "config.json").is_file():
+        return
+    key = "model.model_name_or_path"
+    if found is not None:
+        base = read_config(found).get("base_model_name_or_path") or "its base model"
+        fix = f"set it to {base}, and `model.merge_adapter` or `model.continue_adapter` to this folder"
+        raise ModelError("is an adapter, not a model", key=key, value=name, fix=fix)
+    if (folder / "model" / "config.json").is_file():
+        raise ModelError("is the folder of a run", key=key, value=name, fix=f"set it to {folder / 'model'}")

@@ -18,6 +18,7 @@ import yaml
 from packtrain.errors import LaunchError, PacktrainError
 from packtrain.recipe.shipped import find_shipped
 
+LAUNCHER = "packtrain.cli.launcher"  # accelerate's, which says in a sentence how a rank has ended
 LAUNCHED_BY = "PACKTRAIN_LAUNCH"  # names the launch file in the processes that `--launch` starts
 
 
@@ -50,7 +51,7 @@ def launch_command(file: Path, arguments: Sequence[str], *, devices: int) -> lis
     deepspeed = (config.get("deepspeed_config") or {}).get("deepspeed_config_file")
     if deepspeed and not Path(deepspeed).exists():  # it is relative to the directory that launch/ is in
         options += ["--deepspeed_config_file", str(file.parent.parent / deepspeed)]
-    return [sys.executable, "-m", "accelerate.commands.launch", *options, "-m", "packtrain", *arguments]
+    return [sys.executable, "-m", LAUNCHER, *options, "-m", "packtrain", *arguments]
 
 
 def find_launch_file(name: str) -> Path:

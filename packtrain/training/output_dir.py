@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from packtrain.errors import PacktrainError
@@ -34,6 +38,26 @@ def make_output_dir(recipe: Recipe) -> Path:
             )
             raise PacktrainError(what, where=str(path / name), key="training.output_dir", fix=fix)
     return path
+
+
+@contextmanager
+def explaining_a_full_drive(output_dir: Path) -> Iterator[None]:
+    """Around a run: a drive that has filled up, wherever that is noticed, is an error that says how to go on.
+
+    Raises:
+        PacktrainError: no space, or no quota, was left for a file. safetensors has no `errno` and only says so.
+    """
+    try:
+        yield
+    except PacktrainError:
+        raise
+    except Exception as error:
+        codes = (errno.ENOSPC, errno.EDQUOT)
+        if getattr(error, "errno", None) not in codes and not any(os.strerror(code) in str(error) for code in codes):
+            raise
+        where = str(getattr(error, "filename", None) or output_dir)
+        fix = "make room and use --resume, which goes on from the newest checkpoint; where there is none, train again"
+        raise PacktrainError(f"can't be written, the drive is full: {error}", where=where, fix=fix) from error
 
 
 def refuse_to_replace(output_dir: Path) -> None:

@@ -43,7 +43,7 @@ from packtrain.training.guards.stops import StopOnSignal
 from packtrain.training.loader import worker_failure
 from packtrain.training.meters import max_peak, reset_peak
 from packtrain.training.model_card import write_model_card
-from packtrain.training.output_dir import clear, make_output_dir, refuse_to_replace
+from packtrain.training.output_dir import clear, explaining_a_full_drive, make_output_dir, refuse_to_replace
 from packtrain.training.output_lock import only_run
 from packtrain.training.progress import RichProgress
 from packtrain.training.ranks import asked_rank, asked_world_size, check_processes, leave, meeting, start_cpu_group
@@ -53,6 +53,7 @@ from packtrain.training.sealing import read_manifest
 from packtrain.training.summary import Summary, describe_machine, package_versions
 from packtrain.training.tracking import check_trackers
 from packtrain.training.trainer import PackTrainer
+from packtrain.training.unused_parameters import uses_every_parameter
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -93,7 +94,8 @@ def train(
     with only_run(output_dir) if asked_rank() == 0 else nullcontext():
         if resume is False and not overwrite and asked_rank() == 0:
             refuse_to_replace(output_dir)
-        return _train_in(output_dir, recipe, resume, allow_changes, overwrite, console, trainer_class)
+        with explaining_a_full_drive(output_dir):
+            return _train_in(output_dir, recipe, resume, allow_changes, overwrite, console, trainer_class)
 
 
 def _train_in(
@@ -174,6 +176,8 @@ def build(
     left = not checkpoint or check_what_is_left(Path(checkpoint), plan, recipe, say)
     model = prepare_model(recipe, task, config, args, layout=plan.layout, console=console)
     check_agreement({"the model's weights": weights_hash(model), "the checkpoint": _sealed_as(checkpoint)})
+    if ranks > 1 and args.ddp_find_unused_parameters is None and uses_every_parameter(model):
+        args.ddp_find_unused_parameters = False
     trainer = make_trainer(recipe, task, plan, args, model, console=console, checkpoint=checkpoint, kind=trainer_class)
     trainer.updates_left = left
     check_documents(recipe, trainer, console=console)

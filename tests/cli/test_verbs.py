@@ -467,6 +467,8 @@ def test_the_next_commands_can_be_pasted():
     ]
     _, first = next_commands(Path("a.yaml"), [], "there", sampled=True)[0]
     assert first == "packtrain evaluate a.yaml", "of a model that can be sampled"
+    _, first = next_commands(Path("a.yaml"), [], "there", run="my runs/one")[0]
+    assert first == "packtrain generate 'my runs/one'"
     *_, (_, last) = next_commands(Path("a.yaml"), [], "there", shapes=True)
     assert "--set batching.shapes=null --set batching.strategy=pad_longest" in last  # padded layouts have no shapes
     *others, (_, last) = next_commands(Path("a.yaml"), [], "there", launch="cpu")
@@ -486,7 +488,7 @@ def test_train_trains_and_says_what_came_of_it(tmp_path, capsys, wide):
     assert run("train", str(QUICKSTART), *sets(tiny + output)) == 0
     out = capsys.readouterr().out
     assert "held-out loss" in out and "real tokens/s" in out and str(tmp_path / "run") in out
-    assert out.count("packtrain show") == 1 and out.count("packtrain plan") == 1 and out.count("packtrain train") == 1
+    assert all(out.count(f"packtrain {verb}") == 1 for verb in ("generate", "show", "plan", "train"))
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
 
 
@@ -547,3 +549,10 @@ def test_a_dtype_that_is_none_is_refused(capsys):
 def test_an_option_of_the_other_kind_of_model_is_refused(recipe, option, kind, capsys):
     assert run("evaluate", recipe, *option) == 2
     assert f"{option[0]}: has no effect on a {kind} model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", [["keys", "--schema"], ["generate", "nowhere", "--prompt", "hi", "--out"]])
+@pytest.mark.parametrize("place", ["missing/file", "."])
+def test_a_file_that_can_not_be_written_is_said_before_any_work(verb, place, tmp_path, capsys):
+    assert run(*verb, str(tmp_path / place)) == 2
+    assert f"{verb[-1]}: can't be written" in capsys.readouterr().err

@@ -62,6 +62,16 @@ def test_a_full_drive(drive, tmp_path, unbroken):
 
 @pytest.mark.ci
 @pytest.mark.slow
+def test_a_drive_without_room_for_the_model(drive, tmp_path):
+    """No checkpoint was asked for, so the model at the end is the first that finds the drive full."""
+    place = drive("-o", "remount,size=64k")
+    recipe = on_the_drive(place, tmp_path)
+    assert run(recipe, "--set", "save_strategy=no") == 2, log_of(recipe)
+    assert "can't be written, the drive is full" in log_of(recipe) and "Traceback" not in log_of(recipe)
+
+
+@pytest.mark.ci
+@pytest.mark.slow
 def test_a_limit_on_the_size_of_files(tmp_path, unbroken):
     """Where nobody may mount, it stands in for the full drive: set from outside once two checkpoints are there."""
     recipe = write_recipe(tmp_path)

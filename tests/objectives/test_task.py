@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 import packtrain
-from packtrain.errors import DataError
+from packtrain.errors import DataError, ModelError
+from packtrain.modeling.tokenizer import load_tokenizer
+from packtrain.recipe.sections import ModelSection
 from packtrain.training.run import build
 
 RECIPE = """
@@ -67,3 +69,26 @@ def test_a_recipe_that_holds_nothing_out_has_no_held_out_examples(recipe_file):
 def test_rows_that_are_not_there_are_an_error(recipe_file):
     with pytest.raises(DataError, match="data.path"):
         packtrain.load_examples(packtrain.load_recipe(recipe_file, ["data.path=nowhere.jsonl"]))
+
+
+@pytest.mark.parametrize(
+    ("file", "message"), [("adapter_config.json", "is an adapter"), ("config.json", "is the folder of a run")]
+)
+def test_the_folder_of_a_run_is_no_model_to_start_from(file, message, tmp_path):
+    """Said before its tokenizer is looked for, which lies in `model/` as well."""
+    (tmp_path / "run/model").mkdir(parents=True)
+    (tmp_path / "run/model" / file).write_text("{}")
+    (tmp_path / "rows.jsonl").write_text('{"text": "one"}\n')
+    (tmp_path / "recipe.yaml").write_text(
+        f"model: {{model_name_or_path: {tmp_path / 'run'}}}\n"
+        f"data: {{path: {tmp_path / 'rows.jsonl'}}}\ntraining: {{output_dir: {tmp_path / 'out'}}}\n"
+    )
+    with pytest.raises(ModelError, match=f"model.model_name_or_path: {message}"):
+        packtrain.load_examples(packtrain.load_recipe(tmp_path / "recipe.yaml"))
+
+
+@pytest.mark.parametrize("key", ["model_name_or_path", "tokenizer_name_or_path"])
+def test_a_tokenizer_that_is_missed_is_named_by_the_key_that_was_given(key, tmp_path):
+    with pytest.raises(ModelError) as caught:
+        load_tokenizer(ModelSection(**{"model_name_or_path": "base", key: str(tmp_path)}))
+    assert caught.value.key == f"model.{key}"

@@ -13,7 +13,7 @@ from packtrain.errors import LaunchError
 from packtrain.training.launch import LAUNCHED_BY, find_launch_file, launch_command, relaunch
 
 LAUNCH = Path(__file__).parents[2] / "launch"
-ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+LAUNCHER = [sys.executable, "-m", "packtrain.cli.launcher", "--config_file"]
 
 
 def test_the_command_is_the_documented_one(monkeypatch):
@@ -22,10 +22,10 @@ def test_the_command_is_the_documented_one(monkeypatch):
     assert file == LAUNCH / "zero2.yaml"
     words = ["train", "recipes/sft.yaml", "--set", "training.seed=1"]
     packtrain = ["-m", "packtrain", *words]
-    assert launch_command(file, words, devices=8) == [*ACCELERATE, str(file), "--num_processes", "8", *packtrain]
-    assert launch_command(file, words, devices=0) == [*ACCELERATE, str(file), *packtrain]  # the file's own number
+    assert launch_command(file, words, devices=8) == [*LAUNCHER, str(file), "--num_processes", "8", *packtrain]
+    assert launch_command(file, words, devices=0) == [*LAUNCHER, str(file), *packtrain]  # the file's own number
     alone = find_launch_file("single_gpu")
-    assert launch_command(alone, words, devices=8) == [*ACCELERATE, str(alone), *packtrain]
+    assert launch_command(alone, words, devices=8) == [*LAUNCHER, str(alone), *packtrain]
 
 
 @pytest.mark.parametrize(
