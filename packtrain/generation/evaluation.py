@@ -20,7 +20,7 @@ from packtrain.data.formats import IGNORED, KINDS
 from packtrain.errors import DataError, ModelError, PacktrainError
 from packtrain.generation.batches import MAX_TOKENS, end_token_ids, generate, rooms_for_answers
 from packtrain.generation.held_out import check_held_out
-from packtrain.generation.scores import Score, exact
+from packtrain.generation.scores import Score, apply_score, exact
 from packtrain.generation.trained import load_trained
 from packtrain.objectives.task import load_task
 from packtrain.recipe.recipe import Recipe
@@ -100,7 +100,7 @@ def evaluate(
     scores: list[float] = []
     for number, reference in enumerate(references):
         told, right = (str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in (answers[number], reference))
-        scores.append(_scored(score, told, right))
+        scores.append(apply_score(score, told, right))
         prompt = str(tokenizer.decode(asked[number]))
         rows.append({"prompt": prompt, "reference": right, "answer": told, "score": scores[-1]})
     directory, name = out / "evaluation", "base" if base else "model"
@@ -146,11 +146,3 @@ def wilson(scores: Sequence[float], confidence: float = 0.95) -> tuple[float, fl
     z, n, share = NormalDist().inv_cdf(0.5 + confidence / 2), len(scores), sum(scores) / len(scores)
     middle, spread = share + z * z / (2 * n), z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
     return (middle - spread) / (1 + z * z / n), (middle + spread) / (1 + z * z / n)
-
-
-def _scored(score: Score, answer: str, reference: str) -> float:
-    try:
-        return float(score(answer, reference))
-    except Exception as error:  # the user's own function
-        what = f"failed on an answer: {type(error).__name__}: {error}"
-        raise PacktrainError(what, key="--score", value=getattr(score, "__name__", score)) from error

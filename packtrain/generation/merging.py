@@ -28,10 +28,16 @@ def merge(trained: Trained, directory: str | Path) -> float:
         ModelError: there is no adapter, `directory` is not empty, or the merged model computes something else.
     """
     if not trained.has_adapter:
-        raise ModelError("has no adapter, so there is nothing to merge", key="RUN_OR_MODEL", fix="use it as it is")
+        raise ModelError(
+            "has no adapter, so there is nothing to merge",
+            key="RUN_OR_MODEL",
+            fix="use it as it is: `packtrain generate` and `packtrain push` take it",
+        )
     target = Path(directory)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ModelError("is not an empty folder", key="--out", value=str(target), fix="name another one")
+        raise ModelError(
+            "is not an empty folder", key="--out", value=str(target), fix="name a new folder, or remove this one"
+        )
     model: Any = trained.model
     if getattr(model.get_base_model(), "is_quantized", False):
         what = "is quantised, and a merge would round the adapter's weights to its few levels"

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
+import traceback
 from collections.abc import Callable
+from typing import Any
 
 from packtrain.errors import PacktrainError
 from packtrain.imports import import_module
@@ -50,3 +53,31 @@ def find_score(name: str | None) -> Score:
     except (TypeError, ValueError):
         raise PacktrainError("is not a function of (answer, reference)", key="--score", value=name, fix=fix) from None
     return function
+
+
+def apply_score(score: Score, answer: str, reference: str) -> float:
+    """Returns the score of one answer.
+
+    Raises:
+        PacktrainError: the user's function fails, or returns something else than a finite number.
+    """
+    about: dict[str, Any] = {"key": "--score", "value": getattr(score, "__name__", score)}
+    given = f"for the answer {_short(answer)} and the reference {_short(reference)}"
+    try:
+        value = score(answer, reference)
+    except Exception as error:  # the user's own function
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        what = f"failed {given}: {type(error).__name__}: {error} ({last.filename}, line {last.lineno})"
+        raise PacktrainError(what, fix="let it return a number for every text, an empty one too", **about) from error
+    try:
+        number = math.nan if isinstance(value, str) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        what = f"must return a finite number, and returned {value!r} {given}"
+        raise PacktrainError(what, fix="return 1.0 for a right answer and 0.0 for another, or a share", **about)
+    return number
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:57] + "...")

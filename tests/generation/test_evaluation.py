@@ -10,7 +10,7 @@ import pytest
 
 from packtrain.errors import PacktrainError
 from packtrain.generation.evaluation import evaluate, split, wilson
-from packtrain.generation.scores import exact, find_score
+from packtrain.generation.scores import apply_score, exact, find_score
 from packtrain.generation.trained import load_trained
 from packtrain.recipe.reader import load_recipe
 from packtrain.training.run import train
@@ -86,7 +86,7 @@ def test_a_run_is_asked_its_held_out_prompts(tmp_path):
                 ["model.tokenizer_vocab_size=280", "data.on_bad_row=skip", *own_rows(tmp_path)],
             )
         )
-    with pytest.raises(PacktrainError, match="failed on an answer: ZeroDivisionError"):
+    with pytest.raises(PacktrainError, match="failed for the answer .* ZeroDivisionError"):
         evaluate(recipe, prompts=1, max_new_tokens=2, score=lambda answer, reference: 1 / 0)
     with pytest.raises(PacktrainError, match="has no base"):
         evaluate(recipe, prompts=1, base=True)
@@ -105,6 +105,21 @@ def test_scores_of_users(monkeypatch, tmp_path):
     ):
         with pytest.raises(PacktrainError, match=message):
             find_score(name)
+
+
+def test_a_score_that_fails_or_is_no_number_names_the_answer_and_the_line():
+    def broken(answer: str, reference: str) -> float:
+        return 1.0 / len(answer)
+
+    assert apply_score(broken, "four", "4") == 0.25
+    with pytest.raises(
+        PacktrainError, match=r"for the answer '' and the reference '4': ZeroDivisionError.*test_eval.*line"
+    ):
+        apply_score(broken, "", "4")
+    for value in ("0.5", None, float("nan"), [1.0]):
+        with pytest.raises(PacktrainError, match="must return a finite number, and returned") as refused:
+            apply_score(lambda answer, reference, value=value: value, "four", "4")  # ty: ignore[invalid-argument-type]
+        assert repr(value) in str(refused.value)
 
 
 def test_pairs_have_no_right_answer():
