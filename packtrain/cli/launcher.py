@@ -41,8 +41,12 @@ def main() -> None:
 
 
 def cause(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
-    """Returns `(rank, failure)` of what began it: a rank that was killed, of which others then fail, or the first."""
-    return min(failures.items(), key=lambda item: (item[1].exitcode >= 0, item[1].timestamp))
+    """Returns `(rank, failure)` of what began it: a rank that was killed, of which others then fail, or else the first.
+
+    Last come ranks that SIGTERM has ended, as the launcher ends the others by it.
+    """
+    ended = -signal.SIGTERM
+    return min(failures.items(), key=lambda item: (item[1].exitcode == ended, item[1].exitcode >= 0, item[1].timestamp))
 
 
 def _leave(who: str, code: int) -> None:

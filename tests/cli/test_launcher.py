@@ -41,6 +41,7 @@ def failed(*codes: int) -> ChildFailedError:
         (failed(-11), 1, "error: rank 0 (process 100) was killed by SIGSEGV"),
         (failed(1), 1, "error: rank 0 (process 100) failed with exit code 1"),
         (failed(2, 2), 2, ""),
+        (failed(-15, 2), 2, ""),  # rank 1 has said why, and the launcher has ended rank 0
         (failed(75), 75, ""),
         (subprocess.CalledProcessError(-9, ["python"]), 1, "error: the process of the run was killed by SIGKILL"),
         (subprocess.CalledProcessError(75, ["python"]), 75, ""),
