@@ -40,8 +40,9 @@ PLACEHOLDERS = {"RECIPE", "MODEL", "NAME", "MODEL_OR_RECIPE"}
 
 
 def of(*languages: str) -> list:
-    """The blocks in one of these languages, as parameters of a test."""
-    return [pytest.param(block, id=f"{page}:{block.line}") for page, block in BLOCKS if block.language in languages]
+    """The blocks in one of these languages, as parameters of a test; those of the walk are run by a test of their own."""
+    found = [(page, block) for page, block in BLOCKS if block.language in languages]
+    return [pytest.param(block, id=f"{page}:{block.line}") for page, block in found if not block.mark.startswith("walk")]
 
 
 # Commands
@@ -113,7 +114,11 @@ def made_in(text: str) -> frozenset[str]:
 
 @pytest.mark.parametrize(
     ("page", "block"),
-    [pytest.param(p, b, id=f"{p}:{b.line}") for p, b in BLOCKS if b.language in ("bash", "sh", "")],
+    [
+        pytest.param(p, b, id=f"{p}:{b.line}")
+        for p, b in BLOCKS
+        if b.language in ("bash", "sh", "") and not b.mark.startswith("walk")  # which is walked
+    ],
 )
 def test_commands_can_be_started(page, block):
     for words in commands(block.code):
