@@ -161,7 +161,8 @@ def markdown(result: Mapping[str, Any]) -> str:
     if missing:
         lines += [
             "",
-            f"**{len(missing)} of {len(result['arms'])} arms have not run yet**; the command below goes on with them.",
+            f"**Not run yet: {len(missing)} of {len(result['arms'])} arms** ({', '.join(missing[:3])}"
+            f"{', ...' if len(missing) > 3 else ''}); the command below goes on with them.",
         ]
     for tuning, rows in found["cost"].items():
         lines += _cost(tuning, rows)
@@ -176,11 +177,12 @@ def markdown(result: Mapping[str, Any]) -> str:
     took = ", ".join(f"{spent:.0f} in `{part}`" for part, spent in minutes.items() if spent)
     lines += ["", f"Minutes that the arms took, one after another or two at a time: {took}."] if took else []
     lines += limits(
-        "One small model whose weights are those of a four-bit file, read into float32, on a few hundred rows and a CPU; "
-        "one run of each way of `cost`, one after the other, so that intervals of speed are those over updates and not over "
-        "runs. A few thousand tokens of answers teach no arithmetic: right answers among "
-        f"{HELD_OUT} tell of large effects alone. Losses of ways that make other updates are not compared at an equal rate "
-        "in `cost`; `rates` does that."
+        "One small model whose weights are those of a four-bit file, read into float32, on a few hundred rows and "
+        "a CPU; one run of each way of `cost`, one after the other, with light work of other processes next to it, "
+        "so that intervals of speed are those over updates and not over runs. A few thousand tokens of answers "
+        f"teach no arithmetic: right answers among {HELD_OUT} tell of large effects alone. Losses of ways that make "
+        "other updates are not compared at an equal rate in `cost`; `rates` does that, with few updates and at one "
+        "size of pack."
     )
     return "\n".join([*lines, *origin_lines(result, "torch", "transformers", "trl", "peft")])
 
@@ -215,7 +217,7 @@ def _answers(answers: Mapping[str, Mapping[str, Any]]) -> list[str]:
         "",
         f"The first {next(iter(answers.values()))['prompts']} held-out questions, likeliest token by token. Right by the "
         "number behind `####`, and by",
-        "that or else the last number, as a chat model that was not trained on GSM8K does not write `####`:",
+        "that or else the last number, as a chat model that was not trained on GSM8K does not always write `####`:",
         "",
         "| model | right by `####` | right by the last number | ended by themselves | tokens |",
         "|---|---:|---:|---:|---:|",
@@ -235,7 +237,8 @@ def _proofs(proof: Mapping[str, Mapping[str, Any]]) -> list[str]:
     if found := proof.get("audit"):
         about = (
             "`packtrain.audit`: the largest difference of a document's logits to those of the document alone, flat; and "
-            "with a boolean 4-D mask, which eager attention takes for numbers to add: a leak that the audit has to find."
+            "with an attention mask of ones, as tokenizers add it, for which transformers sees one document: a leak that "
+            "the audit has to find."
         )
         lines += [
             "",
@@ -271,7 +274,7 @@ def _rates(rates: Mapping[str, Any], tokens: int) -> list[str]:
         "",
         "## Packing over the epoch, by learning rate",
         "",
-        f"LoRA, about {tokens:,} tokens, {updates}; {rates['seeds']} seeds, each with rows of its own. Losses on "
+        f"LoRA, about {tokens:,} tokens, updates: {updates}; {rates['seeds']} seeds, each with rows of its own. Losses on "
         f"{RATES_HELD_OUT} held-out rows,",
         "and the difference paired by seed with its 95% interval, bold where it excludes 0; positive is worse for `bfd`:",
         "",

@@ -22,7 +22,7 @@ def load(model: str = "") -> PreTrainedModel:
 
 
 def audit() -> dict[str, Any]:
-    """Audits flat batches, and boolean 4-D masks, which leak with eager attention: a control that must be found."""
+    """Audits flat batches, and such with an attention mask of ones, which leak: a control that must be found."""
     report = audit_model(load(), implementations=IMPLEMENTATIONS, layouts=LAYOUTS, modes=MODES, padding=False)
     keys = ("implementation", "layout", "mode", "verdict", "difference", "leak", "gradient_difference", "scale")
     return {"findings": [{key: getattr(finding, key) for key in keys} for finding in report.findings]}
