@@ -10,6 +10,7 @@ The threads that one process would compute with are divided among the ranks. The
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -29,7 +30,7 @@ from packtrain.compare.results import End, add_end, log_path
 from packtrain.recipe.recipe import Recipe
 
 WORKER = "packtrain.compare.worker"
-LOOKS = 1.0  # seconds between looks at the launcher
+LOOKS = 1.0  # seconds between looks at the parent
 CLOSING = 15  # seconds, less than torchrun leaves a rank to end
 
 
@@ -79,6 +80,7 @@ def launch(job: Job, worker: str = WORKER) -> None:
     Args:
         worker: the module that each rank runs, with the job's file as its argument.
     """
+    end_with_parent()
     talk_to(log_path(job.path))
     os.environ["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // job.ranks))
     with tempfile.TemporaryDirectory() as directory:
@@ -153,12 +155,15 @@ def read_failures(directory: Path) -> dict[int, Failure]:
     return {rank: Failure(**json.loads(file.read_text(encoding="utf-8"))) for rank, file in files.items()}
 
 
-def end_with_launcher() -> None:
-    """End this process when the one that started it is gone: torchrun, killed, leaves its ranks to themselves."""
-    parent = os.getppid()
+def end_with_parent() -> None:
+    """End this process when the one that started it is gone: the comparison, or torchrun, killed, ends nobody else.
+
+    A process that comes from a fork server learns it by the pipe that `multiprocessing` gives it: the server lives on.
+    """
+    comparison, parent = multiprocessing.parent_process(), os.getppid()
 
     def look() -> None:
-        while os.getppid() == parent:
+        while comparison.is_alive() if comparison else os.getppid() == parent:
             time.sleep(LOOKS)
         os._exit(1)
 

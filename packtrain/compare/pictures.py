@@ -28,7 +28,7 @@ def packing_pictures(comparison: Comparison) -> Iterator[str]:
             alt = f"{row.name}, first update: {len(layout)} micro-batches, "
             alt += f"{real:,} real of {computed:,} computed tokens"
             name, title = f"first-update-of-{slug(row.name)}", f"{row.name}: first update"
-            label = "tokens of a row; a block is a document, light is padding"
+            label = "tokens of a row; a block is a document, grey is padding"
             yield picture(layout, title=title, name=name, alt=alt, label=label)
 
 
@@ -55,7 +55,7 @@ def _tokens(layout: Layout) -> tuple[int, int]:
 
 
 def picture(layout: Layout, *, title: str, name: str, alt: str, label: str, group: str = "micro-batch") -> str:
-    """Draw the first micro-batches of an update: documents as coloured blocks, padding as the light rest of a row.
+    """Draw the first micro-batches of an update: documents as coloured blocks, padding as the grey rest of a row.
 
     Args:
         layout: for each micro-batch `width` (tokens of a row) and `rows` (lengths of the documents of each).

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogFormatter, MaxNLocator
 
 from packtrain.compare.comparison import PHASES, WAITING, Comparison, Row, window
 from packtrain.compare.drawing import COLOURS, LINES, alone, drawing, tick
@@ -169,7 +169,7 @@ def memory(comparison: Comparison) -> str | None:
         _bars(ax, rows, peaks, texts, comparison)
         ax.barh(_places(rows), before, color=COLOURS["card"], alpha=0.6, height=0.62)  # the bar's own hue, lighter
         ax.set_title(f"Peak memory of the {rows[0].memory_of}")
-        ax.set_xlabel(f"{name}; light: before the first update")
+        ax.set_xlabel(f"{name}; faint: before the first update")
     return drawn.svg
 
 
@@ -189,8 +189,9 @@ def lengths(comparison: Comparison) -> str | None:
         ax.bar(edges[:-1], counts, width=np.diff(edges), align="edge", color=COLOURS["phase2"], edgecolor="none")
         ax.set_xscale("log")
         ax.set_yscale("log")
-        ax.xaxis.set_major_formatter(FuncFormatter(tick))
-        ax.yaxis.set_major_formatter(FuncFormatter(tick))
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_formatter(FuncFormatter(tick))
+            axis.set_minor_formatter(LogFormatter())  # where it spans less than a power of ten: 20, not 2 x 10^1
         for key, dash in {"median": ":", "p99": "--", "max_length": "-.", "max_tokens": "-"}.items():
             ax.axvline(data[key], color=COLOURS["ink"], linewidth=1.3, linestyle=dash, label=f"{key} {data[key]:,.0f}")
         ax.set_title("Lengths of the examples")

@@ -89,8 +89,9 @@ def run_rounds(experiment: Experiment, directory: Path, say: Say, console: Conso
         for variant in experiment.variants
         if not _finished(run_path(directory, number, variant.name), number, variant.name)
     ]
+    runs = len(experiment.rounds) * len(experiment.variants)
     if todo:
-        say(describe(experiment))
+        say(describe(experiment, kept=runs - len(todo)))
     progress = Progress(experiment, todo, say, console)
     for number, variant in todo:
         if variant.name in failed:
@@ -104,19 +105,22 @@ def run_rounds(experiment: Experiment, directory: Path, say: Say, console: Conso
         progress.end(end)
 
 
-def describe(experiment: Experiment) -> str:
-    """Say what is compared, how often, and for how long."""
+def describe(experiment: Experiment, *, kept: int = 0) -> str:
+    """Say what is compared, how often, for how long, and how many runs of an earlier call are kept."""
     names, rounds = [variant.name for variant in experiment.variants], len(experiment.rounds)
     limits = {variant.recipe.training.get("max_steps", -1) for variant in experiment.variants}
     limit = limits.pop() if len(limits) == 1 and min(limits) > 0 else None
     text = f"comparing {', '.join(names)}: {rounds} round{'' if rounds == 1 else 's'}"
-    if limit is None:
-        return text
-    text += f", {limit:,} updates each"
-    asked = experiment.warmup_steps + experiment.measure_steps
-    if limit < asked:
-        timed = max(0, limit - experiment.warmup_steps)
-        text += f" (training.max_steps, fewer than the {asked:,} of warmup_steps + measure_steps; {timed:,} are timed)"
+    if limit is not None:
+        text += f", {limit:,} updates each"
+        asked = experiment.warmup_steps + experiment.measure_steps
+        if limit < asked:
+            timed = max(0, limit - experiment.warmup_steps)
+            text += (
+                f" (training.max_steps, fewer than the {asked:,} of warmup_steps + measure_steps; {timed:,} are timed)"
+            )
+    if kept:
+        text += f"; {kept} of {rounds * len(names)} runs {'is' if kept == 1 else 'are'} finished and kept"
     return text
 
 

@@ -278,7 +278,9 @@ def _updates(row: Row, reference: Row) -> Iterator[str]:
     if row.updates is None or not reference.updates:
         return
     if row.updates == reference.updates:
-        yield f"makes the same number of updates ({row.updates:,}) of other examples"
+        sizes = [f"{each.examples_per_update[1]:.3g}" for each in (row, reference) if each.examples_per_update]
+        other = f", of {sizes[0]} examples instead of {sizes[1]}" if len({*sizes}) == 2 else " of other examples"
+        yield f"makes the same number of updates ({row.updates:,}){other}"
     elif row.updates < reference.updates:
         yield f"makes {reference.updates / row.updates:.1f}x fewer updates ({row.updates:,} for {reference.updates:,})"
     else:

@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from packtrain.compare.experiment import with_settings
 from packtrain.compare.flops import training_flops
-from packtrain.compare.launcher import Job, end_with_launcher, reason_of, talk_to, write_failure
+from packtrain.compare.launcher import Job, end_with_parent, reason_of, talk_to, write_failure
 from packtrain.compare.measure import EvaluateHeldOut, Recorder, RunFailed, Timed, WriteUpdates
 from packtrain.compare.peers import as_peer, build_peer
 from packtrain.compare.ranks import gathered, merge_ends
@@ -53,6 +53,7 @@ class StopAfter(TrainerCallback):
 
 def work(job: Job) -> None:
     """Run a job in one process. Every end is written to the run file: a failure is a run that failed."""
+    end_with_parent()
     _prepare(log_path(job.path))
     writer = RunWriter(job.path)
     try:
@@ -65,7 +66,7 @@ def work(job: Job) -> None:
 
 def work_on_rank(file: Path) -> None:
     """Run the job in `file` as one of its ranks. Rank 0 writes the run file, and any that fails tells the launcher why."""
-    end_with_launcher()
+    end_with_parent()
     job, rank = Job.load(file), asked_rank()
     _prepare(log_path(job.path, rank))
     writer = RunWriter(job.path) if rank == 0 else None

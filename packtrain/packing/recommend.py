@@ -166,9 +166,12 @@ def _reasons(chosen: Modelled, modelled: dict[str, Modelled], lengths: np.ndarra
         low, mean, high = packer.examples
         difference = packer.cost / chosen.cost - 1
         saved = f"would save another {-difference:.0%}" if difference < -TIE else "would save nothing"
+        sizes = f"{low:,} examples" if low == high else f"{low:,} to {high:,} examples (mean {mean:,.0f})"
+        usual = f"{chosen.examples[1]:,.1f}".removesuffix(".0")
+        updates = f"{packer.updates:,} update{'' if packer.updates == 1 else 's'}"
         reasons.append(
-            f"packing the whole epoch ({PACKER}) {saved}, in {packer.updates:,} updates of {low:,} to {high:,} "
-            f"examples (mean {mean:,.0f}) instead of {chosen.updates:,} of {chosen.examples[1]:,.0f}"
+            f"packing the whole epoch ({PACKER}) {saved}, in {updates} of {sizes} "
+            f"instead of {chosen.updates:,} of {usual}"
         )
     return reasons
 

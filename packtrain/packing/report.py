@@ -184,7 +184,7 @@ def _notes(plan: Plan, spread: float) -> Iterator[str]:
     if plan.scope.strategy.pack_order == "cost":
         yield (
             "ranks are balanced, but their updates are not mixed as by a shuffle: "
-            f"its mean length varies {spread:.1f} times as much"
+            f"the mean length of an update varies {spread:.1f} times as much"
         )
     if isinstance(plan.scope, EpochScope) and plan.scope.packs_per_step < plan.world_size:
         packs, ranks = plan.scope.packs_per_step, plan.world_size

@@ -302,3 +302,4 @@ def test_fewer_updates_than_asked_are_said(tmp_path):
     text = describe(load_experiment(path, ["max_steps=8"]))
     assert "8 updates each (training.max_steps, fewer than the 12 of warmup_steps + measure_steps; 6 are timed)" in text
     assert describe(load_experiment(path)).endswith("3 rounds, 12 updates each")
+    assert describe(load_experiment(path), kept=4).endswith("12 updates each; 4 of 15 runs are finished and kept")

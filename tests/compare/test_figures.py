@@ -189,6 +189,18 @@ def test_over_seconds_what_is_left_out_of_many_is_named(tmp_path):
     )
 
 
+def test_few_examples_are_counted_in_plain_numbers(directory):
+    """An axis within a power of ten has its labels at minor ticks."""
+    data = {"examples": 42, "median": 12.0, "p99": 13.0, "max": 13, "max_length": 64, "max_tokens": 64}
+    comparison = read_comparison(directory)
+    comparison = replace(
+        comparison, manifest={**comparison.manifest, "data": {**data, "edges": [11, 12, 13, 14], "counts": [18, 20, 4]}}
+    )
+    axes = drawn(plots.lengths, comparison)["lengths"].axes[0]
+    labels = [text.get_text() for axis in (axes.xaxis, axes.yaxis) for text in axis.get_ticklabels(which="both")]
+    assert "20" in labels and all(re.fullmatch(r"[0-9]*k?", label) for label in labels)
+
+
 def test_nothing_of_a_figure_lies_outside(tmp_path):
     """With a long name in every place; an interval that goes on makes the longest label."""
     long = "my_package.packing:by_lengths"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -86,6 +87,7 @@ def test_killed_in_the_middle_it_continues(tmp_path):
     assert first.read_bytes() == kept and first.stat().st_mtime_ns == written
     runs = [line.split()[4] for line in said if line.startswith("run ")]
     assert runs in (["balanced", "padding_free"], ["padding_free"])
+    assert said[0].endswith(f"; {3 - len(runs)} of 3 runs {'is' if len(runs) == 2 else 'are'} finished and kept")
     comparison = read_comparison(out)
     assert [row.name for row in comparison.rows if row.updates] == ["pad_longest", "balanced", "padding_free"]
     assert comparison.row("padding_free").loss_difference < 1e-4
@@ -102,6 +104,33 @@ def test_killed_in_the_middle_it_continues(tmp_path):
     run_comparison(path, ["variants=[pad_longest]"], output_dir=out, restart=True, say=lambda line: None)
     assert [file.name for file in (out / "runs").iterdir()] == [first.name] and first.read_bytes() != kept
     assert (out / "notes.txt").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_alone_it_leaves_no_run_behind(tmp_path, how):
+    """A run that went on would share the processor, and its file, with those of the next call."""
+    path, out = write_experiment(tmp_path), tmp_path / "out"
+    options = ["--out", str(out), "--set", "num_train_epochs=1000", "--set", "eval_strategy=no"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "packtrain", "compare", str(path), *options],
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        part, deadline = out / "runs" / "00-pad_longest.part", time.monotonic() + 600
+        while not (part.exists() and part.read_text().count('"update"') > 2):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(how)  # to the comparison alone, not to the processes that it has started
+        assert process.wait() in (-how, 128 + how)
+        time.sleep(5)
+        size = part.stat().st_size
+        time.sleep(2)
+        assert part.stat().st_size == size  # control: a run that goes on writes each of its thousands of updates
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_two_comparisons_in_one_folder_do_not_mix_their_runs(tmp_path):

@@ -140,6 +140,16 @@ def test_max_steps_means_equal_updates():
     assert "(-10.0%, one seed)" in text
 
 
+def test_as_many_updates_of_more_examples_are_said():
+    """Under `max_steps` a packer's updates may be several times as large, and its loss lower for that alone."""
+    manifest = make_manifest([*OURS, BFD])
+    for variant in manifest["variants"]:
+        variant["ends_with_reference"] = "updates"
+    larger = runs_of("bfd", 240.0, 244.8, 235.2, examples=32)
+    (text,) = [s.text for s in verdict(summarise(manifest, [*REFERENCE, *larger])) if s.topic == "packing"]
+    assert "makes the same number of updates (6), of 32 examples instead of 8; after the same updates" in text
+
+
 PACKER = "trl:packing_bfd"
 SDPA = f"Without flash-attention, the kernel for flat batches, `{PACKER}` ran with sdpa."
 

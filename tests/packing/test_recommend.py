@@ -36,6 +36,13 @@ def test_equal_lengths_need_no_packing():
     assert "no other layout would save enough" in "\n".join(found.lines())
 
 
+def test_updates_that_are_all_as_large_are_no_range():
+    """Under room for all examples a pack is the epoch; control: packs that differ have a range."""
+    text = "\n".join(recommended(np.full(42, 10), examples_per_step=12).lines())
+    assert "in 1 update of 42 examples instead of 4 of 10.5" in text
+    assert " examples (mean " in "\n".join(recommended(LONG_TAIL).lines())
+
+
 def test_many_small_micro_batches_cost_time():
     """Where hardly two rows fit, padding has next to no filler, and more micro-batches than needed."""
     lengths = np.random.default_rng(0).integers(98, 103, 2000)
