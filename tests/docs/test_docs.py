@@ -42,7 +42,9 @@ PLACEHOLDERS = {"RECIPE", "MODEL", "NAME", "MODEL_OR_RECIPE"}
 def of(*languages: str) -> list:
     """The blocks in one of these languages, as parameters of a test; those of the walk are run by a test of their own."""
     found = [(page, block) for page, block in BLOCKS if block.language in languages]
-    return [pytest.param(block, id=f"{page}:{block.line}") for page, block in found if not block.mark.startswith("walk")]
+    return [
+        pytest.param(block, id=f"{page}:{block.line}") for page, block in found if not block.mark.startswith("walk")
+    ]
 
 
 # Commands
