@@ -194,7 +194,10 @@ def test_what_others_could_not_load_is_refused(folder, capsys):
     assert code == 2 and "is a checkpoint" in said
     code, _, said = push(capsys, "org/name", "me/model", "--dry-run")
     assert code == 2 and "is not a folder" in said
-    for command in (["push", str(folder.parent / "base"), "me/model"], ["generate", str(folder.parent / "base")]):
+    for command in (
+        ["push", str(folder.parent / "base"), "me/model"],
+        ["generate", str(folder.parent / "base"), "--prompt", "x"],
+    ):
         with pytest.raises(SystemExit) as ended:  # an empty folder, as of a run that never began
             main(command)
         assert ended.value.code == 2 and "holds neither a run nor a model" in capsys.readouterr().err
