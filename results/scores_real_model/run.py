@@ -14,7 +14,7 @@ run on fewer rows makes fewer updates: that is what pruning saves.
 Runs are spread over a few processes with one thread each, and their results are kept in `out/`: a study that was stopped, or
 whose minutes are over, goes on behind them. Sizes that have not been finished for all seeds are not on the page.
 
-Writes `results/scores_real_model/bench.json` and `README.md`.
+Writes `results/scores_real_model/bench.json`, `README.md` and, where matplotlib is installed, `choices.png`.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from rich.console import Console
 from scipy.stats import spearmanr
 
 from packtrain.compare.statistics import Ratio, paired_ratio
+from packtrain.objectives.masked_diffusion.pictures import pyplot
 from packtrain.objectives.task import load_task
 from packtrain.recipe.recipe import Recipe
 from packtrain.recipe.sections import SCORES
@@ -235,7 +236,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         cells = [kept, pruned.split(" ")[0], f"{row['rows']:.0f}", f"{row['tokens']:,.0f}", f"{row['mean']:.4f}"]
         cells += [percent(Ratio(**row["ratio"])) if row["ratio"] else "", percent(Ratio(**row["to_full"]))]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", *_words(found["choices"])]
+    lines += ["", *_words(found["choices"]), "", "![held-out losses next to the random choice](choices.png)"]
     ranks = [
         f"{name} {mean:+.2f} ({low:+.2f} to {high:+.2f})" for name, (mean, low, high) in found["correlations"].items()
     ]
@@ -263,6 +264,25 @@ def _words(choices: Figures) -> list[str]:
     return [text, *([f"Not finished yet: the choices without {' and '.join(missing)} of the rows."] if missing else [])]
 
 
+def draw(choices: Figures, path: Path) -> None:
+    """Draws what each choice by a score loses or gains next to the random one of its size, with intervals."""
+    rows = {name: Ratio(**row["ratio"]) for name, row in choices.items() if row["ratio"]}
+    if not rows or (plt := pyplot()) is None:
+        return
+    figure, axis = plt.subplots(figsize=(6.2, 0.4 * len(rows) + 1.2))
+    for place, ratio in enumerate(rows.values()):
+        ends = [100 * (end - 1) for end in (ratio.low or ratio.estimate, ratio.high or ratio.estimate)]
+        axis.plot(ends, [place, place], color="tab:blue")
+        axis.plot(100 * (ratio.estimate - 1), place, marker="o", color="tab:blue")
+    axis.axvline(0, color="grey", linewidth=1)
+    axis.set_yticks(range(len(rows)), list(rows))
+    axis.invert_yaxis()
+    axis.set_xlabel("% more loss than a random choice")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=SEEDS, help=f"default {SEEDS}")
@@ -283,6 +303,7 @@ def main() -> None:
         )
     result = origin("scores_real_model") | {"found": summarise(found), "runs": _small(found)}
     store(args.out, result, markdown(result), depth=3)
+    draw(result["found"]["choices"], args.out / "choices.png")
     print(markdown(result))
 
 
