@@ -307,7 +307,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         cells = [kept, f"{pruned.split('%')[0]}%", f"{row['mean_length']:.0f}", f"{row['mean']:.4f}"]
         cells += ["" if kept == RANDOM else percent(Ratio(**row["ratio"])), percent(Ratio(**row["to_full"]))]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", *_words(found), "", "Rank correlations (Spearman) over the pool, a mean over seeds and their range"]
+    lines += ["", *in_words(found), "", "Rank correlations (Spearman) over the pool, a mean over seeds and their range"]
     lines[-1] += f"; SmolLM2-135M-Instruct over {real['rows']} rows of it:" if real else ":"
     lines += ["", "| | small model | SmolLM2-135M-Instruct |", "|---|---:|---:|"]
     for name, (mean, low, high) in found["correlations"].items():
@@ -335,12 +335,12 @@ def markdown(result: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *origin_lines(result, "torch", "transformers")])
 
 
-def _words(found: Mapping[str, Any]) -> list[str]:
+def in_words(found: Mapping[str, Any]) -> list[str]:
     """Says how many choices beat a random one, how many lose to it, and which sizes are missing."""
     ratios = [Ratio(**row["ratio"]) for name, row in found["choices"].items() if not name.startswith(RANDOM)]
     better, worse = sum(ratio.below_one for ratio in ratios), sum(ratio.above_one for ratio in ratios)
     missing = [f"{pruned}%" for pruned in PRUNED if name_of(RANDOM, None, pruned) not in found["choices"]]
-    unfinished = [f"Not finished in the time given: the choices without {' and '.join(missing)} of the rows."]
+    unfinished = [f"Not finished yet: the choices without {' and '.join(missing)} of the rows."]
     text = (
         f"Of {len(ratios)} choices by a score, {better} are better than the random one of their size and {worse} worse."
     )
@@ -364,7 +364,7 @@ def main() -> None:
     found = study(ROOT / "out" / "scores", kept, args.seeds, args.updates, args.real_rows, args.minutes)
     if not compare_runs(found["runs"]):
         sys.exit("error: no size is finished\n    fix: the same command goes on where it stopped")
-    result = origin("scores") | {"found": summarise(found), "runs": _small(found["runs"])}
+    result = origin("scores") | {"found": summarise(found), "runs": without_rows(found["runs"])}
     store(args.out, result, markdown(result), depth=3)
     if len(result["found"]["choices"]) == len(PRUNED) * len(CHOICES):  # else the same command goes on
         kept.finish()
@@ -372,7 +372,7 @@ def main() -> None:
     print(markdown(result))
 
 
-def _small(runs: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:
+def without_rows(runs: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:
     """Leaves out what is of single rows."""
     return {
         seed: {

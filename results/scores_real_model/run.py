@@ -50,22 +50,18 @@ from packtrain.training.scoring import score
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, as results/ is not installed
 from results.page import RESULTS, Kept, limits, origin, origin_lines, percent, store
 from results.real_model.prepare import MODEL, ROOT, missing
+from results.scores.run import FULL, PRUNED, RANDOM, in_words, name_of, without_rows
 
 GSM8K = Path(os.environ.get("PACKTRAIN_GSM8K", ROOT.parent / "shared/data/gsm8k/train.jsonl"))
 HELD_OUT, POOL, SEEDS, EXAMPLES, RATE = 24, 40, 5, 4, 1e-3  # rows; rows; seeds; examples of an update; learning rate
 LAYERS = list(range(20, 30))
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
         "layers_to_transform": LAYERS}  # fmt: skip
-FULL, RANDOM, SCORED = "all rows", "random", "scores"
+SCORED = "scores"
 AMOUNTS, PAIRS = ("rows", "tokens", "updates"), (("perplexity", "length"), ("el2n", "length"), ("perplexity", "el2n"))
-PRUNED, CHOICES = (50, 30, 10), (("el2n", "high"), ("perplexity", "middle"), (RANDOM, None))
+CHOICES = (("el2n", "high"), ("perplexity", "middle"), (RANDOM, None))
 Figures = Mapping[str, Mapping[str, Any]]
 Run = tuple[str, int, dict[str, Any] | None]  # name, seed, `data.keep`
-
-
-def name_of(by: str, which: str | None, pruned: int) -> str:
-    """Names a choice: `el2n high, 30% pruned`."""
-    return f"{by}{f' {which}' if which else ''}, {pruned}% pruned"
 
 
 def write_rows(folder: Path, seed: int, pool: int) -> None:
@@ -236,7 +232,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         cells = [kept, pruned.split(" ")[0], f"{row['rows']:.0f}", f"{row['tokens']:,.0f}", f"{row['mean']:.4f}"]
         cells += [percent(Ratio(**row["ratio"])) if row["ratio"] else "", percent(Ratio(**row["to_full"]))]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", *_words(found["choices"]), "", "![held-out losses next to the random choice](choices.png)"]
+    lines += ["", *in_words(found), "", "![held-out losses next to the random choice](choices.png)"]
     ranks = [
         f"{name} {mean:+.2f} ({low:+.2f} to {high:+.2f})" for name, (mean, low, high) in found["correlations"].items()
     ]
@@ -251,17 +247,6 @@ def markdown(result: Mapping[str, Any]) -> str:
         "All seeds share the model and the held-out rows. One in twenty intervals excludes 0 by chance."
     )
     return "\n".join([*lines, *origin_lines(result, "torch", "transformers", "peft")])
-
-
-def _words(choices: Figures) -> list[str]:
-    """Says how many choices beat a random one, how many lose to it, and which sizes are missing."""
-    ratios = [Ratio(**row["ratio"]) for row in choices.values() if row["ratio"]]
-    better, worse = sum(ratio.below_one for ratio in ratios), sum(ratio.above_one for ratio in ratios)
-    missing = [f"{pruned}%" for pruned in PRUNED if name_of(RANDOM, None, pruned) not in choices]
-    text = (
-        f"Of {len(ratios)} choices by a score, {better} are better than the random one of their size and {worse} worse."
-    )
-    return [text, *([f"Not finished yet: the choices without {' and '.join(missing)} of the rows."] if missing else [])]
 
 
 def draw(choices: Figures, path: Path) -> None:
@@ -301,19 +286,10 @@ def main() -> None:
         sys.exit(
             "error: not even the runs on all rows are finished\n    fix: the same command goes on where it stopped"
         )
-    result = origin("scores_real_model") | {"found": summarise(found), "runs": _small(found)}
+    result = origin("scores_real_model") | {"found": summarise(found), "runs": without_rows(found)}
     store(args.out, result, markdown(result), depth=3)
     draw(result["found"]["choices"], args.out / "choices.png")
     print(markdown(result))
-
-
-def _small(found: Figures) -> dict[str, Any]:
-    """Leaves out what is of single rows."""
-    return {
-        name: {seed: {key: value for key, value in figures.items() if not isinstance(value, list | dict)}
-               for seed, figures in of_name.items()}
-        for name, of_name in found.items()
-    }  # fmt: skip
 
 
 if __name__ == "__main__":
