@@ -58,6 +58,11 @@ KEYS: dict[str, Any] = {
     "measure_steps": Positive,
 }
 DEFAULTS: dict[str, Any] = {"set": {}, "seeds": [42], "repeats": 3, "ranks": 1, "warmup_steps": 2, "measure_steps": 10}
+REQUIRED = {
+    "base": "name the recipe that every variant begins with; a recipe itself is compared by `packtrain compare RECIPE`",
+    "reference": "name the variant that the others are compared with",
+    "variants": "list at least two, for example [pad_longest, balanced]",
+}
 STREAMED = "is not compared: other trainers take rows that are counted and tokenised"
 MEANINGS = {  # of the keys
     "base": "the recipe that every variant begins with, relative to this file",
@@ -297,9 +302,9 @@ def _read_settings(source: Source) -> dict[str, Any]:
     if not source.problems and len(set(settings["seeds"])) < len(settings["seeds"]):
         fix = "name each seed once; repeats: 2 makes two rounds of every seed"
         _problem(source, "seeds", "has a seed twice, which would count one run as two", settings["seeds"], fix=fix)
-    for key in ("base", "reference", "variants"):
+    for key, fix in REQUIRED.items():
         if key not in tree:
-            _problem(source, key, "is missing")
+            _problem(source, key, "is missing", fix=fix)
     if source.problems:
         raise RecipeError(source.problems)
     return settings

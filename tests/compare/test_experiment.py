@@ -206,6 +206,18 @@ def test_what_is_wrong_is_said(tmp_path, changes, expected):
     assert expected in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("key", "fix"), [("base", "compare RECIPE"), ("reference", "the variant"), ("variants", "[pad_")]
+)
+def test_a_key_that_is_needed_and_not_there_has_a_fix(tmp_path, key, fix):
+    file = write_experiment(tmp_path)
+    file.write_text("".join(line for line in file.open() if not line.startswith(f"{key}:")))
+    with pytest.raises(RecipeError) as caught:
+        load_experiment(file)
+    (problem,) = caught.value.problems
+    assert problem.key == key and problem.what == "is missing" and fix in problem.fix
+
+
 def test_a_name_that_stands_twice_is_said_once(tmp_path):
     with pytest.raises(RecipeError) as caught:
         load_experiment(write_experiment(tmp_path, variants=["pad_longest", "balanced", "balanced"]))
