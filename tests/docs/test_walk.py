@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-import runpy
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,21 @@ import pytest
 from packtrain.cli import main
 from tests.docs.markdown import ROOT, blocks, commands
 from tests.docs.test_docs import missing_lines
+
+
+def run(line: str, capsys) -> tuple[str, bool]:
+    """Runs a line of a shell, and returns what it prints and whether it fails; packtrain alone, in this process."""
+    if line.startswith("packtrain ") and not set("|>") & set(line):
+        (words,) = commands(line)
+        with pytest.raises(SystemExit) as ended:
+            main(words[1:])
+        said = capsys.readouterr()
+        return said.out + said.err, bool(ended.value.code)
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    ended = subprocess.run(
+        ["bash", "-c", line], capture_output=True, text=True, env=os.environ | {"PATH": path}, timeout=240
+    )
+    return ended.stdout + ended.stderr, bool(ended.returncode)
 
 
 @pytest.mark.ci
@@ -26,20 +43,41 @@ def test_the_walk_leads_from_rows_to_an_answer(tmp_path, monkeypatch, capsys):
         name = block.mark.partition(": ")[2]
         if name:
             Path(name).write_text(block.code, encoding="utf-8")
-            if name.endswith(".py"):
-                runpy.run_path(name)
         elif block.language == "bash":
-            for words in commands(block.code):
-                with pytest.raises(SystemExit) as ended:
-                    main(words[1:])
-                said = capsys.readouterr()
-                assert bool(ended.value.code) == (block.mark == "walk fails"), (words, said.err)
-                printed, verbs = said.out + said.err, [*verbs, words[1]]
+            printed = ""
+            for line in block.code.replace("\\\n", " ").splitlines():
+                said, failed = run(line, capsys)
+                assert failed == (block.mark == "walk fails"), (line, said)
+                printed, verbs = printed + said, [*verbs, line.split()[1]]
         else:
             assert missing_lines(block.code, printed) == [], f"line {block.line}"
-    order = ["show", "plan", "prepare", "train", "evaluate", "generate", "train", "merge", "generate", "push"]
+    order = [
+        "rows.py",
+        "show",
+        "plan",
+        "prepare",
+        "train",
+        "evaluate",
+        "generate",
+        "train",
+        "merge",
+        "generate",
+        "push",
+    ]
     order += ["train"] * 3 + ["evaluate", "train", "train", "compare", "report", "report", "train"]
-    assert verbs == order
+    order += [
+        "train",
+        "told.py",
+        "attached.py",
+        "stock.py",
+        "compare",
+        "generate",
+        "answers.jsonl",
+        "-v",
+        "show",
+        "train",
+    ]
+    assert verbs == [*order, "--show-completion"]
     assert {path.suffix for path in Path("figures").iterdir()} >= {".svg", ".png", ".csv", ".tex"}
     evaluations = Path("out/watched/samples.jsonl").read_text().splitlines()
     assert 2 < len(evaluations) < 9, "it stopped before the end"
