@@ -26,7 +26,7 @@ def find_shipped(name: str | Path, folder: str, *, kind: str, below: str = "") -
         below: a folder in `folder` whose files have names, too (`compare`).
 
     Raises:
-        PacktrainError: there is none; names the nearest one, or all.
+        PacktrainError: there is none; names the nearest one, a file next to it first, or all.
     """
     given, path = str(name), Path(name)
     if path.is_file():
@@ -37,7 +37,8 @@ def find_shipped(name: str | Path, folder: str, *, kind: str, below: str = "") -
         if candidate.is_file():
             return candidate
     known = sorted({file.stem for place in folders for file in place.glob("*.yaml")})
-    near = did_you_mean(path.stem, known)
+    beside = {file.stem: str(file) for file in path.parent.glob("*.yaml")}
+    near = beside.get(did_you_mean(path.stem, beside) or "") or did_you_mean(path.stem, known)
     fix = f"did you mean {near}?" if near else f"give a path, or one of {', '.join(known)}"
     raise PacktrainError(f"there is no such {kind}", value=given, fix=fix)
 

@@ -533,6 +533,10 @@ def test_secrets_are_refused_and_not_shown(tmp_path, key):
 
 def test_unreadable_files(tmp_path):
     assert "no such recipe" in str(problems(tmp_path / "absent.yaml"))
+    write(tmp_path, GOOD).rename(tmp_path / "my_run.yaml")
+    for name, meant in {"my_run.yam": str(tmp_path / "my_run.yaml"), "sft_lore": "sft_lora"}.items():
+        assert f"did you mean {meant}?" in str(problems(tmp_path / name))
+    assert "give a path" in str(problems(tmp_path / "absent.yaml"))
     assert "Is a directory" in str(problems(tmp_path))
     binary = tmp_path / "binary.yaml"
     binary.write_bytes(b"model: \xff\xfe")
