@@ -15,12 +15,16 @@ def merge(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where to write the merged model; must be empty.")],
     dtype: DtypeName = "auto",
 ) -> None:
-    """Merge a LoRA adapter into its model, and write one ordinary model.
+    """Merge a LoRA adapter into its model, and write one ordinary model with the adapter's model card.
 
     The merged model is read back, and its logits are compared with those of the model with its adapter.
     """
     from packtrain.generation.merging import merge as run
-    from packtrain.generation.trained import load_trained
+    from packtrain.generation.trained import find_model, load_trained
+    from packtrain.training.model_card import write_merged_card
 
     difference = run(load_trained(target, dtype=dtype_of(dtype)), out)
+    _, folder = find_model(target)
+    if folder is not None:
+        write_merged_card(folder, out)
     print(f"wrote {out}; its logits differ by {difference:.1e} of the largest from those with the adapter")

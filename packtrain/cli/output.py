@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TextIO
@@ -19,6 +20,7 @@ from rich.text import Text
 from packtrain.errors import PacktrainError
 
 NARROWEST_NAME = 12  # characters of a line of a name in a table, where the terminal is narrow
+_ARGUMENTS = re.compile(r"\b(resume|overwrite|allow_changes)=True\b")
 logger = logging.getLogger(__name__)
 
 
@@ -60,9 +62,18 @@ class LastingOutput(io.TextIOBase):
 
 def print_error(error: PacktrainError, head: str = "error") -> None:
     """Prints an error on stderr: `error: what is wrong`, and below it how to fix it."""
-    message = Text.assemble((f"{head}: ", "bold red"), str(error))
+    message = Text.assemble((f"{head}: ", "bold red"), with_options(str(error)))
     message.highlight_regex(r"(?m)^\s+fix: ", "bold green")
     Console(stderr=True).print(message, soft_wrap=True)
+
+
+def with_options(message: str) -> str:
+    """Names options of the command line in the place of the arguments of `packtrain.train`, by which errors name them.
+
+    >>> with_options("continue it with resume=True, replace it with overwrite=True")
+    'continue it with --resume, replace it with --overwrite'
+    """
+    return _ARGUMENTS.sub(lambda found: "--" + found[1].replace("_", "-"), message)
 
 
 @dataclass(frozen=True)

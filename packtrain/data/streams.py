@@ -286,7 +286,7 @@ class Tables(_InOrder):
                 table = next(tables, None)
             except Exception as error:  # network, a damaged file: its message says which
                 what = f"cannot be read any further: {type(error).__name__}: {first_line(error)}"
-                fix = "check the network and the file, and continue with --resume"
+                fix = "check the network and the file, and continue with resume=True"
                 raise DataError(what, where=f"{self.label}, from row {row} on", fix=fix) from error
             if table is None:
                 return

@@ -8,7 +8,8 @@ Qwen/Qwen3-0.6B           a model of the Hub
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from packtrain.modeling.hub import explained
 from packtrain.modeling.loading import load_config, load_model
 from packtrain.modeling.tokenizer import load_tokenizer
 from packtrain.modeling.trained_on import check_base, read_trained_on
+from packtrain.recipe.fields import did_you_mean
 from packtrain.recipe.reader import load_recipe
 from packtrain.recipe.recipe import Recipe
 from packtrain.recipe.sections import Dtype, ModelSection
@@ -84,24 +86,53 @@ def load_trained(
     name = str(directory or target)
     section = recipe.model if recipe is not None else ModelSection(model_name_or_path=name)
     own = ModelSection(model_name_or_path=name, trust_remote_code=section.trust_remote_code, dtype=dtype)
-    tokenizer = load_tokenizer(own)
-    if directory is not None and (directory / _ADAPTER).is_file():
-        model = _load_base(directory, recipe, tokenizer, dtype)
-        if not base:
-            model = _with_adapter(model, directory)
-    elif base:
-        if recipe is None or section.model_name_or_path is None:
-            what = (
-                "has no base: it was trained from scratch" if recipe else "is not a run or an adapter, and has no base"
-            )
-            raise ModelError(what, key="--base", value=str(target), fix="leave --base out")
-        model = _load_first(section, tokenizer, dtype)
-    else:
-        model = _load(own, tokenizer)
+    with _told_of(str(target), directory):
+        tokenizer = load_tokenizer(own)
+        if directory is not None and (directory / _ADAPTER).is_file():
+            model = _load_base(directory, recipe, tokenizer, dtype)
+            if not base:
+                model = _with_adapter(model, directory)
+        elif base:
+            if recipe is None or section.model_name_or_path is None:
+                what = (
+                    "has no base: it was trained from scratch"
+                    if recipe
+                    else "is not a run or an adapter, and has no base"
+                )
+                raise ModelError(what, key="--base", value=str(target), fix="leave --base out")
+            model = _load_first(section, tokenizer, dtype)
+        else:
+            model = _load(own, tokenizer)
     model.config.use_cache = True
     model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
     known = read_trained_on(name)
     return Trained(model=model.eval(), tokenizer=tokenizer, recipe=recipe, prompts=known.prompts if known else ())
+
+
+@contextmanager
+def _told_of(target: str, directory: Path | None) -> Iterator[None]:
+    """Names what was asked for in the errors of loading, which name the key of a recipe.
+
+    Args:
+        directory: of the model; None for a name on the Hub, or of a folder that is not there.
+    """
+    try:
+        yield
+    except ModelError as error:
+        if error.key == "model.model_name_or_path":
+            if error.value in (target, str(directory)):
+                error.key = "RUN_OR_MODEL"
+            else:
+                error.where, error.key = f"the base of {target}", None
+        if directory is None and error.what.startswith(("is neither", "is not in the local cache")):
+            folder = Path(target)
+            near = did_you_mean(folder.name, (path.name for path in folder.parent.glob("*") if path.is_dir()))
+            names, more = "name the output_dir of a run, the folder of a model, or a model of the Hub", error.fix
+            if error.what.startswith("is not"):
+                error.what = f"is not a folder here, and as a model of the Hub it {error.what}"
+                more = "the Hub's are fetched once, with a connection"
+            error.fix = f"did you mean {folder.with_name(near)}?" if near else f"{names}; {more}"
+        raise
 
 
 def is_chat(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> bool:

@@ -67,7 +67,7 @@ def _stream(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, StreamedExamples, 
 def refuse_streaming(recipe: Recipe, why: str) -> None:
     """Raises DataError where the recipe streams its rows, which whoever calls this can't do, and says why."""
     if recipe.data.streaming:
-        fix = "add `--set data.streaming=false`, which tokenises all rows and stores them"
+        fix = "set `data.streaming: false`, which tokenises all rows and stores them"
         raise DataError(why, key="data.streaming", value=True, fix=fix)
 
 

@@ -220,7 +220,7 @@ def resolve_strategy(name: str) -> Strategy:
         near = did_you_mean(name, STRATEGIES)
         raise PlanError(
             "there is no such strategy",
-            key="batching.strategy",
+            key="strategy",
             value=name,
             fix=(f"did you mean {near!r}? " if near else "")
             + f"Known: {', '.join(STRATEGIES)}; or my_package.my_module:function; "
@@ -231,18 +231,19 @@ def resolve_strategy(name: str) -> Strategy:
     except (ImportError, AttributeError) as error:
         raise PlanError(
             f"could not import the strategy: {error}",
-            key="batching.strategy",
+            key="strategy",
             value=name,
             fix="name an importable function as my_package.my_module:function",
         ) from error
     if isinstance(found, Strategy):
         return found if found in STRATEGIES.values() else checked(found, name)
     if not callable(found):
-        raise PlanError("is not a function", key="batching.strategy", value=name)
+        fix = "name a function of (lengths, capacity, key), which returns lists of indices, or a Strategy"
+        raise PlanError("is not a function", key="strategy", value=name, fix=fix)
     if not _takes_lengths(found):  # `os:system`, say, which would be called
         what = "is not a function of (lengths, capacity, key)"
         fix = "name a function with these three arguments, which returns lists of indices, or a Strategy"
-        raise PlanError(what, key="batching.strategy", value=name, fix=fix)
+        raise PlanError(what, key="strategy", value=name, fix=fix)
     return checked(Strategy(function=found, by_order=True), name)
 
 
@@ -279,12 +280,12 @@ def checked(rule: Strategy, name: str) -> Strategy:
             tokens = lengths[packs.items]
         sums = np.add.reduceat(np.append(tokens, 0), packs.offsets[:-1]) if len(packs) else np.zeros(0, np.int64)
         if len(sums) and sums.max() > capacity:  # no listed pack is empty
-            raise PlanError(
-                f"the strategy {name!r} made a pack of {sums.max()} tokens, more than the capacity of {capacity}"
-            )
+            what = f"the strategy {name!r} made a pack of {sums.max()} tokens, more than the capacity of {capacity}"
+            raise PlanError(what, fix="begin another pack where `lengths` add up to more than `capacity`")
         most = more.get("max_documents")
         if most and len(packs) and (held := int(np.diff(packs.offsets).max())) > most:
-            raise PlanError(f"the strategy {name!r} made a pack of {held} documents, more than max_documents = {most}")
+            what = f"the strategy {name!r} made a pack of {held} documents, more than max_documents = {most}"
+            raise PlanError(what, fix="begin another pack after `max_documents` examples")
         return found
 
     @functools.wraps(function)
@@ -327,8 +328,13 @@ def _check_indices(items: np.ndarray, number: int, name: str) -> None:
         return
     times = np.bincount(items[(items >= 0) & (items < number)], minlength=number)
     wrong = np.flatnonzero(times != 1)
-    what = f"index {wrong[0]} occurs {times[wrong[0]]} times" if len(wrong) else "an index is out of range"
-    raise PlanError(f"the strategy {name!r} must place each example exactly once, but {what}")
+    beyond = items[(items < 0) | (items >= number)]
+    what = f"index {wrong[0]} occurs {times[wrong[0]]} times" if len(wrong) else ""
+    fix = f"return every index from 0 to {number - 1} in exactly one pack"
+    if len(beyond):
+        what = f"index {beyond[0]} is not one of them"
+        fix = f"return indices into `lengths`, from 0 to {number - 1}, and not the lengths themselves"
+    raise PlanError(f"the strategy {name!r} must place each example exactly once, but {what}", fix=fix)
 
 
 def _tokens_of_pieces(items: np.ndarray, lengths: np.ndarray, name: str) -> np.ndarray:

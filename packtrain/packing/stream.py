@@ -28,7 +28,7 @@ import torch
 import torch.distributed
 from torch.utils.data import IterableDataset, get_worker_info
 
-from packtrain.errors import DataError, PlanError
+from packtrain.errors import CheckpointError, DataError, PlanError
 from packtrain.packing.collator import Batch, PackCollator
 
 
@@ -95,8 +95,17 @@ class Stream:
         return {"rows_read": self._read, "waiting": list(self._waiting)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Makes the next iteration continue where `state_dict` was taken."""
-        self._read, self._waiting = int(state["rows_read"]), [int(number) for number in state["waiting"]]
+        """Makes the next iteration continue where `state_dict` was taken.
+
+        Raises:
+            CheckpointError: it is no such state.
+        """
+        try:
+            read, waiting = int(state["rows_read"]), [int(number) for number in state["waiting"]]
+        except (KeyError, TypeError, ValueError) as error:
+            fix = "give what `state_dict` has returned, as it was stored with the checkpoint"
+            raise CheckpointError("is not the state of a stream", key="state", value=state, fix=fix) from error
+        self._read, self._waiting = read, waiting
 
     def __iter__(self) -> Iterator[list[list[tuple[int, Any]]]]:
         source = self._resumed()
@@ -134,14 +143,22 @@ class Stream:
         return chosen
 
     def _resumed(self) -> Iterator[tuple[int, int, Any]]:
-        """Yields (number, length, row) of those that wait, and of all that were not read yet."""
-        first = min(self._waiting, default=self._read)
+        """Yields (number, length, row) of those that wait, and of all that were not read yet.
+
+        Raises:
+            DataError: there are fewer rows than were read before: the state is that of others.
+        """
+        first = min(self._waiting, default=max(self._read - 1, 0))  # the last one that was read is still there
         skip = getattr(self.rows, "skip", None)  # of datasets.IterableDataset
         rows = skip(first) if first and skip is not None else islice(self.rows, first, None)
-        again = set(self._waiting)
+        again, read = set(self._waiting), self._read
+        number = first - 1
         for number, row in enumerate(rows, start=first):
-            if number >= self._read or number in again:
+            if number >= read or number in again:
                 yield number, self._length(number, row), row
+        if number + 1 < read:
+            what = f"end before row {read - 1}, which was read when the state was taken"
+            raise DataError(what, key="rows", fix="give the rows, in their order, that the state is of")
 
     def _length(self, number: int, row: Any) -> int:
         try:

@@ -106,7 +106,7 @@ class StreamedPlan:
                     f"step {step} needs {needed} micro-batches of {scope.max_tokens} tokens per rank",
                     key="training.gradient_accumulation_steps",
                     value=micro_steps,
-                    fix=f"continue with --resume --allow-changes and a higher number; {self.enough} always suffice",
+                    fix=f"continue with resume=True, allow_changes=True and a higher number; {self.enough} always suffice",
                 )
         parts = scope.micro_batches(epoch, index, micro_steps, self.world_size)
         return [replace(part, example_ids=part.example_ids + block.start.example) for part in parts]

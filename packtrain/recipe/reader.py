@@ -35,12 +35,17 @@ _REQUIRED = {
 }
 
 _PER_UPDATE, _PER_MICRO_BATCH = "the examples of one update over all devices", "the most tokens of one micro-batch"
+_SAME_EXAMPLES = "it does not change which examples an update has"
 # What other trainers, or older releases, call it -> (our key, what to know about it).
 _OTHER_WORDS = {
     "batch_size": ("batching.examples_per_step", _PER_UPDATE),
     "train_batch_size": ("batching.examples_per_step", _PER_UPDATE),
     "micro_batch_size": ("batching.max_tokens", _PER_MICRO_BATCH),
     "packing": ("batching.strategy", "`packtrain plan RECIPE --all` compares them"),
+    "seq_length": ("data.max_length", ""),
+    "seq_len": ("data.max_length", ""),
+    "cutoff_len": ("data.max_length", ""),
+    "model_max_length": ("data.max_length", ""),
     "max_seq_length": ("data.max_length", ""),
     "max_seq_len": ("data.max_length", ""),
     "sequence_len": ("data.max_length", ""),
@@ -49,15 +54,51 @@ _OTHER_WORDS = {
     "interleave_probs": ("data.mixture", "each source with its `weight`"),
     "mix_strategy": ("data.mixture", "each source with its `weight`"),
     "dataset_name": ("data.path", ""),
+    "dataset_path": ("data.path", ""),
+    "data_path": ("data.path", ""),
+    "train_file": ("data.path", ""),
     "base_model": ("model.model_name_or_path", ""),
+    "model_name": ("model.model_name_or_path", ""),
+    "model_path": ("model.model_name_or_path", ""),
     "torch_dtype": ("model.dtype", ""),
+    "load_in_4bit": ("model.quantization", "{load_in_4bit: true}"),
+    "load_in_8bit": ("model.quantization", "{load_in_8bit: true}"),
     "lr": ("training.learning_rate", ""),
+    "grad_accum": ("training.gradient_accumulation_steps", _SAME_EXAMPLES),
+    "gradient_accumulation": ("training.gradient_accumulation_steps", _SAME_EXAMPLES),
+    "optimizer": ("training.optim", ""),
     "epochs": ("training.num_train_epochs", ""),
     "num_epochs": ("training.num_train_epochs", ""),
     "warmup_ratio": ("training.warmup_steps", "below 1 it is a share of all steps"),
     "no_cuda": ("training.use_cpu", ""),
+    "peft": ("lora", "a section"),
+    "peft_config": ("lora", "a section"),
     "lora_r": ("lora.r", ""),
+    "lora_rank": ("lora.r", ""),
+    "lora_target": ("lora.target_modules", ""),
     "lora_target_modules": ("lora.target_modules", ""),
+}
+
+# What other trainers call the keys of one section, under names that mean something else elsewhere.
+_OTHER_WORDS_OF: dict[str, dict[str, tuple[str, str]]] = {
+    "model": {
+        "name": ("model.model_name_or_path", ""),
+        "path": ("model.model_name_or_path", ""),
+        "model": ("model.model_name_or_path", ""),
+    },
+    "data": {
+        "file": ("data.path", ""),
+        "files": ("data.path", "a file, a directory, or a list of them"),
+        "train": ("data.path", ""),
+    },
+    "training": {"warmup": ("training.warmup_steps", "below 1 it is a share of all steps")},
+    "lora": {
+        "rank": ("lora.r", ""),
+        "alpha": ("lora.lora_alpha", ""),
+        "dropout": ("lora.lora_dropout", ""),
+        "target": ("lora.target_modules", ""),
+        "modules": ("lora.target_modules", ""),
+    },
 }
 
 
@@ -181,8 +222,9 @@ def _advice(section: str | None, name: str) -> tuple[str, str | None]:
     here = list(fields_of(section) if section else SECTIONS)
     if name in STRATEGIES:
         return f"use `batching.strategy: {name}`", "batching.strategy"
-    if name in _OTHER_WORDS:
-        meant, hint = _OTHER_WORDS[name]
+    words = _OTHER_WORDS | _OTHER_WORDS_OF.get(section or "lora", {})
+    if name in words:
+        meant, hint = words[name]
         return f"use `{meant}`" + (f" ({hint})" if hint else ""), meant
     if homes := _homes(name):
         return f"it belongs under `{homes[0]}:`", f"{homes[0]}.{name}"

@@ -43,7 +43,7 @@ from packtrain.training.summary import package_versions
 logger = logging.getLogger(__name__)
 FULL = 2**16  # bytes; a drive that has fewer is full
 _WITHOUT_BEST = (
-    "restore it, or end with the last weights: --resume --allow-changes --set training.load_best_model_at_end=false"
+    "restore it, or end with the last weights: resume with allow_changes=True and `load_best_model_at_end: false`"
 )
 PREVIOUS = ".previous"  # of a checkpoint that is being written anew, until that is complete
 
@@ -198,7 +198,7 @@ class Checkpoints(TrainerCallback):
         full = free < FULL or getattr(error, "errno", None) == errno.ENOSPC  # torch's writer tells of positions only
         if self.trainer.args.should_save and (directory / UNFINISHED).exists():
             shutil.rmtree(directory, ignore_errors=True)
-        fix = f"fix the cause ({free / 2**20:,.0f} MiB are free) and use --resume; older checkpoints are intact"
+        fix = f"fix the cause ({free / 2**20:,.0f} MiB are free) and use resume=True; older checkpoints are intact"
         return CheckpointError(
             f"could not be saved: {'the drive is full: ' if full else ''}{error}", where=str(directory), fix=fix
         )
@@ -282,7 +282,7 @@ def find_last_checkpoint(output_dir: Path, say: Say = print) -> tuple[Path, dict
         "there is no valid checkpoint to resume from" + "".join(f"\n    {line}" for line in passed),
         key="training.output_dir",
         value=str(output_dir),
-        fix="name a checkpoint directory, or start without --resume",
+        fix="name a checkpoint directory, or start without resume=True",
     )
 
 
@@ -310,7 +310,7 @@ def _choose(
             raise CheckpointError(
                 f"was saved by a run with different settings:{lines}",
                 where=str(path),
-                fix=f"undo these changes, or accept them with {command or '--allow-changes'}",
+                fix=f"undo these changes, or accept them with {command or 'allow_changes=True'}",
             )
         say(f"resuming with changes:{lines}")
     then = manifest.get("versions") or {}
@@ -389,7 +389,7 @@ _ABSENT = object()
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """One difference; `safe` ones may be accepted with `--allow-changes`."""
+    """One difference; `safe` ones may be accepted with `allow_changes`."""
 
     key: str
     then: Any

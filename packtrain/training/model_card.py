@@ -21,11 +21,23 @@ TASKS = {  # the class that loads the model -> what the Hub calls what it does
     "AutoModelForTokenClassification": "token-classification",
 }
 OWN_DATA = "packtrain:"  # generated rows
+_ADAPTER_FOR = "A LoRA adapter for"
 
 
 def write_model_card(recipe: Recipe, summary: Summary, directory: Path) -> None:
     """Writes the card next to the model."""
     model_card(recipe, summary).save(directory / "README.md")
+
+
+def write_merged_card(adapter: Path, directory: Path) -> None:
+    """Writes the card of an adapter, where packtrain wrote it, next to the model that it was merged into."""
+    if not (adapter / "README.md").is_file():
+        return
+    card = ModelCard.load(adapter / "README.md")
+    if card.data.library_name == "peft" and "packtrain" in (card.data.tags or ()):
+        card.data.library_name = "transformers"
+        card.text = card.text.replace(_ADAPTER_FOR, "A LoRA adapter, merged into", 1)
+        card.save(directory / "README.md")
 
 
 def model_card(recipe: Recipe, summary: Summary) -> ModelCard:
@@ -46,7 +58,7 @@ def model_card(recipe: Recipe, summary: Summary) -> ModelCard:
     lines = [
         f"# {summary.recipe}",
         "",
-        f"{'A LoRA adapter for' if adapter else 'Trained from'} {started}, with the objective `{objective}`, on "
+        f"{_ADAPTER_FOR if adapter else 'Trained from'} {started}, with the objective `{objective}`, on "
         f"{summary.examples:,} examples ({', '.join(f'`{name}`' for name in rows)}), by packtrain.",
         "",
         "| | |",

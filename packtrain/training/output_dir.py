@@ -56,7 +56,9 @@ def explaining_a_full_drive(output_dir: Path) -> Iterator[None]:
         if getattr(error, "errno", None) not in codes and not any(os.strerror(code) in str(error) for code in codes):
             raise
         where = str(getattr(error, "filename", None) or output_dir)
-        fix = "make room and use --resume, which goes on from the newest checkpoint; where there is none, train again"
+        fix = (
+            "make room and use resume=True, which goes on from the newest checkpoint; where there is none, train again"
+        )
         raise PacktrainError(f"can't be written, the drive is full: {error}", where=where, fix=fix) from error
 
 
@@ -65,7 +67,7 @@ def refuse_to_replace(output_dir: Path) -> None:
     finished = (output_dir / "summary.json").exists()
     if finished or any(map(is_sealed, output_dir.glob("checkpoint-*"))):
         what = "contains a finished run" if finished else "contains the checkpoints of a run"
-        fix = "continue it with --resume, replace it with --overwrite, or choose another training.output_dir"
+        fix = "continue it with resume=True, replace it with overwrite=True, or choose another training.output_dir"
         raise PacktrainError(what, key="training.output_dir", value=str(output_dir), fix=fix)
 
 

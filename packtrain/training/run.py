@@ -86,8 +86,8 @@ def train(
     """
     check_recipe(recipe)
     if overwrite and resume is not False:
-        what, fix = "would remove the run that --resume continues", "leave one of the two out"
-        raise PacktrainError(what, key="--overwrite", fix=fix)
+        what, fix = "would remove the run that resume=True continues", "leave one of the two out"
+        raise PacktrainError(what, key="overwrite=True", fix=fix)
     console = console or Console()
     check_trackers(recipe.training.get("report_to"))
     output_dir = make_output_dir(recipe)
@@ -163,7 +163,7 @@ def build(
     args = training_arguments(recipe, plan, evaluate=task.held_out is not None)
     check_processes(world_size=args.world_size, n_gpu=args.n_gpu)
     facts = facts_of(recipe, plan, task.train, config)
-    check_agreement(_shared(recipe, task, facts) | {"--resume": resume, "--allow-changes": allow_changes})
+    check_agreement(_shared(recipe, task, facts) | {"resume": resume, "allow_changes": allow_changes})
     checkpoint = choose_checkpoint(
         resume,
         output_dir=Path(str(args.output_dir)),

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import packtrain
+from packtrain.cli.output import print_error
+from packtrain.errors import PacktrainError
 
 PRINT = """if True:
     import sys, time
@@ -53,3 +59,22 @@ def test_a_name_that_the_terminal_can_not_show_ends_nothing(encoding, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert b"\\udcff.yaml" in done.stdout and (tmp_path / name).exists()
+
+
+def test_errors_name_options_where_the_command_line_prints_them_and_arguments_elsewhere(capsys):
+    fix = "continue it with resume=True, replace it with overwrite=True, or accept it with allow_changes=True"
+    error = PacktrainError("contains a finished run", fix=fix)
+    assert str(error).endswith(fix)
+    print_error(error)
+    said = capsys.readouterr().err
+    assert said.endswith("continue it with --resume, replace it with --overwrite, or accept it with --allow-changes\n")
+
+
+def test_what_python_raises_names_no_option_of_train():
+    """Options are named by their argument, which `print_error` turns back, or in a whole command."""
+    options = re.compile(r"--(resume|overwrite|allow-changes)\b")
+    for path in (Path(packtrain.__file__).parent / "training").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and "\n" not in node.value:
+                text = node.value
+                assert not options.search(text) or "packtrain train" in text or text.startswith("--"), (path, text)

@@ -62,7 +62,7 @@ def test_resuming_on_one_rank_only(tmp_path):
     recipe = write_recipe(tmp_path)
     assert run_ranks(recipe, 2, resume=False, overrides=["training.max_steps=2"]) == [0, 0], log_of(recipe)
     assert run_ranks(recipe, 2, resume=False, of_rank={0: {"resume": True}}) == [2, 2]
-    assert "--resume: false on rank 1, true on rank 0" in log_of(recipe)
+    assert "resume: false on rank 1, true on rank 0" in log_of(recipe)
 
 
 @pytest.mark.ci

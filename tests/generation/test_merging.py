@@ -115,6 +115,28 @@ def test_what_is_no_model_is_refused(tmp_path):
         load_trained(tmp_path)
 
 
+def test_a_name_that_is_no_folder_and_not_on_the_hub_is_told_as_it_was_asked_for(tmp_path, monkeypatch):
+    """The keys of recipes mean nothing to who has typed `packtrain generate out/run`."""
+    from peft import LoraConfig, get_peft_model
+
+    from tests.data.helpers import make_tokenizer
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out/opposites").mkdir(parents=True)
+    for target, fix in (("out/oposites", "did you mean out/opposites?"), ("org/model", "name the output_dir of a run")):
+        with pytest.raises(PacktrainError, match="is not a folder here, and as a model of the Hub it is") as caught:
+            load_trained(target)
+        assert (caught.value.key, caught.value.value) == ("RUN_OR_MODEL", target) and caught.value.fix.startswith(fix)
+    get_peft_model(tiny_model("llama"), LoraConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path / "adapter")
+    make_tokenizer().save_pretrained(tmp_path / "adapter")
+    settings = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    (tmp_path / "adapter/adapter_config.json").write_text(
+        json.dumps(settings | {"base_model_name_or_path": "org/base"})
+    )
+    with pytest.raises(PacktrainError, match=r"^the base of adapter: is not in the local cache"):
+        load_trained("adapter")
+
+
 def test_prompts_of_files(tmp_path):
     (tmp_path / "p.txt").write_text("one\n\ntwo\n")
     assert read_prompts(tmp_path / "p.txt") == ["one", "two"]

@@ -110,6 +110,26 @@ def test_a_strategy_object_can_lose_nothing_either(folder):
     assert len(layouts("one", max_documents=1, world_size=1)) == 4
 
 
+@pytest.mark.parametrize(
+    ("body", "message", "fix"),
+    [
+        ("[[0], [1]]", "index 2 occurs 0 times", "every index from 0 to 2 in exactly one pack"),
+        ("[[0], [1], [2], [0]]", "index 0 occurs 2 times", "every index from 0 to 2 in exactly one pack"),
+        ("[[0], [1], [2], [3]]", "index 3 is not one of them", "indices into `lengths`, from 0 to 2"),
+        ("[[-1], [1], [2]]", "index -1 is not one of them", "indices into `lengths`, from 0 to 2"),
+        ("[lengths]", "index 4 is not one of them", "not the lengths themselves"),
+        ("[[0, 1, 2]]", "a pack of 15 tokens", "begin another pack"),
+        ("None", "'NoneType' object is not iterable", "returns lists of indices"),
+    ],
+)
+def test_a_strategy_with_a_fault_is_told_what_to_return(folder, monkeypatch, body, message, fix):
+    (folder / "faulty.py").write_text(f"def pack(lengths, capacity, key): return {body}\n")
+    monkeypatch.delitem(sys.modules, "faulty", raising=False)
+    with pytest.raises(PlanError, match=message) as caught:
+        make_plan([4, 5, 6], strategy="faulty:pack", max_tokens=12, examples_per_step=3)
+    assert fix in (caught.value.fix or "")
+
+
 def test_packs_of_packtrains_own_packers_are_checked_too(folder):
     (folder / "borrowed.py").write_text(
         "from packtrain.packing.strategies import bfd\n"

@@ -133,9 +133,9 @@ def test_a_users_function(user_module):
     [
         ([[0], [0, 1]], "index 0 occurs 2 times"),
         ([[0]], "index 1 occurs 0 times"),
-        ([[0, 1, 2]], "out of range"),
+        ([[0, 1, 2]], "index 2 is not one of them"),
         ([[0, 1]], "pack of 12 tokens, more than the capacity of 10"),
-        ([[0], [], [1, -1]], "out of range"),
+        ([[0], [], [1, -1]], "index -1 is not one of them"),
         (7, "lists of indices"),
         ([[0.5], [1.0]], "lists of indices"),
     ],

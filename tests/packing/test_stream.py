@@ -9,12 +9,13 @@ import sys
 
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from packtrain import PackedStream
-from packtrain.errors import DataError, PlanError
+from packtrain.errors import CheckpointError, DataError, PlanError
 from packtrain.packing.collator import PackCollator
 from packtrain.packing.stream import Stream
 
@@ -143,6 +144,25 @@ ROWS = [{"input_ids": list(range(10 * i, 10 * i + 2 + i % 7)), "labels": None} f
 
 def packed(rank=0, world_size=1):
     return PackedStream(ROWS, PackCollator(), capacity=20, buffer=8, rank=rank, world_size=world_size)
+
+
+@pytest.mark.parametrize("skips", [False, True])
+@pytest.mark.parametrize("state", [{"rows_read": 9, "waiting": [7]}, {"rows_read": 4, "waiting": []}])
+def test_a_state_of_more_rows_is_refused_instead_of_ending_at_once(state, skips):
+    """An epoch without a pack would have been trained in silence."""
+    rows = Dataset.from_list([{"n": 3}] * 3).to_iterable_dataset() if skips else [{"n": 3}] * 3
+    stream = Stream(rows, capacity=8, length_of=lambda row: row["n"])
+    stream.load_state_dict(state)
+    with pytest.raises(DataError, match=f"rows: end before row {state['rows_read'] - 1}, which was read"):
+        list(stream)
+    stream.load_state_dict({"rows_read": 3, "waiting": []})  # the control: at the end of these rows
+    assert list(stream) == []
+
+
+@pytest.mark.parametrize("state", [{}, None, {"rows_read": 3}, {"rows_read": "a", "waiting": []}])
+def test_what_is_no_state_is_refused(state):
+    with pytest.raises(CheckpointError, match="is not the state of a stream"):
+        Stream([3], capacity=8, length_of=int).load_state_dict(state)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from packtrain.errors import RecipeError
 from packtrain.packing.lengths import LONGEST, MOST_EPOCHS
 from packtrain.packing.strategies import STRATEGIES
+from packtrain.recipe import reader
 from packtrain.recipe.fields import describe, library_fields
 from packtrain.recipe.reader import fields_of, load_recipe
 from packtrain.recipe.recipe import OWN_SECTIONS, Recipe
@@ -688,3 +689,40 @@ def test_numbers_that_nothing_can_count_are_refused(tmp_path, value):
     error = problems(write(tmp_path, GOOD), [f"data.num_rows={value}", f"batching.max_tokens={value}"])
     assert [problem.key for problem in error.problems] == ["data.num_rows", "batching.max_tokens"]
     assert "data.num_rows: must be at most 1,099,511,627,776" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("lora.rank", "lora.r"),
+        ("lora.lora_rank", "lora.r"),
+        ("lora_rank", "lora.r"),
+        ("rank", "lora.r"),
+        ("lora.alpha", "lora.lora_alpha"),
+        ("lora.dropout", "lora.lora_dropout"),
+        ("lora.target", "lora.target_modules"),
+        ("model.name", "model.model_name_or_path"),
+        ("model.path", "model.model_name_or_path"),
+        ("model.load_in_4bit", "model.quantization"),
+        ("data.file", "data.path"),
+        ("data.seq_length", "data.max_length"),
+        ("training.cutoff_len", "data.max_length"),
+        ("training.grad_accum", "training.gradient_accumulation_steps"),
+        ("training.optimizer", "training.optim"),
+        ("training.batch_size", "batching.examples_per_step"),
+        ("training.lr", "training.learning_rate"),
+        ("data.max_seq_length", "data.max_length"),
+    ],
+)
+def test_a_word_of_another_trainer_names_our_key(tmp_path, key, meant):
+    assert f"fix: use `{meant}`" in str(problems(write(tmp_path, GOOD), [f"{key}=8"]))
+
+
+def test_words_of_other_trainers_are_no_keys_and_name_keys():
+    """A key that a library has gained since would never be looked up there, and one it has lost can't be set."""
+    words = {(None, word): meant for word, (meant, _) in reader._OTHER_WORDS.items()}
+    words |= {(here, word): meant for here, each in reader._OTHER_WORDS_OF.items() for word, (meant, _) in each.items()}
+    for (section, word), meant in words.items():
+        assert section is None or word not in reader.fields_of(section), word
+        home, _, key = meant.partition(".")
+        assert home in reader.SECTIONS and (not key or key in reader.fields_of(home)), meant

@@ -104,7 +104,7 @@ def test_a_run_does_not_end_with_a_damaged_best_checkpoint(tmp_path, damage):
         return
     with pytest.raises(CheckpointError, match="the best checkpoint, with whose weights the run was to end") as error:
         fit(trainer)
-    assert "training.load_best_model_at_end=false" in error.value.fix
+    assert "`load_best_model_at_end: false`" in error.value.fix
     last = saving(tmp_path, max_steps=4)
     fit(last, str(tmp_path / "checkpoint-4"))  # the fix
     assert same(last.model.state_dict(), load_file(tmp_path / "checkpoint-4/model.safetensors"))

@@ -196,7 +196,7 @@ def test_the_best_model_is_recorded_under_its_own_step(file, tmp_path):
 
 
 def test_resuming_and_overwriting_is_refused(file):
-    with pytest.raises(PacktrainError, match="--overwrite: would remove the run that --resume continues"):
+    with pytest.raises(PacktrainError, match="overwrite=True: would remove the run that resume=True continues"):
         train(load_recipe(file), resume=True, overwrite=True)
 
 

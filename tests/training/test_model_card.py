@@ -10,9 +10,11 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from packtrain.cli import main
 from packtrain.modeling.tokenizer import train_bpe
 from packtrain.recipe.reader import load_recipe
 from packtrain.training.run import train
+from tests.golden.store import exit_code
 from tests.tiny import tiny_model
 
 RECIPE = """
@@ -73,3 +75,20 @@ def test_an_adapter_has_a_card_in_place_of_the_empty_one_of_peft(run, tmp_path):
     assert card.data.library_name == "peft" and "lora" in card.data.tags and card.data.base_model is None
     assert "A LoRA adapter for `base`" in text and f"{summary['trainable_parameters']:,} trained, " in text
     assert "[More Information Needed]" not in text and str(tmp_path) not in text
+
+
+def test_a_merged_model_keeps_the_card_of_its_adapter(run, tmp_path):
+    """It is what can be uploaded where the base is a folder here; a card that someone else wrote is of other weights."""
+    tokenizer = train_bpe(["2+2? 4"] * 20, vocab_size=300)
+    tokenizer.save_pretrained(tmp_path / "base")
+    tiny_model("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "base")
+    base = f"model={{model_name_or_path: {tmp_path / 'base'}}}"
+    card, _, _ = run(base, "lora={r: 2, target_modules: all-linear}")
+    assert exit_code(main, ["merge", str(tmp_path / "run"), "--out", str(tmp_path / "merged")]) == 0
+    merged = ModelCard.load(tmp_path / "merged/README.md")
+    assert merged.data.library_name == "transformers" and merged.data.tags == card.data.tags
+    assert "A LoRA adapter, merged into `base`" in merged.text and recipe_in(str(merged)) == recipe_in(str(card))
+
+    (tmp_path / "run/model/README.md").write_text("---\nlibrary_name: peft\n---\n\n# Mine")
+    assert exit_code(main, ["merge", str(tmp_path / "run"), "--out", str(tmp_path / "other")]) == 0
+    assert not (tmp_path / "other/README.md").exists()

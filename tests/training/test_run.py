@@ -184,7 +184,9 @@ def test_a_run_is_not_replaced_unless_asked_to(tmp_path, recipe_file):
     recipe, weights = load_recipe(recipe_file, ["max_steps=1", "learning_rate=0.1"]), weights_of(Path(first.model_dir))
     with pytest.raises(PacktrainError, match="contains a finished run") as caught:
         train(recipe)
-    assert caught.value.key == "training.output_dir" and "--overwrite" in caught.value.fix
+    assert (
+        caught.value.key == "training.output_dir" and "resume=True, replace it with overwrite=True" in caught.value.fix
+    )
     assert all(torch.equal(weights[name], value) for name, value in weights_of(Path(first.model_dir)).items())
 
     (tmp_path / "run/summary.json").unlink()  # as after a crash

@@ -191,6 +191,6 @@ def test_verbs_show_the_first_block_or_say_that_they_need_counted_rows(folder, c
         ("compare", "is not compared"),
     ):
         code, text = said(verb, "recipe.yaml")
-        assert code == 2 and "data.streaming: " in text and what in text and "--set data.streaming=false" in text
+        assert code == 2 and "data.streaming: " in text and what in text and "`data.streaming: false`" in text
     with pytest.raises(DataError, match="packtrain.PackedStream packs rows for a loop of your own"):
         load_examples(load_recipe("recipe.yaml"))

@@ -86,4 +86,4 @@ class StopOnSignal(TrainerCallback):
             return None
         checkpoint = Path(str(self.trainer.args.output_dir), f"checkpoint-{state.global_step}")
         what = f"stopped by {signal.Signals(self.agreed).name} after step {state.global_step} of {state.max_steps}"
-        return Stopped(what, where=str(checkpoint), fix="continue with --resume")
+        return Stopped(what, where=str(checkpoint), fix="continue with resume=True")
