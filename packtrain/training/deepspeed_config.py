@@ -6,6 +6,7 @@ clipping, precision) is filled in, or has to agree:
 
     {"zero_optimization": {"stage": 2}}     is all that a config needs to say
     "gradient_accumulation_steps": 4        is an error unless the plan has 4 micro-batches per step
+    "torch_autocast": {"enabled": true}     is an error: the recipe's `training.bf16` decides
 
 The config is the one the launcher names (`accelerate launch --config_file launch/zero2.yaml`), or the recipe's
 `training.deepspeed`, a path or a mapping (`torchrun ... --set deepspeed=launch/deepspeed/zero2.json`).
@@ -69,6 +70,7 @@ def deepspeed_config(
     _check_keys(config, TOP_LEVEL_KEYS, where)
     _refuse_optimizer(config, where)
     _check_zero_section(config.setdefault("zero_optimization", {}), where)
+    _check_sections(config, where)
     _fill(config, training, world_size, gradient_accumulation_steps, where)
     _check_tools(config, use_cpu, where)
     return config
@@ -133,23 +135,13 @@ def _refuse_optimizer(config: Mapping[str, Any], where: str) -> None:
 def _check_zero_section(section: object, where: str) -> None:
     """Checks keys and values of `zero_optimization`, its offload sections included, by DeepSpeed's own schema."""
     name = "zero_optimization"
-    if not isinstance(section, dict):
-        raise LaunchError(
-            "must be a mapping", where=where, key=name, value=section, fix='write for example {"stage": 2}'
-        )
+    _check_mapping(section, where, name, '{"stage": 2}')
+    assert isinstance(section, dict)
     if find_spec("deepspeed") is None:
         raise LaunchError("DeepSpeed is not installed", where=where, fix="pip install 'packtrain[deepspeed]'")
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-    from pydantic import ValidationError
 
-    known = frozenset(_names(DeepSpeedZeroConfig))
-    _check_keys(section, known, where, f"{name}.")
-    try:
-        DeepSpeedZeroConfig(**section)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, (name, *first["loc"])))
-        raise LaunchError(first["msg"], where=where, key=key, value=first["input"]) from None
+    _check_schema(section, DeepSpeedZeroConfig, where, name)
     stage, gather = section.get("stage", 0), section.get(GATHER_KEY, True)
     if stage == 3 and gather is False:
         fix = "set it to true, or leave it out"
@@ -158,6 +150,46 @@ def _check_zero_section(section: object, where: str) -> None:
         )
     if stage == 3:
         section[GATHER_KEY] = True
+
+
+def _check_sections(config: dict[str, Any], where: str) -> None:
+    """Checks `bf16` and `fp16` by DeepSpeed's own schemas, and gives `bfloat16` the name that DeepSpeed reads first."""
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+
+    if "bf16" in config and "bfloat16" in config:
+        fix = "put all of it into `bf16`"
+        raise LaunchError("DeepSpeed does not read it next to `bf16`", where=where, key="bfloat16", fix=fix)
+    for name, schema in {
+        "bf16": DeepSpeedBF16Config,
+        "bfloat16": DeepSpeedBF16Config,
+        "fp16": DeepSpeedFP16Config,
+    }.items():
+        if name in config:
+            _check_mapping(config[name], where, name, '{"enabled": "auto"}')
+            _check_schema({key: value for key, value in config[name].items() if value != "auto"}, schema, where, name)
+    for name in ("torch_autocast", "tensor_parallel"):
+        _check_mapping(config.get(name, {}), where, name, "{}")
+    if "bfloat16" in config:
+        config["bf16"] = config.pop("bfloat16")
+
+
+def _check_mapping(section: object, where: str, name: str, example: str) -> None:
+    if not isinstance(section, dict):
+        raise LaunchError("must be a mapping", where=where, key=name, value=section, fix=f"write for example {example}")
+
+
+def _check_schema(section: Mapping[str, Any], schema: Any, where: str, name: str) -> None:
+    """Checks keys, then values of a section by a schema of DeepSpeed's."""
+    from pydantic import ValidationError
+
+    _check_keys(section, frozenset(_names(schema)), where, f"{name}.")
+    try:
+        schema(**section)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, (name, *first["loc"])))
+        fix = "correct it, or leave it out"
+        raise LaunchError(first["msg"], where=where, key=key, value=first["input"], fix=fix) from None
 
 
 def _names(schema: Any) -> Iterator[str]:
@@ -172,27 +204,39 @@ def _names(schema: Any) -> Iterator[str]:
 
 def _fill(config: dict[str, Any], training: Mapping[str, Any], world_size: int, accumulation: int, where: str) -> None:
     """Puts in what the plan and the recipe decide; what the config says itself has to agree."""
-    from_plan, from_recipe = "the plan", "the recipe's `training:`"
+    plan = (
+        "leave it out: the plan lays micro-batches out, and `batching.examples_per_step` sets the examples of an update"
+    )
     decided = {
-        "train_micro_batch_size_per_gpu": (1, from_plan),  # the plan sizes micro-batches, DeepSpeed counts them
-        "gradient_accumulation_steps": (accumulation, from_plan),
-        "train_batch_size": (world_size * accumulation, from_plan),
-        "gradient_clipping": (float(training.get("max_grad_norm", 1.0)), from_recipe),
-        "bf16.enabled": (bool(training.get("bf16", False)), from_recipe),
-        "fp16.enabled": (bool(training.get("fp16", False)), from_recipe),
+        "train_micro_batch_size_per_gpu": (1, plan),  # the plan sizes micro-batches, DeepSpeed counts them
+        "gradient_accumulation_steps": (accumulation, plan),
+        "train_batch_size": (world_size * accumulation, plan),
+        "gradient_clipping": (float(training.get("max_grad_norm", 1.0)), _decides("max_grad_norm")),
+        "bf16.enabled": (bool(training.get("bf16", False)), _decides("bf16")),
+        "fp16.enabled": (bool(training.get("fp16", False)), _decides("fp16")),
     }
-    for key, (value, source) in decided.items():
+    only = {  # what DeepSpeed does by itself, and what alone is right here
+        "torch_autocast.enabled": (False, _decides("bf16")),
+        "gradient_allreduce_op": ("mean", "leave it out: losses are weighted for a mean over the ranks"),
+        "tensor_parallel.autotp_size": (0, "leave it out: every rank has examples of its own"),
+    }
+    for key, (value, fix) in (decided | only).items():
         *sections, name = key.split(".")
         node = config
         for section in sections:
-            node = node.setdefault(section, {})
+            node = node.setdefault(section, {}) if key in decided else node.get(section) or {}
         said = node.get(name, "auto")
         if said != "auto" and said != value:
-            fix = f"leave it out, or write {json.dumps(value)}"
-            what = f"contradicts {source}, which has {json.dumps(value)}"
+            what = f"contradicts {'the plan' if fix is plan else 'the recipe'}, which has {json.dumps(value)}"
+            what = f"must be {json.dumps(value)}" if key in only else what
             raise LaunchError(what, where=where, key=key, value=said, fix=fix)
-        node[name] = value
+        if key in decided:
+            node[name] = value
     del config["train_batch_size"]  # DeepSpeed multiplies itself, and ZeRO-3 on CPU reads it before it knows its ranks
+
+
+def _decides(name: str) -> str:
+    return f"leave it out: `training.{name}` of the recipe decides"
 
 
 # ------------------------------------------------------------------------------------------------------ the tools

@@ -16,7 +16,7 @@ from pathlib import Path
 import yaml
 
 from packtrain.errors import LaunchError, PacktrainError
-from packtrain.recipe.shipped import find_shipped
+from packtrain.recipe.shipped import SHARE, find_shipped
 
 LAUNCHER = "packtrain.cli.launcher"  # accelerate's, which says in a sentence how a rank has ended
 LAUNCHED_BY = "PACKTRAIN_LAUNCH"  # names the launch file in the processes that `--launch` starts
@@ -48,9 +48,9 @@ def launch_command(file: Path, arguments: Sequence[str], *, devices: int) -> lis
     options = ["--config_file", str(file)]
     if devices and config.get("distributed_type") != "NO":
         options += ["--num_processes", str(devices * config.get("num_machines", 1))]
-    deepspeed = (config.get("deepspeed_config") or {}).get("deepspeed_config_file")
-    if deepspeed and not Path(deepspeed).exists():  # it is relative to the directory that launch/ is in
-        options += ["--deepspeed_config_file", str(file.parent.parent / deepspeed)]
+    given = (config.get("deepspeed_config") or {}).get("deepspeed_config_file")
+    if given and not Path(given).is_file():
+        options += ["--deepspeed_config_file", str(_deepspeed_file(file, given))]
     return [sys.executable, "-m", LAUNCHER, *options, "-m", "packtrain", *arguments]
 
 
@@ -72,11 +72,20 @@ def engine_of(file: Path) -> str:
     kind = config.get("distributed_type")
     if kind != "DEEPSPEED":
         return "fsdp2" if kind == "FSDP" else "ddp"
-    given = (config.get("deepspeed_config") or {}).get("deepspeed_config_file")
-    path = next((path for path in (Path(given or ""), file.parent.parent / (given or "")) if path.is_file()), None)
-    if path is None:
-        fix = "set deepspeed_config_file, as launch/zero2.yaml does"
-        raise LaunchError("has no DeepSpeed config", where=str(file), key="deepspeed_config", value=given, fix=fix)
+    path = _deepspeed_file(file, (config.get("deepspeed_config") or {}).get("deepspeed_config_file"))
     zero = json.loads(path.read_text(encoding="utf-8"))["zero_optimization"]
     devices = {(zero.get(name) or {}).get("device", "none") for name in ("offload_param", "offload_optimizer")}
     return f"zero{zero['stage']}" + "".join(f"_offload_{device}" for device in sorted(devices - {"none"}))
+
+
+def _deepspeed_file(file: Path, given: str | None) -> Path:
+    """Finds the DeepSpeed config that a launch file names: from the current folder, from its own, from the one above that
+    (`launch/` has the names so), or, for a copy of a file of packtrain's, among packtrain's."""
+    for folder in (Path(), file.parent, file.parent.parent, SHARE):
+        if given and (folder / given).is_file():
+            return folder / given
+    what, key = "names a file that does not exist", "deepspeed_config.deepspeed_config_file"
+    if not given:
+        what, key = "has no DeepSpeed config", "deepspeed_config"
+    fix = "set deepspeed_config_file to a path from the current folder, or as launch/zero2.yaml does"
+    raise LaunchError(what, where=str(file), key=key, value=given, fix=fix)

@@ -57,6 +57,35 @@ def test_the_zero_section_is_checked_by_deepspeeds_own_schema(section, message):
 
 
 @needs_deepspeed
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"bf16": True}, r"bf16: must be a mapping \(got True\)"),
+        ({"bfloat16": "auto"}, "bfloat16: must be a mapping"),
+        ({"fp16": None}, "fp16: must be a mapping"),
+        ({"torch_autocast": True}, "torch_autocast: must be a mapping"),
+        ({"tensor_parallel": 2}, "tensor_parallel: must be a mapping"),
+        ({"fp16": {"enabled": False, "loss_scal": 0}}, "did you mean `fp16.loss_scale`"),
+        ({"fp16": {"loss_scale": "much"}}, r"fp16.loss_scale: .*must be a number \(got 'much'\)"),
+        ({"bf16": {"immediate_grad_updates": True}}, "did you mean `bf16.immediate_grad_update`"),
+        (
+            {"bf16": {}, "bfloat16": {"immediate_grad_update": True}},
+            "bfloat16: DeepSpeed does not read it next to `bf16`",
+        ),
+    ],
+)
+def test_the_sections_of_precision_are_checked(config, message):
+    with pytest.raises(LaunchError, match=message):
+        checked(config)
+
+
+@needs_deepspeed
+def test_the_older_name_of_bf16_keeps_its_settings():
+    config = checked({"bfloat16": {"enabled": "auto", "immediate_grad_update": True}}, bf16=True)
+    assert config["bf16"] == {"enabled": True, "immediate_grad_update": True} and "bfloat16" not in config
+
+
+@needs_deepspeed
 def test_the_plan_and_the_recipe_fill_in_what_they_decide():
     given = {"zero_optimization": {"stage": 3}, "gradient_clipping": "auto"}
     config = checked(given, bf16=True, max_grad_norm=0.5)
@@ -80,10 +109,20 @@ def test_the_plan_and_the_recipe_fill_in_what_they_decide():
         ("train_batch_size", 64, 8),
         ("gradient_clipping", 5.0, 1.0),
         ("bf16", {"enabled": True}, {"enabled": False}),
+        ("bf16", {"enabled": True}, {"enabled": "auto"}),
+        ("bfloat16", {"enabled": True}, {"enabled": False}),  # its older name, which is not read next to `bf16`
+        (
+            "torch_autocast",
+            {"enabled": True, "dtype": "bfloat16"},
+            {"enabled": False},
+        ),  # runs in half precision, unseen
+        ("gradient_allreduce_op", "sum", "mean"),  # as many times the gradient as there are ranks
+        ("tensor_parallel", {"autotp_size": 2}, {"autotp_size": 0}),  # ranks that have other examples
     ],
 )
 def test_a_contradiction_is_an_error_and_agreement_is_not(key, value, right):
-    with pytest.raises(LaunchError, match=f"{key}.*contradicts"):
+    name = "bf16" if key == "bfloat16" else key
+    with pytest.raises(LaunchError, match=rf"{name}.*(contradicts the (plan|recipe)|must be)(.|\n)*leave it out: "):
         checked({key: value})
     checked({key: right})
 

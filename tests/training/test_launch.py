@@ -10,7 +10,7 @@ import pytest
 
 from packtrain.cli import main
 from packtrain.errors import LaunchError
-from packtrain.training.launch import LAUNCHED_BY, find_launch_file, launch_command, relaunch
+from packtrain.training.launch import LAUNCHED_BY, engine_of, find_launch_file, launch_command, relaunch
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 LAUNCHER = [sys.executable, "-m", "packtrain.cli.launcher", "--config_file"]
@@ -58,6 +58,28 @@ def test_elsewhere_its_deepspeed_config_is_still_found(tmp_path, monkeypatch):
     command = launch_command(find_launch_file("zero2"), ["train", "mine.yaml"], devices=0)
     config = command[command.index("--deepspeed_config_file") + 1]
     assert Path(config) == LAUNCH / "deepspeed/zero2.json" and Path(config).exists()
+
+
+def test_a_copy_of_a_launch_file_finds_its_deepspeed_config(tmp_path, monkeypatch):
+    """As a user copies one to change the number of processes: first next to the copy, at last packtrain's own."""
+    monkeypatch.chdir(tmp_path)
+    copy = tmp_path / "mine/two.yaml"
+    copy.parent.mkdir()
+    copy.write_text((LAUNCH / "zero2.yaml").read_text())
+
+    def found() -> Path:
+        command = launch_command(copy, ["train", "mine.yaml"], devices=0)
+        return Path(command[command.index("--deepspeed_config_file") + 1])
+
+    assert found() == LAUNCH / "deepspeed/zero2.json" and engine_of(copy) == "zero2"
+    near = copy.parent / "launch/deepspeed/zero2.json"
+    near.parent.mkdir(parents=True)
+    near.write_text((LAUNCH / "deepspeed/zero3.json").read_text())
+    assert found() == near and engine_of(copy) == "zero3"
+    copy.write_text(copy.read_text().replace("zero2.json", "zero9.json"))
+    for asked in (found, lambda: engine_of(copy)):
+        with pytest.raises(LaunchError, match="two.yaml: .*names a file that does not exist.*zero9.json"):
+            asked()
 
 
 def test_a_path_will_do(tmp_path):

@@ -6,9 +6,10 @@ has it ignored) and SIGUSR1 all mean the same, and it is enough that one rank he
 process group, and the launcher in it forwards its own to the ranks, which have it already. Outside of training the signals
 do what they always do.
 
-torchrun and accelerate turn the 75 of their ranks into a 1. Signalled themselves, they give their ranks 30 seconds and
-then kill them, so update and save have to be done by then (`TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300` allows five minutes
-where torch knows it, 2.13 does). SIGUSR1 is for a rank itself: they don't forward it but die of it.
+The launcher of `--launch` sends all four on to its ranks, waits for them and passes their 75 on. torchrun and accelerate
+by hand turn it into a 1. Signalled themselves, they give their ranks 30 seconds and then kill them, so update and save
+have to be done by then (`TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300` allows five minutes where torch knows it, 2.13 does).
+SIGUSR1 is for a rank itself: they don't forward it but die of it.
 """
 
 from __future__ import annotations
@@ -25,9 +26,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from packtrain.errors import Stopped
-
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
-PAUSE = 5.0  # seconds; a launcher forwards a signal within one, and whoever means it a second time waits that long
+from packtrain.training.guards.signals import PAUSE, heeded
 
 
 class StopOnSignal(TrainerCallback):
@@ -49,9 +48,7 @@ class StopOnSignal(TrainerCallback):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        nohup = hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-        heard = [number for number in SIGNALS if not (nohup and number == signal.SIGHUP)]
-        before = {number: signal.signal(number, self._hear) for number in heard}
+        before = {number: signal.signal(number, self._hear) for number in heeded()}
         try:
             yield
         finally:
