@@ -22,6 +22,7 @@ from packtrain.compare.trainers import PACKTRAIN
 
 PHASES = ("data", "forward", "backward", "optimizer")
 WAITING = "waiting"  # of a rank for the others
+OF_SOME_STRATEGIES = {"shapes", "tokens_per_step"}  # of batching; a comparison leaves them out for the others
 TRAINED_BY = ("model", "lora", "objective", "training")  # sections of a recipe
 
 
@@ -143,6 +144,13 @@ class Comparison:
     def ours(self) -> list[Row]:
         """Packtrain's rows with a speed whose updates are the reference's."""
         return [row for row in self.measured if row.keeps_updates and not row.is_peer]
+
+    def differs_in_strategy_alone(self, row: Row) -> bool:
+        """Whether its recipe is the reference's, but for the strategy and the keys that not every strategy takes."""
+        found = {variant["name"]: variant["recipe"]["batching"] for variant in self.manifest["variants"]}
+        mine, theirs = found[row.name], found[self.manifest["reference"]]
+        shared = {*mine, *theirs} - {"strategy", *OF_SOME_STRATEGIES}
+        return not row.settings and all(mine.get(key) == theirs.get(key) for key in shared)
 
     def is_own(self, row: Row) -> bool:
         """Whether it is the strategy of the recipe that was compared, or a function of the user's."""

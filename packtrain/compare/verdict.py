@@ -308,11 +308,13 @@ def _recommendation(comparison: Comparison) -> Iterator[Sentence]:
     if not recommended:
         return
     strategy = recommended["strategy"]
-    rows = comparison.ours
+    rows = [row for row in comparison.ours if comparison.differs_in_strategy_alone(row)]
     chosen = next((row for row in rows if row.strategy == strategy), None)
+    with_others = any(row.strategy == strategy for row in comparison.ours)
     start = f"From the lengths alone, `packtrain plan --recommend` picks `{strategy}`"
     if chosen is None:
-        yield Sentence(topic="recommendation", text=f"{start}, which was not among the variants.")
+        but = ", which ran with settings of its own only" if with_others else ", which was not among the variants"
+        yield Sentence(topic="recommendation", text=f"{start}{but}.")
         return
     faster = []
     for row in rows:

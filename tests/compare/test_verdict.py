@@ -234,6 +234,32 @@ def test_the_recommendation_is_judged(strategy, rate, expected):
     assert text.endswith(expected)
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "wrong here, `balanced 8k` was faster, 1.25x (1.25-1.25)."),  # control: it only has another name
+        ({"batching": {"max_tokens": 8192}}, "right, no variant with the same updates was measurably faster."),
+        ({"training": {"learning_rate": 1e-2}}, "right, no variant with the same updates was measurably faster."),
+    ],
+)
+def test_a_variant_with_settings_of_its_own_does_not_judge_the_recommendation(changes, expected):
+    """It was made for the recipe's settings: twice as many tokens at once make no other strategy the right one."""
+    own = ("balanced 8k", "packtrain", True)
+    manifest = make_manifest([*OURS, own], recommendation={"strategy": "balanced", "reasons": []})
+    recipe = manifest["variants"][2]["recipe"]
+    recipe["batching"]["strategy"] = "padding_free"
+    for section, change in changes.items():
+        recipe[section] |= change
+    runs = [REFERENCE, runs_of("balanced", 240.0, 244.8, 235.2), runs_of("balanced 8k", 300.0, 306.0, 294.0)]
+    (text,) = texts(summarise(manifest, [run for some in runs for run in some]), "recommendation")
+    assert text.endswith(f"picks `balanced`: {expected}")
+    if changes:  # and where nothing else has the strategy, nothing was judged
+        manifest["variants"] = [manifest["variants"][0], manifest["variants"][2]]
+        recipe["batching"]["strategy"] = "balanced"
+        (text,) = texts(summarise(manifest, [*runs[0], *runs[2]]), "recommendation")
+        assert text.endswith("picks `balanced`, which ran with settings of its own only.")
+
+
 def test_the_strategy_of_the_recipe_is_spoken_of():
     """Slower than the fastest that packs, it had no sentence and no bar; control: another's has none."""
     own = ("packing:mine", "packtrain", False)
