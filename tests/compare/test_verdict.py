@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from packtrain.compare.comparison import summarise
-from packtrain.compare.plots import shown_rows
+from packtrain.compare.plots import curve, losses, shown_rows
 from packtrain.compare.results import Update
 from packtrain.compare.tables import render_markdown
 from packtrain.compare.verdict import alike_until, headliner, verdict
@@ -330,3 +330,13 @@ def test_another_learning_rate_is_named_and_no_defect():
     assert (
         "; with learning_rate 0.006 for 0.003, after the same examples its held-out" in texts(comparison, "packing")[0]
     )
+
+
+def test_a_mean_over_few_updates_does_not_hide_the_end():
+    """All of five updates were averaged: a loss that fell from 5 to 4.6 was drawn to end at 4.8."""
+    (run,) = runs_of("pad_longest", 100.0, updates=5)
+    comparison = comparison_of(OURS, [replace(run, held_out=[])], [])
+    assert "pad_longest 4.6000" in next(losses(comparison)) and "mean of" not in next(losses(comparison))
+    (long,) = runs_of("pad_longest", 100.0, updates=30)
+    assert "training loss, mean of 3 updates" in next(losses(comparison_of(OURS, [replace(long, held_out=[])], [])))
+    assert curve(run, "update", 2)[1] == pytest.approx([5.0, 4.95, 4.85, 4.75, 4.65])
