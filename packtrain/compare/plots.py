@@ -255,7 +255,8 @@ FEW_LINES = 8
 
 def losses(comparison: Comparison) -> Iterator[str]:
     """Draw held-out loss, or the running mean of the training loss where it was hardly evaluated; one figure per axis."""
-    rows = [row for row in comparison.rows if row.learning_runs]
+    learning = [row for row in comparison.rows if row.learning_runs]
+    rows = [row for row in learning if row.scores_like_reference]
     if not rows:
         return
     on_held_out = all(len(run.held_out) > 2 for row in rows for run in row.learning_runs)
@@ -275,8 +276,13 @@ def losses(comparison: Comparison) -> Iterator[str]:
                 ax.plot(*mean_curve(row.learning_runs, axis, mean_of), label=lines[row.name], **style)
             ax.set_title(f"{'Held-out' if on_held_out else 'Training'} loss by {label}")
             left_out = [row.name for row in rows if row.name not in lines] if axis == "seconds" else []
-            same = f"; not drawn, with the losses of {comparison.reference.name}: "
-            ax.set_xlabel(label + (same + listed(left_out) if left_out else ""))
+            others = [row.name for row in learning if row not in rows]
+            absent = {
+                f"with the losses of {comparison.reference.name}": left_out,
+                "scored on other predictions": others,
+            }
+            notes = [f"not drawn, {why}: {listed(names)}" for why, names in absent.items() if names]
+            ax.set_xlabel("; ".join([label, *notes]))
             ax.set_ylabel(kind)
             ax.xaxis.set_major_formatter(FuncFormatter(tick))
             ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))

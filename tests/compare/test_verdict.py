@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from packtrain.compare.comparison import summarise
-from packtrain.compare.plots import curve, losses, shown_rows
+from packtrain.compare.plots import curve, loss_of, losses, shown_rows
 from packtrain.compare.results import Update
 from packtrain.compare.tables import render_markdown
 from packtrain.compare.verdict import alike_until, headliner, verdict
@@ -258,6 +258,27 @@ def test_a_variant_with_settings_of_its_own_does_not_judge_the_recommendation(ch
         recipe["batching"]["strategy"] = "balanced"
         (text,) = texts(summarise(manifest, [*runs[0], *runs[2]]), "recommendation")
         assert text.endswith("picks `balanced`, which ran with settings of its own only.")
+
+
+def test_losses_of_other_predictions_are_not_compared():
+    """Masked answers with a rainbow behind them have a higher loss than with eos alone, and are no worse for it."""
+    manifest = make_manifest(OURS)
+    for variant, tail in zip(manifest["variants"], ("eos", "rainbow"), strict=True):
+        variant["recipe"]["objective"] = {"name": "masked_diffusion", "tail": tail}
+    runs = [*REFERENCE, *runs_of("balanced", 240.0, 244.8, 235.2, loss_factor=1.1)]
+    compared = summarise(manifest, runs)
+    assert "+10.0%" in render_markdown(compared)  # control
+    manifest["variants"][1]["scores_like_reference"] = False
+    comparison = summarise(manifest, runs)
+    assert verdict(comparison)[0].text == "`balanced` is 2.40x (2.40-2.40) as fast as `pad_longest`."
+    assert texts(comparison, "loss") == [
+        "`balanced` is scored on other predictions than `pad_longest` (tail rainbow for eos), so their losses are not "
+        "compared."
+    ]
+    assert "%" not in render_markdown(comparison).split("|---")[0].replace("95%", "")
+    assert loss_of(comparison.row("balanced"), comparison) == ""
+    assert "not drawn, scored on other predictions: balanced" in " ".join(next(losses(comparison)).split())
+    assert "not drawn" not in next(losses(compared))
 
 
 def test_the_strategy_of_the_recipe_is_spoken_of():
