@@ -20,16 +20,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from packtrain.cli.output import NARROWEST_NAME, keep_whole
 from packtrain.data.examples import AnyExamples
 from packtrain.errors import PacktrainError
 from packtrain.modeling.cost import cost_of
 from packtrain.modeling.loading import load_config
+from packtrain.objectives.causal import supervised_index
 from packtrain.objectives.objective import Task
 from packtrain.objectives.task import load_task, plan_training
 from packtrain.packing.collator import IGNORED, MicroBatches
@@ -51,7 +54,8 @@ class Document:
 
     Attributes:
         example_id: -1 for padding.
-        input_ids, labels, positions: int `[L]`.
+        input_ids, labels, positions: int `[L]`. Labels are of the tokens that this batch scores: of masked answers, those
+            that are masked.
         weights: loss weights, float `[L]`.
         padding: padding tokens in its row.
         title: what it is of its example; nothing where it is the whole of it.
@@ -73,7 +77,9 @@ class Document:
 def documents_of(batch: Mapping[str, Any], titles: Sequence[str] | None = None) -> list[Document]:
     """Returns the documents of a flat `[1, T]` or padded `[B, T]` batch (see `packtrain.packing.collator`)."""
     titles = titles or [""] * len(batch["example_ids"])
-    width = batch["input_ids"].shape[1]
+    width, targets = batch["input_ids"].shape[1], batch["labels"].flatten()
+    index = supervised_index(batch)
+    labels_of = torch.full_like(targets, IGNORED).index_put_((index,), targets[index]).view_as(batch["labels"])
     if "cu_seq_lens_q" in batch:
         bounds = batch["cu_seq_lens_q"].tolist()
         places = [(0, slice(start, stop), 0) for start, stop in pairwise(bounds)]  # of static shapes, some empty
@@ -84,9 +90,8 @@ def documents_of(batch: Mapping[str, Any], titles: Sequence[str] | None = None) 
     for example_id, (row, place, padding), title in zip(batch["example_ids"].tolist(), places, titles, strict=True):
         if isinstance(place, slice) and place.start == place.stop:
             continue
-        ids, labels, positions, weights = (
-            batch[name][row][place].tolist() for name in ("input_ids", "labels", "position_ids", "loss_weights")
-        )
+        tensors = (batch["input_ids"], labels_of, batch["position_ids"], batch["loss_weights"])
+        ids, labels, positions, weights = (tensor[row][place].tolist() for tensor in tensors)
         documents.append(
             Document(
                 example_id=example_id,
@@ -237,14 +242,16 @@ def print_batch(
     layout = "flat" if "cu_seq_lens_q" in batch else "padded"
     shape = ", ".join(map(str, batch["input_ids"].shape))
     console.print(
-        f"{head}: {layout} \\[{shape}], {len(found)} documents, {real:,} real tokens "
+        f"{head}: {layout} \\[{shape}], {len(found)} document{'' if len(found) == 1 else 's'}, {real:,} real tokens "
         f"({supervised:,} supervised), {computed - real:,} padding",
         style="bold",
         highlight=False,
+        soft_wrap=True,
     )
-    table = Table(box=SIMPLE_HEAD, show_edge=False)
+    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 0, 0, 1), pad_edge=False)
     for column in ("document", "example", "row", "tokens", "positions", "supervised", "weight", "padding"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=column != "row")
+    table.columns[2].overflow, table.columns[2].min_width = "fold", NARROWEST_NAME
     for number, document in enumerate(found):
         row = _source_row(examples, document.example_id) if document.example_id >= 0 else "-"
         table.add_row(
@@ -257,7 +264,7 @@ def print_batch(
             f"{sum(document.weights):.4g}",
             f"{document.padding:,}",
         )
-    console.print(table)
+    console.print(keep_whole(table), crop=False)
     shown = [runs_of(document, task.tokenizer) for document in found[:texts]]
     begin, end = marks = choose_marks(shown)
     console.print(

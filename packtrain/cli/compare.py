@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from packtrain.cli.options import Overrides, RecipePath
+from packtrain.recipe.shipped import find_recipe
 
 
 def compare(
@@ -26,8 +27,12 @@ def compare(
     After an interruption the same command continues, and finished runs are kept. A variant that fails is
     listed in the report.
     """
+    console = Console()
+    path = find_recipe(recipe, below="compare")
+    console.print(
+        f"{path.stem}: loading torch and transformers, reading rows", style="dim", markup=False, highlight=False
+    )
     from packtrain.compare.run import run_comparison
 
-    console = Console()
     say = lambda line: console.print(line, soft_wrap=True, highlight=False, markup=False)  # noqa: E731
-    run_comparison(recipe, overrides or [], output_dir=out, restart=restart, say=say, console=console)
+    run_comparison(path, overrides or [], output_dir=out, restart=restart, say=say, console=console)

@@ -234,7 +234,7 @@ def strategy_table(
         if changed:
             notes["* packs the whole epoch: updates see other examples than with plain padding"] = None
         if report.examples_split:
-            notes[f"{name} splits {report.examples_split:,} examples"] = None
+            notes[f"{name} splits {report.examples_split:,} example{'' if report.examples_split == 1 else 's'}"] = None
         if report.sampled_updates < report.updates:
             notes[
                 f"the columns from `examples per update` on are from {report.sampled_updates:,} updates, evenly spaced"
@@ -299,11 +299,13 @@ def _how_few(packs: int, bound: int) -> str:
 
     >>> _how_few(5, 5)
     '5 packs, the fewest possible'
+    >>> _how_few(1, 1)
+    '1 pack, the fewest possible'
     >>> _how_few(200_001, 200_000)
     '200,001 packs, proved to be less than 0.01% above the fewest possible'
     """
     if packs == bound:
-        return f"{packs:,} packs, the fewest possible"
+        return f"{packs:,} pack{'' if packs == 1 else 's'}, the fewest possible"
     gap = packs / bound - 1
     most = f"at most {gap:.2%}" if gap >= 1e-4 else "less than 0.01%"
     return f"{packs:,} packs, proved to be {most} above the fewest possible"

@@ -22,6 +22,7 @@ from packtrain.compare.trainers import PACKTRAIN
 
 PHASES = ("data", "forward", "backward", "optimizer")
 WAITING = "waiting"  # of a rank for the others
+OF_SOME_STRATEGIES = {"shapes", "tokens_per_step"}  # of batching; a comparison leaves them out for the others
 TRAINED_BY = ("model", "lora", "objective", "training")  # sections of a recipe
 
 
@@ -31,6 +32,8 @@ class Row:
 
     Attributes:
         keeps_updates: whether every update sees the same examples as the reference's.
+        scores_like_reference: whether its losses are of the same predictions as the reference's; where not, nothing
+            of them is compared.
         ends_with_reference: what both have had as much of at the end, `examples` or `updates`; None: nothing.
         settings: what its recipe sets otherwise than the reference's, besides rows and batches, as
             `learning_rate 0.002 for 0.001`.
@@ -46,7 +49,7 @@ class Row:
         held_out_ratio: of the final loss per token, paired over seeds.
         equal_updates: at the last update at which this and the reference were both evaluated.
         loss_difference, norm_difference: training loss and gradient norm, update by update; None unless
-            `keeps_updates`.
+            `keeps_updates` and `scores_like_reference`.
         learning_runs: runs that trained to the end, one per seed.
     """
 
@@ -54,6 +57,7 @@ class Row:
     trainer: str
     strategy: str
     keeps_updates: bool
+    scores_like_reference: bool
     ends_with_reference: str | None
     settings: tuple[str, ...]
     failure: str | None
@@ -144,6 +148,13 @@ class Comparison:
         """Packtrain's rows with a speed whose updates are the reference's."""
         return [row for row in self.measured if row.keeps_updates and not row.is_peer]
 
+    def differs_in_strategy_alone(self, row: Row) -> bool:
+        """Whether its recipe is the reference's, but for the strategy and the keys that not every strategy takes."""
+        found = {variant["name"]: variant["recipe"]["batching"] for variant in self.manifest["variants"]}
+        mine, theirs = found[row.name], found[self.manifest["reference"]]
+        shared = {*mine, *theirs} - {"strategy", *OF_SOME_STRATEGIES}
+        return not row.settings and all(mine.get(key) == theirs.get(key) for key in shared)
+
     def is_own(self, row: Row) -> bool:
         """Whether it is the strategy of the recipe that was compared, or a function of the user's."""
         return not row.is_peer and (row.name == self.manifest.get("own_strategy") or ":" in row.strategy)
@@ -201,6 +212,7 @@ def _row(variant: Mapping[str, Any], runs: list[Run], reference: list[Run], mani
     pairs = [(run, of_reference[run.round]) for run in timed if window(of_reference.get(run.round), manifest)]
     learnt = [(run, of_reference[run.round]) for run in learning if run.round in of_reference]
     keeps = variant["keeps_updates"]
+    alike = variant.get("scores_like_reference", True)  # comparisons may be older than the key
     updates = [update for run in timed for update in window(run, manifest)]
     seen = [update for run in learning or timed for update in run.updates]
     examples = [update.examples for update in seen if update.examples is not None]
@@ -214,6 +226,7 @@ def _row(variant: Mapping[str, Any], runs: list[Run], reference: list[Run], mani
         trainer=variant["trainer"],
         strategy=variant["recipe"]["batching"]["strategy"],
         keeps_updates=keeps,
+        scores_like_reference=alike,
         ends_with_reference=variant["ends_with_reference"],
         settings=_settings(variant, manifest),
         failure=next((run.end.reason for run in runs if run.failed), None),
@@ -236,13 +249,13 @@ def _row(variant: Mapping[str, Any], runs: list[Run], reference: list[Run], mani
         held_out=_mean(point.loss for point in held_out),
         per_example=_mean(point.loss_per_example for point in held_out),
         held_out_ratio=_ratio_of(
-            [pair for pair in learnt if pair[0].held_out and pair[1].held_out],
+            [pair for pair in learnt if alike and pair[0].held_out and pair[1].held_out],
             lambda run: run.held_out[-1].loss,
             manifest,
         ),
-        equal_updates=_equal_updates(learnt),
-        loss_difference=_largest(learnt, lambda u: u.loss) if keeps else None,
-        norm_difference=_largest(learnt, lambda u: u.grad_norm) if keeps else None,
+        equal_updates=_equal_updates(learnt) if alike else None,
+        loss_difference=_largest(learnt, lambda u: u.loss) if keeps and alike else None,
+        norm_difference=_largest(learnt, lambda u: u.grad_norm) if keeps and alike else None,
         flops_per_second=flops,
         mfu=flops / peak if flops and peak else None,
         attention=ends[0].attention if ends else None,

@@ -77,6 +77,7 @@ MEANINGS = {  # of the keys
     "training.max_steps where that is fewer",
 }
 LONGEST_NAME = 200  # characters of a file's name, of 255
+DECIDE_TOKENS = ("tokenizer_name_or_path", "tokenizer_vocab_size", "chat_template")  # of a model
 USUAL = ("pad_longest", "group_by_length", "padding_free", "balanced", "bfd")
 FORCED = {  # a comparison evaluates, logs and stores by itself, alike for every trainer
     "training.save_strategy": "no",
@@ -119,6 +120,12 @@ class Variant:
             and mine.batching.schedule == theirs.batching.schedule
             and mine.training.get("data_seed") == theirs.training.get("data_seed")
         )
+
+    def scores_like(self, other: Variant) -> bool:
+        """Whether its losses are of the same predictions as `other`'s, so that one can be lower than the other."""
+        mine, theirs = self.recipe, other.recipe
+        same_tokens = all(getattr(mine.model, key) == getattr(theirs.model, key) for key in DECIDE_TOKENS)
+        return same_tokens and mine.objective.scores_like(theirs.objective)
 
     def ends_with(self, other: Variant) -> str | None:
         """Name what both have had as much of when their runs end: `examples`, `updates`, or None."""

@@ -46,6 +46,7 @@ def make_manifest(experiment: Experiment, path: Path, overrides: Sequence[str]) 
                 "name": variant.name,
                 "trainer": variant.trainer,
                 "keeps_updates": variant.keeps_updates_of(experiment.of_reference),
+                "scores_like_reference": variant.scores_like(experiment.of_reference),
                 "ends_with_reference": variant.ends_with(experiment.of_reference),
                 "recipe": portable(variant.recipe),
             }

@@ -245,7 +245,8 @@ def family(row: Row, comparison: Comparison) -> str:
 
 # Losses
 
-SMOOTHING = 5  # updates of the running mean of a training loss
+SMOOTHING = 5  # updates of the running mean of a training loss, at most
+PER_MEAN = 10  # updates of a run for each of these: a mean over all of few updates would hide where a loss ends
 AXES = (("update", "updates"), ("tokens", "real tokens seen"), ("seconds", "seconds in updates"))
 DASHES: dict[str, Any] = {"ours": "-", "packed": (0, (1, 1.2)), "peer": (0, (4, 2)), "ink": "-"}
 LEGEND_ROW = 0.155  # inches
@@ -254,25 +255,34 @@ FEW_LINES = 8
 
 def losses(comparison: Comparison) -> Iterator[str]:
     """Draw held-out loss, or the running mean of the training loss where it was hardly evaluated; one figure per axis."""
-    rows = [row for row in comparison.rows if row.learning_runs]
+    learning = [row for row in comparison.rows if row.learning_runs]
+    rows = [row for row in learning if row.scores_like_reference]
     if not rows:
         return
     on_held_out = all(len(run.held_out) > 2 for row in rows for run in row.learning_runs)
-    kind = "held-out loss" if on_held_out else f"training loss, mean of {SMOOTHING} updates"
+    shortest = min(len(run.updates) for row in rows for run in row.learning_runs)
+    mean_of = None if on_held_out else max(1, min(SMOOTHING, shortest // PER_MEAN))
+    smoothed = f", mean of {mean_of} updates" if mean_of and mean_of > 1 else ""
+    kind = "held-out loss" if on_held_out else f"training loss{smoothed}"
     seeds = max(len(row.learning_runs) for row in rows)
-    kind += f"{' and' if not on_held_out else ', mean'} of {seeds} seeds" if seeds > 1 else ""
+    kind += f"{' and' if smoothed else ', mean'} of {seeds} seeds" if seeds > 1 else ""
     for axis, label in AXES:
         alt = f"{kind.capitalize()} by {label}, at the end: "
-        alt += ", ".join(f"{row.name} {mean_curve(row.learning_runs, axis, on_held_out)[1][-1]:.4f}" for row in rows)
+        alt += ", ".join(f"{row.name} {mean_curve(row.learning_runs, axis, mean_of)[1][-1]:.4f}" for row in rows)
         lines = told_apart(rows, comparison, in_time=axis == "seconds")
         with drawing(f"loss-by-{axis}", alt=alt, height=2.9 + LEGEND_ROW * ((len(lines) + 1) // 2)) as drawn:
             ax = drawn.ax
             for row, style in _styles([row for row in rows if row.name in lines], comparison):
-                ax.plot(*mean_curve(row.learning_runs, axis, on_held_out), label=lines[row.name], **style)
+                ax.plot(*mean_curve(row.learning_runs, axis, mean_of), label=lines[row.name], **style)
             ax.set_title(f"{'Held-out' if on_held_out else 'Training'} loss by {label}")
             left_out = [row.name for row in rows if row.name not in lines] if axis == "seconds" else []
-            same = f"; not drawn, with the losses of {comparison.reference.name}: "
-            ax.set_xlabel(label + (same + listed(left_out) if left_out else ""))
+            others = [row.name for row in learning if row not in rows]
+            absent = {
+                f"with the losses of {comparison.reference.name}": left_out,
+                "scored on other predictions": others,
+            }
+            notes = [f"not drawn, {why}: {listed(names)}" for why, names in absent.items() if names]
+            ax.set_xlabel("; ".join([label, *notes]))
             ax.set_ylabel(kind)
             ax.xaxis.set_major_formatter(FuncFormatter(tick))
             ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -281,26 +291,26 @@ def losses(comparison: Comparison) -> Iterator[str]:
         yield drawn.svg
 
 
-def mean_curve(runs: Sequence[Run], axis: str, on_held_out: bool) -> tuple[list[float], list[float]]:
+def mean_curve(runs: Sequence[Run], axis: str, mean_of: int | None) -> tuple[list[float], list[float]]:
     """Return the points of a variant, each the mean over its seeds, as far as every one of them goes."""
-    curves = [curve(run, axis, on_held_out) for run in runs]
+    curves = [curve(run, axis, mean_of) for run in runs]
     count = min(len(x) for x, _ in curves)
     x, y = (np.mean([points[part][:count] for points in curves], axis=0) for part in (0, 1))
     return x.tolist(), y.tolist()
 
 
-def curve(run: Run, axis: str, on_held_out: bool) -> tuple[list[float], list[float]]:
-    """Return the points of one run: held-out evaluations, or the running mean of the training loss."""
+def curve(run: Run, axis: str, mean_of: int | None) -> tuple[list[float], list[float]]:
+    """Return the points of one run: the training loss, a running mean of `mean_of` updates; None: held-out evaluations."""
     totals = {
         "update": lambda update: 1,
         "tokens": lambda update: update.real_tokens,
         "seconds": lambda update: update.seconds,
     }
     seen = np.concatenate([[0], np.cumsum([totals[axis](update) for update in run.updates])])  # [updates + 1]
-    if on_held_out:
+    if mean_of is None:
         return [float(seen[point.update]) for point in run.held_out], [point.loss for point in run.held_out]
     values = np.array([update.loss for update in run.updates])
-    means = [float(values[max(0, end - SMOOTHING) : end].mean()) for end in range(1, len(values) + 1)]
+    means = [float(values[max(0, end - mean_of) : end].mean()) for end in range(1, len(values) + 1)]
     return seen[1:].tolist(), means
 
 

@@ -92,6 +92,10 @@ class Progress:
             self._status = self.console.status(self._head)
             self._status.start()
 
+    def restart_clock(self) -> None:
+        """Counts the run from now on: the first one waits for libraries that the others find loaded."""
+        self._began = time.monotonic()
+
     def look(self) -> None:
         """Shows how far the run is, from the updates in its file."""
         if self._status is not None:
@@ -108,6 +112,11 @@ class Progress:
             return
         self.measured.setdefault(self._kind, []).append(time.monotonic() - self._began)
         self.say("  ".join([self._head, "done", *self._speed(updates_so_far(self._path)), *self._time_left()]))
+
+    def interrupt(self) -> None:
+        """Says at once that the present run is ended, as that may take seconds."""
+        self.stop()
+        self.say(f"interrupted: ending {self._head}")
 
     def stop(self) -> None:
         """Gives the terminal back."""

@@ -12,9 +12,13 @@ out, and it is tried again when the command is.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
+import multiprocessing.forkserver
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +33,7 @@ from packtrain.training.output_lock import only_run
 
 Say = Callable[[str], None]
 LOOKS = 1.0  # seconds between looks at a run
+GRACE = 5.0  # seconds that an interrupted run has to end by itself
 
 
 def run_comparison(
@@ -69,7 +74,11 @@ def run_comparison(
             remove_runs(directory)
         check_same(directory, manifest)
         write_manifest(directory, manifest)
-        run_rounds(experiment, directory, say, console)
+        try:
+            run_rounds(experiment, directory, say, console)
+        except KeyboardInterrupt:
+            say(what_is_kept(experiment, directory, restart=restart))
+            raise
     report, comparison = write_report([directory]), read_comparison(directory)
     say("verdict:")
     for text in (*(sentence.text for sentence in verdict(comparison)), note(comparison)):
@@ -83,15 +92,9 @@ def run_rounds(experiment: Experiment, directory: Path, say: Say, console: Conso
     """Make every run that has no file yet, one after the other; failed ones again."""
     context = _context()
     failed: set[str] = set()
-    todo = [
-        (number, variant)
-        for number in range(len(experiment.rounds))
-        for variant in experiment.variants
-        if not _finished(run_path(directory, number, variant.name), number, variant.name)
-    ]
-    runs = len(experiment.rounds) * len(experiment.variants)
+    todo = missing_runs(experiment, directory)
     if todo:
-        say(describe(experiment, kept=runs - len(todo)))
+        say(describe(experiment, kept=len(experiment.rounds) * len(experiment.variants) - len(todo)))
     progress = Progress(experiment, todo, say, console)
     for number, variant in todo:
         if variant.name in failed:
@@ -103,6 +106,25 @@ def run_rounds(experiment: Experiment, directory: Path, say: Say, console: Conso
         if end.status == "failed":
             failed.add(variant.name)
         progress.end(end)
+
+
+def missing_runs(experiment: Experiment, directory: Path) -> list[tuple[int, Variant]]:
+    """Find the runs that are not finished, as round and variant, in the order in which they are made."""
+    return [
+        (number, variant)
+        for number in range(len(experiment.rounds))
+        for variant in experiment.variants
+        if not _finished(run_path(directory, number, variant.name), number, variant.name)
+    ]
+
+
+def what_is_kept(experiment: Experiment, directory: Path, *, restart: bool) -> str:
+    """Say which runs an interrupted comparison keeps, and how it goes on."""
+    runs = len(experiment.rounds) * len(experiment.variants)
+    kept = runs - len(missing_runs(experiment, directory))
+    command = "the same command without --restart" if restart else "the same command"
+    verb = "is" if kept == 1 else "are"
+    return f"interrupted: {kept} of {runs} runs {verb} finished and kept in {directory}; {command} makes the rest"
 
 
 def describe(experiment: Experiment, *, kept: int = 0) -> str:
@@ -142,15 +164,19 @@ def _run(
         ranks=experiment.ranks,
     )
     process = context.Process(target=work if job.ranks == 1 else launch, args=(job,))
-    process.start()
     progress.begin(number, variant, path)
     try:
+        with _uninterrupted():
+            _start_server(context, process)
+        if process.pid is None:
+            process.start()  # waits for a server that has just been started, while that loads libraries
+        progress.restart_clock()
         while process.is_alive():
             process.join(LOOKS)
             progress.look()
     except KeyboardInterrupt:
-        process.terminate()
-        process.join()
+        progress.interrupt()
+        _end(process)
         raise
     if not path.exists():
         add_end(path, End(status="failed", reason=reason_of_code(process.exitcode or 0)))
@@ -158,6 +184,39 @@ def _run(
     if end.status == "finished":
         remove_logs(path)
     return end
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Let processes that are started meanwhile ignore Ctrl-C, which a terminal tells all of them: the comparison ends them.
+
+    One that is importing libraries would write a traceback into the terminal.
+    """
+    if threading.current_thread() is not threading.main_thread():  # where no Ctrl-C is heard, nor a handler set
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _start_server(context: Any, process: Any) -> None:
+    """Start what takes no time to start: the fork server, or where there is none the process itself."""
+    if context.get_start_method() == "forkserver":
+        multiprocessing.forkserver.ensure_running()
+    else:
+        process.start()
+
+
+def _end(process: Any) -> None:
+    """End a run that nobody waits for: soon where it finishes its update by itself, else at once."""
+    if process.pid is not None:
+        process.terminate()
+        process.join(GRACE)
+        process.kill()
+        process.join()
 
 
 def _context() -> Any:

@@ -43,6 +43,7 @@ def verdict(comparison: Comparison) -> list[Sentence]:
         sentences += _headline(subject, comparison)
     sentences += _own(subject, comparison)
     sentences += _same_updates(comparison)
+    sentences += _other_scores(comparison)
     if subject is not None:
         sentences += _peers(subject, comparison)
     sentences += _waiting(subject or comparison.reference, comparison)
@@ -125,9 +126,13 @@ def _same_loss(row: Row, reference: Row) -> str:
     if difference <= SAME_CURVE:
         return f", with the same loss in every one of {updates:,} updates (largest relative difference {small(difference)})"
     alike = alike_until(row, reference)
-    start = f" lies within {small(SAME_CURVE)} for the first {alike:,} updates, then" if alike else ""
+    start = f" lies within {small(SAME_CURVE)} for {_first(alike)}, then" if alike else ""
     with_them = f"with {listed(row.settings)} " if row.settings else ""
     return f"; {with_them}its training loss{start} differs by up to {small(difference)} in one of {updates:,} updates"
+
+
+def _first(updates: int) -> str:
+    return "the first update" if updates == 1 else f"the first {updates:,} updates"
 
 
 def alike_until(row: Row, reference: Row) -> int:
@@ -171,13 +176,22 @@ def _same_updates(comparison: Comparison) -> Iterator[Sentence]:
         elif row not in same:
             alike = alike_until(row, reference)
             but, start = ("and", f"lies within {small(SAME_CURVE)} of") if alike else ("but", "departs from")
-            end = f" for the first {alike:,} updates, then departs" if alike else ""
+            end = f" for {_first(alike)}, then departs" if alike else ""
             yield Sentence(
                 topic="loss",
                 text=f"{_quoted(row)} sees the same examples in the same updates, {but} its training loss {start} "
                 f"that of {_quoted(reference)}{end} by up to {small(row.loss_difference or 0)} (relative)"
                 f"{_final_losses(row, reference)}.",
             )
+
+
+def _other_scores(comparison: Comparison) -> Iterator[Sentence]:
+    """Say whose losses are not compared, as they are of other predictions (a tail of the answers, a tokenizer)."""
+    for row in comparison.measured:
+        if not row.scores_like_reference:
+            text = f"{_quoted(row)} is scored on other predictions than {_quoted(comparison.reference)} "
+            text += f"({listed(row.settings)}), so their losses are not compared."
+            yield Sentence(topic="loss", text=text)
 
 
 def _final_losses(row: Row, reference: Row) -> str:
@@ -308,11 +322,13 @@ def _recommendation(comparison: Comparison) -> Iterator[Sentence]:
     if not recommended:
         return
     strategy = recommended["strategy"]
-    rows = comparison.ours
+    rows = [row for row in comparison.ours if comparison.differs_in_strategy_alone(row)]
     chosen = next((row for row in rows if row.strategy == strategy), None)
+    with_others = any(row.strategy == strategy for row in comparison.ours)
     start = f"From the lengths alone, `packtrain plan --recommend` picks `{strategy}`"
     if chosen is None:
-        yield Sentence(topic="recommendation", text=f"{start}, which was not among the variants.")
+        but = ", which ran with settings of its own only" if with_others else ", which was not among the variants"
+        yield Sentence(topic="recommendation", text=f"{start}{but}.")
         return
     faster = []
     for row in rows:

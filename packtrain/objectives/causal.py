@@ -29,6 +29,7 @@ class CausalLM(Objective):
     weighs_tokens: ClassVar[bool] = True
     predicts_next: ClassVar[bool] = True
     streams: ClassVar[bool] = True
+    weighing: ClassVar[tuple[str, ...]] = ("loss_weighting",)
 
     name: Literal["causal_lm"] = "causal_lm"
     loss_weighting: Literal["token", "example"] = "token"

@@ -43,6 +43,7 @@ class Objective(Section):
         row_kind: what its rows are, see `packtrain.data.formats.KINDS`.
         streams: its examples are those of `packtrain.data`, each made of its row alone, so that rows can be streamed.
         answers: its models answer `packtrain sample` and `packtrain evaluate`.
+        weighing: its keys that only weigh losses: which tokens are scored, and how each is, stays the same.
         rules: what its keys contradict in other sections and in a strategy.
     """
 
@@ -58,6 +59,7 @@ class Objective(Section):
     row_kind: ClassVar[Kind] = "example"
     streams: ClassVar[bool] = False
     answers: ClassVar[bool] = False
+    weighing: ClassVar[tuple[str, ...]] = ()
     rules: ClassVar[tuple[Rule, ...]] = ()
 
     @property
@@ -68,6 +70,11 @@ class Objective(Section):
     def logits(self, config: PreTrainedConfig) -> int:
         """Returns how many logits the model has at a supervised position."""
         return config.get_text_config().vocab_size
+
+    def scores_like(self, other: Objective) -> bool:
+        """Returns whether its losses, weights aside, are of the same predictions as those of `other`."""
+        mine, theirs = (each.model_dump(exclude={*each.weighing}) for each in (self, other))
+        return mine == theirs
 
     def unlike_sft(self) -> tuple[str, Any] | None:
         """Returns the key, with its value, by which its loss is another than that of supervised fine-tuning, the mean over

@@ -31,6 +31,7 @@ class SeveralAnswers(AnswersObjective):
 
     predicts_next: ClassVar[bool] = True
     row_kind: ClassVar[Kind] = "answers"
+    weighing: ClassVar[tuple[str, ...]] = ("loss_weighting",)
 
     name: Literal["several_answers"] = "several_answers"
     loss_weighting: Literal["token", "example"] = "token"

@@ -91,6 +91,38 @@ def test_what_is_supervised_is_seen_without_colours(tmp_path, capsys, monkeypatc
     assert supervised_in(ANSI.sub("", out)) == supervised_of(recipe, *more)
 
 
+@pytest.mark.parametrize("columns", [80, 120])
+def test_headers_and_numbers_are_whole_in_a_narrow_terminal(tmp_path, capsys, monkeypatch, columns):
+    """`positio…` and `superv…` at 80 columns; a long name of a file wraps instead. A pipe's lines are not broken."""
+    recipe = recipe_of(tmp_path, TEXTS["plain"])
+    for name in ("a_file_with_a_rather_long_name", "b"):
+        (tmp_path / f"{name}.jsonl").write_text((tmp_path / "rows.jsonl").read_text())
+    (tmp_path / "rows.jsonl").unlink()
+    monkeypatch.setenv("COLUMNS", str(columns))
+    out = printed(capsys, "show", recipe, "--documents", "1", "--set", f"data.path={tmp_path}/*.jsonl")
+    assert "…" not in out and max(map(len, out.splitlines()[-8:-3])) <= columns
+    assert [*re.search("^document +example.*", out, flags=re.MULTILINE)[0].split()][-3:] == [
+        "supervised",
+        "weight",
+        "padding",
+    ]
+    assert re.search(r"^step 0 of 1 .*: flat \[.*, 2 documents, .* supervised\), 0 padding$", out, flags=re.MULTILINE)
+    out = printed(capsys, "show", recipe, "--examples", "0", "--set", f"data.path={tmp_path}/*.jsonl")
+    assert ", 1 document, " in out
+
+
+def test_of_masked_answers_the_masked_tokens_are_supervised(tmp_path, capsys):
+    """The legend says that all else is not learnt: what a mask has left visible is read only."""
+    recipe = recipe_of(tmp_path, [{"prompt": "ask", "completion": "an answer of some length"}] * 2)
+    more = ["objective={name: masked_diffusion, tail: eos, canvas: fixed, canvas_size: 64}"]
+    for objective in (more, ["objective={name: block_diffusion, block_size: 8}"]):
+        out = printed(capsys, "show", recipe, "--set", *objective)
+        found = supervised_in(out)
+        assert all(found) and {text.replace("<|mask|>", "") for runs in found for text in runs} == {""}
+        count = int(re.search(r"\((\d+) supervised\)", out)[1])
+        assert count == sum(text.count("<|mask|>") for runs in found for text in runs) > 0
+
+
 def test_padding_is_named_where_no_text_is(tmp_path, capsys):
     out = printed(capsys, "show", recipe_of(tmp_path, TEXTS["plain"]), "--set", "strategy=pad_longest")
     assert re.search(r"^document \d · example 1 · \d padding ─", out, flags=re.MULTILINE)

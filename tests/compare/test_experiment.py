@@ -130,6 +130,23 @@ def test_other_trainers_deal_equally_to_ranks(tmp_path):
     assert load_experiment(path, ["ranks=3", "batching.examples_per_step=9"]).ranks == 3
 
 
+def test_losses_of_other_predictions_are_told_apart(tmp_path):
+    """A tail of tokens that are easy to guess has a lower loss, and teaches no better; a weight changes no prediction."""
+    rainbow = {"objective": {"name": "masked_diffusion", "tail": "rainbow", "canvas": "fixed", "canvas_size": 64}}
+    changes = {
+        "same": {},
+        "other rate": {"training.learning_rate": 0.1},
+        "other mean": {"objective.norm": "token"},
+        "other tail": {"objective.tail": "eos"},
+        "other tokenizer": {"model.tokenizer_vocab_size": 320},
+    }
+    variants = [{"name": name, "batching.strategy": "pad_longest", **change} for name, change in changes.items()]
+    path = write_experiment(tmp_path, variants=variants, reference="same", set=rainbow)
+    experiment = load_experiment(path)
+    alike = {variant.name for variant in experiment.variants if variant.scores_like(experiment.of_reference)}
+    assert alike == {"same", "other rate", "other mean"}
+
+
 def test_other_objectives_are_other_experiments(tmp_path):
     path = write_experiment(tmp_path)
     names = ("causal_lm", "masked_diffusion", "block_diffusion")

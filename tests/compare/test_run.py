@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from packtrain.compare.comparison import read_comparison
-from packtrain.compare.run import run_comparison
+from packtrain.compare.experiment import load_experiment
+from packtrain.compare.results import End, RunWriter, run_path
+from packtrain.compare.run import run_comparison, what_is_kept
 from packtrain.compare.verdict import verdict
 from packtrain.errors import PacktrainError
 from packtrain.training.output_lock import only_run
@@ -131,6 +133,52 @@ def test_killed_alone_it_leaves_no_run_behind(tmp_path, how):
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["starting", "training"])
+def test_interrupted_it_says_so_at_once_and_how_it_goes_on(tmp_path, moment):
+    """Ctrl-C was answered by seconds of nothing, and by a traceback of the server that was still importing."""
+    path, out = write_experiment(tmp_path), tmp_path / "out"
+    options = ["--out", str(out), "--set", "num_train_epochs=1000", "--set", "eval_strategy=no"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "packtrain", "compare", str(path), *options],
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )
+    lines, part = iter(process.stdout.readline, ""), out / "runs" / "00-pad_longest.part"
+    try:
+        assert next(lines) == "tiny: loading torch and transformers, reading rows\n"
+        assert next(line for line in lines if line.startswith("comparing "))
+        deadline = time.monotonic() + 200
+        while moment == "training" and not (part.exists() and part.read_text().count('"update"') > 2):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        time.sleep(0.5)  # for the server to be importing; any moment will do
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
+        left = [*lines]
+        assert process.wait() == 130 and not any("Traceback" in line or "KeyboardInterrupt" in line for line in left)
+        assert [line for line in left if line.startswith("interrupted")] == [
+            "interrupted: ending run 1/2  round 1/1  pad_longest\n",
+            f"interrupted: 0 of 2 runs are finished and kept in {out}; the same command makes the rest\n",
+        ]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_what_an_interrupted_comparison_keeps_is_said(tmp_path):
+    experiment = load_experiment(write_experiment(tmp_path, repeats=2))
+    writer = RunWriter(run_path(tmp_path, 0, "pad_longest"))
+    writer.end(End(status="finished"))
+    said = what_is_kept(experiment, tmp_path, restart=True)
+    assert said == (
+        f"interrupted: 1 of 4 runs is finished and kept in {tmp_path}; "
+        "the same command without --restart makes the rest"
+    )
 
 
 def test_two_comparisons_in_one_folder_do_not_mix_their_runs(tmp_path):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from packtrain.compare.comparison import summarise
-from packtrain.compare.plots import shown_rows
+from packtrain.compare.plots import curve, loss_of, losses, shown_rows
 from packtrain.compare.results import Update
 from packtrain.compare.tables import render_markdown
 from packtrain.compare.verdict import alike_until, headliner, verdict
@@ -234,6 +234,53 @@ def test_the_recommendation_is_judged(strategy, rate, expected):
     assert text.endswith(expected)
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "wrong here, `balanced 8k` was faster, 1.25x (1.25-1.25)."),  # control: it only has another name
+        ({"batching": {"max_tokens": 8192}}, "right, no variant with the same updates was measurably faster."),
+        ({"training": {"learning_rate": 1e-2}}, "right, no variant with the same updates was measurably faster."),
+    ],
+)
+def test_a_variant_with_settings_of_its_own_does_not_judge_the_recommendation(changes, expected):
+    """It was made for the recipe's settings: twice as many tokens at once make no other strategy the right one."""
+    own = ("balanced 8k", "packtrain", True)
+    manifest = make_manifest([*OURS, own], recommendation={"strategy": "balanced", "reasons": []})
+    recipe = manifest["variants"][2]["recipe"]
+    recipe["batching"]["strategy"] = "padding_free"
+    for section, change in changes.items():
+        recipe[section] |= change
+    runs = [REFERENCE, runs_of("balanced", 240.0, 244.8, 235.2), runs_of("balanced 8k", 300.0, 306.0, 294.0)]
+    (text,) = texts(summarise(manifest, [run for some in runs for run in some]), "recommendation")
+    assert text.endswith(f"picks `balanced`: {expected}")
+    if changes:  # and where nothing else has the strategy, nothing was judged
+        manifest["variants"] = [manifest["variants"][0], manifest["variants"][2]]
+        recipe["batching"]["strategy"] = "balanced"
+        (text,) = texts(summarise(manifest, [*runs[0], *runs[2]]), "recommendation")
+        assert text.endswith("picks `balanced`, which ran with settings of its own only.")
+
+
+def test_losses_of_other_predictions_are_not_compared():
+    """Masked answers with a rainbow behind them have a higher loss than with eos alone, and are no worse for it."""
+    manifest = make_manifest(OURS)
+    for variant, tail in zip(manifest["variants"], ("eos", "rainbow"), strict=True):
+        variant["recipe"]["objective"] = {"name": "masked_diffusion", "tail": tail}
+    runs = [*REFERENCE, *runs_of("balanced", 240.0, 244.8, 235.2, loss_factor=1.1)]
+    compared = summarise(manifest, runs)
+    assert "+10.0%" in render_markdown(compared)  # control
+    manifest["variants"][1]["scores_like_reference"] = False
+    comparison = summarise(manifest, runs)
+    assert verdict(comparison)[0].text == "`balanced` is 2.40x (2.40-2.40) as fast as `pad_longest`."
+    assert texts(comparison, "loss") == [
+        "`balanced` is scored on other predictions than `pad_longest` (tail rainbow for eos), so their losses are not "
+        "compared."
+    ]
+    assert "%" not in render_markdown(comparison).split("|---")[0].replace("95%", "")
+    assert loss_of(comparison.row("balanced"), comparison) == ""
+    assert "not drawn, scored on other predictions: balanced" in " ".join(next(losses(comparison)).split())
+    assert "not drawn" not in next(losses(compared))
+
+
 def test_the_strategy_of_the_recipe_is_spoken_of():
     """Slower than the fastest that packs, it had no sentence and no bar; control: another's has none."""
     own = ("packing:mine", "packtrain", False)
@@ -304,3 +351,13 @@ def test_another_learning_rate_is_named_and_no_defect():
     assert (
         "; with learning_rate 0.006 for 0.003, after the same examples its held-out" in texts(comparison, "packing")[0]
     )
+
+
+def test_a_mean_over_few_updates_does_not_hide_the_end():
+    """All of five updates were averaged: a loss that fell from 5 to 4.6 was drawn to end at 4.8."""
+    (run,) = runs_of("pad_longest", 100.0, updates=5)
+    comparison = comparison_of(OURS, [replace(run, held_out=[])], [])
+    assert "pad_longest 4.6000" in next(losses(comparison)) and "mean of" not in next(losses(comparison))
+    (long,) = runs_of("pad_longest", 100.0, updates=30)
+    assert "training loss, mean of 3 updates" in next(losses(comparison_of(OURS, [replace(long, held_out=[])], [])))
+    assert curve(run, "update", 2)[1] == pytest.approx([5.0, 4.95, 4.85, 4.75, 4.65])

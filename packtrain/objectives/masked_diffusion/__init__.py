@@ -58,6 +58,7 @@ class MaskedDiffusion(Objective):
     completions_only: ClassVar[bool] = True
     keeps_examples: ClassVar[bool] = False
     answers: ClassVar[bool] = True
+    weighing: ClassVar[tuple[str, ...]] = ("weight", "norm")
     rules = (keeps_documents_whole, _tail_has_a_canvas, _remote_code_sees_no_padding)
 
     name: Literal["masked_diffusion"] = "masked_diffusion"
