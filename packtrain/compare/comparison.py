@@ -19,6 +19,7 @@ from packtrain.compare.flops import peak_flops
 from packtrain.compare.results import Run, Update, read_manifest, read_runs
 from packtrain.compare.statistics import Ratio, Spread, largest_relative_difference, paired_ratio, spread
 from packtrain.compare.trainers import PACKTRAIN
+from packtrain.packing.strategies import STRATEGIES
 
 PHASES = ("data", "forward", "backward", "optimizer")
 WAITING = "waiting"  # of a rank for the others
@@ -154,6 +155,19 @@ class Comparison:
         mine, theirs = found[row.name], found[self.manifest["reference"]]
         shared = {*mine, *theirs} - {"strategy", *OF_SOME_STRATEGIES}
         return not row.settings and all(mine.get(key) == theirs.get(key) for key in shared)
+
+    @property
+    def same_updates(self) -> str:
+        """Name the group of variants that keep the reference's updates."""
+        name = self.manifest["reference"]
+        found = {variant["name"]: variant["recipe"]["batching"] for variant in self.manifest["variants"]}
+        strategy = STRATEGIES.get(found[name]["strategy"])
+        return f"the same updates as {'plain padding' if strategy and strategy.layout == 'padded' else name}"
+
+    @staticmethod
+    def packs_epoch(row: Row) -> bool:
+        """Whether its updates are other ones because it packs the whole epoch, not by a setting."""
+        return not row.keeps_updates and getattr(STRATEGIES.get(row.strategy), "scope", "epoch") == "epoch"
 
     def is_own(self, row: Row) -> bool:
         """Whether it is the strategy of the recipe that was compared, or a function of the user's."""

@@ -359,11 +359,6 @@ def _styles(rows: Sequence[Row], comparison: Comparison) -> Iterator[tuple[Row, 
 # The cover
 
 WIDTH = 7.6  # inches
-KINDS = (
-    ("ours", "the same updates as plain padding"),
-    ("packed", "packed over the whole epoch, the fastest"),
-    ("peer", "other trainers"),
-)
 
 
 def cover(comparison: Comparison, style: str) -> str | None:
@@ -386,10 +381,15 @@ def cover(comparison: Comparison, style: str) -> str | None:
         ax, places = drawn.ax, _places(rows)
         ends = drawn_ends(rows)
         right = max(ends)
-        for kind, label in KINDS:
+        packed = [row for row in rows if family(row, comparison) == "packed"]
+        epoch = "packed over the whole epoch" + (", the fastest" if len(packed) == 1 else "")
+        kinds = {
+            "ours": comparison.same_updates,
+            "packed": epoch if all(map(comparison.packs_epoch, packed)) else "other updates",
+            "peer": "other trainers",
+        }
+        for kind, label in kinds.items():
             if any(family(row, comparison) == kind for row in rows):
-                if kind == "packed" and sum(family(row, comparison) == kind for row in rows) > 1:
-                    label = label.removesuffix(", the fastest")
                 ax.barh([places[0]], [0], color=COLOURS[kind], label=label)  # for the legend
         for row, place, end, loss in zip(rows, places, ends, losses, strict=True):
             weight = "bold" if row is subject else "normal"
@@ -413,7 +413,7 @@ def cover(comparison: Comparison, style: str) -> str | None:
 def shown_rows(comparison: Comparison) -> list[Row]:
     """Choose the rows with a speed; of those packed over the epoch only the fastest and the recipe's own."""
     rows = [row for row in comparison.measured if row.speed is not None]
-    packed = [row for row in rows if family(row, comparison) == "packed"]
+    packed = [row for row in rows if family(row, comparison) == "packed" and comparison.packs_epoch(row)]
     return [row for row in rows if row not in packed or row is fastest(packed) or comparison.is_own(row)]
 
 

@@ -39,11 +39,6 @@ from packtrain.errors import PacktrainError
 
 REPORT, COVER = "report.html", "speed.svg"
 TEMPLATES = files("packtrain.compare") / "templates"
-GROUPS = (
-    ("the same updates as plain padding", lambda row: row.keeps_updates and not row.is_peer),
-    ("packed over the whole epoch: other updates", lambda row: not row.keeps_updates and not row.is_peer),
-    ("other trainers", lambda row: row.is_peer),
-)
 
 
 def write_report(
@@ -159,12 +154,16 @@ def chapter(comparison: Comparison) -> dict[str, Any]:
 
 def _table(shown: Sequence[Column], comparison: Comparison) -> dict[str, Any]:
     """Collect headings and lines of a table with some of the columns."""
+    others = [row for row in comparison.rows if not row.keeps_updates and not row.is_peer]
+    by_packing = all(map(comparison.packs_epoch, others))
+    groups = {
+        comparison.same_updates: [row for row in comparison.rows if row.keeps_updates and not row.is_peer],
+        f"{'packed over the whole epoch: ' if by_packing else ''}other updates": others,
+        "other trainers": [row for row in comparison.rows if row.is_peer],
+    }
     return {
         "headings": [heading for heading, _ in shown],
-        "groups": [
-            (title, [_line(row, shown, comparison) for row in comparison.rows if belongs(row)])
-            for title, belongs in GROUPS
-        ],
+        "groups": [(title, [_line(row, shown, comparison) for row in rows]) for title, rows in groups.items()],
     }
 
 

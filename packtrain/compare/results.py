@@ -273,13 +273,15 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     Raises:
         PacktrainError: there is no experiment.
     """
-    path = directory / MANIFEST
+    path, fix = directory / MANIFEST, "name a directory that `packtrain compare` wrote"
+    if not path.exists():
+        what = f"contains no comparison: it has no {MANIFEST}" if directory.is_dir() else "there is no such directory"
+        raise PacktrainError(what, where=str(directory), fix=fix)
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if missing := [key for key in _KNOWN if key not in manifest]:
             raise ValueError(f"{MANIFEST} has no {', '.join(missing)}")
     except (OSError, ValueError, TypeError) as error:
-        fix = "name a directory that `packtrain compare` wrote"
         raise PacktrainError(f"contains no comparison: {error}", where=str(directory), fix=fix) from None
     return manifest
 

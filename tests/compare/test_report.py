@@ -226,5 +226,7 @@ def test_before_the_reference_has_run_there_is_a_page_without_ratios(tmp_path):
 
 
 def test_a_directory_without_an_experiment_is_refused(tmp_path):
-    with pytest.raises(PacktrainError, match="contains no comparison"):
+    with pytest.raises(PacktrainError, match=r"contains no comparison: it has no manifest.json"):
         write_report([tmp_path])
+    with pytest.raises(PacktrainError, match="nowhere: there is no such directory"):
+        write_report([tmp_path / "nowhere"])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
 
 from packtrain.compare.comparison import summarise
-from packtrain.compare.plots import curve, loss_of, losses, shown_rows
+from packtrain.compare.plots import cover, curve, loss_of, losses, shown_rows
+from packtrain.compare.report import stylesheet
 from packtrain.compare.results import Update
 from packtrain.compare.tables import render_markdown
 from packtrain.compare.verdict import alike_until, headliner, verdict
@@ -351,6 +353,22 @@ def test_another_learning_rate_is_named_and_no_defect():
     assert (
         "; with learning_rate 0.006 for 0.003, after the same examples its held-out" in texts(comparison, "packing")[0]
     )
+
+
+def test_a_figure_says_what_its_variants_share():
+    """Two batch sizes were `packed over the whole epoch`, only the faster was drawn, and eos tails were plain padding."""
+    variants = [("eos", "packtrain", True), ("same", "packtrain", True)]
+    variants += [(f"{size} examples", "packtrain", False) for size in (4, 16)]
+    manifest = make_manifest(variants)
+    runs = [run for name, *_ in variants for run in runs_of(name, 100.0, 102.0, 98.0)]
+    packed = cover(summarise(manifest, runs), stylesheet())  # control: of strategies that are not known, and so pack
+    for variant in manifest["variants"]:
+        variant["recipe"]["batching"]["strategy"] = "balanced"
+    drawn = cover(summarise(manifest, runs), stylesheet())
+    assert all(text in drawn for text in ("the same updates as eos", "other updates", "4 examples", "16 examples"))
+    assert "other updates" not in packed and len(re.findall("(?:4|16) examples [0-9.]+x", packed)) == 1
+    assert len(re.findall("(?:4|16) examples [0-9.]+x", drawn)) == 2
+    assert "packed over the whole epoch, the fastest" in packed and "packed over" not in drawn
 
 
 def test_a_mean_over_few_updates_does_not_hide_the_end():
