@@ -94,7 +94,7 @@ def refuse_contradictions(trainer: Trainer) -> None:
     data: Any = trainer.train_dataset
     if not hasattr(data, "column_names") or not hasattr(data, "__len__"):
         what = "must be a tokenised datasets.Dataset of known length"
-        streamed = 'load it without streaming, or use attach(layout="unpad"), which keeps its own batches'
+        streamed = 'load it without streaming, or pack it with PackedStream; attach(layout="unpad") keeps its batches'
         fix = "make one with datasets.Dataset.from_list" if hasattr(data, "__len__") else streamed
         raise PacktrainError(what, key="train_dataset", value=type(data).__name__, fix=fix)
     if data.format["type"] == "custom":

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import torch
+from accelerate.data_loader import DataLoaderDispatcher
 from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, Trainer
@@ -188,15 +189,15 @@ def _equal(one: Any, other: Any) -> bool:
 def _first_batches(trainer: Trainer) -> list[Any]:
     """Returns the first batch and the next one, or a later one with padding: what reads padding shows only there."""
     batches: list[Any] = []
-    in_step = (
-        isinstance(trainer.train_dataset, IterableDataset) and trainer.args.world_size > 1
-    )  # rank 0 deals them out
-    most = _ASKED if in_step else _LOOKED_AT
     with untouched(trainer):
         try:
-            for number, batch in enumerate(trainer.get_train_dataloader(), start=1):
-                batches = [*batches[: _ASKED - 1], batch]
-                if number >= _ASKED and (number >= most or not all(map(_is_full, batches))):
+            loader = trainer.get_train_dataloader()
+            in_step = isinstance(loader, DataLoaderDispatcher)  # rank 0 deals batches out: all ranks read as many
+            for number, batch in enumerate(loader, start=1):
+                if len(batches) < _ASKED or all(map(_is_full, batches)):
+                    batches = [*batches[: _ASKED - 1], batch]
+                found = number >= _ASKED and not all(map(_is_full, batches))
+                if number >= _LOOKED_AT or (found and not in_step):
                     break
         except Exception as error:  # whatever a user's collator may raise
             raise PacktrainError(f"its own batch raised {type(error).__name__}: {error}", key="trainer") from error

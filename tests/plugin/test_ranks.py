@@ -67,6 +67,13 @@ def test_two_attached_ranks_take_the_steps_of_one_stock_trainer(tmp_path):
 
 
 @pytest.mark.slow
+def test_ranks_of_a_stream_look_for_a_batch_with_padding(tmp_path):
+    """Rank 0 deals the batches of a stream out, so all ranks read on together; the first two have no padding."""
+    for rank in run(tmp_path, ranks=2, what="streamed"):
+        assert rank["padded"] and len(rank["losses"]) == 4
+
+
+@pytest.mark.slow
 def test_two_ranks_without_padding_take_the_steps_of_two_with_it(tmp_path):
     """A classifier, which keeps its own batches."""
     padded, unpadded = (run(tmp_path / what, ranks=2, what=what) for what in ("padded", "unpadded"))

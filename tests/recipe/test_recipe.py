@@ -538,7 +538,9 @@ def test_unreadable_files(tmp_path):
     for name, meant in {"my_run.yam": str(tmp_path / "my_run.yaml"), "sft_lore": "sft_lora"}.items():
         assert f"did you mean {meant}?" in str(problems(tmp_path / name))
     assert "give a path" in str(problems(tmp_path / "absent.yaml"))
-    assert "Is a directory" in str(problems(tmp_path))
+    assert "Is a directory" in str(problems(tmp_path)) and "give the path of" in str(problems(tmp_path))
+    (tmp_path / "recipe.yaml").write_text(GOOD)  # as `packtrain evaluate out/run` names it
+    assert f"the folder of a run: give {tmp_path / 'recipe.yaml'}" in str(problems(tmp_path))
     binary = tmp_path / "binary.yaml"
     binary.write_bytes(b"model: \xff\xfe")
     assert "utf-8" in str(problems(binary))
