@@ -77,8 +77,16 @@ def test_a_checkpoint_of_deepspeed_is_refused_without_it(tmp_path):
     trainer.train()
     prepare_resume(trainer, tmp_path / "checkpoint-1")  # one of its own kind will do
     (tmp_path / "checkpoint-1/latest").write_text("global_step1")
-    with pytest.raises(LaunchError, match="was written by DeepSpeed"):
+    with pytest.raises(LaunchError, match="was written by DeepSpeed(.|\n)*resume with ZeRO stage 0, or"):
         prepare_resume(trainer, tmp_path / "checkpoint-1")
+    for shard, stage in {
+        "zero_pp_rank_0_mp_rank_00_optim_states.pt": 2,
+        "zero_pp_rank_0_mp_rank_00_model_states.pt": 3,
+    }.items():
+        (tmp_path / "checkpoint-1/global_step1").mkdir(exist_ok=True)
+        (tmp_path / "checkpoint-1/global_step1" / shard).touch()
+        with pytest.raises(LaunchError, match=f"--launch zero{stage}"):  # the fix can be typed
+            prepare_resume(trainer, tmp_path / "checkpoint-1")
     with pytest.raises(LaunchError, match="is not a checkpoint"):
         prepare_resume(trainer, tmp_path / "nowhere")
 
