@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from io import StringIO
 
@@ -11,7 +12,7 @@ from rich.console import Console
 from transformers import TrainerCallback, TrainingArguments
 
 from packtrain.errors import LaunchError, PacktrainError
-from packtrain.training.engine import Engine, asked_engine, differences
+from packtrain.training.engine import Engine, EngineReport, asked_engine, differences, engine_in_force
 from packtrain.training.memory.plan import parse_bytes
 from packtrain.training.memory.state_bytes import state_bytes
 from packtrain.training.progress import RichProgress
@@ -153,3 +154,10 @@ def test_the_terminal_is_given_back_when_training_breaks(tmp_path):
     written = console.file.getvalue()
     hidden, shown = "\x1b[?25l", "\x1b[?25h"
     assert written.count(hidden) == written.count(shown) == 1
+
+
+def test_fsdp_on_cpu_ranks_is_refused_with_what_runs_there(tmp_path):
+    trainer = make_trainer(tmp_path, strategy="balanced", max_steps=2)
+    report = EngineReport(trainer, dataclasses.replace(engine_in_force(trainer), name="FSDP"))
+    with pytest.raises(LaunchError, match="FSDP was requested(.|\n)*train by ddp or zero2"):
+        report.on_train_begin(trainer.args, trainer.state, trainer.control)
