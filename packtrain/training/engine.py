@@ -149,6 +149,8 @@ class EngineReport(TrainerCallback):
         in_force = engine_in_force(self.trainer)
         if found := differences(self.asked, in_force):
             fix = "see the comments in launch/ for what starts which engine"
+            if self.asked.name == "FSDP" and args.device.type == "cpu":
+                fix = "train by ddp or zero2 (--launch): FSDP2 needs GPUs, and on CPU ranks accelerate runs DDP in its place"
             raise LaunchError("the engine is not the one that was requested: " + "; ".join(found), fix=fix)
         if self.resumed_from is not None:
             correct_resumed_optimizer(self.trainer, self.resumed_from)

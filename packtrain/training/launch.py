@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -44,7 +45,7 @@ def relaunch(name: str, arguments: Sequence[str], *, use_cpu: bool = False) -> N
 def launch_command(file: Path, arguments: Sequence[str], *, devices: int) -> list[str]:
     """Returns the command that starts `packtrain` with `arguments`, on every one of this host's `devices` GPUs; without
     any, in as many processes as the file says."""
-    config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    config = _read(file, yaml.safe_load)
     options = ["--config_file", str(file)]
     if devices and config.get("distributed_type") != "NO":
         options += ["--num_processes", str(devices * config.get("num_machines", 1))]
@@ -68,14 +69,26 @@ def engine_of(file: Path) -> str:
     Raises:
         LaunchError: a DeepSpeed run without a config file.
     """
-    config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    config = _read(file, yaml.safe_load)
     kind = config.get("distributed_type")
     if kind != "DEEPSPEED":
         return "fsdp2" if kind == "FSDP" else "ddp"
     path = _deepspeed_file(file, (config.get("deepspeed_config") or {}).get("deepspeed_config_file"))
-    zero = json.loads(path.read_text(encoding="utf-8"))["zero_optimization"]
+    zero = _read(path, json.loads).get("zero_optimization") or {}
     devices = {(zero.get(name) or {}).get("device", "none") for name in ("offload_param", "offload_optimizer")}
-    return f"zero{zero['stage']}" + "".join(f"_offload_{device}" for device in sorted(devices - {"none"}))
+    return f"zero{zero.get('stage', 0)}" + "".join(f"_offload_{device}" for device in sorted(devices - {"none"}))
+
+
+def _read(file: Path, load: Callable[[str], Any]) -> dict[str, Any]:
+    """Reads the mapping that is in a launch file (YAML) or a DeepSpeed config (JSON). Raises LaunchError."""
+    fix = "write an accelerate config, as launch/zero2.yaml is one, or a DeepSpeed config in JSON where it names that"
+    try:
+        config = load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise LaunchError(f"cannot be read: {' '.join(str(error).split())}", where=str(file), fix=fix) from None
+    if not isinstance(config, dict):
+        raise LaunchError("is not a mapping", where=str(file), value=config, fix=fix)
+    return config
 
 
 def _deepspeed_file(file: Path, given: str | None) -> Path:

@@ -54,7 +54,9 @@ def prepare_resume(trainer: Trainer, checkpoint: str | Path) -> None:
     by_deepspeed = (checkpoint / LATEST).exists()
     if by_deepspeed != (trainer.accelerator.distributed_type is DistributedType.DEEPSPEED):
         what = "was written by DeepSpeed" if by_deepspeed else "was not written by DeepSpeed"
-        fix = "resume with the engine that wrote it (launch/), or start a new run from the saved model"
+        fix = "resume without it (no --launch, or --launch ddp), or start a new run from the saved model"
+        if by_deepspeed:
+            fix = _resume_by(_stages(checkpoint / (checkpoint / LATEST).read_text(encoding="utf-8").strip()))
         raise LaunchError(f"{what}, and this run's engine cannot read its optimizer", where=str(checkpoint), fix=fix)
     if not by_deepspeed:
         return
@@ -64,7 +66,7 @@ def prepare_resume(trainer: Trainer, checkpoint: str | Path) -> None:
     stage = config["zero_optimization"].get("stage", 0)
     if stage not in stages:
         what = f"was written by ZeRO stage {' or '.join(map(str, stages))}, and this run has stage {stage}"
-        raise LaunchError(what, where=str(checkpoint), fix="resume with the ZeRO stage that wrote it")
+        raise LaunchError(what, where=str(checkpoint), fix=_resume_by(stages))
     if "nvme" in offload_devices(config).values() or (shards / ON_A_DRIVE).exists():
         what = "was written with states on NVMe, from which DeepSpeed restores other weights than it saved"
         fix = (
@@ -84,6 +86,13 @@ def _stages(shards: Path) -> tuple[int, ...]:
     if not any(shards.glob(SHARDS)):
         return (0,)
     return (3,) if any(shards.glob(PARAMETER_SHARDS)) else (1, 2)
+
+
+def _resume_by(stages: tuple[int, ...]) -> str:
+    """Returns how a checkpoint of these ZeRO stages is resumed, by the launch file for one of them where there is one."""
+    stage = stages[-1]
+    launch = f" (for example --launch zero{stage})" if stage else ""
+    return f"resume with ZeRO stage {stage}{launch}, or start a new run from the saved model"
 
 
 def added_later(checkpoint: Path) -> set[str]:

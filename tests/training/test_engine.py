@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from io import StringIO
 
@@ -11,7 +12,7 @@ from rich.console import Console
 from transformers import TrainerCallback, TrainingArguments
 
 from packtrain.errors import LaunchError, PacktrainError
-from packtrain.training.engine import Engine, asked_engine, differences
+from packtrain.training.engine import Engine, EngineReport, asked_engine, differences, engine_in_force
 from packtrain.training.memory.plan import parse_bytes
 from packtrain.training.memory.state_bytes import state_bytes
 from packtrain.training.progress import RichProgress
@@ -77,8 +78,16 @@ def test_a_checkpoint_of_deepspeed_is_refused_without_it(tmp_path):
     trainer.train()
     prepare_resume(trainer, tmp_path / "checkpoint-1")  # one of its own kind will do
     (tmp_path / "checkpoint-1/latest").write_text("global_step1")
-    with pytest.raises(LaunchError, match="was written by DeepSpeed"):
+    with pytest.raises(LaunchError, match="was written by DeepSpeed(.|\n)*resume with ZeRO stage 0, or"):
         prepare_resume(trainer, tmp_path / "checkpoint-1")
+    for shard, stage in {
+        "zero_pp_rank_0_mp_rank_00_optim_states.pt": 2,
+        "zero_pp_rank_0_mp_rank_00_model_states.pt": 3,
+    }.items():
+        (tmp_path / "checkpoint-1/global_step1").mkdir(exist_ok=True)
+        (tmp_path / "checkpoint-1/global_step1" / shard).touch()
+        with pytest.raises(LaunchError, match=f"--launch zero{stage}"):  # the fix can be typed
+            prepare_resume(trainer, tmp_path / "checkpoint-1")
     with pytest.raises(LaunchError, match="is not a checkpoint"):
         prepare_resume(trainer, tmp_path / "nowhere")
 
@@ -145,3 +154,10 @@ def test_the_terminal_is_given_back_when_training_breaks(tmp_path):
     written = console.file.getvalue()
     hidden, shown = "\x1b[?25l", "\x1b[?25h"
     assert written.count(hidden) == written.count(shown) == 1
+
+
+def test_fsdp_on_cpu_ranks_is_refused_with_what_runs_there(tmp_path):
+    trainer = make_trainer(tmp_path, strategy="balanced", max_steps=2)
+    report = EngineReport(trainer, dataclasses.replace(engine_in_force(trainer), name="FSDP"))
+    with pytest.raises(LaunchError, match="FSDP was requested(.|\n)*train by ddp or zero2"):
+        report.on_train_begin(trainer.args, trainer.state, trainer.control)

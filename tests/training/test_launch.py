@@ -88,6 +88,28 @@ def test_a_path_will_do(tmp_path):
     assert find_launch_file(str(file)) == file
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("distributed_type: [", "cannot be read: while parsing"),
+        ("- a", r"is not a mapping \(got \['a'\]\)"),
+        ("", "is not a"),
+    ],
+)
+def test_a_file_that_is_no_launch_file_is_named(text, message, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    for asked in (lambda: launch_command(file, ["train"], devices=0), lambda: engine_of(file)):
+        with pytest.raises(LaunchError, match=f"mine.yaml: {message}(.|\n)*as launch/zero2.yaml"):
+            asked()
+    (tmp_path / "ds.json").write_text(text)
+    file.write_text("distributed_type: DEEPSPEED\ndeepspeed_config: {deepspeed_config_file: ds.json}\n")
+    with pytest.raises(LaunchError, match="ds.json: (cannot be read|is not a mapping)"):
+        engine_of(file)
+    (tmp_path / "ds.json").write_text('{\n\t"zero_optimization": {"stage": 1}}')  # with a tab, which YAML refuses
+    assert engine_of(file) == "zero1"
+
+
 def test_a_name_that_is_no_file_is_an_error():
     with pytest.raises(LaunchError, match="did you mean zero3_offload_cpu"):
         find_launch_file("zero3_offload_cp")
