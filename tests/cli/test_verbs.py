@@ -20,7 +20,7 @@ from packtrain.cli.strategy_table import length_histogram
 from packtrain.cli.train import next_commands
 from packtrain.modeling.tokenizer import train_bpe
 from packtrain.packing.collator import collate_flat, collate_padded
-from tests.recipe.test_recipe import BAD, GOOD, write
+from tests.recipe.bad_recipes import BAD, GOOD, write
 
 QUICKSTART = Path(__file__).parents[2] / "recipes/quickstart.yaml"
 SMALL = ["data.num_rows=120", "data.eval_size=20", "examples_per_step=16"]

@@ -1,7 +1,8 @@
 r"""What a run of the fault-injection suite came to, as a table: a plugin of pytest.
 
     python -m pytest -p tests.faults.records --records results/faults -m "slow or not slow" \
-        tests/faults tests/recipe/test_recipe.py tests/data/test_bad_rows.py tests/training/test_checkpoint.py
+        tests/faults tests/recipe/test_recipe.py tests/recipe/test_bad_recipes.py tests/data/test_bad_rows.py \
+        tests/training/test_checkpoint.py
 
 A part of it (some of the files) renews its own lines of the table and leaves the others; tests in none of them are said
 to be not run. A line is a test function with all its parameters. `record_property("times", 50)` counts a test fifty times,
