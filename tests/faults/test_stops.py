@@ -61,7 +61,7 @@ def test_a_signal_saves_once_and_the_run_goes_on_bitwise(tmp_path, unbroken, nam
     (saved,) = checkpoints(recipe)
     assert is_sealed(saved) and saved.name == f"checkpoint-{HELD_AFTER + 1}"
     said = log_of(recipe)
-    assert f"stopped by {name} after step {HELD_AFTER + 1} of {STEPS}" in said and "continue with --resume" in said
+    assert f"stopped by {name} after step {HELD_AFTER + 1} of {STEPS}" in said and "continue with resume=True" in said
     assert "Traceback" not in said and not (tmp_path / "run/model").exists()
     assert run(recipe, *NO_SAVES, "--resume") == 0, log_of(recipe)
     assert same(weights(tmp_path / "run"), weights(unbroken))
