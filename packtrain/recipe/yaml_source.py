@@ -92,10 +92,13 @@ class Source:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, ValueError) as error:  # ValueError: bad UTF-8, or a NUL in the name
             reason = error.strerror if isinstance(error, OSError) else str(error)
+            fix = "give the path of a UTF-8 YAML file, for example recipes/quickstart.yaml"
+            if isinstance(error, IsADirectoryError) and (of_run := Path(path) / "recipe.yaml").is_file():
+                fix = f"name the recipe of this run: {of_run}"
             problem = PacktrainError(
                 f"cannot read the recipe: {reason}",
                 where=str(path),
-                fix="give the path of a UTF-8 YAML file, for example recipes/quickstart.yaml",
+                fix=fix,
             )
             raise RecipeError([problem]) from None
         return cls(text, str(path))

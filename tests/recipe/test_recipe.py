@@ -538,6 +538,10 @@ def test_unreadable_files(tmp_path):
     for name, meant in {"my_run.yam": str(tmp_path / "my_run.yaml"), "sft_lore": "sft_lora"}.items():
         assert f"did you mean {meant}?" in str(problems(tmp_path / name))
     assert "give a path" in str(problems(tmp_path / "absent.yaml"))
+    (tmp_path / "out").mkdir()
+    assert "give the path of a UTF-8 YAML file" in str(problems(tmp_path / "out"))  # a folder that is no run's
+    write(tmp_path, GOOD).rename(tmp_path / "out/recipe.yaml")
+    assert f"name the recipe of this run: {tmp_path / 'out/recipe.yaml'}" in str(problems(tmp_path / "out"))
     assert "Is a directory" in str(problems(tmp_path))
     binary = tmp_path / "binary.yaml"
     binary.write_bytes(b"model: \xff\xfe")
