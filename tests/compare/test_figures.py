@@ -65,6 +65,21 @@ def test_one_line_stands_for_all_that_have_the_losses_of_the_reference(directory
     assert len(apart.axes[0].lines) == 5
 
 
+def test_a_variant_has_one_colour_in_all_figures_of_losses(directory):
+    """By updates `balanced` lies under the reference, and leaves its colour to no other; a figure for each is in a paper."""
+    variants = [*VARIANTS[:1], *VARIANTS[2:4], ("balanced at 6e-3", "packtrain", True)]
+    runs = [
+        make_run(name, 0, rate=100.0, loss_factor=f) for (name, *_), f in zip(variants, (1, 1, 1.1, 1.2), strict=True)
+    ]
+    store(directory.parent / "own", make_manifest(variants, rounds=1), runs)
+    seen: dict[str, set] = {}
+    for figure in drawn(plots.losses, read_comparison(directory.parent / "own")).values():
+        for line in figure.axes[0].lines:
+            seen.setdefault(line.get_label(), set()).add(line.get_color())
+    assert {len(colours) for colours in seen.values()} == {1}
+    assert len(set.union(*(seen[name] for name in ("balanced", "bfd", "balanced at 6e-3")))) == 3
+
+
 def test_losses_are_drawn_as_the_mean_of_the_seeds_that_the_table_has(tmp_path):
     """Of the first seed alone the line would end elsewhere; control: of one seed nothing is said of a mean."""
     runs = [make_run(name, n, rate=100.0, loss_factor=1 + n / 10) for name in ("pad_longest", "bfd") for n in range(2)]
