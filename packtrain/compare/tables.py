@@ -35,12 +35,13 @@ def columns(comparison: Comparison) -> list[Column]:
     """Choose the columns to show: the speed, and those in which any variant has a cell."""
     reference = comparison.manifest["reference"]
     axes = {row.ends_with_reference for row in comparison.rows} - {None}
-    axis = f", same {axes.pop()}" if len(axes) == 1 else ""
+    axis = axes.pop() if len(axes) == 1 else None
+    end = {None: "", "updates": " after the same updates"}.get(axis, f", same {axis}")  # not the heading of a detail
     every: list[Column] = [
         (f"speed vs {reference}", lambda row: _speed(row, comparison)),
         ("real tokens/s", lambda row: _number(row.tokens_per_second)),
         ("training loss differs by", lambda row: _difference(row.loss_difference, row, comparison)),
-        (f"held-out loss{axis}", lambda row: _loss(row.held_out)),
+        (f"held-out loss{end}", lambda row: _loss(row.held_out)),
         ("held-out loss differs by", lambda row: _change(row, comparison)),
         ("updates", lambda row: _number(row.updates)),
         ("examples per update", lambda row: _range(row.examples_per_update)),
@@ -51,7 +52,7 @@ def columns(comparison: Comparison) -> list[Column]:
         ("seconds/update: median (p10-p90)", lambda row: _spread(row.update_seconds)),
         ("tokens dropped", lambda row: _number(row.tokens_dropped)),
         ("held-out loss, mean of examples", lambda row: _loss(row.per_example)),
-        (SAME_UPDATES, lambda row: "" if axis == ", same updates" else _after_equal_updates(row)),
+        (SAME_UPDATES, lambda row: "" if axis == "updates" else _after_equal_updates(row)),
         ("gradient norm differs by", lambda row: _difference(row.norm_difference, row, comparison)),
         ("start-up", lambda row: "" if row.startup_seconds is None else f"{row.startup_seconds:.1f} s"),
         ("TFLOP/s", lambda row: "" if row.flops_per_second is None else f"{row.flops_per_second / 1e12:.3g}"),
