@@ -11,7 +11,7 @@ from packtrain.compare.comparison import summarise
 from packtrain.compare.plots import cover, curve, loss_of, losses, shown_rows
 from packtrain.compare.report import stylesheet
 from packtrain.compare.results import Update
-from packtrain.compare.tables import render_markdown
+from packtrain.compare.tables import render_latex, render_markdown
 from packtrain.compare.verdict import alike_until, headliner, verdict
 from tests.compare.synthetic_runs import make_manifest, make_run
 
@@ -278,6 +278,8 @@ def test_losses_of_other_predictions_are_not_compared():
         "compared."
     ]
     assert "%" not in render_markdown(comparison).split("|---")[0].replace("95%", "")
+    (line,) = [line for line in render_latex(comparison).splitlines() if line.startswith("balanced ")]
+    assert "4.8400 (of other predictions)" in line and "of other predictions" not in render_latex(compared)
     assert loss_of(comparison.row("balanced"), comparison) == ""
     assert "not drawn, scored on other predictions: balanced" in " ".join(next(losses(comparison)).split())
     assert "not drawn" not in next(losses(compared))
