@@ -141,8 +141,8 @@ def check_same(directory: Path, manifest: dict[str, Any]) -> None:
     }
     other = next((what for key, what in parts.items() if before.get(key) != manifest[key]), None)
     shared = min(len(before["rounds"]), len(manifest["rounds"]))
-    if other is None and before["rounds"][:shared] != manifest["rounds"][:shared]:
-        other = "other seeds"
+    if other in (None, "other data") and before["rounds"][:shared] != manifest["rounds"][:shared]:
+        other = "other seeds"  # which hold out other rows, so that the data differ for it
     if other is not None:
         fix = "choose another directory with --out, or replace its runs with --restart"
         raise PacktrainError(f"contains runs of {other}", where=str(directory), fix=fix)

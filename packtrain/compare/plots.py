@@ -266,14 +266,18 @@ def losses(comparison: Comparison) -> Iterator[str]:
     kind = "held-out loss" if on_held_out else f"training loss{smoothed}"
     seeds = max(len(row.learning_runs) for row in rows)
     kind += f"{' and' if smoothed else ', mean'} of {seeds} seeds" if seeds > 1 else ""
+    every_line = told_apart(rows, comparison, in_time=True)  # of which the other figures draw some, in the same colours
+    styles = dict(_styles([row for row in rows if row.name in every_line], comparison))
     for axis, label in AXES:
         alt = f"{kind.capitalize()} by {label}, at the end: "
         alt += ", ".join(f"{row.name} {mean_curve(row.learning_runs, axis, mean_of)[1][-1]:.4f}" for row in rows)
         lines = told_apart(rows, comparison, in_time=axis == "seconds")
         with drawing(f"loss-by-{axis}", alt=alt, height=2.9 + LEGEND_ROW * ((len(lines) + 1) // 2)) as drawn:
             ax = drawn.ax
-            for row, style in _styles([row for row in rows if row.name in lines], comparison):
-                ax.plot(*mean_curve(row.learning_runs, axis, mean_of), label=lines[row.name], **style)
+            for name in (name for name in styles if name in lines):
+                ax.plot(
+                    *mean_curve(comparison.row(name).learning_runs, axis, mean_of), label=lines[name], **styles[name]
+                )
             ax.set_title(f"{'Held-out' if on_held_out else 'Training'} loss by {label}")
             left_out = [row.name for row in rows if row.name not in lines] if axis == "seconds" else []
             others = [row.name for row in learning if row not in rows]
@@ -344,16 +348,16 @@ def _has_the_losses(row: Row) -> bool:
     return row.loss_difference is not None and row.loss_difference <= SAME_CURVE
 
 
-def _styles(rows: Sequence[Row], comparison: Comparison) -> Iterator[tuple[Row, dict[str, Any]]]:
-    """Style the lines: the reference as a broad band; a dash for each kind of variant, whose first has its own colour."""
+def _styles(rows: Sequence[Row], comparison: Comparison) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Style the lines, by name: the reference as a broad band; a dash for each kind, whose first has its own colour."""
     first, others = {"ours": "line0", "packed": "line1", "peer": "line7"}, itertools.cycle(LINES[2:7])
     for row in sorted(rows, key=comparison.is_reference, reverse=True):
         kind = family(row, comparison)
         if comparison.is_reference(row):
-            yield row, {"color": COLOURS["ink"], "alpha": 0.2, "linewidth": 6, "solid_capstyle": "round"}
+            yield row.name, {"color": COLOURS["ink"], "alpha": 0.2, "linewidth": 6, "solid_capstyle": "round"}
             continue
         hue = first.pop(kind, None) or next(others)
-        yield row, {"color": COLOURS[hue], "linewidth": 1.4, "linestyle": DASHES[kind]}
+        yield row.name, {"color": COLOURS[hue], "linewidth": 1.4, "linestyle": DASHES[kind]}
 
 
 # The cover

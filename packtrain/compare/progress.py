@@ -20,9 +20,9 @@ from packtrain.compare.results import End, Update, updates_so_far
 Kind = tuple[str, bool]  # a variant's name, and whether its run trains to the end
 
 
-def speed_of(updates: Sequence[Update], warmup: int) -> float | None:
-    """Returns real tokens per second of the updates after the first `warmup`; None while there are none."""
-    counted = [update for update in updates if update.update > warmup]
+def speed_of(updates: Sequence[Update], warmup: int, measured: int) -> float | None:
+    """Returns real tokens per second of `measured` updates after the first `warmup`, as the report; None: none yet."""
+    counted = [update for update in updates if warmup < update.update <= warmup + measured]
     seconds = sum(update.seconds for update in counted)
     return sum(update.real_tokens for update in counted) / seconds if seconds else None
 
@@ -125,7 +125,7 @@ class Progress:
             self._status = None
 
     def _speed(self, updates: Sequence[Update]) -> list[str]:
-        speed = speed_of(updates, self.experiment.warmup_steps)
+        speed = speed_of(updates, self.experiment.warmup_steps, self.experiment.measure_steps)
         return [] if speed is None else [f"{speed:,.0f} real tokens/s"]
 
     def _time_left(self, now: float | None = None) -> list[str]:

@@ -36,8 +36,11 @@ def method(comparison: Comparison) -> list[str]:
     manifest = comparison.manifest
     rounds, seeds = manifest["rounds"], {turn["seed"] for turn in manifest["rounds"]}
     first, ranks = manifest["warmup_steps"], comparison.ranks
-    timed = [window(run, manifest)[-1].update for row in comparison.rows for run in row.timed_runs]
-    last = max(timed, default=first + manifest["measure_steps"])
+    ends = [window(run, manifest)[-1].update for row in comparison.rows for run in row.timed_runs]
+    last = max(ends, default=first + manifest["measure_steps"])
+    shorter = (
+        f", or to the end of a shorter run (the shortest ends after {min(ends)})" if ends and min(ends) < last else ""
+    )
     over_ranks = [
         f"Every run is {ranks} processes, started by torchrun on one host. Tokens are summed over ranks, seconds are those "
         "of the slowest rank, phases are means, memory is that of the rank with the most.",
@@ -47,7 +50,7 @@ def method(comparison: Comparison) -> list[str]:
     return [
         f"{_count(len(rounds), 'round')} over {_count(len(seeds), 'seed')}; in a round every variant runs "
         "once, one after the other, each in a fresh process.",
-        f"Speed: real tokens over seconds of updates {first + 1} to {last}. Ratios are taken within a round; "
+        f"Speed: real tokens over seconds of updates {first + 1} to {last}{shorter}. Ratios are taken within a round; "
         f"intervals are 95% t intervals of their logarithms over the {'seeds' if len(seeds) > 1 else 'rounds'}.",
         *(over_ranks if ranks > 1 else []),
         "The first round of a seed trains to the end and gives the losses, the updates and the padding.",

@@ -14,6 +14,7 @@ from packtrain.compare.statistics import Spread
 from packtrain.compare.verdict import changes, interval_of, note, signed, small, verdict
 
 ABSENT = ""
+OTHER_PREDICTIONS = " (of other predictions)"  # behind a loss that is not to be compared with the reference's
 SAME_UPDATES = "held-out loss, same updates"
 DETAILS = (  # columns of the page's second table, so that a screen of 1,280 pixels shows every one
     "supervised tokens/s",
@@ -35,12 +36,13 @@ def columns(comparison: Comparison) -> list[Column]:
     """Choose the columns to show: the speed, and those in which any variant has a cell."""
     reference = comparison.manifest["reference"]
     axes = {row.ends_with_reference for row in comparison.rows} - {None}
-    axis = f", same {axes.pop()}" if len(axes) == 1 else ""
+    axis = axes.pop() if len(axes) == 1 else None
+    end = {None: "", "updates": " after the same updates"}.get(axis, f", same {axis}")  # not the heading of a detail
     every: list[Column] = [
         (f"speed vs {reference}", lambda row: _speed(row, comparison)),
         ("real tokens/s", lambda row: _number(row.tokens_per_second)),
         ("training loss differs by", lambda row: _difference(row.loss_difference, row, comparison)),
-        (f"held-out loss{axis}", lambda row: _loss(row.held_out)),
+        (f"held-out loss{end}", lambda row: _loss(row.held_out, row)),
         ("held-out loss differs by", lambda row: _change(row, comparison)),
         ("updates", lambda row: _number(row.updates)),
         ("examples per update", lambda row: _range(row.examples_per_update)),
@@ -50,8 +52,8 @@ def columns(comparison: Comparison) -> list[Column]:
         ("supervised tokens/s", lambda row: _number(row.supervised_per_second)),
         ("seconds/update: median (p10-p90)", lambda row: _spread(row.update_seconds)),
         ("tokens dropped", lambda row: _number(row.tokens_dropped)),
-        ("held-out loss, mean of examples", lambda row: _loss(row.per_example)),
-        (SAME_UPDATES, lambda row: "" if axis == ", same updates" else _after_equal_updates(row)),
+        ("held-out loss, mean of examples", lambda row: _loss(row.per_example, row)),
+        (SAME_UPDATES, lambda row: "" if axis == "updates" else _after_equal_updates(row)),
         ("gradient norm differs by", lambda row: _difference(row.norm_difference, row, comparison)),
         ("start-up", lambda row: "" if row.startup_seconds is None else f"{row.startup_seconds:.1f} s"),
         ("TFLOP/s", lambda row: "" if row.flops_per_second is None else f"{row.flops_per_second / 1e12:.3g}"),
@@ -215,8 +217,8 @@ def _percent(value: float | None) -> str:
     return ABSENT if value is None else "0%" if value < 5e-4 else f"{value:.1%}"
 
 
-def _loss(value: float | None) -> str:
-    return ABSENT if value is None else f"{value:.4f}"
+def _loss(value: float | None, row: Row) -> str:
+    return ABSENT if value is None else f"{value:.4f}{'' if row.scores_like_reference else OTHER_PREDICTIONS}"
 
 
 def _range(values: tuple[int, float, int] | None) -> str:

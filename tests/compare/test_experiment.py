@@ -192,6 +192,9 @@ def test_runs_go_together_only_with_runs_of_the_same(tmp_path):
     for what, change in others.items():
         with pytest.raises(PacktrainError, match=f"contains runs of {what}"):
             check_same(tmp_path, before | change)
+    held_out = {"rounds": [{"seed": 3, "learns": True}], "data": {"examples": 9, "tokens": 8}}  # of another first seed
+    with pytest.raises(PacktrainError, match="contains runs of other seeds"):
+        check_same(tmp_path, before | held_out)
 
 
 @pytest.mark.parametrize(

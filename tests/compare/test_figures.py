@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from packtrain.compare import pictures, plots
-from packtrain.compare.comparison import read_comparison
+from packtrain.compare.comparison import read_comparison, summarise
 from packtrain.compare.drawing import BLOCKS, COLOURS, FONTS, LINES, PHASES, kept_by, light_colours
 from packtrain.compare.report import stylesheet, write_report
 from packtrain.compare.tables import DETAILS, columns, render_latex
@@ -63,6 +63,21 @@ def test_one_line_stands_for_all_that_have_the_losses_of_the_reference(directory
     (directory / "runs").rename(directory.parent / "other/runs")
     apart = drawn(plots.losses, read_comparison(directory.parent / "other"))["loss-by-update"]
     assert len(apart.axes[0].lines) == 5
+
+
+def test_a_variant_has_one_colour_in_all_figures_of_losses(directory):
+    """By updates `balanced` lies under the reference, and leaves its colour to no other; a figure for each is in a paper."""
+    variants = [*VARIANTS[:1], *VARIANTS[2:4], ("balanced at 6e-3", "packtrain", True)]
+    runs = [
+        make_run(name, 0, rate=100.0, loss_factor=f) for (name, *_), f in zip(variants, (1, 1, 1.1, 1.2), strict=True)
+    ]
+    store(directory.parent / "own", make_manifest(variants, rounds=1), runs)
+    seen: dict[str, set] = {}
+    for figure in drawn(plots.losses, read_comparison(directory.parent / "own")).values():
+        for line in figure.axes[0].lines:
+            seen.setdefault(line.get_label(), set()).add(line.get_color())
+    assert {len(colours) for colours in seen.values()} == {1}
+    assert len(set.union(*(seen[name] for name in ("balanced", "bfd", "balanced at 6e-3")))) == 3
 
 
 def test_losses_are_drawn_as_the_mean_of_the_seeds_that_the_table_has(tmp_path):
@@ -121,6 +136,21 @@ def test_no_table_of_the_page_is_wider_than_a_screen(directory):
     assert len(heads) == 2 and all(len(head) <= 11 for head in heads)
     assert sorted(heads[0][1:] + heads[1][1:]) == sorted(shown)
     assert set(DETAILS) & set(shown) == set(heads[1][1:]) and heads[0][0] == heads[1][0] == "variant"
+
+
+@pytest.mark.parametrize("axis", ["examples", "updates"])
+def test_the_loss_at_the_end_is_in_the_first_table_and_the_papers(axis):
+    """Under `max_steps` all end after as many updates; control: after as many examples, as without."""
+    manifest = make_manifest(VARIANTS[:2])
+    for variant in manifest["variants"]:
+        variant["ends_with_reference"] = axis
+    comparison = summarise(manifest, [make_run(name, 0, rate=100.0) for name, *_ in VARIANTS[:2]])
+    (heading,) = [
+        name
+        for name, _ in columns(comparison)
+        if name.startswith("held-out") and name not in DETAILS and " same " in name
+    ]
+    assert heading in render_latex(comparison) and f"same {axis}" in heading
 
 
 @pytest.mark.ci

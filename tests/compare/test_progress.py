@@ -17,16 +17,17 @@ from tests.compare.tiny_experiment import write_experiment
 
 def test_a_run_that_is_being_written_has_updates_and_a_speed(tmp_path):
     path = run_path(tmp_path, 0, "balanced")
-    assert updates_so_far(path) == [] and speed_of([], 1) is None
+    assert updates_so_far(path) == [] and speed_of([], 1, 10) is None
     writer = RunWriter(path)
     for number, seconds in ((1, 10.0), (2, 0.5), (3, 1.5)):
         writer.write(make_update(number, seconds=seconds, loss=5.0))
     with path.with_suffix(".part").open("a") as file:
         file.write('{"kind": "update", "upd')  # a line that is not complete
     assert [update.update for update in updates_so_far(path)] == [1, 2, 3]
-    assert speed_of(updates_so_far(path), 1) == pytest.approx(TOKENS)  # 2,000 tokens in 2 s
-    assert speed_of(updates_so_far(path), 0) == pytest.approx(TOKENS / 4)  # control: the first update counts too
-    assert speed_of(updates_so_far(path), 3) is None
+    assert speed_of(updates_so_far(path), 1, 10) == pytest.approx(TOKENS)  # 2,000 tokens in 2 s
+    assert speed_of(updates_so_far(path), 0, 10) == pytest.approx(TOKENS / 4)  # control: the first update counts too
+    assert speed_of(updates_so_far(path), 1, 1) == pytest.approx(2 * TOKENS)  # the third is not timed, as in the report
+    assert speed_of(updates_so_far(path), 3, 10) is None
 
 
 def test_runs_take_as_long_as_those_before_of_their_kind():

@@ -11,7 +11,8 @@ from packtrain.compare.comparison import summarise
 from packtrain.compare.plots import cover, curve, loss_of, losses, shown_rows
 from packtrain.compare.report import stylesheet
 from packtrain.compare.results import Update
-from packtrain.compare.tables import render_markdown
+from packtrain.compare.setting import method
+from packtrain.compare.tables import render_latex, render_markdown
 from packtrain.compare.verdict import alike_until, headliner, verdict
 from tests.compare.synthetic_runs import make_manifest, make_run
 
@@ -262,6 +263,16 @@ def test_a_variant_with_settings_of_its_own_does_not_judge_the_recommendation(ch
         assert text.endswith("picks `balanced`, which ran with settings of its own only.")
 
 
+def test_the_method_says_where_the_timing_of_a_short_run_ends():
+    """A packer of few rows has fewer updates than are timed; control: runs that are all as long."""
+    runs = [REFERENCE, runs_of("balanced", 240.0, 244.8, 235.2), runs_of("bfd", 250.0, 255.0, 245.0, updates=3)]
+    said = "Speed: real tokens over seconds of updates 2 to 4"
+    assert method(comparison_of([*OURS, BFD], *runs))[1].startswith(
+        f"{said}, or to the end of a shorter run (the shortest ends after 3). Ratios"
+    )
+    assert method(comparison_of(OURS, *runs[:2]))[1].startswith(f"{said}. Ratios")
+
+
 def test_losses_of_other_predictions_are_not_compared():
     """Masked answers with a rainbow behind them have a higher loss than with eos alone, and are no worse for it."""
     manifest = make_manifest(OURS)
@@ -278,6 +289,8 @@ def test_losses_of_other_predictions_are_not_compared():
         "compared."
     ]
     assert "%" not in render_markdown(comparison).split("|---")[0].replace("95%", "")
+    (line,) = [line for line in render_latex(comparison).splitlines() if line.startswith("balanced ")]
+    assert "4.8400 (of other predictions)" in line and "of other predictions" not in render_latex(compared)
     assert loss_of(comparison.row("balanced"), comparison) == ""
     assert "not drawn, scored on other predictions: balanced" in " ".join(next(losses(comparison)).split())
     assert "not drawn" not in next(losses(compared))
