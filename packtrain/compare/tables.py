@@ -163,6 +163,7 @@ def _numbers(row: Row, phases: Sequence[str]) -> dict[str, Any]:
         "trainer": row.trainer,
         "strategy": row.strategy,
         "keeps_updates": row.keeps_updates,
+        "scores_like_reference": row.scores_like_reference,
         "failure": row.failure and _no_formula(row.failure),
         "rounds": row.rounds,
         "real_tokens_per_second": row.tokens_per_second,
