@@ -99,6 +99,10 @@ def test_an_adapter_in_a_folder_of_its_own_finds_its_base(tmp_path):
     ours = load_trained(tmp_path / "adapter")
     assert isinstance(ours.model, PeftModel)
     assert torch.allclose(logits(ours.model), logits(adapted.eval()))
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(PacktrainError, match="the base of .*adapter: is neither a directory here") as refused:
+        load_trained(tmp_path / "adapter")
+    assert f"`base_model_name_or_path` of {tmp_path / 'adapter/adapter_config.json'}" in (refused.value.fix or "")
     settings = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": None}))
     with pytest.raises(PacktrainError, match="names no base model"):
