@@ -44,7 +44,9 @@ def generate(
     ] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Prompts to answer: text, one per line, or .jsonl with prompt or messages."),
+        typer.Option(
+            metavar="FILE", help="Prompts to answer: text, one per line, or .jsonl with prompt, question or messages."
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write prompts and answers there, as .jsonl.")

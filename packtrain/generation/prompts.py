@@ -17,11 +17,14 @@ from packtrain.errors import DataError
 from packtrain.generation.trained import is_chat
 
 Messages = list[dict[str, Any]]
+# columns of a row that hold what is asked, the first of them that it has
+_COLUMNS = ("prompt", "messages", "question", "instruction")
 _OTHER_FORMATS = (".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".bz2", ".xz", ".zst", ".zip")  # of data files
 
 
 def read_prompts(path: str | Path, roles: Mapping[str, str] | None = None) -> list[str | Messages]:
-    """Reads prompts: a line each of a text file, or of a `.jsonl` file a row with `prompt` or `messages`.
+    """Reads prompts: a line each of a text file, or of a `.jsonl` file a row with `prompt` or `messages`, or a row of data
+    with `question` or `instruction`.
 
     Lines end with a newline and with nothing else: a prompt may hold form feeds and Unicode's line separators. The last
     turn of the assistant at the end of `messages` is what the model is asked for, and is left out. A `prompt` may be a list
@@ -58,18 +61,21 @@ def _prompt(line: str, where: str, roles: Mapping[str, str]) -> str | Messages:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise DataError(f"is not JSON: {error}", where=where, fix="write one JSON object per line") from None
-    column = "prompt" if isinstance(row, dict) and "prompt" in row else "messages"
+    column = next((name for name in _COLUMNS if isinstance(row, dict) and name in row), "messages")
     prompt = row.get(column) if isinstance(row, dict) else None
-    if isinstance(prompt, list) and prompt:
+    kinds = str if column in ("question", "instruction") else str | list
+    if isinstance(prompt, list) and prompt and kinds is not str:
         try:
             prompt = [message.body for message in read_messages(row, column, roles)]
         except BadRow as bad:
             raise DataError(str(bad), where=where, fix="write messages as rows of data have them") from None
         prompt = prompt[:-1] if prompt[-1]["role"] == "assistant" else prompt
-    if not prompt or not isinstance(prompt, str | list):
+    if not prompt or not isinstance(prompt, kinds):
         fix = 'write for example {"prompt": "What is 2+2?"}'
-        raise DataError("has no `prompt` (text or messages) and no `messages`", where=where, fix=fix)
-    if given := [name for name in OF_CONVERSATIONS if row.get(name) not in (None, "", [], {})]:
+        what = "has no `prompt` (text or messages), `messages`, `question` or `instruction`"
+        raise DataError(what, where=where, fix=fix)
+    beside = ("input", "history") if column == "instruction" else ()  # of alpaca
+    if given := [name for name in (*OF_CONVERSATIONS, *beside) if row.get(name) not in (None, "", [], {})]:
         fix = "write a system message as the first of `messages`, and leave other columns out"
         raise DataError(f"has a column `{given[0]}`, and would be asked without it", where=where, fix=fix)
     try:

@@ -44,6 +44,9 @@ def find_score(name: str | None) -> Score:
         return exact
     module, _, attribute = name.partition(":")
     fix = "name a function of (answer, reference) as my_package.my_module:function"
+    if not module or not attribute:
+        near = f", for example {name.removesuffix('.py')}:score" if name.removesuffix(".py").isidentifier() else ""
+        raise PacktrainError("names no function of a module", key="--score", value=name, fix=fix + near)
     try:
         function = getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:

@@ -26,7 +26,7 @@ from packtrain.packing.accumulation import first_misfit, smallest_accumulation
 from packtrain.packing.cost import Cost
 from packtrain.packing.lengths import MOST_EPOCHS, check_lengths, chunks
 from packtrain.packing.phases import plan_phases
-from packtrain.packing.scopes import EpochScope, MicroBatch, StepScope
+from packtrain.packing.scopes import EpochScope, MicroBatch, StepScope, check_rank
 from packtrain.packing.shapes import Shapes, least_padding, size_of
 from packtrain.packing.strategies import resolve_strategy
 from packtrain.recipe.sections import EXAMPLES_PER_STEP, MAX_TOKENS, BatchingSection, Schedule
@@ -219,7 +219,7 @@ class Plan:
 
     def micro_batches(self, step: int, rank: int) -> list[MicroBatch]:
         """Returns what one rank computes for an update: `gradient_accumulation_steps` micro-batches, maybe padding only."""
-        assert 0 <= rank < self.world_size, f"rank {rank} is out of range for {self.world_size} ranks"
+        check_rank(rank, self.world_size)
         return self.layout_of(step)[rank :: self.world_size]
 
     @cached_property
@@ -293,7 +293,11 @@ def make_plan(
     for key, value in positive.items() | {item for item in optional.items() if item[1] is not None}:
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
             raise PlanError("must be a positive integer", key=key, value=value)
-    if max_steps <= 0 and not (math.isfinite(num_epochs) and num_epochs > 0):
+    for key, value in {"seed": seed, "max_steps": max_steps}.items():
+        if isinstance(value, bool) or not isinstance(value, int | np.integer):
+            raise PlanError("must be an integer", key=key, value=value)
+    number = not isinstance(num_epochs, bool) and isinstance(num_epochs, int | float | np.number)
+    if max_steps <= 0 and not (number and math.isfinite(num_epochs) and num_epochs > 0):
         raise PlanError("must be a positive number", key="num_epochs", value=num_epochs)
     if rule.scope == "step" and tokens_per_step is not None:
         raise PlanError(

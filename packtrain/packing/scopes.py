@@ -14,6 +14,7 @@ from functools import cached_property
 
 import numpy as np
 
+from packtrain.errors import PlanError
 from packtrain.packing.balance import into_micro_steps
 from packtrain.packing.cost import Cost
 from packtrain.packing.packs import ListedPacks, PatternPacks
@@ -44,6 +45,14 @@ class MicroBatch:
     @property
     def lengths(self) -> np.ndarray:
         return self.stops - self.starts
+
+
+def check_rank(rank: int, world_size: int) -> None:
+    """Raises PlanError unless there is such a rank."""
+    if isinstance(rank, bool) or not isinstance(rank, int | np.integer) or not 0 <= rank < world_size:
+        ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
+        fix = "give make_plan the number of ranks as world_size; ranks count from 0"
+        raise PlanError(f"is not one of this plan's {ranks}", key="rank", value=rank, fix=fix)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -199,6 +208,10 @@ class EpochScope:
         packs = self.packs(0)
         if isinstance(packs, PatternPacks):  # a solver of another version may find other packs
             identity += (hashlib.sha256(packs.patterns.slot_length.tobytes()).hexdigest(),)
+        elif (
+            ":" in self.name
+        ):  # a function of the user's, who may have changed it, or let it depend on more than it is given
+            identity += (hashlib.sha256(packs.items.tobytes() + packs.offsets.tobytes()).hexdigest(),)
         return identity
 
     def _take(self, epoch: int, index: int) -> tuple[np.ndarray, np.ndarray]:

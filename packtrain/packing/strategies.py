@@ -213,6 +213,9 @@ STRATEGIES: dict[str, Strategy] = {
 
 def resolve_strategy(name: str) -> Strategy:
     """Returns the strategy of that name, or the function or Strategy that `package.module:name` names."""
+    if not isinstance(name, str):
+        fix = "write it into a file, and name it as my_module:function, where every rank and a resumed run find it"
+        raise PlanError("must be the name of a strategy", key="strategy", value=name, fix=fix)
     if name in STRATEGIES:
         return STRATEGIES[name]
     module, _, attribute = name.partition(":")
@@ -228,7 +231,7 @@ def resolve_strategy(name: str) -> Strategy:
         )
     try:
         found = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise PlanError(
             f"could not import the strategy: {error}",
             key="strategy",
@@ -262,7 +265,8 @@ def _takes_lengths(function: Callable) -> bool:
 def checked(rule: Strategy, name: str) -> Strategy:
     """Returns a strategy with the result of its function checked: every token exactly once, packs within the capacity.
 
-    The function gets a copy of the lengths, int64 `[n]`, whatever integers they are stored as.
+    The function gets a copy of the lengths, int64 `[n]`, whatever integers they are stored as. It is called twice, as one
+    that draws from a global generator gives ranks and resumed runs other packs than this one.
     """
     function = rule.function
 
@@ -270,9 +274,9 @@ def checked(rule: Strategy, name: str) -> Strategy:
     def packs_of(lengths: np.ndarray, capacity: int, key: int, **more: Any) -> ListedPacks | PatternPacks:
         lengths = np.array(lengths, dtype=np.int64)
         found = _listed(lambda: function(lengths.copy(), capacity, key, **more), name)
-        packs = (
-            _written_down(found) if isinstance(found, PatternPacks) else found
-        )  # patterns: of packtrain's own packers
+        again = _listed(lambda: function(lengths.copy(), capacity, key, **more), name)
+        packs = _written_down(found)
+        _check_repeatable(packs, _written_down(again), name, "draw what is random from `np.random.default_rng(key)`")
         if rule.splits:
             tokens = _tokens_of_pieces(packs.items, lengths, name)
         else:
@@ -292,18 +296,25 @@ def checked(rule: Strategy, name: str) -> Strategy:
     def parts_of(lengths: np.ndarray, *, micro_steps: int, ranks: int, **more: Any) -> list[np.ndarray]:
         lengths, number = np.array(lengths, dtype=np.int64), micro_steps * ranks
         parts = list(function(lengths.copy(), micro_steps=micro_steps, ranks=ranks, **more))
+        again = list(function(lengths.copy(), micro_steps=micro_steps, ranks=ranks, **more))
         if len(parts) != number:
             what = f"the strategy {name!r} must return {micro_steps} x {ranks} micro-batches, and returned {len(parts)}"
             raise PlanError(what, fix="return micro_steps * ranks lists of indices; some may be empty")
         listed = _listed(lambda: parts, name)
         assert isinstance(listed, ListedPacks), "lists of indices"
         _check_indices(listed.items, len(lengths), name)
+        same = [len(part) for part in parts] == [len(part) for part in again]  # an empty one is not listed
+        _check_repeatable(
+            listed, ListedPacks.of(again if same else []), name, "let nothing random decide how examples are dealt"
+        )
         return [np.asarray(part, dtype=np.int64) for part in parts]
 
     return replace(rule, function=packs_of if rule.scope == "epoch" else parts_of)
 
 
-def _written_down(packs: PatternPacks) -> ListedPacks:
+def _written_down(packs: ListedPacks | PatternPacks) -> ListedPacks:
+    if isinstance(packs, ListedPacks):
+        return packs
     items, offsets = packs.take(np.arange(len(packs)))
     return ListedPacks(items=items, offsets=offsets)
 
@@ -317,6 +328,13 @@ def _listed(function: Callable, name: str) -> ListedPacks | PatternPacks:
             f"the strategy {name!r} failed: {error}",
             fix="it is called as function(lengths, capacity, key) and returns lists of indices",
         ) from error
+
+
+def _check_repeatable(packs: ListedPacks, again: ListedPacks, name: str, fix: str) -> None:
+    """Raises PlanError unless both calls of a function have returned the same packs."""
+    if not (np.array_equal(packs.items, again.items) and np.array_equal(packs.offsets, again.offsets)):
+        what = f"the strategy {name!r} returned different packs when it was called again with the same arguments"
+        raise PlanError(what, fix=f"let its result depend on its arguments alone: {fix}")
 
 
 def _check_indices(items: np.ndarray, number: int, name: str) -> None:

@@ -18,12 +18,14 @@ are tokenised on the way), tokenise once and stream the result.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain, islice
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed
 from torch.utils.data import IterableDataset, get_worker_info
@@ -89,10 +91,14 @@ class Stream:
         self.buffer, self.window, self.max_documents, self.world_size = buffer, window, max_documents, world_size
         self._read = 0  # rows so far
         self._waiting: list[int] = []  # numbers of those among them that wait
+        self._kept: list[Any] = []  # those that wait, and the last row that was read
+        self._hash: str | None = None  # of those, in a state that was given
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns where the stream stands, as of the last group: rows read, and the numbers of those that still wait."""
-        return {"rows_read": self._read, "waiting": list(self._waiting)}
+        """Returns where the stream stands, as of the last group: rows read, the numbers of those that still wait, and a
+        hash of these and of the last one that was read."""
+        hashed = _hash(self._kept) if self._kept else self._hash
+        return {"rows_read": self._read, "waiting": list(self._waiting)} | ({"hash": hashed} if hashed else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Makes the next iteration continue where `state_dict` was taken.
@@ -102,16 +108,19 @@ class Stream:
         """
         try:
             read, waiting = int(state["rows_read"]), [int(number) for number in state["waiting"]]
+            hashed = state.get("hash")  # missing in states of earlier versions
+            if not all(0 <= number < read for number in waiting):
+                raise ValueError("a row waits that was not read")
         except (KeyError, TypeError, ValueError) as error:
             fix = "give what `state_dict` has returned, as it was stored with the checkpoint"
             raise CheckpointError("is not the state of a stream", key="state", value=state, fix=fix) from error
-        self._read, self._waiting = read, waiting
+        self._read, self._waiting, self._kept, self._hash = read, waiting, [], hashed
 
     def __iter__(self) -> Iterator[list[list[tuple[int, Any]]]]:
         source = self._resumed()
         held = {number: (length, row) for number, length, row in islice(source, len(self._waiting))}  # oldest first
         by_length = sorted((length, -number) for number, (length, _) in held.items())
-        ended = False
+        ended, last = False, self._kept[-1:]
         while True:
             group = []
             for _ in range(self.world_size):
@@ -119,15 +128,15 @@ class Stream:
                     number, length, row = next(source, (-1, 0, None))
                     if ended := number < 0:
                         break
-                    self._read = number + 1
+                    self._read, last = number + 1, [row]
                     held[number] = (length, row)
                     insort(by_length, (length, -number))
                 group.append([(number, held.pop(number)[1]) for number in self._choose(held, by_length)])
             if not group[0]:
                 break
-            self._waiting = list(held)
+            self._waiting, self._kept = list(held), [*(row for _, row in held.values()), *last]
             yield group
-        self._read, self._waiting = 0, []  # the next iteration is the next epoch
+        self._read, self._waiting, self._kept, self._hash = 0, [], [], None  # the next iteration is the next epoch
 
     def _choose(self, held: dict[int, tuple[int, Any]], by_length: list[tuple[int, int]]) -> list[int]:
         """Takes the rows of the next pack; they leave `by_length` (ascending; of equal rows the oldest last)."""
@@ -143,22 +152,25 @@ class Stream:
         return chosen
 
     def _resumed(self) -> Iterator[tuple[int, int, Any]]:
-        """Yields (number, length, row) of those that wait, and of all that were not read yet.
+        """Returns (number, length, row) of those that wait, and of all that were not read yet.
 
         Raises:
-            DataError: there are fewer rows than were read before: the state is that of others.
+            DataError: there are fewer rows than were read before, or others: the state is that of others.
         """
         first = min(self._waiting, default=max(self._read - 1, 0))  # the last one that was read is still there
         skip = getattr(self.rows, "skip", None)  # of datasets.IterableDataset
-        rows = skip(first) if first and skip is not None else islice(self.rows, first, None)
-        again, read = set(self._waiting), self._read
-        number = first - 1
-        for number, row in enumerate(rows, start=first):
-            if number >= read or number in again:
-                yield number, self._length(number, row), row
-        if number + 1 < read:
-            what = f"end before row {read - 1}, which was read when the state was taken"
-            raise DataError(what, key="rows", fix="give the rows, in their order, that the state is of")
+        rows = iter(skip(first) if first and skip is not None else islice(self.rows, first, None))
+        before = dict(enumerate(islice(rows, self._read - first), start=first))
+        fix = "give the rows, in their order, that the state is of"
+        if len(before) < self._read - first:
+            what = f"end before row {self._read - 1}, which was read when the state was taken"
+            raise DataError(what, key="rows", fix=fix)
+        again = [(number, before[number]) for number in self._waiting]
+        self._kept = [row for _, row in again] + [before[number] for number in before if number == self._read - 1]
+        if self._hash is not None and _hash(self._kept) != self._hash:
+            raise DataError("are not those that were read when the state was taken", key="rows", fix=fix)
+        after = enumerate(rows, start=self._read)
+        return ((number, self._length(number, row), row) for number, row in chain(again, after))
 
     def _length(self, number: int, row: Any) -> int:
         try:
@@ -267,10 +279,21 @@ class PackedStream(IterableDataset):
                 value=workers,
                 fix="set num_workers to 0 or 1",
             )
-        for number, group in enumerate(self.stream):
+        for number, group in enumerate(self._groups()):
             if number % workers == own:  # the loader asks its workers in turn, so the order stays
                 pack = [row | {"example_id": number} for number, row in group[self.rank]]
                 yield self.collator(pack) if pack else self.collator.empty()
+
+    def _groups(self) -> Iterator[list[list[tuple[int, Any]]]]:
+        """Yields the groups of an epoch; of the next one after a state that was taken at the end of the rows.
+
+        A Trainer ends where its loader gives nothing, and would not make the updates that are left.
+        """
+        group, resumed = None, self.stream.state_dict()["rows_read"] > 0
+        for group in self.stream:
+            yield group
+        if group is None and resumed:
+            yield from self.stream
 
     def set_epoch(self, epoch: int) -> None:
         """Passes the epoch on to the rows, if they can be shuffled anew."""
@@ -291,7 +314,7 @@ class PackedStream(IterableDataset):
         return self.stream.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Makes the next iteration continue where `state_dict` was taken."""
+        """Makes the next iteration continue where `state_dict` was taken: at the end of the rows, with their beginning."""
         self._read_by_workers.fill_(False)
         self.stream.load_state_dict(state)
 
@@ -317,6 +340,16 @@ def _refuse_reader(world_size: int) -> None:
             what = "this rank's packs would be dealt out to the ranks again, so that rows are lost"
             raise PlanError(what, key="accelerator.prepare", fix=f"don't hand it the loader: {fix}")
         frame = frame.f_back
+
+
+def _hash(rows: Iterable[Any]) -> str:
+    """Hashes the token ids of rows, or rows of another kind as they are printed."""
+    digest = hashlib.sha256()
+    for row in rows:
+        ids = row.get("input_ids") if isinstance(row, Mapping) else None
+        content = repr(row).encode() if ids is None else np.asarray(ids, dtype=np.int64).tobytes()
+        digest.update(len(content).to_bytes(8, "little") + content)
+    return digest.hexdigest()
 
 
 def _tokens(row: dict[str, Any]) -> int:

@@ -27,7 +27,7 @@ from packtrain.errors import PlanError
 from packtrain.packing.accumulation import fits
 from packtrain.packing.cost import Cost
 from packtrain.packing.plan import MicroBatch
-from packtrain.packing.scopes import StepScope
+from packtrain.packing.scopes import StepScope, check_rank
 from packtrain.packing.shuffle import derive_key
 from packtrain.packing.strategies import resolve_strategy
 from packtrain.recipe.sections import BatchingSection, Schedule
@@ -113,7 +113,7 @@ class StreamedPlan:
 
     def micro_batches(self, step: int, rank: int) -> list[MicroBatch]:
         """Returns what one rank computes for an update: `gradient_accumulation_steps` micro-batches, maybe padding only."""
-        assert 0 <= rank < self.world_size, f"rank {rank} is out of range for {self.world_size} ranks"
+        check_rank(rank, self.world_size)
         return self.layout_of(step)[rank :: self.world_size]
 
     def epochs_after(self, steps: int) -> float:

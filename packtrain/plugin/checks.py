@@ -36,8 +36,7 @@ def refuse_misuse(trainer: Trainer, strategy: str, max_tokens: int | None, layou
         if isinstance(trainer, nn.Module):
             fix = "packtrain.unpad(model) runs a model without padding in any loop; packtrain.attach takes its trainer"
         raise PacktrainError("must be a transformers.Trainer", key="trainer", value=type(trainer).__name__, fix=fix)
-    if not isinstance(strategy, str):
-        raise PacktrainError("must be the name of a strategy", key="strategy", value=strategy)
+    resolve_strategy(strategy)
     if max_tokens is not None and (not isinstance(max_tokens, Integral) or max_tokens < 1):
         raise PacktrainError("must be a positive integer", key="max_tokens", value=max_tokens)
     if layout not in LAYOUTS:

@@ -310,7 +310,7 @@ def _choose(
             raise CheckpointError(
                 f"was saved by a run with different settings:{lines}",
                 where=str(path),
-                fix=f"undo these changes, or accept them with {command or 'allow_changes=True'}",
+                fix="undo these changes, or accept them with allow_changes=True" + (f": {command}" if command else ""),
             )
         say(f"resuming with changes:{lines}")
     then = manifest.get("versions") or {}

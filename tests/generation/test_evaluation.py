@@ -101,7 +101,10 @@ def test_scores_of_users(monkeypatch, tmp_path):
     for name, message in (
         ("my_scores:one", "not a function of"),
         ("my_scores:no", "can't be imported"),
-        ("x", "can't be"),
+        ("x", "--score: names no function of a module .*\n.*, for example x:score"),
+        ("x.py", "names no function of a module .*\n.*, for example x:score"),
+        ("my_scores:", "names no function of a module"),
+        (":close", "names no function of a module"),
     ):
         with pytest.raises(PacktrainError, match=message):
             find_score(name)

@@ -99,6 +99,10 @@ def test_an_adapter_in_a_folder_of_its_own_finds_its_base(tmp_path):
     ours = load_trained(tmp_path / "adapter")
     assert isinstance(ours.model, PeftModel)
     assert torch.allclose(logits(ours.model), logits(adapted.eval()))
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(PacktrainError, match="the base of .*adapter: is neither a directory here") as refused:
+        load_trained(tmp_path / "adapter")
+    assert f"`base_model_name_or_path` of {tmp_path / 'adapter/adapter_config.json'}" in (refused.value.fix or "")
     settings = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": None}))
     with pytest.raises(PacktrainError, match="names no base model"):
@@ -151,10 +155,19 @@ def test_prompts_of_files(tmp_path):
         ('{"messages": [{"role": "customer", "content": "hi"}]}', "line 1: .*customer"),
         ('{"messages": [{"role": "assistant", "content": "hi"}]}', "line 1: has no `prompt`"),
         ('{"system": "Be short.", "prompt": "hi"}', "line 1: has a column `system`, and would be asked without it"),
+        ('{"instruction": "Add.", "input": "2, 2"}', "line 1: has a column `input`, and would be asked without it"),
+        ('{"question": ["hi"]}', "line 1: has no `prompt`"),
     ):
         (tmp_path / "bad.jsonl").write_text(text)
         with pytest.raises(PacktrainError, match=message):
             read_prompts(tmp_path / "bad.jsonl")
+
+
+def test_rows_of_questions_and_instructions_are_prompts(tmp_path):
+    """The rows that a model was trained on can be asked as they are."""
+    rows = [{"question": "2+2?", "answer": "4"}, {"instruction": "Add.", "input": "", "output": "4"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_prompts(tmp_path / "rows.jsonl") == ["2+2?", "Add."]
 
 
 def test_prompts_name_speakers_as_rows_of_data_do(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 
 import pytest
 
@@ -143,3 +144,52 @@ def test_packs_of_packtrains_own_packers_are_checked_too(folder):
         make_plan([3, 4, 5, 6], strategy="borrowed:part", **size)
     with pytest.raises(PlanError, match="a pack of 4 documents, more than max_documents = 2"):
         make_plan([3, 4, 5, 6], strategy="borrowed:many", max_documents=2, **size)
+
+
+STRATEGIES_THAT_DRAW = """
+import numpy as np
+from packtrain.packing.strategies import Strategy
+
+def drawn(lengths, capacity, key):
+    return [[i, j] for i, j in np.random.permutation(len(lengths)).reshape(-1, 2)]
+def keyed(lengths, capacity, key):
+    return [[i, j] for i, j in np.random.default_rng(key).permutation(len(lengths)).reshape(-1, 2)]
+def deal(lengths, *, micro_steps, ranks, capacity, cost):
+    order = np.random.permutation(len(lengths))
+    return [order[i :: micro_steps * ranks] for i in range(micro_steps * ranks)]
+deals = Strategy(function=deal, scope="step")
+
+def shifted(lengths, capacity, key):
+    return [[i, (i + SHIFT) % len(lengths)] for i in range(0, len(lengths), 2)]
+"""
+
+
+def test_a_strategy_that_draws_from_a_global_generator_is_refused(folder):
+    """A resumed run would train other packs than the one before, and ranks would lose and repeat examples."""
+    (folder / "draws.py").write_text(STRATEGIES_THAT_DRAW)
+    for name in ("drawn", "deals"):
+        with pytest.raises(PlanError, match="returned different packs when it was called again") as refused:
+            plan = make_plan([3] * 40, strategy=f"draws:{name}", max_tokens=60, examples_per_step=40, world_size=2)
+            plan.layout_of(0)
+        assert "on its arguments alone" in refused.value.fix
+    assert make_plan([3] * 40, strategy="draws:keyed", max_tokens=60).total_steps  # the control
+
+
+def test_a_strategy_that_packs_otherwise_is_another_plan(folder):
+    """A checkpoint and other ranks know the plan by its hash: a function that was changed makes another one."""
+    (folder / "changes.py").write_text(STRATEGIES_THAT_DRAW)
+    resolve_strategy("changes:shifted")
+    module, hashes = import_module("changes"), []
+    for shift in (1, 3, 1):
+        module.SHIFT = shift
+        hashes.append(make_plan([3] * 40, strategy="changes:shifted", max_tokens=60).hash)
+    assert hashes[0] == hashes[2] != hashes[1]
+
+
+@pytest.mark.parametrize("given", [len, None, 3])
+def test_what_is_no_name_of_a_strategy_is_refused(given):
+    with pytest.raises(PlanError, match="strategy: must be the name of a strategy") as refused:
+        make_plan([3, 4], strategy=given)
+    assert "my_module:function" in refused.value.fix
+    with pytest.raises(PlanError, match="strategy"):
+        resolve_strategy(":function")

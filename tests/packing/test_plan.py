@@ -232,3 +232,22 @@ def test_planning_needs_no_torch():
 def test_more_epochs_than_can_be_planned_are_refused(sft_lengths):
     with pytest.raises(PlanError, match="training.max_steps: is more than 100,000 epochs"):
         make_plan(sft_lengths, strategy="balanced", max_steps=10**12)
+
+
+@pytest.mark.parametrize("rank", [2, 5, -1, 0.5, None])
+def test_a_rank_that_the_plan_does_not_have_is_refused(rank):
+    """Who forgets `world_size` asks for it first of all."""
+    plan = make_plan([5, 6, 7, 8] * 8, world_size=2, examples_per_step=8, max_tokens=64)
+    with pytest.raises(PlanError, match="rank: is not one of this plan's 2 ranks") as refused:
+        plan.micro_batches(0, rank=rank)
+    assert "world_size" in refused.value.fix
+    assert plan.micro_batches(0, rank=1)
+
+
+@pytest.mark.parametrize(
+    "given", [{"seed": 1.5}, {"seed": "a"}, {"max_steps": 1.5}, {"max_steps": "3"}, {"num_epochs": "2"}]
+)
+def test_numbers_that_are_none_are_refused(given):
+    (key,) = given
+    with pytest.raises(PlanError, match=f"{key}: must be "):
+        make_plan([5, 6], **given)

@@ -6,6 +6,7 @@ import json
 import pickle
 import subprocess
 import sys
+from itertools import islice
 
 import pytest
 import torch
@@ -104,7 +105,9 @@ def test_by_hand():
     stream = Stream([6, 5, 4, 3], capacity=10, length_of=int, buffer=3)
     iterator = iter(stream)
     assert [row for _, row in next(iterator)[0]] == [6, 4]
-    assert stream.state_dict() == {"rows_read": 3, "waiting": [1]}
+    state = stream.state_dict()
+    assert state.pop("hash")
+    assert state == {"rows_read": 3, "waiting": [1]}
     assert [row for _, row in next(iterator)[0]] == [5, 3]
 
 
@@ -159,7 +162,48 @@ def test_a_state_of_more_rows_is_refused_instead_of_ending_at_once(state, skips)
     assert list(stream) == []
 
 
-@pytest.mark.parametrize("state", [{}, None, {"rows_read": 3}, {"rows_read": "a", "waiting": []}])
+@pytest.mark.parametrize("skips", [False, True])
+def test_a_state_of_other_rows_is_refused(skips):
+    """Rows that were sorted or swapped since would be trained twice, or not at all."""
+
+    def packs_of(rows):
+        source = Dataset.from_list(rows).to_iterable_dataset() if skips else rows
+        return PackedStream(source, PackCollator(), capacity=20, buffer=8)
+
+    rows = [row | {"labels": row["input_ids"]} for row in ROWS]
+    first = packs_of(rows)
+    before = [batch["example_ids"].tolist() for batch in islice(first, 4)]
+    state = json.loads(json.dumps(first.state_dict()))
+    again = packs_of(rows)
+    again.load_state_dict(state)
+    assert again.state_dict() == state
+    after = [batch["example_ids"].tolist() for batch in again]
+    assert sorted(number for ids in before + after for number in ids if number >= 0) == list(range(40))
+    last = state["rows_read"] - 1
+    for changed in (rows[::-1], [*rows[:last], rows[last + 1], rows[last], *rows[last + 2 :]]):
+        other = packs_of(changed)
+        other.load_state_dict(state)
+        with pytest.raises(DataError, match="rows: are not those that were read when the state was taken"):
+            list(other)
+    old = packs_of(rows[::-1])
+    old.load_state_dict({name: state[name] for name in ("rows_read", "waiting")})  # the control: a state without a hash
+    assert list(old)
+
+
+def test_a_state_from_the_end_of_the_rows_goes_on_with_their_beginning():
+    """A Trainer ends where its loader gives nothing, and left the updates out that were to come."""
+    first, ids = packed(), []
+    for batch in first:
+        ids.append(batch["example_ids"].tolist())
+        state = first.state_dict()
+    again = packed()
+    again.load_state_dict(state)
+    assert [batch["example_ids"].tolist() for batch in again] == ids
+
+
+@pytest.mark.parametrize(
+    "state", [{}, None, {"rows_read": 3}, {"rows_read": "a", "waiting": []}, {"rows_read": 3, "waiting": [3]}]
+)
 def test_what_is_no_state_is_refused(state):
     with pytest.raises(CheckpointError, match="is not the state of a stream"):
         Stream([3], capacity=8, length_of=int).load_state_dict(state)

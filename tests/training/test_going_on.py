@@ -98,7 +98,7 @@ def test_a_finished_run_goes_on_by_the_command_that_is_said(file):
     with pytest.raises(CheckpointError) as refused:
         train(longer, resume=True)
     command = f"packtrain train {file} --set save_steps=5 --set eval_strategy=no --set num_train_epochs=2 --resume"
-    assert refused.value.fix == f"undo these changes, or accept them with {command} --allow-changes"
+    assert refused.value.fix == f"undo these changes, or accept them with allow_changes=True: {command} --allow-changes"
 
     out = io.StringIO()
     assert train(load_recipe(file, shorter), resume=True, console=Console(file=out, width=200)).updates == 5

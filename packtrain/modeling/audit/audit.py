@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -103,10 +103,14 @@ def audit_model(
         padding: whether to measure what padding does.
 
     Raises:
-        ModelError: the model cannot run even a single document, or there is no such implementation.
+        ModelError: the model cannot run even a single document, or there is no such implementation, layout or mode.
     """
     if not isinstance(base(model), PreTrainedModel):
         raise ModelError("must be a transformers model", key="model", value=type(base(model)).__name__)
+    _check_names("layouts", layouts, probe.LAYOUTS)
+    _check_names("modes", modes, MODES)
+    if isinstance(implementations, str):
+        raise ModelError("must be a list of names", key="implementations", value=implementations)
     register_counted()
     for implementation in implementations or ():
         check_implementation(implementation)
@@ -121,6 +125,14 @@ def audit_model(
         f"`attach`; elsewhere outputs differ by up to {without:.2g}"
     )
     return replace(report, notes=[*report.notes, note])
+
+
+def _check_names(key: str, given: Sequence[str], known: Collection[str]) -> None:
+    """Raises ModelError unless `given` are names of those that are known, at least one of them."""
+    if isinstance(given, str) or not given or set(given) - set(known):
+        raise ModelError(
+            "must be a list of some of these names", key=key, value=given, fix=f"choose from {', '.join(known)}"
+        )
 
 
 def _differs_in_company(model: PreTrainedModel) -> float:

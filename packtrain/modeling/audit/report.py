@@ -124,9 +124,9 @@ class PaddingEffect:
     reaches: bool
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class AuditReport:
-    """All findings about one model."""
+    """All findings about one model; printed as the table of `packtrain audit`."""
 
     model: str
     architecture: str
@@ -140,6 +140,9 @@ class AuditReport:
     def find(self, implementation: str, layout: str, mode: str = "eval") -> Finding:
         wanted = (implementation, layout, mode)
         return next(f for f in self.findings if (f.implementation, f.layout, f.mode) == wanted)
+
+    def __repr__(self) -> str:
+        return "\n".join(self.lines())
 
     def to_dict(self) -> dict:
         return asdict(self)

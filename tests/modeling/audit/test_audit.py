@@ -310,6 +310,18 @@ def test_what_this_machine_lacks_is_one_line_and_a_misspelt_name_an_error():
         assert "flex_attention: not supported: has no backward pass on CPU" in text
     with pytest.raises(ModelError, match="did you mean sdpa"):
         audit_model(tiny_model("llama"), implementations=["sdpaa"], **QUICK)
+    assert repr(report) == str(report) == text  # and not the fields of some hundred findings
+
+
+@pytest.mark.parametrize("given", [{"layouts": ["fla"]}, {"layouts": "flat"}, {"modes": ["x"]}, {"modes": []}])
+def test_layouts_and_modes_that_do_not_exist_are_refused(given):
+    """A report that says `refused` of a layout, or says nothing at all, was taken for that of the model."""
+    (key,) = given
+    with pytest.raises(ModelError, match=f"{key}: must be a list of some of these names") as refused:
+        audit_model(tiny_model("llama"), **given)
+    assert "choose from " in refused.value.fix
+    with pytest.raises(ModelError, match="implementations: must be a list of names"):
+        audit_model(tiny_model("llama"), implementations="sdpa")
 
 
 def test_an_encoder_with_prompt_tuning():
