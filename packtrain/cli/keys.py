@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from packtrain.cli.options import complete_section
 from packtrain.errors import PacktrainError
 
 
@@ -18,6 +19,7 @@ def keys(
         typer.Argument(
             metavar="[SECTION]",
             help="Section to print: model, data, batching, objective, training or lora; compare: the keys of a comparison.",
+            autocompletion=complete_section,
         ),
     ] = None,
     schema: Annotated[

@@ -25,6 +25,32 @@ def complete_recipe(incomplete: str) -> list[str]:
     return [name for name in shipped if name.startswith(incomplete)] + sorted(files)
 
 
+def complete_key(incomplete: str) -> list[str]:
+    """Returns the keys of a recipe, as `section.key=`, that a shell may complete a word to; also from `key` alone."""
+    from packtrain.recipe.reader import fields_of
+    from packtrain.recipe.recipe import SECTIONS
+
+    keys = [(section, key) for section in SECTIONS for key in fields_of(section)]
+    return [f"{section}.{key}=" for section, key in keys if f"{section}.{key}".startswith(incomplete)] or [
+        f"{key}=" for _, key in keys if key.startswith(incomplete)
+    ]
+
+
+def complete_launch(incomplete: str) -> list[str]:
+    """Returns the launch files that a shell may complete a word to: those here, and the names of those that are shipped."""
+    from packtrain.recipe.shipped import SHARE
+
+    shipped = sorted(file.stem for file in (SHARE / "launch").glob("*.yaml"))
+    return [name for name in shipped if name.startswith(incomplete)] + sorted(glob(f"{escape(incomplete)}*.y*ml"))
+
+
+def complete_section(incomplete: str) -> list[str]:
+    """Returns what `packtrain keys` lists the keys of, as far as a shell may complete a word to it."""
+    from packtrain.recipe.recipe import SECTIONS
+
+    return [name for name in (*SECTIONS, "compare") if name.startswith(incomplete)]
+
+
 RecipePath = Annotated[
     Path,
     typer.Argument(
@@ -40,6 +66,7 @@ Overrides = Annotated[
         metavar="KEY=VALUE",
         help="Override a key of the recipe, as `section.key=value` or `key=value`; repeatable. "
         "The value is YAML: `lora.r=8`, `lora.target_modules=[q_proj, v_proj]`, `lora=null`.",
+        autocompletion=complete_key,
     ),
 ]
 Gpus = Annotated[int, typer.Option(min=1, metavar="N", help="Number of GPUs (ranks) to plan for.")]

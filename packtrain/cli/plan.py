@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from packtrain.cli.options import Gpus, Overrides, complete_recipe, load_checked
+from packtrain.cli.options import Gpus, Overrides, complete_launch, complete_recipe, load_checked
 from packtrain.errors import PacktrainError
 from packtrain.recipe.sections import MAX_TOKENS, STRATEGY
 
@@ -42,7 +42,11 @@ def plan(
     ] = None,
     launch: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="With --memory: show only the engine that launch/NAME.yaml starts."),
+        typer.Option(
+            metavar="NAME",
+            help="With --memory: show only the engine that launch/NAME.yaml starts.",
+            autocompletion=complete_launch,
+        ),
     ] = None,
 ) -> None:
     """Show example lengths, compare strategies and estimate memory before training.

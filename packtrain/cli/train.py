@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from packtrain.cli.options import LAST, RANK, Overrides, RecipePath, load_checked
+from packtrain.cli.options import LAST, RANK, Overrides, RecipePath, complete_launch, load_checked
 from packtrain.cli.output import LastingOutput
 from packtrain.errors import hidden
 
@@ -34,7 +34,12 @@ def train(
         bool, typer.Option("--overwrite", help="Replace an existing run in `training.output_dir`.")
     ] = False,
     launch: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Start through `accelerate launch` with launch/NAME.yaml.")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Start through `accelerate launch` with launch/NAME.yaml.",
+            autocompletion=complete_launch,
+        ),
     ] = None,
 ) -> None:
     """Train a model from a recipe and print a summary.

@@ -83,10 +83,14 @@ def test_a_pipe_that_is_closed_early_is_no_error(tmp_path):
         ("fish", lambda line: {"_TYPER_COMPLETE_ARGS": line, "_TYPER_COMPLETE_FISH_ACTION": "get-args"}),
     ],
 )
-def test_shells_complete_verbs_options_and_recipes(tmp_path, shell, asked):
+def test_shells_complete_verbs_options_recipes_and_keys(tmp_path, shell, asked):
     (tmp_path / "quite_mine.yaml").write_text("")
     offers = {"packtrain pus": ["push"], "packtrain train --ov": ["--overwrite"]}
     offers["packtrain prepare qui"] = ["quickstart", "quite_mine.yaml"]
+    offers["packtrain train quickstart --set batching.s"] = ["batching.strategy=", "batching.schedule="]
+    offers["packtrain plan quickstart --set learning_r"] = ["learning_rate="]
+    offers["packtrain train quickstart --launch zero"] = ["zero1", "zero3_offload_cpu"]
+    offers["packtrain keys lo"] = ["lora"]
     for line, words in offers.items():
         done = piped([], tmp_path, _PACKTRAIN_COMPLETE=f"complete_{shell}", **asked(line))
         assert [word for word in words if word not in re.split(r"[\s\"':]+", done.stdout)] == [], done.stderr
