@@ -181,7 +181,7 @@ def build(
         command=resume_command(recipe),
     )
     say = _sayer(console if console and asked_rank() == 0 else Console(quiet=True))
-    left = not checkpoint or check_what_is_left(Path(checkpoint), plan, recipe, say)
+    left = not checkpoint or check_what_is_left(Path(checkpoint), plan, recipe, say, deepspeed=bool(args.deepspeed))
     model = prepare_model(recipe, task, config, args, layout=plan.layout, console=console)
     check_agreement({"the model's weights": weights_hash(model), "the checkpoint": _sealed_as(checkpoint)})
     if ranks > 1 and args.ddp_find_unused_parameters is None and uses_every_parameter(model):

@@ -13,8 +13,10 @@ import yaml
 from rich.console import Console
 
 from packtrain.compare.experiment import load_experiment
-from packtrain.errors import CheckpointError, PacktrainError, RecipeError
+from packtrain.errors import CheckpointError, LaunchError, PacktrainError, RecipeError
 from packtrain.recipe.reader import load_recipe
+from packtrain.training.continuing import resume_command
+from packtrain.training.launch import LAUNCHED_BY
 from packtrain.training.run import build, fit, train
 from packtrain.training.sealing import read_manifest, seal
 
@@ -112,6 +114,25 @@ def test_a_finished_run_goes_on_by_the_command_that_is_said(file):
     out.truncate(0)
     again = train(load_recipe(file, overrides), resume=True, allow_changes=True, console=Console(file=out, width=200))
     assert again.updates == 10 and "updates of this run are made" not in out.getvalue()
+
+
+def test_the_command_for_more_starts_as_the_run_was_started(file, monkeypatch):
+    monkeypatch.setenv(LAUNCHED_BY, "zero2")
+    command = f"packtrain train {file} --set training.max_steps=9 --launch zero2 --resume --allow-changes"
+    assert resume_command(load_recipe(file), "training.max_steps=9") == command
+
+
+def test_a_finished_run_of_deepspeed_is_refused_without_it_before_a_command_is_said(file, tmp_path):
+    keys = ["num_train_epochs=1", "save_steps=5", "eval_strategy=no"]
+    train(load_recipe(file, keys))
+    checkpoint = tmp_path / "run/checkpoint-5"
+    facts = {key: value for key, value in read_manifest(checkpoint).items() if key not in ("format", "files", "sha256")}
+    (checkpoint / "latest").write_text("global_step5")
+    seal(checkpoint, facts)
+    out = io.StringIO()
+    with pytest.raises(LaunchError, match="was written by DeepSpeed"):
+        train(load_recipe(file, keys), resume=True, console=Console(file=out, width=200))
+    assert "updates of this run are made" not in out.getvalue()
 
 
 def test_the_figures_of_a_resumed_run_are_those_of_the_whole_run(file, tmp_path):
