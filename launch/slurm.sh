@@ -28,10 +28,9 @@ sys.exit(not any(is_sealed(path) for path in run.glob("checkpoint-*")))
 END
 then set -- "$@" --resume; fi
 
-# Two minutes before the end, and before a preemption, SLURM signals its tasks alone: `exec` makes the launcher one, which
-# forwards SIGTERM (not SIGUSR1, of which it dies) to its ranks, and gives them that long to save.
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110
+# Two minutes before the end, and before a preemption, SLURM signals its tasks alone: `exec` makes the launcher one. It takes
+# the options of `accelerate launch`, sends signals on to its ranks, waits while they save, and exits with their 75.
 srun --kill-on-bad-exit=1 bash -c '
-    exec accelerate launch --config_file "$CONFIG" --num_machines "$SLURM_NNODES" --num_processes "$PROCESSES" \
+    exec python -m packtrain.cli.launcher --config_file "$CONFIG" --num_machines "$SLURM_NNODES" --num_processes "$PROCESSES" \
         --machine_rank "$SLURM_NODEID" --main_process_ip "$HEAD_NODE" --main_process_port 29500 \
         -m packtrain train "$@"' packtrain "$@"

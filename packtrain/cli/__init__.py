@@ -18,6 +18,7 @@ import errno
 import io
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic import ValidationError
 from rich.console import Console
 from typer.core import TyperGroup
 
@@ -47,7 +49,7 @@ from packtrain.cli.sample import sample
 from packtrain.cli.score import score
 from packtrain.cli.show import show
 from packtrain.cli.train import train
-from packtrain.errors import PacktrainError, Stopped, shorten
+from packtrain.errors import UNSET, PacktrainError, Stopped, shorten
 
 
 class Verbs(TyperGroup):
@@ -63,6 +65,11 @@ class Verbs(TyperGroup):
             rank = f" (rank {RANK})" if RANK else ""
             print_error(error, ("stopped" if isinstance(error, Stopped) else "error") + rank)
             raise typer.Exit(error.exit_code) from None
+        except typer.BadParameter as error:
+            if not error.message or error.param is None:  # an argument that is missing
+                raise
+            print_error(bad_option(error))
+            raise typer.Exit(PacktrainError.exit_code) from None
         except OSError as error:
             if error.errno != errno.ENAMETOOLONG:
                 raise
@@ -70,6 +77,32 @@ class Verbs(TyperGroup):
             raise typer.Exit(PacktrainError.exit_code) from None
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
+
+
+WORDS = {  # pydantic's, which checks options for typer, and ours
+    "greater than or equal to": "at least",
+    "less than or equal to": "at most",
+    "a valid integer": "a whole number",
+    "a valid number": "a number",
+    "Input should be": "must be",
+}
+
+
+def bad_option(error: typer.BadParameter) -> PacktrainError:
+    """Returns what is wrong with the value of an option, as all errors are said.
+
+    `Invalid value for '--gpus': Input should be greater than or equal to 1` is `--gpus: must be at least 1 (got 0)`.
+    """
+    assert error.param is not None and error.ctx is not None  # as typer raises it
+    what, value = error.message.partition(",")[0], UNSET
+    for theirs, ours in WORDS.items():
+        what = what.replace(theirs, ours)
+    if isinstance(error.__cause__, ValidationError):
+        value = error.__cause__.errors()[0]["input"]
+        value = int(value) if re.fullmatch("-?[0-9]{1,20}", str(value)) else value
+    fix = f"`{error.ctx.command_path} --help` says what it takes"
+    names = [*error.param.opts, error.param.name or ""]
+    return PacktrainError(what, key=names[0], value=value, fix=fix)
 
 
 def fill_bare_resume(args: Sequence[str]) -> list[str]:

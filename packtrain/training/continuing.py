@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +18,8 @@ from packtrain.recipe.recipe import Recipe
 from packtrain.training.agreement import check_agreement
 from packtrain.training.checkpoints import redacted
 from packtrain.training.early_stopping import evaluations_without_better
+from packtrain.training.launch import LAUNCHED_BY
+from packtrain.training.resharding import check_engine
 from packtrain.training.sealing import read_manifest
 
 Say = Callable[[str], None]
@@ -24,7 +27,7 @@ AT_THE_END = ("output_dir", "load_best_model_at_end")  # keys of `training:` tha
 
 
 def resume_command(recipe: Recipe, *overrides: str) -> str | None:
-    """Returns the command that goes on with a changed recipe; None where it was read from no file.
+    """Returns the command that goes on with a changed recipe, by the same launch file; None where it was read from no file.
 
     Args:
         overrides: `section.key=value`; those of the recipe with the same key are left out.
@@ -35,15 +38,23 @@ def resume_command(recipe: Recipe, *overrides: str) -> str | None:
     replaced = keys | {key.partition(".")[2] for key in keys}
     kept = [given for given in recipe.sources.overrides if given.partition("=")[0].strip() not in replaced]
     sets = [word for override in (*kept, *overrides) for word in ("--set", override)]
-    return hidden(shlex.join(["packtrain", "train", recipe.sources.path, *sets, "--resume", "--allow-changes"]))
+    name = os.environ.get(LAUNCHED_BY)
+    launched = ["--launch", name] if name else []
+    words = ["packtrain", "train", recipe.sources.path, *sets, *launched, "--resume", "--allow-changes"]
+    return hidden(shlex.join(words))
 
 
-def check_what_is_left(checkpoint: Path, plan: AnyPlan, recipe: Recipe, say: Say) -> bool:
+def check_what_is_left(checkpoint: Path, plan: AnyPlan, recipe: Recipe, say: Say, *, deepspeed: bool) -> bool:
     """Returns whether a run that resumes from `checkpoint` has an update left; says how it goes on where it has none.
+
+    Args:
+        deepspeed: whether the run has DeepSpeed, as what is said would be of no use to an engine that can't read it.
 
     Raises:
         CheckpointError: it has made more updates than the recipe asks for.
+        LaunchError: an engine of another kind wrote it.
     """
+    check_engine(checkpoint, deepspeed=deepspeed)
     made, state = read_manifest(checkpoint)["step"], _state_of(checkpoint)
     if made >= plan.total_steps:
         limited = recipe.schedule.max_steps > 0

@@ -42,10 +42,15 @@ class EarlyStopping(EarlyStoppingCallback):
         early = stopping and state.global_step < state.max_steps
         if early and self.console is not None and state.is_world_process_zero:
             count = self.early_stopping_patience_counter
+            name, best, by = args.metric_for_best_model, state.best_metric, self.early_stopping_threshold
+            without = (
+                f"a {name} more than {by:g} better than {best:.4f}" if by else f"a better {name} (best: {best:.4f})"
+            )
             self.console.print(
                 f"stopping early after step {state.global_step}: {count} evaluation{'s' * (count != 1)} in a row "
-                f"without a better {args.metric_for_best_model} (best: {state.best_metric:.4f})",
+                f"without {without}",
                 highlight=False,
+                soft_wrap=True,
             )
 
     def on_train_end(self, args, state, control, **kwargs):

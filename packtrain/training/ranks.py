@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from importlib.util import find_spec
 from typing import Any
 
 import torch.distributed as dist
@@ -27,6 +28,7 @@ from transformers import TrainingArguments
 from packtrain.errors import LaunchError
 
 PAUSE = 0.25  # seconds; such a thread needs microseconds, and a turn on a busy processor
+SET_BY_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what DeepSpeed reads
 
 
 def asked_world_size(env: Mapping[str, str] | None = None) -> int:
@@ -85,6 +87,20 @@ def check_processes(*, world_size: int, n_gpu: int, env: Mapping[str, str] | Non
             fix="start one process per GPU (`accelerate launch` or `torchrun --nproc_per_node`), "
             "or choose one with CUDA_VISIBLE_DEVICES=0",
         )
+
+
+def check_launcher(*, deepspeed: bool, env: Mapping[str, str] | None = None) -> None:
+    """Refuses a run with DeepSpeed in a process that no launcher has started: DeepSpeed would look for MPI.
+
+    Raises:
+        LaunchError: what a launcher sets is missing, and MPI is not there either.
+    """
+    env = os.environ if env is None else env
+    if not deepspeed or all(name in env for name in SET_BY_LAUNCHERS) or find_spec("mpi4py"):
+        return
+    what = "needs a launcher, and none that starts ranks has started this process"
+    fix = "start the run with --launch ddp, or with `torchrun --nproc_per_node N -m packtrain train RECIPE`"
+    raise LaunchError(what, key="training.deepspeed", fix=fix)
 
 
 def _under_mpi(env: Mapping[str, str]) -> bool:

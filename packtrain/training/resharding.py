@@ -40,6 +40,24 @@ SHARDS, PARAMETER_SHARDS = "*_optim_states.pt", "*zero_pp_rank_*_model_states.pt
 LATEST, LATEST_UNIVERSAL, ON_A_DRIVE = "latest", "latest_universal", "offloaded_tensors"
 
 
+def check_engine(checkpoint: Path, *, deepspeed: bool) -> None:
+    """Checks that a run with or without DeepSpeed can read `checkpoint`.
+
+    Raises:
+        LaunchError: not a checkpoint, or an engine of the other kind wrote it.
+    """
+    if not (checkpoint / TRAINER_STATE_NAME).exists():
+        fix = "name a `checkpoint-...` directory of a run"
+        raise LaunchError("is not a checkpoint", where=str(checkpoint), fix=fix)
+    by_deepspeed = (checkpoint / LATEST).exists()
+    if by_deepspeed != deepspeed:
+        what = "was written by DeepSpeed" if by_deepspeed else "was not written by DeepSpeed"
+        fix = "resume without it (no --launch, or --launch ddp), or start a new run from the saved model"
+        if by_deepspeed:
+            fix = _resume_by(_stages(checkpoint / (checkpoint / LATEST).read_text(encoding="utf-8").strip()))
+        raise LaunchError(f"{what}, and this run's engine cannot read its optimizer", where=str(checkpoint), fix=fix)
+
+
 def prepare_resume(trainer: Trainer, checkpoint: str | Path) -> None:
     """Makes `checkpoint` loadable by this run's engine and ranks; on every rank, before `trainer.train`.
 
@@ -48,16 +66,8 @@ def prepare_resume(trainer: Trainer, checkpoint: str | Path) -> None:
             redistributed.
     """
     checkpoint = Path(checkpoint)
-    if not (checkpoint / TRAINER_STATE_NAME).exists():
-        fix = "name a `checkpoint-...` directory of a run"
-        raise LaunchError("is not a checkpoint", where=str(checkpoint), fix=fix)
-    by_deepspeed = (checkpoint / LATEST).exists()
-    if by_deepspeed != (trainer.accelerator.distributed_type is DistributedType.DEEPSPEED):
-        what = "was written by DeepSpeed" if by_deepspeed else "was not written by DeepSpeed"
-        fix = "resume without it (no --launch, or --launch ddp), or start a new run from the saved model"
-        if by_deepspeed:
-            fix = _resume_by(_stages(checkpoint / (checkpoint / LATEST).read_text(encoding="utf-8").strip()))
-        raise LaunchError(f"{what}, and this run's engine cannot read its optimizer", where=str(checkpoint), fix=fix)
+    by_deepspeed = trainer.accelerator.distributed_type is DistributedType.DEEPSPEED
+    check_engine(checkpoint, deepspeed=by_deepspeed)
     if not by_deepspeed:
         return
     config = trainer.accelerator.state.deepspeed_plugin.deepspeed_config

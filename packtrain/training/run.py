@@ -46,7 +46,15 @@ from packtrain.training.model_card import write_model_card
 from packtrain.training.output_dir import clear, explaining_a_full_drive, make_output_dir, refuse_to_replace
 from packtrain.training.output_lock import only_run
 from packtrain.training.progress import RichProgress
-from packtrain.training.ranks import asked_rank, asked_world_size, check_processes, leave, meeting, start_cpu_group
+from packtrain.training.ranks import (
+    asked_rank,
+    asked_world_size,
+    check_launcher,
+    check_processes,
+    leave,
+    meeting,
+    start_cpu_group,
+)
 from packtrain.training.resharding import prepare_resume
 from packtrain.training.samples import SampleAnswers
 from packtrain.training.sealing import read_manifest
@@ -173,7 +181,7 @@ def build(
         command=resume_command(recipe),
     )
     say = _sayer(console if console and asked_rank() == 0 else Console(quiet=True))
-    left = not checkpoint or check_what_is_left(Path(checkpoint), plan, recipe, say)
+    left = not checkpoint or check_what_is_left(Path(checkpoint), plan, recipe, say, deepspeed=bool(args.deepspeed))
     model = prepare_model(recipe, task, config, args, layout=plan.layout, console=console)
     check_agreement({"the model's weights": weights_hash(model), "the checkpoint": _sealed_as(checkpoint)})
     if ranks > 1 and args.ddp_find_unused_parameters is None and uses_every_parameter(model):
@@ -355,6 +363,7 @@ def training_arguments(recipe: Recipe, plan: AnyPlan, *, evaluate: bool) -> Trai
         gradient_accumulation_steps=plan.gradient_accumulation_steps,
         use_cpu=training["use_cpu"],
     )
+    check_launcher(deepspeed=training["deepspeed"] is not None)
     with refused_by("transformers", "training", training), meeting():
         start_cpu_group(training)
         args = TrainingArguments(**training)

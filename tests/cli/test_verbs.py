@@ -51,6 +51,26 @@ def wide(monkeypatch):
 # --------------------------------------------------------------------------------------------------- failures
 
 
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (["plan", "r.yaml", "--gpus", "0"], "--gpus: must be at least 1 (got 0)"),
+        (["plan", "r.yaml", "--gpus", "two"], "--gpus: must be a whole number (got 'two')"),
+        (["generate", "run", "--max-tokens", "0"], "--max-tokens: must be at least 1 (got 0)"),
+        (["generate", "run", "--top-p", "2"], "--top-p: must be at most 1 (got 2)"),
+        (["show", "r.yaml", "--step=-1"], "--step: must be at least 0 (got -1)"),
+    ],
+)
+def test_a_bad_value_of_an_option_is_said_as_all_errors_are(words, what, capsys):
+    assert run(*words) == 2
+    assert capsys.readouterr().err == f"error: {what}\n    fix: `packtrain {words[0]} --help` says what it takes\n"
+
+
+def test_a_missing_argument_keeps_its_usage(capsys):
+    assert run("train") == 2
+    assert "Missing argument 'RECIPE'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_bad_recipes_exit_with_2_and_no_traceback(tmp_path, capsys, name):
     text, overrides, parts = BAD[name]

@@ -13,8 +13,10 @@ import yaml
 from rich.console import Console
 
 from packtrain.compare.experiment import load_experiment
-from packtrain.errors import CheckpointError, PacktrainError, RecipeError
+from packtrain.errors import CheckpointError, LaunchError, PacktrainError, RecipeError
 from packtrain.recipe.reader import load_recipe
+from packtrain.training.continuing import resume_command
+from packtrain.training.launch import LAUNCHED_BY
 from packtrain.training.run import build, fit, train
 from packtrain.training.sealing import read_manifest, seal
 
@@ -68,6 +70,15 @@ def test_early_stopping_stops_where_the_held_out_loss_says_and_counts_on_after_a
     assert train(patient, resume=str(tmp_path / "stopped/checkpoint-1"), allow_changes=True).updates == 3
 
 
+def test_a_loss_that_is_better_by_less_than_the_threshold_is_not_called_worse(file):
+    """What is said has the threshold and the loss that it was to beat, in one line."""
+    out = io.StringIO()
+    keys = ["early_stopping_patience=1", "early_stopping_threshold=100", "learning_rate=1e-3"]
+    assert train(load_recipe(file, keys), console=Console(file=out, width=40)).updates == 2
+    last = "stopping early after step 2: 1 evaluation in a row without a loss more than 100 better than "
+    assert sum(line.startswith(last) for line in out.getvalue().splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
@@ -112,6 +123,25 @@ def test_a_finished_run_goes_on_by_the_command_that_is_said(file):
     out.truncate(0)
     again = train(load_recipe(file, overrides), resume=True, allow_changes=True, console=Console(file=out, width=200))
     assert again.updates == 10 and "updates of this run are made" not in out.getvalue()
+
+
+def test_the_command_for_more_starts_as_the_run_was_started(file, monkeypatch):
+    monkeypatch.setenv(LAUNCHED_BY, "zero2")
+    command = f"packtrain train {file} --set training.max_steps=9 --launch zero2 --resume --allow-changes"
+    assert resume_command(load_recipe(file), "training.max_steps=9") == command
+
+
+def test_a_finished_run_of_deepspeed_is_refused_without_it_before_a_command_is_said(file, tmp_path):
+    keys = ["num_train_epochs=1", "save_steps=5", "eval_strategy=no"]
+    train(load_recipe(file, keys))
+    checkpoint = tmp_path / "run/checkpoint-5"
+    facts = {key: value for key, value in read_manifest(checkpoint).items() if key not in ("format", "files", "sha256")}
+    (checkpoint / "latest").write_text("global_step5")
+    seal(checkpoint, facts)
+    out = io.StringIO()
+    with pytest.raises(LaunchError, match="was written by DeepSpeed"):
+        train(load_recipe(file, keys), resume=True, console=Console(file=out, width=200))
+    assert "updates of this run are made" not in out.getvalue()
 
 
 def test_the_figures_of_a_resumed_run_are_those_of_the_whole_run(file, tmp_path):

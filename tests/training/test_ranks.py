@@ -17,6 +17,7 @@ from packtrain.training.ranks import (
     PAUSE,
     asked_rank,
     asked_world_size,
+    check_launcher,
     check_processes,
     meeting,
     start_cpu_group,
@@ -37,6 +38,19 @@ def test_accelerate_starting_one_process_instead_of_two_is_noticed():
         asked_world_size(env)
     assert asked_world_size({**env, "WORLD_SIZE": "2"}) == 2
     assert asked_world_size({"ACCELERATE_MIXED_PRECISION": "no"}) == 1  # asked for one
+
+
+def test_deepspeed_without_a_launcher_is_refused_before_it_looks_for_mpi(monkeypatch):
+    monkeypatch.setattr("packtrain.training.ranks.find_spec", lambda name: None)
+    launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    check_launcher(deepspeed=True, env=launched)
+    for name in launched:
+        with pytest.raises(
+            LaunchError, match="training.deepspeed: needs a launcher(.|\n)*--launch ddp, or with `torchrun"
+        ):
+            check_launcher(deepspeed=True, env={key: value for key, value in launched.items() if key != name})
+    monkeypatch.setattr("packtrain.training.ranks.find_spec", lambda name: name)
+    check_launcher(deepspeed=True, env={})  # DeepSpeed asks MPI
 
 
 @pytest.mark.parametrize(
