@@ -39,11 +39,11 @@ def file(tmp_path) -> Path:
     return path
 
 
-def expected_stop(losses: list[float], patience: int) -> int | None:
-    """The update after whose evaluation `patience` in a row were no better than the best before them."""
+def expected_stop(losses: list[float], patience: int, threshold: float) -> int | None:
+    """The update after whose evaluation `patience` in a row were no more than `threshold` better than the best before."""
     bad, best = 0, float("inf")
     for step, loss in enumerate(losses, start=1):
-        bad = 0 if loss < best else bad + 1
+        bad = 0 if loss < best - threshold else bad + 1
         best = min(best, loss)
         if bad == patience:
             return step
@@ -54,15 +54,19 @@ def test_early_stopping_stops_where_the_held_out_loss_says_and_counts_on_after_a
     trainer = build(load_recipe(file))
     fit(trainer)
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if entry.get("step") and "eval_loss" in entry]
-    stop = expected_stop(losses, PATIENCE)
     assert trainer.state.global_step == len(losses) == 10  # control: without the key every update is made
-    assert stop is not None and 2 < stop < 10, losses
+    stops = {by: expected_stop(losses, PATIENCE, by) for by in (0.1, 0.3, 1.0, 100.0)}  # losses differ between machines
+    threshold, stop = next((by, stop) for by, stop in stops.items() if stop is not None and 2 < stop < 10)
 
-    keys = [f"early_stopping_patience={PATIENCE}", f"output_dir={tmp_path / 'stopped'}"]
+    keys = [f"early_stopping_patience={PATIENCE}", f"early_stopping_threshold={threshold}"]
+    keys.append(f"output_dir={tmp_path / 'stopped'}")
     out = io.StringIO()
     summary = train(load_recipe(file, keys), console=Console(file=out, width=200))
     assert summary.updates == stop
-    assert f"stopping early after step {stop}: 2 evaluations in a row without a better loss" in out.getvalue()
+    assert (
+        f"stopping early after step {stop}: 2 evaluations in a row without a loss more than {threshold:g} better"
+        in out.getvalue()
+    )
     assert out.getvalue().count("stopping early") == 1  # not by the evaluation after the end
     resumed = train(load_recipe(file, keys), resume=str(tmp_path / f"stopped/checkpoint-{stop - 1}"))
     assert resumed.updates == stop  # one of the two was counted before; from 0 it would be one update more
@@ -187,16 +191,17 @@ def test_fewer_updates_than_were_made_are_refused_and_the_record_stays(file, tmp
 
 
 def test_a_run_that_stopped_early_has_nothing_to_do_until_its_patience_is_raised(file, tmp_path):
-    keys = [f"early_stopping_patience={PATIENCE}"]
+    keys = [f"early_stopping_patience={PATIENCE}", "early_stopping_threshold=100"]
     stop = train(load_recipe(file, keys)).updates
-    assert stop < 10
+    assert stop == 1 + PATIENCE
     said = io.StringIO()
     again = train(load_recipe(file, keys), resume=True, console=Console(file=said, width=300))
     assert again.updates == stop and again.real_tokens > 0
     assert f"this run stopped early after update {stop}; nothing to do; to go on raise" in said.getvalue()
     command = shlex.split(said.getvalue().partition("early_stopping_patience: ")[2].splitlines()[0])
     overrides = [word for before, word in zip(command, command[1:], strict=False) if before == "--set"]
-    assert len(overrides) == 1
+    named = [override.partition("=")[0].rpartition(".")[2] for override in overrides]
+    assert named == ["early_stopping_threshold", "early_stopping_patience"]
     assert train(load_recipe(file, overrides), resume=True, allow_changes=True).updates > stop
 
 
