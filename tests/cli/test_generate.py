@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.test_verbs import run
+from tests.cli.helpers import run
 from tests.data.helpers import make_tokenizer
 from tests.tiny import tiny_model
 
