@@ -126,9 +126,7 @@ def _told_of(target: str, directory: Path | None) -> Iterator[None]:
                 error.where, error.key = f"the base of {target}", None
                 if directory is not None and (directory / _ADAPTER).is_file() and error.what.startswith("is neither"):
                     place = f"`base_model_name_or_path` of {directory / _ADAPTER}"
-                    error.fix = (
-                        f"run it in the folder that its run was started in, or write where the base is now into {place}"
-                    )
+                    error.fix = f"run it where its run was started, or write where the base is now into {place}"
         if directory is None and error.what.startswith(("is neither", "is not in the local cache")):
             folder = Path(target)
             near = did_you_mean(folder.name, (path.name for path in folder.parent.glob("*") if path.is_dir()))

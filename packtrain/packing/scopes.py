@@ -208,9 +208,7 @@ class EpochScope:
         packs = self.packs(0)
         if isinstance(packs, PatternPacks):  # a solver of another version may find other packs
             identity += (hashlib.sha256(packs.patterns.slot_length.tobytes()).hexdigest(),)
-        elif (
-            ":" in self.name
-        ):  # a function of the user's, who may have changed it, or let it depend on more than it is given
+        elif ":" in self.name:  # a function of the user's, which may have been changed
             identity += (hashlib.sha256(packs.items.tobytes() + packs.offsets.tobytes()).hexdigest(),)
         return identity
 
