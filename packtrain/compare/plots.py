@@ -248,7 +248,11 @@ def family(row: Row, comparison: Comparison) -> str:
 SMOOTHING = 5  # updates of the running mean of a training loss, at most
 PER_MEAN = 10  # updates of a run for each of these: a mean over all of few updates would hide where a loss ends
 AXES = (("update", "updates"), ("tokens", "real tokens seen"), ("seconds", "seconds in updates"))
-DASHES: dict[str, Any] = {"ours": "-", "packed": (0, (1, 1.2)), "peer": (0, (4, 2)), "ink": "-"}
+DASHES: dict[str, tuple[Any, Any]] = {  # of a kind of variants, and of those that have the colour of another one
+    "ours": ("-", (0, (9, 1.5))),
+    "packed": ((0, (1, 1.2)), (0, (3, 1.2, 1, 1.2))),
+    "peer": ((0, (4, 2)), (0, (6, 1.5, 1, 1.5))),
+}
 LEGEND_ROW = 0.155  # inches
 FEW_LINES = 8
 
@@ -351,13 +355,15 @@ def _has_the_losses(row: Row) -> bool:
 def _styles(rows: Sequence[Row], comparison: Comparison) -> Iterator[tuple[str, dict[str, Any]]]:
     """Style the lines, by name: the reference as a broad band; a dash for each kind, whose first has its own colour."""
     first, others = {"ours": "line0", "packed": "line1", "peer": "line7"}, itertools.cycle(LINES[2:7])
+    used: set[tuple[str, str]] = set()
     for row in sorted(rows, key=comparison.is_reference, reverse=True):
         kind = family(row, comparison)
         if comparison.is_reference(row):
             yield row.name, {"color": COLOURS["ink"], "alpha": 0.2, "linewidth": 6, "solid_capstyle": "round"}
             continue
         hue = first.pop(kind, None) or next(others)
-        yield row.name, {"color": COLOURS[hue], "linewidth": 1.4, "linestyle": DASHES[kind]}
+        yield row.name, {"color": COLOURS[hue], "linewidth": 1.4, "linestyle": DASHES[kind][(kind, hue) in used]}
+        used.add((kind, hue))
 
 
 # The cover

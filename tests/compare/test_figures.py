@@ -80,6 +80,20 @@ def test_a_variant_has_one_colour_in_all_figures_of_losses(directory):
     assert len(set.union(*(seen[name] for name in ("balanced", "bfd", "balanced at 6e-3")))) == 3
 
 
+def test_no_two_of_many_lines_look_alike(tmp_path):
+    names = [
+        "pad_longest",
+        *(f"packed {number}" for number in range(9)),
+        *(f"trl:padding {number}" for number in range(7)),
+    ]
+    variants = [(name, name.partition(" ")[0] if ":" in name else "packtrain", name == "pad_longest") for name in names]
+    runs = [make_run(name, 0, rate=100, learns=True, loss_factor=1 + n / 50) for n, name in enumerate(names)]
+    store(tmp_path / "many", make_manifest(variants), runs)
+    for figure in drawn(plots.losses, read_comparison(tmp_path / "many")).values():
+        looks = [(line.get_color(), str(line._dash_pattern)) for line in figure.axes[0].lines]
+        assert len(set(looks)) == len(looks) == len(names)
+
+
 def test_losses_are_drawn_as_the_mean_of_the_seeds_that_the_table_has(tmp_path):
     """Of the first seed alone the line would end elsewhere; control: of one seed nothing is said of a mean."""
     runs = [make_run(name, n, rate=100.0, loss_factor=1 + n / 10) for name in ("pad_longest", "bfd") for n in range(2)]
