@@ -43,8 +43,8 @@ MY_RUN = """
 model: {model_name_or_path: base}
 data: {path: rows.jsonl, max_length: 64, eval_size: 4}
 batching: {examples_per_step: 4, max_tokens: 64}
-lora: {r: 4, lora_alpha: 256, target_modules: all-linear}
-training: {output_dir: out/my_run, learning_rate: 1e-1, num_train_epochs: 30, lr_scheduler_type: constant,
+lora: {r: 4, lora_alpha: 64, target_modules: all-linear}
+training: {output_dir: out/my_run, learning_rate: 1e-2, num_train_epochs: 30, lr_scheduler_type: constant,
   save_strategy: "no"}
 """
 

@@ -94,7 +94,10 @@ def test_what_is_quantised_and_what_trains(base, tmp_path, bitsandbytes):
     model = trainer(base, tmp_path).model
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     assert isinstance(layer.base_layer, bitsandbytes.nn.Linear4bit)
-    assert layer.base_layer.weight.dtype == torch.uint8 and layer.base_layer.weight.quant_state.nested
+    weight = layer.base_layer.weight
+    state = weight.quant_state
+    assert weight.dtype == torch.uint8
+    assert state.nested or state.original_nested  # which a CPU with AVX-512 BF16 packs otherwise for a forward pass
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
     assert trained and all("lora_" in name for name in trained)
     others = [weight for weight in model.parameters() if weight.is_floating_point()]
