@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from packtrain.training.guards import stops
+from packtrain.training.guards.signals import heeded
 from packtrain.training.guards.stops import StopOnSignal
 from packtrain.training.sealing import is_sealed
 from tests.faults.runs import (
@@ -116,14 +117,39 @@ def test_the_second_signal_exits_at_once(tmp_path, trainer_class):
 def test_a_signal_that_was_ignored_before_is_heard_while_training(tmp_path):
     """As where a shell was told to ignore it, which what it starts inherits."""
     stop = StopOnSignal(make_trainer(tmp_path, strategy="balanced"))
-    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    others = {number: signal.getsignal(number) for number in heeded()}
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     try:
         with stop.listening():
             os.kill(os.getpid(), signal.SIGUSR1)
         assert stop.heard == signal.SIGUSR1
         assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
     finally:
-        signal.signal(signal.SIGUSR1, before)
+        for number, handler in others.items():
+            signal.signal(number, handler)
+
+
+def test_a_signal_after_the_stop_spares_a_rank_that_has_saved(tmp_path, monkeypatch):
+    """While it leaves; control: where nothing was heard before, or five seconds later, it does what it always does."""
+    heard: list[int] = []
+    others = {number: signal.getsignal(number) for number in heeded()}
+    signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    try:
+        stop = StopOnSignal(make_trainer(tmp_path, strategy="balanced"))
+        with stop.listening():
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert heard == [signal.SIGTERM]
+        with stop.listening():
+            os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert heard == [signal.SIGTERM]
+        monkeypatch.setattr(stops, "PAUSE", 0.0)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert heard == [signal.SIGTERM] * 2
+    finally:
+        for number, handler in others.items():
+            signal.signal(number, handler)
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ SIGTERM (a preempted job, `#SBATCH --signal=TERM@120`), SIGINT (Ctrl-C), SIGHUP 
 has it ignored) and SIGUSR1 all mean the same, and it is enough that one rank hears it. A second signal exits at once, with
 128 + its number: 130 for Ctrl-C. It counts as a second one after `PAUSE` seconds: Ctrl-C and schedulers signal a whole
 process group, and the launcher in it forwards its own to the ranks, which have it already. Outside of training the signals
-do what they always do.
+do what they always do, but for the five seconds after a stop.
 
 The launcher of `--launch` sends all four on to its ranks, waits for them and passes their 75 on. torchrun and accelerate
 by hand turn it into a 1. Signalled themselves, they give their ranks 30 seconds and then kill them, so update and save
@@ -20,7 +20,9 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import Trainer, TrainerCallback
@@ -52,8 +54,16 @@ class StopOnSignal(TrainerCallback):
         try:
             yield
         finally:
+            self._heard_at, stopped = time.monotonic(), bool(self.heard or self.agreed)
             for number, handler in before.items():
-                signal.signal(number, handler)
+                spared = stopped and handler is not signal.SIG_IGN
+                signal.signal(number, partial(self._spare, handler) if spared else handler)
+
+    def _spare(self, before: Any, number: int, frame: object) -> None:
+        """Handles what comes after a stop: nothing for `PAUSE`, which would end a rank that has saved without its 75."""
+        if time.monotonic() - self._heard_at > PAUSE:
+            signal.signal(number, before)
+            os.kill(os.getpid(), number)
 
     def _hear(self, number: int, frame: object) -> None:
         if self.heard:
