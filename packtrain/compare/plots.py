@@ -392,7 +392,9 @@ def cover(comparison: Comparison, style: str) -> str | None:
         ends = drawn_ends(rows)
         right = max(ends)
         packed = [row for row in rows if family(row, comparison) == "packed"]
-        epoch = "packed over the whole epoch" + (", the fastest" if len(packed) == 1 else "")
+        every = [row for row in comparison.measured if row.speed is not None and family(row, comparison) == "packed"]
+        some = f", {'the fastest' if len(packed) == 1 else len(packed)} of {len(every)}"
+        epoch = "packed over the whole epoch" + (some if len(every) > len(packed) else "")
         kinds = {
             "ours": comparison.same_updates,
             "packed": epoch if all(map(comparison.packs_epoch, packed)) else "other updates",
@@ -435,7 +437,8 @@ def loss_of(row: Row, comparison: Comparison) -> str:
         return f"the same in all {len(row.learning_runs[0].updates):,} updates"
     if row.held_out_ratio is None or row.ends_with_reference is None:
         return ""
-    return f"{signed(row.held_out_ratio.estimate - 1)} held-out, same {row.ends_with_reference}"
+    after = {"examples": "same examples", "updates": "as many updates"}[row.ends_with_reference]
+    return f"{signed(row.held_out_ratio.estimate - 1)} held-out, {after}"
 
 
 def _colour(row: Row) -> str:

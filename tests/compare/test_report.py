@@ -129,6 +129,7 @@ def test_the_picture_stands_alone_and_shows_speed_and_loss(experiment):
     assert {"pad_longest", "balanced", "bfd", "trl:padding"} <= set(shown) and "ffd" not in shown  # it failed
     assert shown.count("the same in all 6 updates") == 2  # balanced, trl:padding
     assert "+15.0% held-out, same examples" in shown  # bfd: 4.6 x 1.1 for 4.4
+    assert "packed over the whole epoch" in shown  # and not the fastest of one
     assert "balanced 2.4" in root.get("aria-label")
 
 
