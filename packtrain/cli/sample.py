@@ -36,9 +36,11 @@ def sample(
 
     The model is read from the recipe's `training.output_dir`. An answer is printed up to its end.
     """
+    from packtrain.objectives.masked_diffusion.answers import find_trained
     from packtrain.objectives.masked_diffusion.answers import sample as run
 
     loaded = load_checked(recipe, overrides)
+    find_trained(loaded)  # before anybody is asked
     options = dict(
         block_length=block_length, remasking=remasking, temperature=temperature, cfg_scale=cfg_scale,
         end_token_policy=end_token_policy,

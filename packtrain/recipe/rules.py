@@ -78,7 +78,7 @@ def _overflow_is_the_scalers(settings: Settings, strategy: Strategy | None) -> V
 def _some_training(settings: Settings, strategy: Strategy | None) -> Verdicts:
     if settings.get("training.num_train_epochs", 1) <= 0 and settings.get("training.max_steps", -1) <= 0:
         yield "training.num_train_epochs", "trains for no epoch and no step", "set it above 0"
-    elif settings.get("training.max_steps") == 0:
+    elif (steps := settings.get("training.max_steps", -1)) < 1 and steps != -1:  # the default of TrainingArguments
         fix = "set it, or leave it out to train by `num_train_epochs`"
         yield "training.max_steps", "must be greater than 0", fix
     if settings.get("training.num_train_epochs", 1) > MOST_EPOCHS:

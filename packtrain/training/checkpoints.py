@@ -282,7 +282,7 @@ def find_last_checkpoint(output_dir: Path, say: Say = print) -> tuple[Path, dict
         "there is no valid checkpoint to resume from" + "".join(f"\n    {line}" for line in passed),
         key="training.output_dir",
         value=str(output_dir),
-        fix="name a checkpoint directory, or start without resume=True",
+        fix="name a checkpoint directory, or start without resume=True (with overwrite=True where a run has finished)",
     )
 
 

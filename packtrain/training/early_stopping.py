@@ -41,14 +41,16 @@ class EarlyStopping(EarlyStoppingCallback):
         stopping = self.early_stopping_patience_counter >= self.early_stopping_patience
         early = stopping and state.global_step < state.max_steps
         if early and self.console is not None and state.is_world_process_zero:
-            count = self.early_stopping_patience_counter
-            name, best, by = args.metric_for_best_model, state.best_metric, self.early_stopping_threshold
-            without = (
-                f"a {name} more than {by:g} better than {best:.4f}" if by else f"a better {name} (best: {best:.4f})"
+            count, by = self.early_stopping_patience_counter, self.early_stopping_threshold
+            name, best = args.metric_for_best_model, state.best_metric
+            better = (
+                f"a {name} more than {by:g} better than the best before it"
+                if by
+                else f"a better {name} (best: {best:.4f})"
             )
             self.console.print(
                 f"stopping early after step {state.global_step}: {count} evaluation{'s' * (count != 1)} in a row "
-                f"without {without}",
+                f"without {better}",
                 highlight=False,
                 soft_wrap=True,
             )

@@ -65,9 +65,12 @@ def explaining_a_full_drive(output_dir: Path) -> Iterator[None]:
 def refuse_to_replace(output_dir: Path) -> None:
     """Raises PacktrainError where there is a finished run, or one with checkpoints."""
     finished = (output_dir / "summary.json").exists()
-    if finished or any(map(is_sealed, output_dir.glob("checkpoint-*"))):
+    resumable = any(map(is_sealed, output_dir.glob("checkpoint-*")))
+    if finished or resumable:
         what = "contains a finished run" if finished else "contains the checkpoints of a run"
-        fix = "continue it with resume=True, replace it with overwrite=True, or choose another training.output_dir"
+        what += "" if resumable else ", which has kept no checkpoint to continue from"
+        fix = "replace it with overwrite=True, or choose another training.output_dir"
+        fix = f"continue it with resume=True, {fix}" if resumable else fix
         raise PacktrainError(what, key="training.output_dir", value=str(output_dir), fix=fix)
 
 

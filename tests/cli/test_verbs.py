@@ -385,6 +385,12 @@ def test_an_option_of_the_other_kind_of_model_is_refused(recipe, option, kind, c
     assert f"{option[0]}: has no effect on a {kind} model" in capsys.readouterr().err
 
 
+def test_a_model_that_can_not_be_sampled_is_said_before_a_prompt_is_asked_for(capsys):
+    assert run("sample", "quickstart") == 2
+    said = capsys.readouterr()
+    assert "objective.name: cannot be sampled by diffusion" in said.err and "prompt" not in said.out
+
+
 @pytest.mark.parametrize("verb", [["keys", "--schema"], ["generate", "nowhere", "--prompt", "hi", "--out"]])
 @pytest.mark.parametrize("place", ["missing/file", "."])
 def test_a_file_that_can_not_be_written_is_said_before_any_work(verb, place, tmp_path, capsys):

@@ -285,6 +285,7 @@ BAD: dict[str, tuple[str, list[str], list[str]]] = {
         ["accelerator_config: cannot set `split_batches`", "leave `non_blocking` out"],
     ),
     "noise by rows": (GOOD, ["neftune_noise_alpha=5"], ["a row of this strategy holds many documents", "pad_longest"]),
+    "fewer than no steps": (GOOD, ["max_steps=-5"], ["training.max_steps: must be greater than 0 (got -5)"]),
     "no steps": (GOOD, ["max_steps=0"], ["training.max_steps: must be greater than 0 (got 0)"]),
     "longer than any": (GOOD, ["max_length=100000000", "max_tokens=100000000"], ["data.max_length: must be at most"]),
     "a variable": (GOOD, ["output_dir=$HOME/out"], ["training.output_dir: has a `$` in it"]),

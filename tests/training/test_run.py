@@ -189,6 +189,14 @@ def test_a_run_is_not_replaced_unless_asked_to(tmp_path, recipe_file):
     )
     assert all(torch.equal(weights[name], value) for name, value in weights_of(Path(first.model_dir)).items())
 
+    without = load_recipe(
+        recipe_file, ["max_steps=1", "save_strategy=no", f"training.output_dir={tmp_path / 'without'}"]
+    )
+    train(without)
+    with pytest.raises(PacktrainError, match="which has kept no checkpoint to continue from") as caught:
+        train(without)
+    assert caught.value.fix == "replace it with overwrite=True, or choose another training.output_dir"
+
     (tmp_path / "run/summary.json").unlink()  # as after a crash
     with pytest.raises(PacktrainError, match="contains the checkpoints of a run"):
         train(recipe)

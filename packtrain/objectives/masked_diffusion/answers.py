@@ -88,25 +88,29 @@ class Trained:
         )
 
 
+def find_trained(recipe: Recipe) -> tuple[MaskedDiffusion, Path]:
+    """Returns the objective and the folder of the model of a recipe, before anything is loaded.
+
+    Raises:
+        PacktrainError: another objective, or nothing trained yet.
+    """
+    if not isinstance(recipe.objective, MaskedDiffusion):
+        what, fix = "cannot be sampled by diffusion", "use a recipe with `objective.name: masked_diffusion`"
+        raise PacktrainError(what, key="objective.name", value=recipe.objective.name, fix=fix)
+    directory = Path(recipe.training["output_dir"]) / "model"
+    if not directory.is_dir():
+        fix = "train the recipe first"
+        raise PacktrainError("there is no model yet", key="training.output_dir", value=str(directory), fix=fix)
+    return recipe.objective, directory
+
+
 def load_trained(recipe: Recipe) -> Trained:
     """Loads the model in `output_dir/model`, full or adapter, with the tokens it was trained with.
 
     Raises:
         PacktrainError: another objective, nothing trained yet, or trained with other tokens.
     """
-    objective = recipe.objective
-    if not isinstance(objective, MaskedDiffusion):
-        what = "cannot be sampled by diffusion"
-        raise PacktrainError(
-            what,
-            key="objective.name",
-            value=recipe.objective.name,
-            fix="use a recipe with `objective.name: masked_diffusion`",
-        )
-    directory = Path(recipe.training["output_dir"]) / "model"
-    if not directory.is_dir():
-        fix = "train the recipe first"
-        raise PacktrainError("there is no model yet", key="training.output_dir", value=str(directory), fix=fix)
+    objective, directory = find_trained(recipe)
     task, section = load_task(recipe), recipe.model
     saved = ModelSection(model_name_or_path=str(directory), trust_remote_code=section.trust_remote_code)
     if load_tokenizer(saved).get_vocab() != task.tokenizer.get_vocab():
