@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from packtrain.errors import LaunchError, PacktrainError
+from packtrain.recipe.fields import did_you_mean
 from packtrain.recipe.shipped import SHARE, find_shipped
 
 LAUNCHER = "packtrain.cli.launcher"  # accelerate's, which says in a sentence how a rank has ended
@@ -46,6 +47,7 @@ def launch_command(file: Path, arguments: Sequence[str], *, devices: int) -> lis
     """Returns the command that starts `packtrain` with `arguments`, on every one of this host's `devices` GPUs; without
     any, in as many processes as the file says."""
     config = _read(file, yaml.safe_load)
+    _check(config, file)
     options = ["--config_file", str(file)]
     if devices and config.get("distributed_type") != "NO":
         options += ["--num_processes", str(devices * config.get("num_machines", 1))]
@@ -89,6 +91,24 @@ def _read(file: Path, load: Callable[[str], Any]) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise LaunchError("is not a mapping", where=str(file), value=config, fix=fix)
     return config
+
+
+def _check(config: dict[str, Any], file: Path) -> None:
+    """Raises LaunchError for what accelerate's launcher would fail of, without naming file or key."""
+    from accelerate.utils import DistributedType
+
+    kinds, given = [str(kind.value) for kind in DistributedType], config.get("distributed_type")
+    if given is not False and given not in kinds:  # YAML reads a bare NO as false, and accelerate knows that
+        near = did_you_mean(str(given), kinds)
+        what = "is missing: this is no accelerate config" if given is None else "is no kind that accelerate knows"
+        fix = f"did you mean {near}?" if near else f"choose from {', '.join(kinds)}, as launch/zero2.yaml does"
+        value = {} if given is None else {"value": given}
+        raise LaunchError(what, where=str(file), key="distributed_type", **value, fix=fix)
+    for key in ("num_processes", "num_machines"):
+        value = config.get(key, 1)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            what = "must be a whole number above 0"
+            raise LaunchError(what, where=str(file), key=key, value=value, fix=f"write for example {key}: 2")
 
 
 def _deepspeed_file(file: Path, given: str | None) -> Path:

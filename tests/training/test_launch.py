@@ -110,6 +110,28 @@ def test_a_file_that_is_no_launch_file_is_named(text, message, tmp_path):
     assert engine_of(file) == "zero1"
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("distributed_type: NOSUCH", "distributed_type: is no kind that accelerate knows (got 'NOSUCH')"),
+        ("distributed_type: MULTI_GPUS", "did you mean MULTI_GPU?"),
+        ("model: {model_name_or_path: m}", "distributed_type: is missing: this is no accelerate config"),
+        (
+            "{distributed_type: MULTI_GPU, num_processes: two}",
+            "num_processes: must be a whole number above 0 (got 'two')",
+        ),
+    ],
+)
+def test_a_launch_file_that_accelerate_would_fail_of_is_named(text, message, tmp_path):
+    """Control: `NO` without quotes, which YAML reads as false, is the kind of one process."""
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(LaunchError) as caught:
+        launch_command(tmp_path / "mine.yaml", [], devices=0)
+    assert message in str(caught.value) and "mine.yaml" in str(caught.value) and caught.value.fix
+    (tmp_path / "mine.yaml").write_text("distributed_type: NO")
+    assert launch_command(tmp_path / "mine.yaml", [], devices=0)
+
+
 def test_a_name_that_is_no_file_is_an_error():
     with pytest.raises(LaunchError, match="did you mean zero3_offload_cpu"):
         find_launch_file("zero3_offload_cp")
