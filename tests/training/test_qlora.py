@@ -90,6 +90,15 @@ def bitsandbytes():
     return pytest.importorskip("bitsandbytes")
 
 
+def packed(model) -> bool:
+    """Whether bitsandbytes has packed the weights anew, as it does on CPUs with AVX-512 BF16 for a pass that does not train.
+
+    Their scales are then rounded to bfloat16, and quantised once.
+    """
+    states = (getattr(weight, "quant_state", None) for weight in model.parameters())
+    return any(getattr(state, "packing_format_for_cpu", False) for state in states)
+
+
 def test_what_is_quantised_and_what_trains(base, tmp_path, bitsandbytes):
     model = trainer(base, tmp_path).model
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
@@ -97,7 +106,7 @@ def test_what_is_quantised_and_what_trains(base, tmp_path, bitsandbytes):
     weight = layer.base_layer.weight
     state = weight.quant_state
     assert weight.dtype == torch.uint8
-    assert state.nested or state.original_nested  # which a CPU with AVX-512 BF16 packs otherwise for a forward pass
+    assert state.nested or (packed(model) and state.original_nested)
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
     assert trained and all("lora_" in name for name in trained)
     others = [weight for weight in model.parameters() if weight.is_floating_point()]
@@ -109,9 +118,11 @@ def test_what_is_quantised_and_what_trains(base, tmp_path, bitsandbytes):
 def test_layouts_do_not_change_the_updates(base, tmp_path, bitsandbytes):
     """Control: without quantisation losses are others."""
     padded = curve(trainer(base, tmp_path / "padded", "batching.strategy=pad_longest"))
-    flat = curve(trainer(base, tmp_path / "flat", "training.gradient_checkpointing=true"))
+    run = trainer(base, tmp_path / "flat", "training.gradient_checkpointing=true")
+    flat = curve(run)
     whole = curve(trainer(base, tmp_path / "whole", "model.quantization=null"))
-    assert len(flat.loss) == 4 and flat.difference(padded) < 1e-4 < 1e-3 < flat.difference(whole)
+    rounding = 5e-4 if packed(run.model) else 1e-4  # only flat batches are tried out before training
+    assert len(flat.loss) == 4 and flat.difference(padded) < rounding < 1e-3 < flat.difference(whole)
 
 
 @pytest.mark.ci
@@ -171,4 +182,4 @@ def test_the_plan_of_memory_counts_bits(base, tmp_path, bitsandbytes, twice):
         .bytes
         for more in ([], ["model.quantization=null"])
     )
-    assert planned == pytest.approx(held, rel=0.002) and whole > 1.5 * held
+    assert planned == pytest.approx(held, rel=0.02 if packed(run.model) else 0.002) and whole > 1.5 * held
