@@ -152,6 +152,29 @@ def test_a_signal_after_the_stop_spares_a_rank_that_has_saved(tmp_path, monkeypa
             signal.signal(number, handler)
 
 
+LEAVES = """
+import atexit, os, signal, sys
+from types import SimpleNamespace
+from packtrain.training.guards import stops
+
+atexit.register(lambda: os.kill(os.getpid(), signal.SIGTERM))  # runs after what is registered later
+stop = stops.StopOnSignal(SimpleNamespace())
+with stop.listening():
+    if sys.argv[1:]:
+        os.kill(os.getpid(), signal.SIGTERM)
+stops.PAUSE = 0.0
+sys.exit(75)
+"""
+
+
+@pytest.mark.ci
+@pytest.mark.slow
+@pytest.mark.parametrize(("words", "code"), [(("stopped",), 75), ((), -signal.SIGTERM)])
+def test_a_signal_at_the_end_of_a_stopped_process_leaves_its_exit_code(words, code):
+    """Control: a process that was not stopped."""
+    assert subprocess.run([sys.executable, "-c", LEAVES, *words]).returncode == code
+
+
 @pytest.mark.slow
 def test_epoch_saves_do_not_save_a_second_time(tmp_path):
     recipe = write_recipe(tmp_path)

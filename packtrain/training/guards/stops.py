@@ -14,6 +14,7 @@ SIGUSR1 is for a rank itself: they don't forward it but die of it.
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import threading
@@ -58,6 +59,8 @@ class StopOnSignal(TrainerCallback):
             for number, handler in before.items():
                 spared = stopped and handler is not signal.SIG_IGN
                 signal.signal(number, partial(self._spare, handler) if spared else handler)
+            if stopped:
+                atexit.register(_ignore)  # Python's end puts the system's own handlers back
 
     def _spare(self, before: Any, number: int, frame: object) -> None:
         """Handles what comes after a stop: nothing for `PAUSE`, which would end a rank that has saved without its 75."""
@@ -94,3 +97,8 @@ class StopOnSignal(TrainerCallback):
         checkpoint = Path(str(self.trainer.args.output_dir), f"checkpoint-{state.global_step}")
         what = f"stopped by {signal.Signals(self.agreed).name} after step {state.global_step} of {state.max_steps}"
         return Stopped(what, where=str(checkpoint), fix="continue with resume=True")
+
+
+def _ignore() -> None:
+    for number in heeded():
+        signal.signal(number, signal.SIG_IGN)
