@@ -14,16 +14,7 @@ from packtrain.modeling.tokenizer import train_bpe
 from packtrain.packing.collator import collate_flat, collate_padded
 from tests.cli.helpers import QUICKSTART, SMALL, run, sets
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("PACKTRAIN_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
-@pytest.fixture
-def wide(monkeypatch):
-    """Tables aren't squeezed."""
-    monkeypatch.setenv("COLUMNS", "160")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")

@@ -20,16 +20,7 @@ from packtrain.cli.train import next_commands
 from tests.cli.helpers import QUICKSTART, SMALL, run, sets
 from tests.recipe.bad_recipes import BAD, GOOD, write
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("PACKTRAIN_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
-@pytest.fixture
-def wide(monkeypatch):
-    """Tables aren't squeezed."""
-    monkeypatch.setenv("COLUMNS", "160")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 # --------------------------------------------------------------------------------------------------- failures
