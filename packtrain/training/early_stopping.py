@@ -43,14 +43,10 @@ class EarlyStopping(EarlyStoppingCallback):
         if early and self.console is not None and state.is_world_process_zero:
             count, by = self.early_stopping_patience_counter, self.early_stopping_threshold
             name, best = args.metric_for_best_model, state.best_metric
-            better = (
-                f"a {name} more than {by:g} better than the best before it"
-                if by
-                else f"a better {name} (best: {best:.4f})"
-            )
+            better = f"more than {by:g} better than the best before it" if by else f"better than {best:.4f}"
             self.console.print(
                 f"stopping early after step {state.global_step}: {count} evaluation{'s' * (count != 1)} in a row "
-                f"without {better}",
+                f"without a {name} {better}",
                 highlight=False,
                 soft_wrap=True,
             )

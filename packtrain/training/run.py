@@ -31,11 +31,10 @@ from packtrain.objectives.task import load_task, plan_training
 from packtrain.packing.plan import AnyPlan, plan_evaluation
 from packtrain.packing.strategies import resolve_strategy
 from packtrain.recipe.recipe import Recipe, check_recipe
-from packtrain.recipe.sections import library_arguments
 from packtrain.training.agreement import check_agreement, weights_hash
+from packtrain.training.arguments import training_arguments
 from packtrain.training.checkpoints import choose_checkpoint, facts_of, redacted
 from packtrain.training.continuing import check_what_is_left, find_place, recipe_of_record, resume_command
-from packtrain.training.deepspeed_config import deepspeed_config
 from packtrain.training.early_stopping import EarlyStopping
 from packtrain.training.engine import EngineReport, asked_engine
 from packtrain.training.guards.out_of_memory import checkpoints_activations, is_out_of_memory, of_optimizer
@@ -46,15 +45,7 @@ from packtrain.training.model_card import write_model_card
 from packtrain.training.output_dir import clear, explaining_a_full_drive, make_output_dir, refuse_to_replace
 from packtrain.training.output_lock import only_run
 from packtrain.training.progress import RichProgress
-from packtrain.training.ranks import (
-    asked_rank,
-    asked_world_size,
-    check_launcher,
-    check_processes,
-    leave,
-    meeting,
-    start_cpu_group,
-)
+from packtrain.training.ranks import asked_rank, asked_world_size, check_processes, leave
 from packtrain.training.resharding import prepare_resume
 from packtrain.training.samples import SampleAnswers
 from packtrain.training.sealing import read_manifest
@@ -339,44 +330,6 @@ def _longest_row(recipe: Recipe, trainer: PackTrainer) -> int:
         return recipe.data.max_length
     parts = (trainer.train_dataset, trainer.eval_dataset)
     return max(part.longest for part in parts if part is not None)
-
-
-def training_arguments(recipe: Recipe, plan: AnyPlan, *, evaluate: bool) -> TrainingArguments:
-    """Returns the recipe's `training:` section as TrainingArguments, with what the plan decides."""
-    decided = {
-        "gradient_accumulation_steps": plan.gradient_accumulation_steps,
-        "per_device_train_batch_size": 1,  # the plan sizes micro-batches; engines only want a number
-        "remove_unused_columns": False,
-        "ignore_data_skip": True,  # the plan starts at global_step by itself
-        "logging_nan_inf_filter": False,
-        "disable_tqdm": True,  # RichProgress shows it
-    }
-    training: dict[str, Any] = {"eval_on_start": evaluate, "use_cpu": use_cpu_by_default()} | library_arguments(
-        recipe.training
-    )
-    training |= decided
-    if recipe.training.get("early_stopping_patience"):
-        training.setdefault("metric_for_best_model", "loss")
-    training["deepspeed"] = deepspeed_config(
-        training,
-        world_size=plan.world_size,
-        gradient_accumulation_steps=plan.gradient_accumulation_steps,
-        use_cpu=training["use_cpu"],
-    )
-    check_launcher(deepspeed=training["deepspeed"] is not None)
-    with refused_by("transformers", "training", training), meeting():
-        start_cpu_group(training)
-        args = TrainingArguments(**training)
-    if args.fp16 and args.device.type == "cpu" and training["deepspeed"] is None:
-        what, fix = "has no effect on a CPU, which would compute in float32", "set bf16: true, or leave it out"
-        raise PacktrainError(what, key="training.fp16", value=True, fix=fix)
-    return args
-
-
-def use_cpu_by_default() -> bool:
-    """Whether there is no accelerator, or only Apple's, which has no float64: sums over tokens are made in it."""
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return device is None or device.type == "mps"
 
 
 def fit(trainer: PackTrainer, checkpoint: str | None = None, *, console: Console | None = None) -> None:

@@ -47,10 +47,11 @@ from packtrain.packing.plan import Plan, plan_evaluation
 from packtrain.packing.strategies import resolve_strategy
 from packtrain.recipe.recipe import Recipe
 from packtrain.recipe.sections import SCORES
+from packtrain.training.arguments import training_arguments
 from packtrain.training.guards.out_of_memory import explaining_out_of_memory
 from packtrain.training.meters import document_of
 from packtrain.training.ranks import asked_world_size
-from packtrain.training.run import prepare_model, training_arguments
+from packtrain.training.run import prepare_model
 
 _OF_ENGINES = ("deepspeed", "fsdp", "fsdp_config")  # training: keys without effect on one process that only looks
 

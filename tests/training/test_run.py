@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from packtrain.errors import ModelError, PacktrainError
 from packtrain.recipe.reader import load_recipe
 from packtrain.recipe.recipe import Recipe
-from packtrain.training.run import train, use_cpu_by_default
+from packtrain.training.arguments import use_cpu_by_default
+from packtrain.training.run import train
 from packtrain.training.sealing import read_manifest, verify
 
 RECIPE = """
